@@ -1,0 +1,205 @@
+"""Every op of the method in plain PyTorch: its definition, and the oracle of every test.
+
+Short and readable before fast. All functions take float32 or float64 (and what PyTorch promotes to them), are
+differentiable by autograd where a gradient is meant to flow, and never modify their arguments.
+
+Symbols: a mask logits, m mask, W target weight, N generated entries, S segments (one per masked tensor), T tasks,
+H width of the hypernetwork's last hidden layer. "Flat" means the space of N entries in the order of `MaskLayout`;
+`offsets` are the S + 1 segment borders in it, so segment s is entries offsets[s] to offsets[s + 1].
+
+Source of the method: HyperMask, arXiv 2310.00113.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+
+
+def kept_rank(sparsity: float, size: int) -> int:
+    """Rank from which entries are kept: ceil(p (n - 1) / 100), the linear-interpolated percentile's upper neighbour.
+
+    An entry survives the p-th percentile of n magnitudes exactly when its rank (0 the smallest) is at least this.
+
+    Args:
+        sparsity: p in percent, 0 to 100.
+        size: n, entries of the tensor.
+
+    Raises:
+        InputError: sparsity is not a number from 0 to 100.
+    """
+    if not 0 <= sparsity <= 100:
+        raise InputError(f"sparsity is a percentage from 0 to 100, not {sparsity!r}")
+    return math.ceil(sparsity * max(size - 1, 0) / 100)
+
+
+def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> Tensor:
+    """thr[..., s] = the magnitude |a| of rank ranks[s] within segment s; 0 where the rank is 0 or the segment empty.
+
+    Rank 0 keeps every entry, so no selection is made. NaN ranks above Inf. No gradient flows through a threshold.
+
+    Args:
+        logits: (..., N) float.
+        offsets: S + 1 ascending segment borders, the last at most N.
+        ranks: (S,) int64, from `kept_rank`.
+
+    Returns:
+        (..., S) thresholds on |a|, dtype of logits.
+    """
+    magnitude = logits.detach().abs()
+    thresholds = magnitude.new_zeros(*logits.shape[:-1], len(offsets) - 1)
+    for s, rank in enumerate(ranks.tolist()):
+        segment = magnitude[..., offsets[s] : offsets[s + 1]]
+        if rank > 0 and segment.shape[-1] > 0:
+            thresholds[..., s] = segment.kthvalue(rank + 1, dim=-1).values
+    return thresholds
+
+
+def semi_binary_mask(logits: Tensor, threshold: Tensor) -> Tensor:
+    """m = |tanh a| where |a| >= thr, else 0; dm/da = sign(a) (1 - tanh(a)^2) on kept entries.
+
+    NaN logits are kept and give NaN masks, so that they show; a NaN threshold keeps everything.
+
+    Args:
+        logits: any shape, float.
+        threshold: broadcasts against logits, from `mask_thresholds`.
+
+    Returns:
+        Mask of the shape of logits, values in [0, 1].
+    """
+    dropped = logits.detach().abs() < threshold
+    return torch.where(dropped, 0.0, logits.tanh().abs())
+
+
+def masked_weights(
+    weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offsets: Sequence[int]
+) -> list[Tensor]:
+    """W_s * m_s for the first len(weights) segments, all layers at once.
+
+    Args:
+        weights: tensors of any shape, weights[s].numel() == offsets[s + 1] - offsets[s].
+        logits: (N,) flat logits of one task.
+        thresholds: (S,).
+        offsets: S + 1 segment borders, S >= len(weights).
+
+    Returns:
+        One masked tensor per weight, each of its weight's shape.
+    """
+    return [
+        weight * semi_binary_mask(logits[offsets[s] : offsets[s + 1]].view(weight.shape), thresholds[s])
+        for s, weight in enumerate(weights)
+    ]
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """y = x (W * m)^T + b.
+
+    Args:
+        x: (..., in); weight, logits: (out, in); threshold: one entry; bias: (out,), used as it is.
+
+    Returns:
+        (..., out).
+    """
+    return F.linear(x, weight * semi_binary_mask(logits, threshold), bias)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """y = conv2d(x, W * m) + b.
+
+    Args:
+        x: (batch, in, height, width); weight, logits: (out, in / groups, kh, kw); threshold: one entry;
+            bias: (out,), used as it is.
+
+    Returns:
+        (batch, out, height', width').
+    """
+    return F.conv2d(x, weight * semi_binary_mask(logits, threshold), bias, stride, padding, dilation, groups)
+
+
+def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    """The hypernetwork's output: a_t = first N entries of the concatenation over chunks c of h_tc W^T + b.
+
+    A dense output layer is the case of one chunk of N entries; otherwise the last chunk is truncated.
+
+    Args:
+        hidden: (T, chunks, H) last hidden layer; weight: (chunk_size, H); bias: (chunk_size,).
+        size: N, with (chunks - 1) * chunk_size < N <= chunks * chunk_size.
+
+    Returns:
+        (T, N).
+    """
+    return F.linear(hidden, weight, bias).flatten(1)[:, :size]
+
+
+def output_drift(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """sum_t || hypernet_logits_t - targets_t ||^2, over raw logits, a sum over entries.
+
+    Args:
+        hidden: (T, chunks, H); weight: (chunk_size, H); bias: (chunk_size,).
+        targets: (T, N), without gradient. T = 0 gives 0.
+
+    Returns:
+        Scalar.
+    """
+    return (hypernet_logits(hidden, weight, bias, targets.shape[1]) - targets).square().sum()
+
+
+def weight_drift(
+    weights: Sequence[Tensor],
+    previous: Tensor,
+    offsets: Sequence[int],
+    norm: int = 1,
+    logits: Tensor | None = None,
+    thresholds: Tensor | None = None,
+) -> Tensor:
+    """D = sum_s || (W_s - W_prev_s) * m_s ||_norm; without logits, m = 1.
+
+    The mask is not detached: its gradient reaches the hypernetwork. The 2-norm's gradient at 0 is 0.
+
+    Args:
+        weights: S tensors; previous: (N,) flat weights as the task began; offsets: S + 1 borders.
+        norm: 1 or 2.
+        logits: (N,) and thresholds: (S,), both or neither.
+
+    Returns:
+        Scalar.
+    """
+    total = previous.new_zeros(())
+    for s, weight in enumerate(weights):
+        segment = slice(offsets[s], offsets[s + 1])
+        change = weight.flatten() - previous[segment]
+        if logits is not None:
+            change = change * semi_binary_mask(logits[segment], thresholds[s])
+        total = total + torch.linalg.vector_norm(change, norm)
+    return total
+
+
+def entropy_select(logits: Tensor) -> Tensor:
+    """argmin over tasks of the softmax entropy -sum_c p log p; the lowest index among equals, NaN counts as Inf.
+
+    Args:
+        logits: (T, batch, classes) class logits of every task's masked network.
+
+    Returns:
+        (batch,) int64 task per sample.
+    """
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)  # 0 log 0 = 0
+    return entropy.nan_to_num(nan=math.inf).argmin(0)
