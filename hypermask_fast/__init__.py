@@ -1,8 +1,9 @@
 """hypermask_fast: HyperMask (arXiv 2310.00113), continual learning with hypernetwork-made masks, fast."""
 
-from . import functional
+from . import data, functional
 from .errors import InputError
 from .hypernet import HypernetConfig
+from .inference import Prediction, predict
 from .layers import LayerMask, MaskedConv2d, MaskedLinear
 from .layout import MaskLayout
 from .masks import TaskMask
@@ -18,6 +19,9 @@ __all__ = [
     "MaskLayout",
     "MaskedConv2d",
     "MaskedLinear",
+    "Prediction",
     "TaskMask",
+    "data",
     "functional",
+    "predict",
 ]

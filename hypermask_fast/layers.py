@@ -37,7 +37,7 @@ class _Masked:
     def effective(self, mask: LayerMask | None) -> tuple[Tensor, Tensor | None]:
         """The weight and bias this call uses: `mask` if given, else the model's running mask, else unmasked."""
         if mask is not None:
-            return self._apply(mask)
+            return self._masked_by(mask)
         running = active_mask()
         if running is None:
             return self.weight, self.bias
@@ -45,7 +45,7 @@ class _Masked:
         bias = self.bias if self.bias_segment is None else running.effective[self.bias_segment]
         return weight, bias
 
-    def _apply(self, mask: LayerMask) -> tuple[Tensor, Tensor | None]:
+    def _masked_by(self, mask: LayerMask) -> tuple[Tensor, Tensor | None]:
         if mask.logits.shape != self.weight.shape:
             raise InputError(
                 f"mask logits must have the weight's shape {tuple(self.weight.shape)}, not {tuple(mask.logits.shape)}"

@@ -195,10 +195,13 @@ class HyperMask(nn.Module):
         sorted_outputs = [self(group, self._mask_of(task, logits, None)) for task, group, logits in groups]
         return torch.cat(sorted_outputs)[order.argsort()]
 
-    def forward_all_tasks(self, x: Tensor) -> Tensor:
-        """(tasks, batch, ...) outputs of every task's masked network on the same batch."""
-        masks = (self._mask_of(task, logits, None) for task, logits in enumerate(self.hypernet(range(self.num_tasks))))
-        return torch.stack([self(x, mask) for mask in masks])
+    def all_masks(self) -> list[TaskMask]:
+        """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
+        return [self._mask_of(task, logits, None) for task, logits in enumerate(self.hypernet(range(self.num_tasks)))]
+
+    def forward_all_tasks(self, x: Tensor, masks: Iterable[TaskMask] | None = None) -> Tensor:
+        """(tasks, batch, ...) outputs of every task's masked network on the same batch; masks: see `all_masks`."""
+        return torch.stack([self(x, mask) for mask in (self.all_masks() if masks is None else masks)])
 
     def infer_task(self, x: Tensor) -> Tensor:
         """(batch,) int64: per sample, the task of lowest softmax entropy; see `reference.entropy_select`."""
@@ -212,16 +215,19 @@ class HyperMask(nn.Module):
         `regularizer` does this by itself at its first call for a task; call it where another moment is meant.
         """
         self._check_task(task)
-        self.drift_targets = regularizers.earlier_logits(self.hypernet, task)
-        self.previous_weights = self.layout.flatten([weight.detach() for weight in self.weights()])
-        self.anchored_task = task
+        weights = self.layout.flatten([weight.detach() for weight in self.weights()])
+        self.anchor = Anchor(task, regularizers.earlier_logits(self.hypernet, task), weights)
 
     @property
     def anchor(self) -> Anchor:
-        """What `begin_task` captured."""
+        """What `begin_task` captured; assigned to when a run resumes in the middle of a task."""
         if self.anchored_task is None:
             raise InputError("no task has begun: call begin_task(task) or regularizer(task) first")
         return Anchor(self.anchored_task, self.drift_targets, self.previous_weights)
+
+    @anchor.setter
+    def anchor(self, anchor: Anchor) -> None:
+        self.anchored_task, self.drift_targets, self.previous_weights = anchor
 
     def drifts(self, task: int | TaskMask) -> Drifts:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
@@ -252,7 +258,7 @@ class HyperMask(nn.Module):
             Scalar with gradient to both networks and all embeddings of tasks 0..t.
         """
         drifts = self.drifts(task)
-        return self.drift.output_scale(self.anchored_task) * drifts.output + self.drift.lam * drifts.weight
+        return self.drift.loss(drifts, self.anchored_task)
 
     # -- export ---------------------------------------------------------------------------------------------------
 

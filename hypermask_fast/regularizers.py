@@ -46,6 +46,10 @@ class DriftConfig:
             return 0.0
         return self.beta / (task * task if self.fidelity == "official" else task)
 
+    def loss(self, drifts: "Drifts", task: int) -> Tensor:
+        """output_scale(task) R + lam D: what task `task` adds to its cross-entropy; a scalar."""
+        return self.output_scale(task) * drifts.output + self.lam * drifts.weight
+
 
 class Drifts(NamedTuple):
     """Both drifts, unscaled scalars: `output` is R summed over earlier tasks, `weight` is D."""
