@@ -1,6 +1,7 @@
 """The training loop: what it learns, what it keeps, and that a stopped run goes on as if never stopped."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_plateau_lowers_the_learning_rate():
     ).fit()
     rates = [values["lr"] for _, _, values in recorder.rows]
     assert rates[0] == 1e-2 and rates[-1] <= 1e-3 * 1.001
-    ratios = {round(b / a, 4) for a, b in zip(rates, rates[1:], strict=False) if a != b}
+    ratios = {round(b / a, 4) for a, b in pairwise(rates) if a != b}
     assert ratios == {round(math.sqrt(0.1), 4)}
 
 
