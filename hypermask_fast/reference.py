@@ -95,9 +95,7 @@ def masked_weights(
     ]
 
 
-def masked_linear(
-    x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (W * m)^T + b.
 
     Args:
