@@ -130,7 +130,7 @@ class Build(build_ext):
 
         temp = Path(self.build_temp).resolve() / "csrc"
         temp.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{p}" for p in [*include_paths(), sysconfig.get_paths()["include"]]]
+        includes = [flag for p in [*include_paths(), sysconfig.get_paths()["include"]] for flag in ("-isystem", p)]
         defines = [*ABI_FLAGS, *(["-DHYPERMASK_X86"] if X86 else []), *(["-DHYPERMASK_WITH_CUDA"] if nvcc else [])]
         commands, objects = [], []
         for source in sorted(Path("csrc").glob("*.cpp")) + sorted(Path("csrc/cpu").glob("*.cpp")):

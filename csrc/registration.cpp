@@ -47,10 +47,12 @@ STABLE_TORCH_LIBRARY(hypermask_fast, m) {
   m.impl("weight_drift_backward", TORCH_BOX(&hypermask::weight_drift_backward_##device));   \
   m.impl("output_drift", TORCH_BOX(&hypermask::output_drift_##device));                     \
   m.impl("output_drift_backward", TORCH_BOX(&hypermask::output_drift_backward_##device));   \
-  m.impl("hypernet_logits", TORCH_BOX(&hypermask::hypernet_logits_##device));               \
   m.impl("hypernet_adam", TORCH_BOX(&hypermask::hypernet_adam_##device))
 
-STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CPU, m) { HM_IMPLEMENT(m, cpu); }
+STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CPU, m) {
+  HM_IMPLEMENT(m, cpu);
+  m.impl("hypernet_logits", TORCH_BOX(&hypermask::hypernet_logits_cpu));  // on the GPU this is cuBLAS's
+}
 
 #if defined(HYPERMASK_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CUDA, m) { HM_IMPLEMENT(m, cuda); }

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import util
 from pathlib import Path
 from typing import NamedTuple
@@ -39,14 +40,17 @@ _scope = threading.local()
 _warned: set[str] = set()
 
 
+def _recorded(part: str) -> str:
+    """What setup.py noted about a part it left out."""
+    record = Path(__file__).parent / "_build.json"
+    return json.loads(record.read_text()).get(part, "") if record.exists() else ""
+
+
 def _load_native() -> str:
     """Loads the extension; "" or why it is not there."""
-    folder = Path(__file__).parent
-    record = folder / "_build.json"
-    why = json.loads(record.read_text()).get("native") if record.exists() else ""
     spec = util.find_spec("._native", __package__)
     if spec is None:
-        return why or "the extension is not built: pip install --no-build-isolation ."
+        return _recorded("native") or "the extension is not built: pip install --no-build-isolation ."
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
@@ -58,15 +62,15 @@ def _cuda_problem() -> str:
     if NATIVE_PROBLEM:
         return NATIVE_PROBLEM
     if not torch._C._dispatch_has_kernel_for_dispatch_key("hypermask_fast::mask_thresholds", "CUDA"):
-        record = Path(__file__).parent / "_build.json"
-        why = json.loads(record.read_text()).get("cuda") if record.exists() else ""
-        return why or "the extension was built without CUDA"
+        return _recorded("cuda") or "the extension was built without CUDA"
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
 NATIVE_PROBLEM = _load_native()
+_ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
 
 
+@cache
 def problem(backend: str) -> str:
     """Why a backend is not to be had here at all, "" if it is."""
     if backend == "reference":
@@ -84,8 +88,9 @@ def problem(backend: str) -> str:
 
 
 def offer(op: str, backend: str, function: Callable, condition: Callable | None = None) -> None:
-    """Adds an op to a backend; without a condition it serves whatever `common_condition` lets through."""
+    """Adds an op to a backend; without a condition it serves every float32 call on its device."""
     _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""))
+    problem.cache_clear()
 
 
 @contextmanager
@@ -107,7 +112,7 @@ def _check_name(backend: str) -> None:
 
 def requested(backend: str | None = None) -> str:
     """The backend asked for by argument, scope or environment; "auto" if none is."""
-    wanted = backend or getattr(_scope, "backend", None) or os.environ.get("HYPERMASK_BACKEND") or "auto"
+    wanted = backend or getattr(_scope, "backend", None) or _ENVIRONMENT or "auto"
     if wanted != "auto":
         _check_name(wanted)
     return wanted

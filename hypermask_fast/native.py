@@ -189,7 +189,19 @@ def _output_drift(hidden, weight, bias, targets):
 
 
 def _output_drift_condition(hidden, weight, bias, targets):
-    return "" if hidden.shape[1] == 1 else "the layer is chunked; see chunked_output_drift"
+    if hidden.dim() == 3 and hidden.shape[1] != 1:
+        return "the layer is chunked; see chunked_output_drift"
+    return _shared_memory_problem(hidden, hidden.shape[0])
+
+
+def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
+    """Why the GPU's kernel over the dense layer can't hold its tile, the hidden vectors and their gradient."""
+    if not hidden.is_cuda:
+        return ""
+    width = hidden.shape[-1]
+    needed = 4 * (32 * (width | 1) + 2 * tasks * width + 33 * tasks)
+    there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
+    return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
 
 
 def _hypernet_logits(hidden, weight, bias, size):
@@ -220,7 +232,7 @@ _CALLS = {
     "weight_drift": (_weight_drift, lambda weights, previous, *rest: _same_dtype(weights, previous)),
     "output_drift": (_output_drift, _output_drift_condition),
     "hypernet_logits": (_hypernet_logits, _hypernet_logits_condition),
-    "hypernet_adam": (_hypernet_adam, None),
+    "hypernet_adam": (_hypernet_adam, lambda hidden, *rest: _shared_memory_problem(hidden, hidden.shape[0])),
 }
 
 

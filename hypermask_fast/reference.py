@@ -218,14 +218,14 @@ def hypernet_adam(
     residual = F.linear(hidden[:-1], weight, bias) - targets
     factors = torch.cat([2 * drift_weight * residual, grad_logits[None]])
     hidden_grad = factors @ weight
+    bias1, bias2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
     for parameter, m, v, grad in (
         (weight, weight_m, weight_v, factors.t() @ hidden),
         (bias, bias_m, bias_v, factors.sum(0)),
     ):
         m.lerp_(grad, 1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (v / (1 - beta2**step)).sqrt() + eps
-        parameter.sub_(lr / (1 - beta1**step) * m / denominator)
+        parameter.sub_(lr / bias1 * m / ((v / bias2).sqrt() + eps))
     return hidden_grad, residual.square().sum()
 
 
