@@ -152,11 +152,12 @@ class Build(build_ext):
             output = Path(self.build_lib).resolve() / "hypermask_fast" / "_native.abi3.so"
         output = output.with_name("_native.abi3.so")
         output.parent.mkdir(parents=True, exist_ok=True)
-        link = [compiler(), "-shared", "-s", *map(str, objects), "-o", str(output)]
-        link += [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        if nvcc:
-            cuda_home = Path(nvcc).resolve().parent.parent
-            link += [f"-L{cuda_home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
+        if nvcc:  # which knows where its static runtime lies
+            link = [nvcc, "-shared", "--cudart=static", "-Xlinker", "--no-as-needed,-s"]
+        else:
+            link = [compiler(), "-shared", "-Wl,--no-as-needed,-s"]
+        link += [*map(str, objects), *libraries, "-o", str(output)]
         run(link)
 
 

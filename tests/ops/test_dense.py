@@ -117,10 +117,10 @@ def test_chunked_output_drift(size, dtype):
     tasks, chunks, rows, width = 3, -(-size // 12), 12, 5
     old = [torch.randn(tasks, chunks, width), torch.randn(rows, width), torch.randn(rows)]
     new = [(x + 1e-3 * torch.randn_like(x)) for x in old]
-    mine = [x.to(dtype).requires_grad_() for x in new]
+    mine = [x.to(dtype, copy=True).requires_grad_() for x in new]
     drift = ops.chunked_output_drift(*mine, *(x.to(dtype) for x in old), size)
     drift.backward()
-    exact = [x.to(dtype).double().requires_grad_() for x in new]
+    exact = [x.to(dtype).double().detach().clone().requires_grad_() for x in new]
     expected = reference.chunked_output_drift(*exact, *(x.double() for x in old), size)
     expected.backward()
     # Subtracting outputs in float32 would cost three digits here; the Gram form does not subtract them.
