@@ -1,6 +1,8 @@
 """hypermask_fast: HyperMask (arXiv 2310.00113), continual learning with hypernetwork-made masks, fast."""
 
-from . import data, functional
+from . import data, optim
+from . import ops as functional
+from .backends import explain, use_backend
 from .errors import InputError
 from .hypernet import HypernetConfig
 from .inference import Prediction, predict
@@ -22,6 +24,9 @@ __all__ = [
     "Prediction",
     "TaskMask",
     "data",
+    "explain",
     "functional",
+    "optim",
     "predict",
+    "use_backend",
 ]

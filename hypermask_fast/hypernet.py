@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import ops
 from .errors import InputError
 
 
@@ -105,7 +105,23 @@ class HyperNetwork(nn.Module):
 
     def forward(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, N) logits of task ids (T integers or an int64 tensor (T,)); the output layer is read once for all."""
-        return reference.hypernet_logits(self.hidden(tasks), self.output.weight, self.output.bias, self.size)
+        return ops.hypernet_logits(self.hidden(tasks), self.output.weight, self.output.bias, self.size)
+
+    @torch.no_grad()
+    def drift_targets(self, tasks: Iterable[int]) -> tuple[Tensor, ...]:
+        """What `output_drift` compares these tasks' output with later: here their (T, N) logits as of now."""
+        return (self(tasks),)
+
+    def output_drift(self, tasks: Iterable[int], targets: tuple[Tensor, ...]) -> Tensor:
+        """R = sum_j ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.
+
+        Args:
+            tasks, targets: those of `drift_targets`.
+
+        Returns:
+            Scalar.
+        """
+        return ops.output_drift(self.hidden(tasks), self.output.weight, self.output.bias, *targets)
 
 
 class ChunkedHyperNetwork(HyperNetwork):
@@ -142,3 +158,12 @@ class ChunkedHyperNetwork(HyperNetwork):
         per_chunk = F.linear(self.chunk_embeddings, of_chunk, first.bias)
         per_task = F.linear(self.embed(tasks), of_task)
         return self._after_first(per_chunk[None] + per_task[:, None])
+
+    @torch.no_grad()
+    def drift_targets(self, tasks: Iterable[int]) -> tuple[Tensor, ...]:
+        """The output layer and its inputs as of now: smaller than the logits, and all that `output_drift` needs."""
+        return (self.hidden(tasks), self.output.weight.clone(), self.output.bias.clone())
+
+    def output_drift(self, tasks: Iterable[int], targets: tuple[Tensor, ...]) -> Tensor:
+        """R = sum_j ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`."""
+        return ops.chunked_output_drift(self.hidden(tasks), self.output.weight, self.output.bias, *targets, self.size)

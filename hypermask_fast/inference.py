@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops
 from .masks import TaskMask
 from .model import HyperMask
 
@@ -33,6 +33,6 @@ def predict(model: HyperMask, x: Tensor, masks: list[TaskMask] | None = None) ->
     Source: HyperMask, arXiv 2310.00113, task inference by entropy.
     """
     logits = model.forward_all_tasks(x, masks)
-    task = reference.entropy_select(logits)
+    task = ops.entropy_select(logits)
     chosen = logits[task, torch.arange(len(task), device=task.device)]
     return Prediction(task, chosen.argmax(-1))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import reference
+from . import ops
 from .errors import InputError
 from .masks import active_mask
 
@@ -50,10 +50,10 @@ class _Masked:
             raise InputError(
                 f"mask logits must have the weight's shape {tuple(self.weight.shape)}, not {tuple(mask.logits.shape)}"
             )
-        weight = self.weight * reference.semi_binary_mask(mask.logits, mask.threshold)
+        weight = self.weight * ops.semi_binary_mask(mask.logits, mask.threshold)
         if mask.bias_logits is None or self.bias is None:
             return weight, self.bias
-        return weight, self.bias * reference.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
+        return weight, self.bias * ops.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
 
     def _check_dtype(self, x: Tensor) -> None:
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -98,6 +99,12 @@ class MaskLayout:
         """(S,) int64 rank from which each segment's entries are kept at `sparsity` percent; see `kept_rank`."""
         values = [kept_rank(sparsity, segment.size) if segment.selected else 0 for segment in self.segments]
         return torch.tensor(values, dtype=torch.int64, device=device)
+
+    def ramp_ranks(self, sparsities: Sequence[float], device: torch.device | str | None = None) -> Tensor:
+        """(len(sparsities), S) int64: `ranks` of each."""
+        last = np.array([segment.size - 1 if segment.selected else 0 for segment in self.segments])
+        ranks = np.ceil(np.asarray(sparsities, dtype=np.float64)[:, None] * last / 100)
+        return torch.from_numpy(ranks.astype(np.int64)).to(device)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The segments of a flat (N,) tensor as views of their parameters' shapes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import reference
+from . import ops
 from .layout import MaskLayout
 
 
@@ -23,6 +23,7 @@ class TaskMask:
         logits: (N,) mask logits a.
         thresholds: (S,) thresholds on |a|.
         effective: one tensor per segment, as the layers use them: W * m; the output layer's bias as it is.
+        output_drift: R, where the same pass over the output layer gives it (see `optim.Adam`); None otherwise.
     """
 
     task: int | Tensor
@@ -30,12 +31,13 @@ class TaskMask:
     logits: Tensor
     thresholds: Tensor
     effective: tuple[Tensor, ...]
+    output_drift: Tensor | None = None
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> mask |tanh a| where |a| >= thr, of the parameter's shape, values in [0, 1]."""
         views = self.layout.views(self.logits)
         return {
-            segment.name: reference.semi_binary_mask(view, threshold)
+            segment.name: ops.semi_binary_mask(view, threshold)
             for segment, view, threshold in zip(self.layout.segments, views, self.thresholds, strict=True)
         }
 

@@ -2,18 +2,23 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import layers, reference, regularizers
+from . import layers, ops, regularizers
 from .errors import InputError
 from .hypernet import HypernetConfig
 from .layout import MaskLayout
 from .masks import TaskMask, use_mask
 from .regularizers import Anchor, DriftConfig, Drifts
+
+if TYPE_CHECKING:
+    from .optim import Adam
 
 
 class HyperMask(nn.Module):
@@ -56,7 +61,7 @@ class HyperMask(nn.Module):
         fidelity: str = "default",
     ) -> None:
         super().__init__()
-        reference.kept_rank(sparsity, 1)
+        ops.kept_rank(sparsity, 1)
         if 0 < sparsity < 1:
             warnings.warn(f"sparsity is in percent: {sparsity} keeps almost everything", stacklevel=2)
         self.sparsity = sparsity
@@ -68,9 +73,8 @@ class HyperMask(nn.Module):
         self._owners = self._assign_segments()
         like = self.weights()[0]
         self.hypernet.to(like.device, like.dtype)
-        self.anchored_task: int | None = None
-        self.register_buffer("drift_targets", None, persistent=False)
-        self.register_buffer("previous_weights", None, persistent=False)
+        self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
+        self._optimizer: weakref.ref[Adam] | None = None
 
     def _assign_segments(self) -> list[tuple[nn.Module, str]]:
         """Tells each layer its segments; returns who owns each segment's Parameter, by module and attribute."""
@@ -123,18 +127,28 @@ class HyperMask(nn.Module):
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
         ids = self._task_ids(task)
-        return self._mask_of(task, self.hypernet(ids)[0], sparsity, ranks)
+        optimizer = self._optimizer() if self._optimizer is not None and torch.is_grad_enabled() else None
+        if optimizer is None or isinstance(task, Tensor):
+            return self._mask_of(task, self.hypernet(ids)[0], sparsity, ranks)
+        hidden = self.hypernet.hidden(range(task + 1))[:, 0]
+        logits, drift = optimizer.output_layer(hidden, self._anchor_of(task))
+        return self._mask_of(task, logits, sparsity, ranks, drift)
 
     def _mask_of(
-        self, task: int | Tensor, logits: Tensor, sparsity: float | None, ranks: Tensor | None = None
+        self,
+        task: int | Tensor,
+        logits: Tensor,
+        sparsity: float | None = None,
+        ranks: Tensor | None = None,
+        drift: Tensor | None = None,
     ) -> TaskMask:
         sparsity = self.sparsity if sparsity is None else sparsity
         if ranks is None:
             ranks = self.layout.ranks(sparsity, logits.device)
-        thresholds = reference.mask_thresholds(logits, self.layout.offsets, ranks)
+        thresholds = ops.mask_thresholds(logits, self.layout.offsets, ranks)
         weights, applied = self.weights(), self.layout.num_applied
-        effective = reference.masked_weights(weights[:applied], logits, thresholds, self.layout.offsets)
-        return TaskMask(task, self.layout, logits, thresholds, (*effective, *weights[applied:]))
+        effective = ops.masked_weights(weights[:applied], logits, thresholds, self.layout.offsets)
+        return TaskMask(task, self.layout, logits, thresholds, (*effective, *weights[applied:]), drift)
 
     def _task_ids(self, task: int | Tensor) -> list[int] | Tensor:
         """One task as ids for the hypernetwork, checked where that costs no host sync."""
@@ -192,42 +206,42 @@ class HyperMask(nn.Module):
         for task in ids:
             self._check_task(task)
         groups = zip(ids, x[order].split(counts.tolist()), self.hypernet(ids), strict=True)
-        sorted_outputs = [self(group, self._mask_of(task, logits, None)) for task, group, logits in groups]
+        sorted_outputs = [self(group, self._mask_of(task, logits)) for task, group, logits in groups]
         return torch.cat(sorted_outputs)[order.argsort()]
 
     def all_masks(self) -> list[TaskMask]:
         """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
-        return [self._mask_of(task, logits, None) for task, logits in enumerate(self.hypernet(range(self.num_tasks)))]
+        return [self._mask_of(task, logits) for task, logits in enumerate(self.hypernet(range(self.num_tasks)))]
 
     def forward_all_tasks(self, x: Tensor, masks: Iterable[TaskMask] | None = None) -> Tensor:
         """(tasks, batch, ...) outputs of every task's masked network on the same batch; masks: see `all_masks`."""
         return torch.stack([self(x, mask) for mask in (self.all_masks() if masks is None else masks)])
 
     def infer_task(self, x: Tensor) -> Tensor:
-        """(batch,) int64: per sample, the task of lowest softmax entropy; see `reference.entropy_select`."""
-        return reference.entropy_select(self.forward_all_tasks(x))
+        """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`."""
+        return ops.entropy_select(self.forward_all_tasks(x))
 
     # -- regularisers ---------------------------------------------------------------------------------------------
 
     def begin_task(self, task: int) -> None:
-        """Captures what the regularisers of task t compare with: logits of tasks 0..t-1 and the weights, as of now.
+        """Captures what the regularisers of task t compare with: output of tasks 0..t-1 and the weights, as of now.
 
         `regularizer` does this by itself at its first call for a task; call it where another moment is meant.
         """
         self._check_task(task)
-        weights = self.layout.flatten([weight.detach() for weight in self.weights()])
-        self.anchor = Anchor(task, regularizers.earlier_logits(self.hypernet, task), weights)
+        self.anchor = regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
 
-    @property
-    def anchor(self) -> Anchor:
-        """What `begin_task` captured; assigned to when a run resumes in the middle of a task."""
-        if self.anchored_task is None:
-            raise InputError("no task has begun: call begin_task(task) or regularizer(task) first")
-        return Anchor(self.anchored_task, self.drift_targets, self.previous_weights)
+    def _anchor_of(self, task: int) -> Anchor:
+        if self.anchor is None or self.anchor.task != task:
+            self.begin_task(task)
+        return self.anchor
 
-    @anchor.setter
-    def anchor(self, anchor: Anchor) -> None:
-        self.anchored_task, self.drift_targets, self.previous_weights = anchor
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HyperMask":
+        """Moves the anchor with the Parameters, wherever nn.Module takes them."""
+        super()._apply(fn, recurse)
+        if self.anchor is not None:
+            self.anchor = self.anchor.map(fn)
+        return self
 
     def drifts(self, task: int | TaskMask) -> Drifts:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
@@ -235,17 +249,16 @@ class HyperMask(nn.Module):
         Args:
             task: the task being trained, or its mask, which spares generating it again.
         """
-        number = int(task.task) if isinstance(task, TaskMask) else task
-        if number != self.anchored_task:
-            self.begin_task(number)
-        anchor = self.anchor
-        logits = thresholds = None
-        if self.drift.masked:
-            mask = task if isinstance(task, TaskMask) else self.mask(task)
-            logits, thresholds = mask.logits, mask.thresholds
-        weight = reference.weight_drift(
+        mask = task if isinstance(task, TaskMask) else None
+        anchor = self._anchor_of(int(mask.task) if mask else task)
+        if mask is None and self.drift.masked:
+            mask = self.mask(task)
+        logits, thresholds = (mask.logits, mask.thresholds) if self.drift.masked else (None, None)
+        weight = ops.weight_drift(
             self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
         )
+        if mask is not None and mask.output_drift is not None:
+            return Drifts(mask.output_drift, weight)
         return Drifts(regularizers.output_drift(self.hypernet, anchor), weight)
 
     def regularizer(self, task: int | TaskMask) -> Tensor:
@@ -258,7 +271,7 @@ class HyperMask(nn.Module):
             Scalar with gradient to both networks and all embeddings of tasks 0..t.
         """
         drifts = self.drifts(task)
-        return self.drift.loss(drifts, self.anchored_task)
+        return self.drift.loss(drifts, self.anchor.task)
 
     # -- export ---------------------------------------------------------------------------------------------------
 

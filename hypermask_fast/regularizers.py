@@ -1,14 +1,14 @@
 """What keeps earlier tasks as they were: output drift of the hypernetwork, weight drift of the target."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import reference
 from .errors import InputError
 from .hypernet import HyperNetwork
+from .layout import MaskLayout
 
 FIDELITIES = ("default", "official")
 
@@ -63,30 +63,27 @@ class Anchor(NamedTuple):
 
     Attributes:
         task: the task t that began.
-        targets: (t, N) logits of every earlier task.
         weights: (N,) flat target weights.
+        targets: the earlier tasks' `HyperNetwork.drift_targets`; empty for the first task.
     """
 
     task: int
-    targets: Tensor
     weights: Tensor
+    targets: tuple[Tensor, ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Anchor":
+        """The same with `function` of every tensor."""
+        return Anchor(self.task, function(self.weights), tuple(function(target) for target in self.targets))
 
 
-@torch.no_grad()
-def earlier_logits(hypernet: HyperNetwork, task: int) -> Tensor:
-    """(t, N) logits of tasks 0..t-1 as they are now: the output drift's targets while task t trains."""
-    if task == 0:
-        return hypernet.output.weight.new_empty(0, hypernet.size)
-    return hypernet(range(task))
+def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: list[Tensor], task: int) -> Anchor:
+    """How things stand as `task` begins; weights: one tensor per segment of the layout."""
+    targets = hypernet.drift_targets(range(task)) if task > 0 else ()
+    return Anchor(task, layout.flatten([weight.detach() for weight in weights]), targets)
 
 
 def output_drift(hypernet: HyperNetwork, anchor: Anchor) -> Tensor:
-    """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits; one read of the output layer for all tasks.
-
-    Returns:
-        Scalar; 0 for the first task.
-    """
+    """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, a scalar; 0 for the first task."""
     if anchor.task == 0:
         return anchor.weights.new_zeros(())
-    hidden = hypernet.hidden(range(anchor.task))
-    return reference.output_drift(hidden, hypernet.output.weight, hypernet.output.bias, anchor.targets)
+    return hypernet.output_drift(range(anchor.task), anchor.targets)

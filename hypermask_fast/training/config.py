@@ -14,6 +14,7 @@ import tomli_w
 
 from ..errors import InputError
 from ..hypernet import HypernetConfig
+from ..optim import GRADIENTS
 from ..reference import kept_rank
 from ..regularizers import FIDELITIES
 
@@ -69,6 +70,9 @@ class TrainingConfig:
         log_every: iterations between log lines (the only host syncs of the loop).
         checkpoint_every: iterations between checkpoints within a task; 0 for one at each task's end only.
         evaluation_batch: samples per evaluation batch.
+        precision: "float32", or "bf16" to train the target network under autocast.
+        gradient: of the hypernetwork's output layer: "auto", "factored" or "dense"; see `optim.Adam`.
+        cuda_graph: on a GPU, capture the training step and replay it.
     """
 
     lr: float = 1e-3
@@ -81,6 +85,9 @@ class TrainingConfig:
     log_every: int = 100
     checkpoint_every: int = 1000
     evaluation_batch: int = 1000
+    precision: str = "float32"
+    gradient: str = "auto"
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
@@ -95,6 +102,8 @@ class TrainingConfig:
             raise InputError(f"training.checkpoint_every must be 0 or more, not {self.checkpoint_every}")
         _choice("training.keep", self.keep, ("last", "best"))
         _choice("training.schedule", self.schedule, ("constant", "plateau"))
+        _choice("training.precision", self.precision, ("float32", "bf16"))
+        _choice("training.gradient", self.gradient, GRADIENTS)
 
     def length(self, samples: int) -> int:
         """Iterations of a task with that many training samples; an epoch's last, partial batch counts."""

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..data import Scenario
+from ..data import Scenario, Split
 from ..errors import InputError
 from ..model import HyperMask
+from ..optim import Adam
 from ..regularizers import Anchor
 from . import checkpoint
 from .config import TrainingConfig
 from .evaluation import accuracy
 from .logs import Logger, Loggers
 from .memory import peak_memory
+from .step import TaskWork
+from .step import steps as training_steps
 
 
 @dataclass
@@ -126,24 +128,23 @@ class Trainer:
 
     def _train_task(self, task: int, restored: dict[str, Tensor]) -> None:
         split = self.scenario.tasks[task].train
-        length = self.config.length(len(split))
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr, fused=True)
+        length, start = self.config.length(len(split)), self._at.iteration
+        optimizer = self._optimizer()
         plateau = self._plateau(optimizer)
         if restored:
             self._restore_task(optimizer, plateau, restored)
         else:
             self.model.begin_task(task)
-        self.logger.begin_task(task, length, self._at.iteration)
-        rows = batch_rows(len(split), self.config.batch_size, length, self.seed, task)
-        batches = split.batches(rows[self._at.iteration :], train=True)
+        self.logger.begin_task(task, length, start)
+        work = self._work(task, split, optimizer, length)
+        steps = training_steps(work, self.config.cuda_graph and self.device.type == "cuda", self.logger.message)
         self.model.train()
         started = time.perf_counter()
-        for iteration in range(self._at.iteration, length):
-            sparsity = self._sparsity(task, iteration, length)
-            values = self._step(task, next(batches), optimizer, sparsity)
+        for iteration in range(start, length):
+            values = next(steps)
             self._at.iteration = iteration + 1
             self.result.steps += 1
-            self._after_step(values, sparsity, length, optimizer, plateau)
+            self._after_step(values, self._sparsity(task, iteration, length), length, optimizer, plateau)
             if self._checkpoint_due(length):
                 self.result.seconds += time.perf_counter() - started
                 self._save(optimizer, plateau)
@@ -152,23 +153,19 @@ class Trainer:
             self.model.load_state_dict(self._at.best_model)
         self.result.seconds += time.perf_counter() - started
 
-    def _step(
-        self, task: int, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, sparsity: float
-    ) -> dict[str, Tensor]:
-        x, y = batch
-        mask = self.model.mask(task, sparsity)
-        cross_entropy = F.cross_entropy(self.model(x, mask), y)
-        drifts = self.model.drifts(mask)
-        loss = cross_entropy + self.model.drift.loss(drifts, task)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return {
-            "loss": loss.detach(),
-            "cross_entropy": cross_entropy.detach(),
-            "output_drift": drifts.output.detach(),
-            "weight_drift": drifts.weight.detach(),
-        }
+    def _optimizer(self) -> Adam:
+        on_gpu = self.device.type == "cuda"
+        lr = torch.tensor(self.config.lr, device=self.device) if on_gpu else self.config.lr
+        return Adam(self.model, lr, gradient=self.config.gradient, exact_loss=False, capturable=on_gpu)
+
+    def _work(self, task: int, split: Split, optimizer: Adam, length: int) -> TaskWork:
+        """What is left of the task: batches and sparsities from the run's iteration on."""
+        start = self._at.iteration
+        rows = batch_rows(len(split), self.config.batch_size, length, self.seed, task)[start:]
+        ramps = self.ramp and task == 0
+        sparsities = [self._sparsity(task, i, length) for i in (range(start, length) if ramps else [start])]
+        ranks = self.model.layout.ramp_ranks(sparsities, self.device)
+        return TaskWork(self.model, task, split, rows.to(self.device), ranks, optimizer, self.config.precision)
 
     def _sparsity(self, task: int, iteration: int, length: int) -> float:
         if self.ramp and task == 0:
@@ -180,7 +177,7 @@ class Trainer:
         values: dict[str, Tensor],
         sparsity: float,
         length: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Adam,
         plateau: ReduceLROnPlateau | None,
     ) -> None:
         """Validation and the log, where they are due; the only places where the host waits for the device."""
@@ -194,7 +191,7 @@ class Trainer:
                 plateau.step(logged["validation_accuracy"])
         if logged or done % self.config.log_every == 0 or done == length:
             logged |= {name: value.item() for name, value in values.items()}
-            logged |= {"lr": optimizer.param_groups[0]["lr"], "sparsity": sparsity}
+            logged |= {"lr": float(optimizer.param_groups[0]["lr"]), "sparsity": sparsity}
             self.logger.step(task, done, logged)
             if not logged["loss"] < float("inf"):
                 raise InputError(f"the loss is {logged['loss']} at task {task}, iteration {done}: lower training.lr")
@@ -208,7 +205,7 @@ class Trainer:
             self._at.best_model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         return value
 
-    def _plateau(self, optimizer: torch.optim.Optimizer) -> ReduceLROnPlateau | None:
+    def _plateau(self, optimizer: Adam) -> ReduceLROnPlateau | None:
         if self.config.schedule == "constant":
             return None
         return ReduceLROnPlateau(optimizer, mode="max", factor=0.1**0.5, patience=5, min_lr=5e-7)
@@ -226,7 +223,7 @@ class Trainer:
         every, done = self.config.checkpoint_every, self._at.iteration
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
-    def _save(self, optimizer: torch.optim.Optimizer | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
+    def _save(self, optimizer: Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
         """Within a task, all that the rest of it depends on; between tasks, the model and the results."""
         if self.run_dir is None:
             return
@@ -243,9 +240,10 @@ class Trainer:
         }
         if optimizer is not None:
             tensors |= checkpoint.optimizer_tensors(optimizer, self.model)
-            tensors |= {"anchor.targets": self.model.anchor.targets, "anchor.weights": self.model.anchor.weights}
+            tensors["anchor.weights"] = self.model.anchor.weights
+            tensors |= {f"anchor.targets.{i}": target for i, target in enumerate(self.model.anchor.targets)}
             tensors |= {f"best.{name}": tensor for name, tensor in at.best_model.items()}
-            state["lr"] = optimizer.param_groups[0]["lr"]
+            state["lr"] = float(optimizer.param_groups[0]["lr"])
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
@@ -272,13 +270,15 @@ class Trainer:
         self._restored_state = state
         return tensors if self._at.iteration > 0 else {}
 
-    def _restore_task(
-        self, optimizer: torch.optim.Optimizer, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]
-    ) -> None:
+    def _restore_task(self, optimizer: Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]) -> None:
         state = self._restored_state
-        self.model.anchor = Anchor(self._at.task, tensors["anchor.targets"], tensors["anchor.weights"])
+        targets = sorted((key for key in tensors if key.startswith("anchor.targets.")))
+        self.model.anchor = Anchor(self._at.task, tensors["anchor.weights"], tuple(tensors[key] for key in targets))
         checkpoint.restore_optimizer(optimizer, self.model, tensors)
-        for group in optimizer.param_groups:
+        group = optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(state["lr"])
+        else:
             group["lr"] = state["lr"]
         if plateau is not None:
             plateau.best, plateau.num_bad_epochs = state["plateau"]["best"], state["plateau"]["num_bad_epochs"]
