@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib import util
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +37,7 @@ class Offer(NamedTuple):
 _offers: dict[tuple[str, str], Offer] = {}
 _scope = threading.local()
 _warned: set[str] = set()
+_problems: dict[str, str] = {}
 
 
 def _recorded(part: str) -> str:
@@ -70,9 +70,14 @@ NATIVE_PROBLEM = _load_native()
 _ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
 
 
-@cache
 def problem(backend: str) -> str:
-    """Why a backend is not to be had here at all, "" if it is."""
+    """Why a backend is not to be had here at all, "" if it is. Found out once."""
+    if backend not in _problems:
+        _problems[backend] = _find_problem(backend)
+    return _problems[backend]
+
+
+def _find_problem(backend: str) -> str:
     if backend == "reference":
         return ""
     if backend == "cpu":
@@ -90,7 +95,7 @@ def problem(backend: str) -> str:
 def offer(op: str, backend: str, function: Callable, condition: Callable | None = None) -> None:
     """Adds an op to a backend; without a condition it serves every float32 call on its device."""
     _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""))
-    problem.cache_clear()
+    _problems.pop(backend, None)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hypermask_fast import reference
-from tests.tolerances import assert_close
+from tolerances import assert_close
 
 pytestmark = pytest.mark.native
 
