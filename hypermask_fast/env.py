@@ -18,9 +18,8 @@ _REMEDY = {
 def report() -> str:
     """The text that `python -m hypermask_fast.env` prints."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    lines = [
-        f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, GPU: {cuda}",
-    ]
+    threads = torch.get_num_threads()
+    lines = [f"python {platform.python_version()}, torch {torch.__version__}, {threads} threads, GPU: {cuda}"]
     if not backends.NATIVE_PROBLEM:
         lines.append(f"CPU kernels: {_ISA[torch.ops.hypermask_fast.cpu_isa(-1)]} (HYPERMASK_CPU_ISA)")
     if wanted := os.environ.get("HYPERMASK_BACKEND"):

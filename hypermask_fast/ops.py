@@ -30,9 +30,7 @@ __all__ = [
 native.register()
 
 
-def mask_thresholds(
-    logits: Tensor, offsets: Sequence[int], ranks: Tensor, *, backend: str | None = None
-) -> Tensor:
+def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor, *, backend: str | None = None) -> Tensor:
     """(..., S) thresholds of logits (..., N); see `reference.mask_thresholds`."""
     args = (logits, offsets, ranks)
     return backends.choose("mask_thresholds", backend, logits, args, {})(*args)
@@ -89,9 +87,7 @@ def masked_conv2d(
     return backends.choose("masked_conv2d", backend, x, args, {})(*args)
 
 
-def hypernet_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor, size: int, *, backend: str | None = None
-) -> Tensor:
+def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int, *, backend: str | None = None) -> Tensor:
     """(T, N) logits of hidden (T, chunks, H); see `reference.hypernet_logits`."""
     args = (hidden, weight, bias, size)
     return backends.choose("hypernet_logits", backend, hidden, args, {})(*args)
