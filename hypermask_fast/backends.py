@@ -1,7 +1,8 @@
 """Which backend serves an op: reference | cpu | triton | cuda.
 
 Chosen by, in this order: the op's argument `backend`, `with use_backend("...")`, the environment's HYPERMASK_BACKEND,
-and otherwise automatically, the fastest that can serve. A backend asked for by name that can't serve raises, saying why.
+and otherwise automatically, the fastest that can serve. A backend asked for by name that can't serve raises and
+says why.
 
 Each accelerated backend offers an op as a function with the reference's signature and a condition: a function of the
 same arguments that returns "" or why it can't serve them.
