@@ -1,7 +1,8 @@
 """Which backend serves an op: reference | cpu | triton | cuda.
 
 Chosen by, in this order: the op's argument `backend`, `with use_backend("...")`, the environment's HYPERMASK_BACKEND,
-and otherwise automatically, the fastest that can serve. A backend asked for by name that can't serve raises and says why.
+and otherwise automatically, the fastest that can serve. A backend asked for by name that can't serve raises and
+says why.
 
 Each accelerated backend offers an op as a function with the reference's signature and a condition: a function of the
 same arguments that returns "" or why it can't serve them.
@@ -13,7 +14,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib import util
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,7 @@ class Offer(NamedTuple):
 _offers: dict[tuple[str, str], Offer] = {}
 _scope = threading.local()
 _warned: set[str] = set()
+_problems: dict[str, str] = {}
 
 
 def _recorded(part: str) -> str:
@@ -70,9 +71,14 @@ NATIVE_PROBLEM = _load_native()
 _ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
 
 
-@cache
 def problem(backend: str) -> str:
-    """Why a backend is not to be had here at all, "" if it is."""
+    """Why a backend is not to be had here at all, "" if it is. Found out once."""
+    if backend not in _problems:
+        _problems[backend] = _find_problem(backend)
+    return _problems[backend]
+
+
+def _find_problem(backend: str) -> str:
     if backend == "reference":
         return ""
     if backend == "cpu":
@@ -90,7 +96,7 @@ def problem(backend: str) -> str:
 def offer(op: str, backend: str, function: Callable, condition: Callable | None = None) -> None:
     """Adds an op to a backend; without a condition it serves every float32 call on its device."""
     _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""))
-    problem.cache_clear()
+    _problems.pop(backend, None)
 
 
 @contextmanager

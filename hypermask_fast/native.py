@@ -241,12 +241,12 @@ def gram_output_drift(
 ) -> Tensor:
     """`reference.chunked_output_drift` without N-sized work: n H^2 + C H^2 operations for n = tasks * chunks rows.
 
-    With d = W - W*, e = h*, de = h - h*, c = b - b* the residual of a row is r = h d' + (h - h*) W*' + c, so
+    With d = W - W*, e = h - h*, c = b - b* the residual of a row is r = h d' + e W*' + c, so
 
         sum ||r||^2 = <S, d'd> + 2 <Z, W*'d> + <E, W*'W*> + 2 (d'c).s + 2 (W*'c).u + n c.c
 
-    where e = h - h*, S = h'h, Z = e'h, E = e'e, s and u the sums of the rows of h and e. Autograd's gradient of it has the
-    same cost. The last chunk, where it is cut off, is done directly.
+    where S = h'h, Z = e'h, E = e'e, s and u the sums of the rows of h and e. Autograd's gradient of it
+    costs the same. The last chunk, where it is cut off, is done directly.
     """
     rows = weight.shape[0]
     whole = size // rows

@@ -24,8 +24,9 @@ class HypnettorchLoop:
         weights: target tensors W1, b1, ..., Wn, bn, cloned into new leaves.
         forward: (effective weights, x) -> class logits.
         num_tasks, embedding, hidden: the hypernetwork; chunk_size None: dense.
-        sparsity (percent), beta, lam, drift_norm, drift_masked: as in SEMANTICS of the method.
+        sparsity (percent), beta, lam, drift_norm, drift_masked: as `hypermask_fast.HyperMask` has them.
         lr: of Adam, made afresh by `begin_task`.
+        shared: Parameters that are trained but not masked (batch norm's), as `forward` uses them.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class HypnettorchLoop:
         drift_norm: int = 1,
         drift_masked: bool = True,
         lr: float = 1e-3,
+        shared: Sequence[nn.Parameter] = (),
     ) -> None:
+        self.shared = list(shared)
         self.weights = [nn.Parameter(weight.detach().clone()) for weight in weights]
         self.forward = forward
         shapes = [list(weight.shape) for weight in weights]
@@ -68,7 +71,7 @@ class HypnettorchLoop:
         self.task = task
         self.targets = get_current_targets(task, self.hypernet) if task > 0 else []
         self.previous = [weight.detach().clone() for weight in self.weights]
-        self.optimizer = torch.optim.Adam([*self.hypernet.parameters(), *self.weights], lr=self.lr)
+        self.optimizer = torch.optim.Adam([*self.hypernet.parameters(), *self.weights, *self.shared], lr=self.lr)
 
     def masks(self, sparsity: float) -> list[Tensor]:
         logits = self.hypernet.forward(cond_id=self.task)

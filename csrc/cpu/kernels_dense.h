@@ -45,11 +45,6 @@ HM_INLINE void for_tiles(int64_t total, const F& f) {
   }
 }
 
-// Brings the next block's part of an array into the cache, to be written.
-HM_INLINE void prefetch(const float* p, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(p + i, 1, 2);
-}
-
 // out[j][r] = W_r . h_j for kRows (4 or 1) rows and kTasks tasks.
 template <int kRows, int kTasks>
 HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padded, float* out) {

@@ -272,7 +272,7 @@ class Trainer:
 
     def _restore_task(self, optimizer: Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]) -> None:
         state = self._restored_state
-        targets = sorted((key for key in tensors if key.startswith("anchor.targets.")))
+        targets = sorted(key for key in tensors if key.startswith("anchor.targets."))
         self.model.anchor = Anchor(self._at.task, tensors["anchor.weights"], tuple(tensors[key] for key in targets))
         checkpoint.restore_optimizer(optimizer, self.model, tensors)
         group = optimizer.param_groups[0]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tolerances import assert_close
 
 from hypermask_fast import reference
-from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.native
 
@@ -69,14 +69,8 @@ def test_mask_threshold_per_row_and_strides(cpu, isa):
 
 def layers(grad=True):
     """Weights of odd shapes, one of them strided and one of a single entry, with logits that go on behind them."""
-    weights = [
-        torch.randn(30, 7),
-        torch.randn(5, 300).t(),
-        torch.randn(1),
-        torch.randn(17, 3, 3, 3),
-        torch.randn(20000),
-    ]
-    weights = [w.requires_grad_(grad) for w in weights]
+    weights = [torch.randn(30, 7), torch.randn(5, 300).t(), torch.randn(1), torch.randn(17, 3, 3, 3)]
+    weights = [w.requires_grad_(grad) for w in (*weights, torch.randn(20000))]
     offsets = [0]
     for w in weights:
         offsets.append(offsets[-1] + w.numel())

@@ -1,0 +1,59 @@
+"""The library itself, used as its trainer uses it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hypermask_fast as hmf
+
+
+class Library:
+    """One training step after another, official scaling.
+
+    Args:
+        net: the target network, changed in place.
+        num_tasks, sparsity, config, settings: of `hypermask_fast.HyperMask`.
+        lr: of Adam, made afresh by `begin_task`.
+        captured: make a step that a CUDA graph can hold: no tensor is built on the host within it.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_tasks: int,
+        sparsity: float,
+        config: hmf.HypernetConfig,
+        *,
+        lr: float = 1e-3,
+        captured: bool = False,
+        device: torch.device | str = "cpu",
+        **settings,
+    ) -> None:
+        with torch.device(device):
+            self.model = hmf.HyperMask(net.to(device), num_tasks, sparsity, config, fidelity="official", **settings)
+        self.captured = captured
+        self.ranks = self.model.layout.ranks(sparsity, device) if captured else None
+        self.lr = torch.tensor(lr, device=device) if captured else lr
+
+    def begin_task(self, task: int) -> None:
+        self.task = task
+        self.model.begin_task(task)
+        self.optimizer = hmf.optim.Adam(self.model, lr=self.lr, exact_loss=False, capturable=self.captured)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step; returns the loss before it. The drift's value is there once backward has run."""
+        model, optimizer = self.model, self.optimizer
+        mask = model.mask(self.task, ranks=self.ranks)
+        cross_entropy = F.cross_entropy(model(x, mask), y)
+        drifts = model.drifts(mask)
+        loss = cross_entropy + model.drift.loss(drifts, self.task)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        self.parts = cross_entropy.detach(), drifts
+        return loss.detach()
+
+    def last_loss(self) -> Tensor:
+        """The last step's loss with the drift's value in it."""
+        cross_entropy, drifts = self.parts
+        return cross_entropy + self.model.drift.loss(drifts, self.task).detach()

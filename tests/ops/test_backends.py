@@ -1,0 +1,106 @@
+"""Which backend runs an op, what a refusal says, and what an installation without the extension does."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from hypermask_fast import InputError, backends, env, ops, reference
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.native
+def test_order_of_choice():
+    a = torch.randn(5)
+    choose = lambda backend=None: backends.choose("semi_binary_mask", backend, a, (a, torch.tensor(0.1)), {})  # noqa: E731
+    assert choose() is not reference.semi_binary_mask
+    with backends.use_backend("reference"):
+        assert choose() is reference.semi_binary_mask
+        assert choose("cpu") is not reference.semi_binary_mask
+        with backends.use_backend("auto"):
+            assert choose() is not reference.semi_binary_mask
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(choose()))
+        thread.start()
+        thread.join()
+        assert seen[0] is not reference.semi_binary_mask  # another thread has its own scope
+
+
+@pytest.mark.native
+def test_a_named_backend_says_why_it_cannot():
+    a, threshold = torch.randn(5, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    with pytest.raises(InputError, match="computes in float32, not float64"):
+        ops.semi_binary_mask(a, threshold, backend="cpu")
+    with pytest.raises(InputError, match="cpu has no masked_linear"):
+        ops.masked_linear(a[None], a[None], a[None], threshold, backend="cpu")
+    with pytest.raises(InputError, match="can't run semi_binary_mask"):
+        ops.semi_binary_mask(a, threshold, backend="cuda")
+    with pytest.raises(InputError, match="must be one of"):
+        ops.semi_binary_mask(a, threshold, backend="gpu")
+    with pytest.raises(InputError, match="must be one of"), backends.use_backend("gpu"):
+        pass
+
+
+@pytest.mark.native
+def test_auto_falls_back_for_what_the_kernels_do_not_serve():
+    a = torch.randn(4, 5, dtype=torch.float64)
+    threshold = torch.rand(5, dtype=torch.float64)  # one per column
+    assert torch.equal(ops.semi_binary_mask(a, threshold), reference.semi_binary_mask(a, threshold))
+    single = ops.semi_binary_mask(a.float(), threshold.float())
+    assert torch.equal(single, reference.semi_binary_mask(a.float(), threshold.float()))
+    hidden, weight, bias, targets = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5), torch.randn(2, 13)
+    assert torch.equal(
+        ops.output_drift(hidden, weight, bias, targets), reference.output_drift(hidden, weight, bias, targets)
+    )
+
+
+@pytest.mark.native
+def test_explain():
+    a, threshold = torch.randn(5), torch.tensor(0.1)
+    assert backends.explain("semi_binary_mask", a, threshold) == "semi_binary_mask: cpu (chosen automatically)"
+    text = backends.explain("semi_binary_mask", a.double(), threshold.double())
+    assert "reference" in text and "not cpu: cpu computes in float32" in text
+    text = backends.explain("masked_weights", [a], a, threshold, [0, 5], backend="cuda")
+    assert "nothing (asked for)" in text
+    with pytest.raises(InputError, match="no op"):
+        backends.explain("sofmax", a)
+
+
+def test_environment_chooses():
+    code = "import torch; from hypermask_fast import backends as b; print(b.requested())"
+    assert run_python(code, HYPERMASK_BACKEND="reference").strip() == "reference"
+    code = "import torch; from hypermask_fast import ops; ops.semi_binary_mask(torch.ones(2), torch.tensor(0.))"
+    with pytest.raises(AssertionError, match="backend must be one of"):
+        run_python(code, HYPERMASK_BACKEND="fast")
+
+
+def test_without_the_extension_the_reference_serves_and_says_so_once():
+    code = """
+import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, package=None: None if name == "._native" else find(name, package)
+import torch
+from hypermask_fast import ops, env
+for _ in range(3):
+    ops.semi_binary_mask(torch.ones(2), torch.tensor(0.0))
+print(env.report())
+"""
+    text = run_python(code)
+    assert text.count("hypermask_fast runs its reference ops on cpu") == 1
+    assert "pip install --no-build-isolation ." in text
+
+
+@pytest.mark.native
+def test_report():
+    text = env.report()
+    assert "cpu       ready: hypernet_adam" in text and "entropy_select" in text.splitlines()[-1]

@@ -1,0 +1,75 @@
+"""The CUDA sources compile for every architecture, without spills; the arithmetic of launches is right."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("80", "90a", "100")
+SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_spills_on_any_architecture(source, tmp_path):
+    include = Path(torch.__file__).parent / "include"
+    command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "--expt-relaxed-constexpr", "--threads=0", "-DUSE_CUDA"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem={include}", "-Werror=all-warnings"]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    done = subprocess.run(
+        [*command, "-c", str(ROOT / "csrc/cuda" / source), "-o", str(tmp_path / "out.o")],
+        capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for arch in ARCHITECTURES:
+        assert f"sm_{arch}'" in done.stderr, f"nothing was compiled for sm_{arch}"
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills and all(pair == ("0", "0") for pair in spills)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert registers and max(registers) <= 64  # four blocks of 256 threads on a multiprocessor
+
+
+LAUNCH_TEST = r"""
+#include "common/launch.h"
+#include <cassert>
+#include <cstdio>
+#include <initializer_list>
+using namespace hypermask;
+int main() {
+  static_assert(sizeof(int64_t) == 8 && sizeof(decltype(BlockTable::first_block[0])) == 8, "64-bit offsets");
+  const int64_t big = (int64_t{1} << 33) + 5;  // more than 2^31 entries in one segment
+  const int64_t sizes[] = {0, 1, kTileEntries, 0, kTileEntries + 1, big, 0, 7};
+  BlockTable table;
+  fill_table(table, sizes, 8);
+  int64_t block = 0;
+  for (int s = 0; s < 8; ++s) {
+    const int64_t blocks = ceil_div(sizes[s], kTileEntries);
+    assert(table.first_block[s] == block);
+    for (int64_t b : {int64_t{0}, blocks / 2, blocks - 1}) {
+      if (b < 0 || b >= blocks) continue;
+      assert(BlockTable::find(table, block + b) == s);
+      const int64_t begin = (block + b - table.first_block[s]) * kTileEntries;
+      assert(begin >= 0 && begin < sizes[s]);
+    }
+    block += blocks;
+  }
+  assert(table.first_block[8] == block && (block - 1) * kTileEntries > INT32_MAX);
+  for (int64_t width : {1, 2, 100, 101}) assert(dense_stride(width) % 2 == 1 && dense_stride(width) >= width);
+  assert(dense_shared_floats(10, 100) * 4 < 48 * 1024);
+  std::puts("ok");
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_launch_arithmetic(tmp_path):
+    source = tmp_path / "launch.cpp"
+    source.write_text(LAUNCH_TEST)
+    program = str(tmp_path / "launch")
+    subprocess.run(["g++", "-std=c++17", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", program], check=True)
+    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == "ok\n"
