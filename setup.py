@@ -29,18 +29,7 @@ OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 # Torch's ABI of 2.11 and CPython's of 3.10: one binary for all later ones.
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000", "-std=c++17"]
 CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-<<<<<<< HEAD
-CXX_FLAGS += [
-    "-Wall",
-    "-Wextra",
-    "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
-    "-Wno-uninitialized",
-    "-Wno-unused-parameter",
-]
-=======
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
->>>>>>> native
 ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mbmi"],
     "kernels_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mbmi"],

@@ -21,7 +21,6 @@ _REMEDY = {
 
 
 def report() -> str:
-<<<<<<< HEAD
     """Versions, devices, threads and backends, one "name: value" per line, aligned."""
     lines = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -38,14 +37,6 @@ def report() -> str:
 def _backends() -> dict[str, str]:
     """Each backend's ops, or why it is not there and what brings it."""
     lines = {}
-=======
-    """The text that `python -m hypermask_fast.env` prints."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    threads = torch.get_num_threads()
-    lines = [f"python {platform.python_version()}, torch {torch.__version__}, {threads} threads, GPU: {cuda}"]
-    if not backends.NATIVE_PROBLEM:
-        lines.append(f"CPU kernels: {_ISA[torch.ops.hypermask_fast.cpu_isa(-1)]} (HYPERMASK_CPU_ISA)")
->>>>>>> native
     if wanted := os.environ.get("HYPERMASK_BACKEND"):
         lines["HYPERMASK_BACKEND"] = wanted
     ready = [name for name in backends.BACKENDS[1:] if not backends.problem(name)]

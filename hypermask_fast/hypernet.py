@@ -109,8 +109,12 @@ class HyperNetwork(nn.Module):
 
     @torch.no_grad()
     def drift_targets(self, tasks: Iterable[int]) -> tuple[Tensor, ...]:
-        """What `output_drift` compares these tasks' output with later: here their (T, N) logits as of now."""
-        return (self(tasks),)
+        """What `output_drift` compares these tasks' output with later: here their (T, N) logits as of now.
+
+        Task by task, in the arithmetic of the training step's kernel: the first step then sees a drift of exactly 0,
+        and not rounding, which Adam's normalisation would blow up.
+        """
+        return (torch.cat([self([task]) for task in tasks]),)
 
     def output_drift(self, tasks: Iterable[int], targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_j ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.

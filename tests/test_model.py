@@ -150,7 +150,7 @@ def step(model, optimizer, x, y, task):
 @pytest.mark.parametrize("masked", [True, False])
 def test_regularizer(fidelity, masked):
     model = blob_model(3, beta=0.5, lam=0.25, drift_masked=masked, fidelity=fidelity)
-    assert model.regularizer(2).item() == 0  # the task begins here
+    assert model.regularizer(2).item() == pytest.approx(0, abs=1e-12)  # the task begins here
     targets = [model.hypernet([j])[0].detach() for j in range(2)]
     previous = [weight.detach().clone() for weight in model.weights()]
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_regularizer(fidelity, masked):
 def test_drift_targets_of_the_first_task_are_none():
     model = blob_model(2)
     model.begin_task(0)
-    assert model.anchor.targets.shape == (0, model.layout.size)
+    assert model.anchor.targets == ()
     assert model.drifts(0).output.item() == 0
 
 

@@ -7,7 +7,7 @@ forward and backward, to torch.compile.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from math import ceil, prod, sqrt
+from math import ceil, prod
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ class BatchedTorch:
     """One training step after another, official scaling: CE + beta / t * (R / t) + lam * D.
 
     Args:
-        shapes: of the target tensors W1, b1, ..., Wn, bn.
+        weights: target tensors W1, b1, ..., Wn, bn; their dtype and device are the peer's.
         forward: (effective weights, x) -> class logits.
         shared: Parameters that are trained but not masked, as `forward` uses them.
         compiled: run the loss through torch.compile.
@@ -30,7 +30,7 @@ class BatchedTorch:
 
     def __init__(
         self,
-        shapes: Sequence[Sequence[int]],
+        weights: Sequence[Tensor],
         forward: Forward,
         *,
         num_tasks: int,
@@ -47,18 +47,17 @@ class BatchedTorch:
         shared: Sequence[nn.Parameter] = (),
         compiled: bool = False,
         captured: bool = False,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
     ) -> None:
-        self.shapes, self.forward, self.shared = [tuple(s) for s in shapes], forward, list(shared)
+        self.shapes, self.forward, self.shared = [tuple(w.shape) for w in weights], forward, list(shared)
         self.sizes = [prod(s) for s in self.shapes]
         self.offsets = [0, *accumulate(self.sizes)]
         self.size = self.offsets[-1]
         self.sparsity, self.beta, self.lam, self.lr = sparsity, beta, lam, lr
         self.drift_norm, self.drift_masked, self.captured = drift_norm, drift_masked, captured
         self.chunks = ceil(self.size / chunk_size) if chunk_size else 0
-        with torch.device(device):
-            self._build(num_tasks, embedding, hidden, chunk_size, chunk_embedding, dtype)
+        self.weight = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+        with self.weight.device:
+            self._build(num_tasks, embedding, hidden, chunk_size, chunk_embedding)
         self._loss = torch.compile(self.loss, dynamic=False) if compiled else self.loss
 
     def _build(
@@ -68,17 +67,14 @@ class BatchedTorch:
         hidden: Sequence[int],
         chunk_size: int | None,
         chunk_embedding: int,
-        dtype: torch.dtype,
     ) -> None:
+        dtype = self.weight.dtype
         inputs = embedding + (chunk_embedding if self.chunks else 0)
         self.embeddings = nn.Parameter(torch.randn(num_tasks, embedding, dtype=dtype))
         self.chunk_embeddings = nn.Parameter(torch.randn(self.chunks, chunk_embedding, dtype=dtype))
         self.layers = nn.ModuleList(
             nn.Linear(a, b, dtype=dtype) for a, b in pairwise((inputs, *hidden, chunk_size or self.size))
         )
-        self.weight = nn.Parameter(torch.empty(self.size, dtype=dtype))
-        for flat, shape in zip(self.weight.detach().split(self.sizes), self.shapes, strict=True):
-            nn.init.uniform_(flat, -1 / sqrt(prod(shape[1:])), 1 / sqrt(prod(shape[1:])))
 
     def parameters(self) -> list[nn.Parameter]:
         chunks = [self.chunk_embeddings] if self.chunks else []
@@ -119,7 +115,7 @@ class BatchedTorch:
 
     @staticmethod
     def _threshold(magnitude: Tensor, sparsity: float) -> Tensor:
-        """The magnitude of rank ceil(p (n - 1) / 100), by topk from the nearer end: far faster than kthvalue or sort."""
+        """The magnitude of rank ceil(p (n - 1) / 100), by topk from the nearer end: much faster than a sort."""
         count = magnitude.numel()
         rank = ceil(sparsity * (count - 1) / 100)
         if rank + 1 <= count - rank:

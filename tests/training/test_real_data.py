@@ -10,9 +10,10 @@ from hypermask_fast.training.config import load_preset
 from hypermask_fast.training.trainer import Trainer
 
 
-def shortened(preset, data_dir, tasks, **settings):
+def shortened(preset, data_dir, tasks, method=None, **settings):
     """A trainer of the preset's first tasks, tested on few samples; the rows it logs."""
     values = {"data.dir": str(data_dir), "data.tasks": tasks} | {f"training.{k}": v for k, v in settings.items()}
+    values |= {f"method.{k}": v for k, v in (method or {}).items()}
     config = load_preset(preset).with_values(values)
     scenario = run.read_scenario(config)
     few = tuple(replace(task, test=TensorSplit(*first(task.test, 500), task.test.prepare)) for task in scenario.tasks)
@@ -44,9 +45,10 @@ def test_split_mnist(mnist_dir, fidelity):
 
 
 def test_permuted_mnist(mnist_dir):
-    trainer, rows = shortened("permuted-mnist", mnist_dir, 1, iterations=40, log_every=1)
+    """Without the weight drift, which holds the loss up for the first hundred steps."""
+    trainer, rows = shortened("permuted-mnist", mnist_dir, 1, iterations=30, log_every=1, method={"lam": 0.0})
     trainer.fit()
-    assert rows[-1]["cross_entropy"] < 0.8 * rows[0]["cross_entropy"]
+    assert rows[-1]["cross_entropy"] < 0.6 * rows[0]["cross_entropy"]
 
 
 def test_split_cifar10(cifar10_dir):

@@ -1,0 +1,63 @@
+"""What a benchmark is: a case, its contenders, and what a contender has to be able to do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from .gate import Sketch
+
+OURS = "ours"
+
+
+class Unavailable(Exception):
+    """A contender can't run here; the message says why."""
+
+
+class Runnable(Protocol):
+    """A contender made ready.
+
+    Attributes:
+        calls: how often one `run` does the thing that is timed.
+    """
+
+    calls: int
+
+    def result(self) -> dict[str, Sketch]:
+        """What the gate compares; called once, before anything is timed."""
+
+    def run(self) -> None:
+        """What is timed. On a GPU it need not wait for the device."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row group of the results.
+
+    Attributes:
+        name: unique; `experiment` and `task` are its parts in the results file, task None for an op.
+        shapes: in words, for the table.
+        contenders: the first one is ours; others whose name begins with "ours" are ours too.
+        build: makes a contender ready, by name and device; "reference" and what `reference` names are
+            oracles, in float64, of which only `result` is used.
+        floor: () -> (bytes, operations) that cannot be done without.
+        tolerance: largest relative error of the named tensor.
+        reference: the oracle of a contender.
+        isolated: every contender in a process of its own, its peak memory measured.
+        dtype: what the operations are done in, for the floor's rate.
+        memory: bytes that a contender needs, about; decides how many are resident at a time.
+    """
+
+    name: str
+    experiment: str
+    task: int | None
+    shapes: str
+    contenders: tuple[str, ...]
+    build: Callable[[str, torch.device], Runnable]
+    floor: Callable[[], tuple[float, float]]
+    tolerance: Callable[[str], float]
+    reference: Callable[[str], str] = field(default=lambda contender: "reference")
+    isolated: bool = False
+    dtype: str = "float32"
+    memory: Callable[[str], float] = field(default=lambda contender: 0.0)

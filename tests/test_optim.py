@@ -1,0 +1,163 @@
+"""Adam on factored gradients: the numbers of torch.optim.Adam, and refusals where it can't give them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hypermask_fast as hmf
+from hypermask_fast import InputError
+
+
+def small_model(tasks, **settings):
+    """Without batch norm, which gives a bias before it a gradient of nothing but rounding, and without dropout."""
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    config = hmf.HypernetConfig(embedding=8, hidden=(12,))
+    return hmf.HyperMask(net, tasks, 20, config, **({"beta": 0.01, "lam": 1e-3} | settings))
+
+
+X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
+
+
+def train(model, make_optimizer, steps, tasks=3):
+    """Losses of some steps in each task, as a user writes them."""
+    losses = []
+    for task in range(tasks):
+        optimizer = make_optimizer(model)
+        for _ in range(steps):
+            mask = model.mask(task)
+            loss = F.cross_entropy(model(X, mask), Y) + model.regularizer(mask)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    return torch.stack(losses), optimizer
+
+
+def plain(model):
+    return torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+def ours(**settings):
+    return lambda model: hmf.optim.Adam(model, 1e-2, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient": "dense"}, {"gradient": "factored"}], ids=str)
+@pytest.mark.parametrize("fidelity", ["default", "official"])
+def test_float64_numbers_are_torch_adams(settings, fidelity):
+    # The 1-norm's gradient jumps where a weight comes back to where it was; rounding then decides, and shows.
+    theirs, own = (small_model(3, beta=0.5, lam=0.02, drift_norm=2, fidelity=fidelity).double() for _ in range(2))
+    global X
+    X, before = X.double(), X
+    try:
+        expected, their_optimizer = train(theirs, plain, 20)
+        losses, optimizer = train(own, ours(**settings), 20)
+    finally:
+        X = before
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-9)
+    for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8, msg=name)
+    moments = [
+        {name: o.state[p]["exp_avg_sq"] for name, p in m.named_parameters() if p in o.state}
+        for o, m in ((optimizer, own), (their_optimizer, theirs))
+    ]
+    assert moments[0].keys() == moments[1].keys()
+    for name in moments[0]:
+        torch.testing.assert_close(moments[0][name], moments[1][name], rtol=1e-4, atol=1e-14)
+
+
+def test_float32_stays_by_torch_adam():
+    theirs, own = small_model(2, drift_norm=2), small_model(2, drift_norm=2)
+    expected, _ = train(theirs, plain, 30, tasks=2)
+    losses, _ = train(own, ours(), 30, tasks=2)
+    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_loss_without_the_drift_until_backward():
+    """exact_loss=False: the same training; the drift's value is there after backward."""
+    exact, lazy = (small_model(2, beta=5.0, drift_norm=2) for _ in range(2))
+    train(exact, ours(), 5, tasks=2)
+    train(lazy, ours(exact_loss=False), 5, tasks=2)
+    for a, b in zip(exact.parameters(), lazy.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    optimizer = hmf.optim.Adam(lazy, exact_loss=False)
+    mask = lazy.mask(1)
+    drifts = lazy.drifts(mask)
+    assert drifts.output.item() == 0
+    expected = (lazy.hypernet([0])[0] - lazy.anchor.targets[0][0]).square().sum().item()
+    loss = F.cross_entropy(lazy(X, mask), Y) + lazy.drift.loss(drifts, 1)
+    loss.backward()
+    optimizer.step()
+    assert drifts.output.item() == pytest.approx(expected, rel=1e-4) and expected > 0
+
+
+def test_state_dict_goes_to_torch_adam_and_back():
+    model = small_model(1)
+    _, optimizer = train(model, ours(), 3, tasks=1)
+    state = copy.deepcopy(optimizer.state_dict())
+    theirs = plain(model)
+    theirs.load_state_dict(state)
+    again = hmf.optim.Adam(model)
+    again.load_state_dict(theirs.state_dict())
+    weight = model.hypernet.output.weight
+    assert torch.equal(again.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg"])
+    assert again.state[weight]["step"] == 3
+
+
+def test_dense_gradient_can_be_accumulated_and_clipped():
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model, gradient="dense")
+    for _ in range(2):
+        mask = model.mask(0)
+        (F.cross_entropy(model(X, mask), Y) + model.regularizer(mask)).backward()
+    assert model.hypernet.output.weight.grad is not None
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    before = model.hypernet.output.weight.clone()
+    optimizer.step()
+    assert not torch.equal(model.hypernet.output.weight, before)
+
+
+def test_a_second_backward_is_refused():
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model)
+    F.cross_entropy(model(X, 0), Y).backward()
+    before = model.hypernet.output.weight.clone()
+    with pytest.raises(InputError, match="a second backward pass before optimizer.step"):
+        F.cross_entropy(model(X, 0), Y).backward()
+    assert torch.equal(model.hypernet.output.weight, before)
+    optimizer.step()
+    F.cross_entropy(model(X, 0), Y).backward()
+
+
+def test_a_dense_gradient_in_a_factored_step_is_refused():
+    model = small_model(2)
+    optimizer = hmf.optim.Adam(model)
+    F.cross_entropy(model(X, torch.arange(32) % 2), Y).backward()
+    with pytest.raises(InputError, match="has got a dense gradient"):
+        optimizer.step()
+
+
+def test_another_optimiser_takes_over_when_it_is_gone():
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model)
+    del optimizer
+    F.cross_entropy(model(X, 0), Y).backward()
+    assert model.hypernet.output.weight.grad is not None
+
+
+def test_chunked_takes_dense_gradients():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(8, 2)
+    model = hmf.HyperMask(net, 2, hypernetwork=hmf.HypernetConfig(4, (6,), chunk_size=5))
+    with pytest.raises(InputError, match="chunked hypernetwork has no factored gradient"):
+        hmf.optim.Adam(model, gradient="factored")
+    hmf.optim.Adam(model)
+    F.cross_entropy(model(X, 0), Y).backward()
+    assert model.hypernet.output.weight.grad is not None
+
+
+def test_unknown_gradient():
+    with pytest.raises(InputError, match="gradient must be one of auto, factored, dense, not 'sparse'"):
+        hmf.optim.Adam(small_model(1), gradient="sparse")
