@@ -11,7 +11,6 @@
 namespace hypermask {
 
 constexpr int kBlockRows = 32;  // rows of the dense layer handled together: W, h and dW of a block fit the L1 cache
-constexpr int64_t kPrefetchSlack = 64;
 
 // The dense output layer a_j = W h_j + b, and what its pass over W works on.
 // Rows j of hidden and scratch: first the drift tasks (with targets), then, if grad_logits, the current one.
@@ -39,7 +38,7 @@ struct DenseLayer {
 
 struct Kernels {
   const char* name;
-  // counts[digit] of the entries whose higher digits equal prefix; see radix_digit. n <= 2^16 - 1 - kPrefetchSlack.
+  // counts[digit] of the entries whose higher digits equal prefix; see radix_digit. n < 2^16.
   void (*radix_count)(const float* logits, int64_t n, int pass, uint32_t prefix, uint32_t* counts);
   void (*mask_forward)(const float* logits, float threshold, float* mask, int64_t n);
   void (*mask_backward)(const float* logits, float threshold, const float* grad, float* grad_logits, int64_t n);

@@ -108,13 +108,14 @@ void radix_count_pass(const float* logits, int64_t n, uint32_t prefix, uint32_t*
   alignas(64) uint16_t tables[4][kBins];
   std::memset(tables, 0, sizeof tables);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const IntVec keys = Lane<Vec>::bits(load(logits + i)) & kMagnitudeBits;
-    if (kPass == 0) {
-      const IntVec digits = keys >> radix_shift(0);
-      for (int k = 0; k < kLanes; ++k) ++tables[k % 4][digits[k]];
-      continue;
+  if constexpr (kPass == 0) {  // every entry counts: nothing for vectors to sort out
+    for (; i + 8 <= n; i += 8) {
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) ++tables[k % 4][magnitude_key(logits[i + k]) >> radix_shift(0)];
     }
+  }
+  for (; kPass > 0 && i + kLanes <= n; i += kLanes) {
+    const IntVec keys = Lane<Vec>::bits(load(logits + i)) & kMagnitudeBits;
     const IntVec match = (keys >> (radix_shift(kPass) + 10)) == static_cast<int32_t>(prefix);
 #if defined(__AVX512F__)
     uint32_t bits = _mm512_movepi32_mask((__m512i)match);

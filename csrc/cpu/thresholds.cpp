@@ -1,5 +1,6 @@
 // mask_thresholds: exact selection by radix, three passes over the order-preserving key of |a|.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "cpu_ops.h"
@@ -53,13 +54,14 @@ void select_together(std::vector<Selection>& large, const Kernels& k) {
   const std::vector<Part> parts = cut(sizes, kRadixEntries);
   std::vector<size_t> first(large.size() + 1, parts.size());
   for (size_t i = parts.size(); i-- > 0;) first[parts[i].item] = i;
-  std::vector<uint32_t> counts(parts.size() * kRadixBins);
+  const std::unique_ptr<uint32_t[]> counts(new uint32_t[parts.size() * kRadixBins]);
   for (int pass = 0; pass < kRadixPasses; ++pass) {
     for_parts(parts, [&](const Part& part, int64_t i) {
       const Selection& s = large[part.item];
       k.radix_count(s.logits + part.begin, part.end - part.begin, pass, s.prefix, &counts[i * kRadixBins]);
     });
-    torch::stable::parallel_for(0, static_cast<int64_t>(large.size()), 1, [&](int64_t begin, int64_t end) {
+    // Few selections are quicker summed here than by waking the threads.
+    torch::stable::parallel_for(0, static_cast<int64_t>(large.size()), 8, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         Selection& s = large[item];
         uint32_t* total = &counts[first[item] * kRadixBins];
