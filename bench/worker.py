@@ -29,6 +29,7 @@ class Worker:
         self.device = device
         self.held: dict[str, Runnable] = {}
         self.inner: dict[str, int] = {}
+        self.last: dict[str, float] = {}  # seconds of a contender's last sample
 
     def prepare(self, case: str, contender: str, quick: bool) -> dict[str, Any]:
         """Builds a contender and returns the sketches of its result."""
@@ -44,20 +45,19 @@ class Worker:
         seconds = self._timed(contender, 1)
         self.inner[contender] = max(1, min(1000, int(SHORTEST / max(seconds, 1e-7)) + 1)) if seconds < SHORTEST else 1
         gc.collect()
+        self.last[contender] = seconds
         _reset_peak_memory()
         return {"seconds": seconds}
 
     def turn(self, contender: str, seconds: float, most: int) -> dict[str, Any]:
         """Samples (milliseconds per call) until `seconds` are over or there are `most`; at least one."""
-        if self.inner[contender] > 1 or self._last < WARM:
+        if self.inner[contender] > 1 or self.last[contender] < WARM:
             self._timed(contender, 1)
         samples, began = [], time.perf_counter()
         while not samples or (len(samples) < most and time.perf_counter() - began < seconds):
-            self._last = self._timed(contender, self.inner[contender])
-            samples.append(1e3 * self._last / self.held[contender].calls)
+            self.last[contender] = self._timed(contender, self.inner[contender])
+            samples.append(1e3 * self.last[contender] / self.held[contender].calls)
         return {"ms": samples}
-
-    _last = 0.0
 
     def _timed(self, contender: str, count: int) -> float:
         """Seconds per run of `count` in a row, the device's work included."""

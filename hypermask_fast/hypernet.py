@@ -107,25 +107,37 @@ class HyperNetwork(nn.Module):
         """(T, N) logits of task ids (T integers or an int64 tensor (T,)); the output layer is read once for all."""
         return ops.hypernet_logits(self.hidden(tasks), self.output.weight, self.output.bias, self.size)
 
-    @torch.no_grad()
-    def drift_targets(self, tasks: Iterable[int]) -> tuple[Tensor, ...]:
-        """What `output_drift` compares these tasks' output with later: here their (T, N) logits as of now.
+    def earlier_hidden(self, task: int) -> Tensor:
+        """(t, chunks, H) last hidden layer of tasks 0..t-1, to the bit as in a pass over tasks 0..t.
 
-        Task by task, in the arithmetic of the training step's kernel: the first step then sees a drift of exactly 0,
-        and not rounding, which Adam's normalisation would blow up.
+        The last bits of a matrix product's rows depend on how many rows there are. A drift that is to be 0 at the
+        start of a task must be 0, because Adam makes full steps of however small a gradient.
         """
-        return (torch.cat([self([task]) for task in tasks]),)
+        return self.hidden(range(task + 1))[:task]
 
-    def output_drift(self, tasks: Iterable[int], targets: tuple[Tensor, ...]) -> Tensor:
-        """R = sum_j ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.
+    @torch.no_grad()
+    def drift_targets(self, task: int) -> tuple[Tensor, ...]:
+        """What `output_drift` compares tasks 0..t-1 with while task t trains: here their (t, N) logits as of now.
+
+        Of two ways to compute them, the one that agrees with the drift's own arithmetic to the bit.
+        """
+        hidden, layer = self.earlier_hidden(task), self.output
+        targets = ops.hypernet_logits(hidden, layer.weight, layer.bias, self.size)
+        if ops.output_drift(hidden, layer.weight, layer.bias, targets) != 0:
+            rows = [ops.hypernet_logits(row[None], layer.weight, layer.bias, self.size) for row in hidden]
+            targets = torch.cat(rows)
+        return (targets,)
+
+    def output_drift(self, task: int, targets: tuple[Tensor, ...]) -> Tensor:
+        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.
 
         Args:
-            tasks, targets: those of `drift_targets`.
+            task: t; targets: its `drift_targets`.
 
         Returns:
             Scalar.
         """
-        return ops.output_drift(self.hidden(tasks), self.output.weight, self.output.bias, *targets)
+        return ops.output_drift(self.earlier_hidden(task), self.output.weight, self.output.bias, *targets)
 
 
 class ChunkedHyperNetwork(HyperNetwork):
@@ -164,10 +176,11 @@ class ChunkedHyperNetwork(HyperNetwork):
         return self._after_first(per_chunk[None] + per_task[:, None])
 
     @torch.no_grad()
-    def drift_targets(self, tasks: Iterable[int]) -> tuple[Tensor, ...]:
+    def drift_targets(self, task: int) -> tuple[Tensor, ...]:
         """The output layer and its inputs as of now: smaller than the logits, and all that `output_drift` needs."""
-        return (self.hidden(tasks), self.output.weight.clone(), self.output.bias.clone())
+        return (self.earlier_hidden(task), self.output.weight.clone(), self.output.bias.clone())
 
-    def output_drift(self, tasks: Iterable[int], targets: tuple[Tensor, ...]) -> Tensor:
-        """R = sum_j ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`."""
-        return ops.chunked_output_drift(self.hidden(tasks), self.output.weight, self.output.bias, *targets, self.size)
+    def output_drift(self, task: int, targets: tuple[Tensor, ...]) -> Tensor:
+        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`."""
+        hidden = self.earlier_hidden(task)
+        return ops.chunked_output_drift(hidden, self.output.weight, self.output.bias, *targets, self.size)

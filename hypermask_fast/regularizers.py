@@ -78,7 +78,7 @@ class Anchor(NamedTuple):
 
 def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: list[Tensor], task: int) -> Anchor:
     """How things stand as `task` begins; weights: one tensor per segment of the layout."""
-    targets = hypernet.drift_targets(range(task)) if task > 0 else ()
+    targets = hypernet.drift_targets(task) if task > 0 else ()
     return Anchor(task, layout.flatten([weight.detach() for weight in weights]), targets)
 
 
@@ -86,4 +86,4 @@ def output_drift(hypernet: HyperNetwork, anchor: Anchor) -> Tensor:
     """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, a scalar; 0 for the first task."""
     if anchor.task == 0:
         return anchor.weights.new_zeros(())
-    return hypernet.output_drift(range(anchor.task), anchor.targets)
+    return hypernet.output_drift(anchor.task, anchor.targets)

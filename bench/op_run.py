@@ -1,0 +1,67 @@
+"""What op benchmarks are made of: a function over inputs, its results sketched, on a GPU replayed from a graph."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .case import Unavailable
+from .gate import Sketch, sketches
+
+Results = dict[str, Tensor]
+
+
+class OpRun:
+    """Calls of one function; see `case.Runnable`.
+
+    Args:
+        functions: the same computation on one or more sets of inputs, so that a cache can't hold them all; each
+            returns its results by name. The gate sees the first one's.
+        prepared: called before timing starts, where the gate's call and the timed ones differ.
+        graph: on a GPU, capture all calls and replay them, so that only the device's time counts.
+    """
+
+    def __init__(self, functions: Sequence[Callable[[], Results]], graph: bool = False) -> None:
+        self.functions, self.calls = list(functions), len(functions)
+        self.captured: torch.cuda.CUDAGraph | None = None
+        self.graph = graph and torch.cuda.is_available()
+
+    def result(self) -> dict[str, Sketch]:
+        found = sketches(self.functions[0]())
+        if self.graph:
+            self._capture()
+        return found
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                for function in self.functions:
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for function in self.functions:
+                    function()
+        except RuntimeError as error:
+            raise Unavailable(f"the op can't be captured: {str(error).splitlines()[0]}") from error
+        self.captured = graph
+
+    def run(self) -> None:
+        if self.captured is not None:
+            self.captured.replay()
+            return
+        for function in self.functions:
+            function()
+
+
+def uniform(*shape: int, low: float = -1.0, high: float = 1.0, seed: int = 0) -> Tensor:
+    """Float32 on the CPU, the same for every contender."""
+    return torch.empty(shape).uniform_(low, high, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(value: Tensor, named: dict[str, Tensor], grad: Tensor | None = None) -> Results:
+    """d value / d tensor by name, as "grad/name"."""
+    found = torch.autograd.grad(value, list(named.values()), grad)
+    return {f"grad/{name}": g for name, g in zip(named, found, strict=True)}

@@ -1,0 +1,48 @@
+"""All benchmarks. A new one is a `Case` in one of the lists below."""
+
+from functools import cache
+
+import torch
+
+from . import experiments, ops_cases, steps
+from .case import Case
+
+
+@cache
+def cases(device: torch.device, quick: bool) -> tuple[Case, ...]:
+    """Every case there is for this device; `quick`: the same with tiny shapes."""
+    known = experiments.experiments()
+    if quick:
+        known = {name: experiments.quick(experiment) for name, experiment in known.items()}
+    found = [case for experiment in known.values() for case in steps.cases(experiment, device)]
+    found += ops_cases.cases(known, quick)
+    if device.type == "cuda":
+        from . import gpu_cases
+
+        found += gpu_cases.cases(quick)
+    return tuple(found)
+
+
+def find(name: str, device: torch.device, quick: bool) -> Case:
+    return next(case for case in cases(device, quick) if case.name == name)
+
+
+def select(names: list[str], device: torch.device, quick: bool) -> list[Case]:
+    """Cases whose name or experiment is given, or begins with what is given up to a "/"; all where none is.
+
+    Raises:
+        KeyError: a name that selects nothing; the message lists what there is.
+    """
+    there = cases(device, quick)
+    if not names:
+        return list(there)
+    chosen = [case for case in there if any(_matches(case, name) for name in names)]
+    for name in names:
+        if not any(_matches(case, name) for case in there):
+            known = ", ".join(dict.fromkeys([*(case.experiment for case in there), *(case.name for case in there)]))
+            raise KeyError(f"no benchmark is called {name!r}; there are {known}")
+    return chosen
+
+
+def _matches(case: Case, name: str) -> bool:
+    return name in (case.name, case.experiment) or case.name.startswith(f"{name.rstrip('/')}/")
