@@ -1,0 +1,5 @@
+"""Triton kernels of the method, one file per op; needs triton and CUDA tensors (or TRITON_INTERPRET=1)."""
+
+from .masked_linear import masked_linear
+
+__all__ = ["masked_linear"]
