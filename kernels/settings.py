@@ -63,7 +63,7 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, de
 def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
     """G = dy^T x, an (outputs, inputs) product reduced over rows; the epilogue holds W and a beside G."""
     block_n = _clip(inputs, 16, 64 if dtype == torch.float32 else 128)
-    return Tiles(64, block_n, _clip(rows, 16, 32), stages=3)
+    return Tiles(64, block_n, _clip(rows, 16, 32), warps=8)
 
 
 def convolution(channels: int, pixels: int, reduced: int, dtype: torch.dtype) -> Tiles:
@@ -81,4 +81,4 @@ def convolution_gradient(
     block_k = _clip(pixels, 16, 32)
     programs = cdiv(channels, block_m) * cdiv(reduced, block_n) * groups
     splits = _splits(programs, cdiv(pixels, block_k), device)
-    return Tiles(block_m, block_n, block_k, splits=splits)
+    return Tiles(block_m, block_n, block_k, warps=4 if splits > 1 else 8, splits=splits)
