@@ -91,6 +91,14 @@ def _weight_gradient(
         tl.store(da_ptr + entry, da.to(da_ptr.dtype.element_ty), mask=inside)
 
 
+def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """y (rows, out) = partial (splits, rows, out) summed, plus bias; y is returned."""
+    _sum_splits[(cdiv(y.numel(), 1024),)](
+        partial, bias, y, y.numel(), y.shape[1], len(partial), HAS_BIAS=bias is not None, BLOCK=1024
+    )
+    return y
+
+
 def launch_product(
     x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None, tiles: Tiles | None = None
 ) -> Tensor:
@@ -110,11 +118,7 @@ def launch_product(
         HAS_BIAS=bias is not None and not split, PRECISION=host.matmul_precision(x.dtype),
         APPROXIMATE=host.approximate_tanh(x.dtype), **tiles.launch(),
     )  # fmt: skip
-    if split:
-        _sum_splits[(cdiv(y.numel(), 1024),)](
-            target, bias, y, y.numel(), outputs, tiles.splits, HAS_BIAS=bias is not None, BLOCK=1024
-        )
-    return y
+    return sum_splits(target, bias, y) if split else y
 
 
 def launch_weight_gradient(

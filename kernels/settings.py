@@ -31,6 +31,12 @@ class Tiles:
             "num_stages": self.stages,
         }
 
+    def launch_chunks(self) -> dict[str, int]:
+        """The same where block_k steps over the hypernetwork's width."""
+        settings = self.launch()
+        settings["BLOCK_H"] = settings.pop("BLOCK_K")
+        return settings
+
 
 def _clip(size: int, low: int, high: int) -> int:
     return max(low, min(high, next_power_of_2(max(size, 1))))
@@ -54,10 +60,11 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, de
     else:
         block_m, block_k = 64, 64
     block_k = _clip(reduced, 16, block_k)
+    warps = 8 if dtype == torch.float32 and block_n == 64 else 4
     if rows > 64:
-        return Tiles(block_m, block_n, block_k)
+        return Tiles(block_m, block_n, block_k, warps)
     programs = cdiv(outputs, block_m) * cdiv(rows, block_n)
-    return Tiles(block_m, block_n, block_k, stages=4, splits=_splits(programs, cdiv(reduced, block_k), device))
+    return Tiles(block_m, block_n, block_k, warps, stages=4, splits=_splits(programs, cdiv(reduced, block_k), device))
 
 
 def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
@@ -82,3 +89,21 @@ def convolution_gradient(
     programs = cdiv(channels, block_m) * cdiv(reduced, block_n) * groups
     splits = _splits(programs, cdiv(pixels, block_k), device)
     return Tiles(block_m, block_n, block_k, warps=4 if splits > 1 else 8, splits=splits)
+
+
+def chunk_tiles(chunks: int, chunk_size: int, width: int) -> Tiles:
+    """A tile of (chunk, position) whose logits are a product over `width`; block_k is the step over it."""
+    return Tiles(_clip(chunks, 16, 64), _clip(chunk_size, 16, 64), _clip(width, 16, 32), warps=4, stages=2)
+
+
+def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: torch.dtype, device) -> Tiles:
+    """As `masked_product` for few rows: `outputs` rows of the weight share their positions, for each of `residues`."""
+    block_m, block_n = _clip(outputs, 16, 64), _clip(rows, 16, 64)
+    block_k = _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
+    programs = cdiv(outputs, block_m) * residues * cdiv(rows, block_n)
+    return Tiles(block_m, block_n, block_k, stages=3, splits=_splits(programs, cdiv(reduced, block_k), device))
+
+
+def width_block(width: int) -> int:
+    """Step over the hypernetwork's width inside a product's own loop: one step where registers allow."""
+    return _clip(width, 16, 64)
