@@ -84,7 +84,7 @@ def convolution_gradient(
     channels: int, reduced: int, pixels: int, groups: int, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
     """G over (channels, in * kh * kw) of a group, reduced over all pixels: few tiles, so the reduction is split."""
-    block_m, block_n = _clip(channels, 16, 64), _clip(reduced, 16, 64)
+    block_m, block_n = _clip(channels, 16, 64), _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
     block_k = _clip(pixels, 16, 32)
     programs = cdiv(channels, block_m) * cdiv(reduced, block_n) * groups
     splits = _splits(programs, cdiv(pixels, block_k), device)
@@ -93,7 +93,7 @@ def convolution_gradient(
 
 def chunk_tiles(chunks: int, chunk_size: int, width: int) -> Tiles:
     """A tile of (chunk, position) whose logits are a product over `width`; block_k is the step over it."""
-    return Tiles(_clip(chunks, 16, 64), _clip(chunk_size, 16, 64), _clip(width, 16, 32), warps=4, stages=2)
+    return Tiles(_clip(chunks, 16, 64), _clip(chunk_size, 16, 64), _clip(width, 16, 32), warps=8, stages=2)
 
 
 def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: torch.dtype, device) -> Tiles:
@@ -101,9 +101,23 @@ def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: t
     block_m, block_n = _clip(outputs, 16, 64), _clip(rows, 16, 64)
     block_k = _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
     programs = cdiv(outputs, block_m) * residues * cdiv(rows, block_n)
-    return Tiles(block_m, block_n, block_k, stages=3, splits=_splits(programs, cdiv(reduced, block_k), device))
+    warps = 8 if dtype == torch.float32 else 4
+    splits = _splits(programs, cdiv(reduced, block_k), device)
+    return Tiles(block_m, block_n, block_k, warps, stages=2, splits=splits)
 
 
 def width_block(width: int) -> int:
     """Step over the hypernetwork's width inside a product's own loop: one step where registers allow."""
     return _clip(width, 16, 64)
+
+
+def task_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype) -> Tiles:
+    """As `masked_product` with `rows` the rows that a task may expect: every task fills tiles of its own."""
+    block_n = _clip(rows, 16, 64)
+    block_k = _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
+    return Tiles(64, block_n, block_k, warps=8 if dtype == torch.float32 and block_n == 64 else 4)
+
+
+def task_weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
+    """As `weight_gradient`, narrower: dW's sum over the tasks stays in registers beside each task's G."""
+    return Tiles(64, _clip(inputs, 16, 32 if dtype == torch.float32 else 64), _clip(rows, 16, 32), warps=8)
