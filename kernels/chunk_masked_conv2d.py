@@ -46,7 +46,19 @@ def _forward_shapes(
 
 
 def _backward(
-    grad, x, weight, hidden, output_weight, output_bias, start, threshold, stride, padding, dilation, groups, needed
+    grad,
+    x,
+    weight,
+    hidden,
+    output_weight,
+    output_bias,
+    start,
+    threshold,
+    stride,
+    padding,
+    dilation,
+    groups,
+    needed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     host.check_runnable(grad)
     want_x, *want = needed
@@ -62,7 +74,19 @@ def _backward(
 
 
 def _backward_shapes(
-    grad, x, weight, hidden, output_weight, output_bias, start, threshold, stride, padding, dilation, groups, needed
+    grad,
+    x,
+    weight,
+    hidden,
+    output_weight,
+    output_bias,
+    start,
+    threshold,
+    stride,
+    padding,
+    dilation,
+    groups,
+    needed,
 ):
     masked = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
     dx, _, _ = torch.ops.aten.convolution_backward(
@@ -90,7 +114,9 @@ def _autograd(ctx, grad: Tensor):
     return *host.none_if_unneeded(gradients, tuple(needed)), None, None, bias, None, None, None, None
 
 
-_SOURCE = "Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias, int start, Tensor threshold"
+_SOURCE = (
+    "Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias, int start, Tensor threshold"
+)
 _CONVOLUTION = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 host.register(
     f"chunk_masked_conv2d(Tensor x, {_SOURCE}, Tensor? bias, {_CONVOLUTION}) -> Tensor",

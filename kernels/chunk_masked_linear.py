@@ -1,6 +1,7 @@
 """chunk_masked_linear: y = x (W * m(a))^T + b with a's tiles generated in the kernel from a chunked hypernetwork."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from . import host, settings
 from .chunk_weights import check_chunks, chunk_tile, launch_gradients, launch_masked_weight
 from .device import masked_tile
 from .masked_linear import check_linear, sum_splits
-from .settings import Tiles
 
 FUSED_ROWS = 64  # up to here bytes count, and one tile of rows means that each weight tile is made once
 
@@ -24,7 +24,7 @@ def _chunk_product(
     rows, outputs, inputs, steps, start, chunks, chunk_size, residues, chunks_per_step,
     x_row, x_in, w_out, w_in, h_chunk, h_width, o_position, o_width, o_bias, y_split, y_row, y_out,
     HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr, LOGITS_PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr,
+    PRECISION: tl.constexpr, LOGITS_PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows out = residue + t * residues of W begin at the same position of their chunks, chunks_per_step apart:
@@ -39,8 +39,8 @@ def _chunk_product(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(split * steps, (split + 1) * steps):
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        first = start + residue.to(tl.int64) * inputs + step * BLOCK_K
-        chunk = first // chunk_size + t.to(tl.int64) * chunks_per_step
+        first = start + residue.to(INDEX) * inputs + step * BLOCK_K
+        chunk = (first // chunk_size).to(tl.int64) + t.to(tl.int64) * chunks_per_step
         position = (first % chunk_size).to(tl.int32) + tl.arange(0, BLOCK_K)
         logits = chunk_tile(
             hidden_ptr, ow_ptr, ob_ptr, chunk, chunks, position, chunk_size,
@@ -59,29 +59,37 @@ def _chunk_product(
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def aligned(outputs: int, inputs: int, chunk_size: int, start: int, block_k: int) -> bool:
-    """Whether `_chunk_product` serves: no tile crosses a chunk's end, and enough rows share their positions."""
-    whole_rows = chunk_size % inputs == 0 and start % inputs == 0
-    whole_tiles = math.gcd(chunk_size, inputs, start) % block_k == 0
-    residues = chunk_size // math.gcd(chunk_size, inputs)
-    return (whole_rows or whole_tiles) and outputs >= 16 * residues
+def aligned_block(outputs: int, inputs: int, chunk_size: int, start: int, block_k: int) -> int | None:
+    """The largest block_k up to the given one with which no tile of `_chunk_product` crosses a chunk's end; None if
+    there is none of 16 or more, or too few rows share their positions."""
+    if outputs < 16 * (chunk_size // math.gcd(chunk_size, inputs)):
+        return None
+    if chunk_size % inputs == 0 and start % inputs == 0:  # whole rows in every chunk
+        return block_k
+    common = math.gcd(chunk_size, inputs, start)
+    block_k = min(block_k, common & -common)
+    return block_k if block_k >= 16 else None
 
 
 def launch_fused(
     x: Tensor, weight: Tensor, hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int,
     threshold: Tensor, bias: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """x (rows, in) to (rows, out) by `_chunk_product`; None where its tiles would not be `aligned`."""
+    """x (rows, in) to (rows, out) by `_chunk_product`; None where `aligned_block` has none."""
     (outputs, inputs), chunk_size, width = weight.shape, len(output_weight), hidden.shape[1]
     residues = chunk_size // math.gcd(chunk_size, inputs)
     tiles = settings.chunk_product(len(x), cdiv(outputs, residues), residues, inputs, x.dtype, x.device)
-    if not aligned(outputs, inputs, chunk_size, start, tiles.block_k):
+    block_k = aligned_block(outputs, inputs, chunk_size, start, tiles.block_k)
+    if block_k is None:
         return None
+    tiles = replace(tiles, block_k=block_k)
     y = x.new_empty((len(x), outputs))
     split = tiles.splits > 1
     target = x.new_empty((tiles.splits, *y.shape), dtype=torch.float32) if split else y[None]
     per_residue = cdiv(cdiv(outputs, residues), tiles.block_m)
     grid = (cdiv(len(x), tiles.block_n), residues * per_residue, tiles.splits)
+    # A 32-bit division is a few instructions, a 64-bit one a call.
+    index = tl.int64 if len(hidden) * chunk_size + tiles.block_k >= 2**31 else tl.int32
     _chunk_product[grid](
         x, weight, hidden, output_weight, output_bias, threshold, bias, target,
         len(x), outputs, inputs, cdiv(cdiv(inputs, tiles.block_k), tiles.splits),
@@ -90,7 +98,7 @@ def launch_fused(
         *target.stride(), HAS_BIAS=bias is not None and not split,
         WIDTH=width, BLOCK_H=settings.width_block(width), PRECISION=host.matmul_precision(x.dtype),
         LOGITS_PRECISION=host.matmul_precision(output_weight.dtype),
-        APPROXIMATE=host.approximate_tanh(x.dtype), **tiles.launch(),
+        APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=index, **tiles.launch(),
     )  # fmt: skip
     return sum_splits(target, bias, y) if split else y
 
@@ -159,9 +167,11 @@ def _autograd(ctx, grad: Tensor):
     return *host.none_if_unneeded(gradients, tuple(needed)), None, None, bias
 
 
-_SOURCE = "Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias, int start, Tensor threshold"
+_SOURCE = (
+    "Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias, int start, Tensor threshold"
+)
 host.register(
-    f"chunk_masked_linear(Tensor x, {_SOURCE}, Tensor? bias=None) -> Tensor", _forward, _forward_shapes
+    f"chunk_masked_linear(Tensor x, {_SOURCE}, Tensor? bias) -> Tensor", _forward, _forward_shapes
 )
 host.register(
     f"chunk_masked_linear_backward(Tensor grad, Tensor x, {_SOURCE}, bool[5] needed) "

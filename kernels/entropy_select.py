@@ -11,7 +11,16 @@ from . import host
 
 @triton.jit(do_not_specialize=["batch", "tasks"])
 def _entropy_select(
-    logits_ptr, out_ptr, tasks, batch, classes, l_task, l_row, l_class, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    out_ptr,
+    tasks,
+    batch,
+    classes,
+    l_task,
+    l_row,
+    l_class,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """H = log s - sum_c e^z z / s with z = logit - max and s = sum_c e^z; argmin over tasks, the first among equals."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)

@@ -53,7 +53,9 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise InputError(f"{name} is {tensor.dtype}; Triton kernels take float32, float16 and bfloat16")
         device = device or tensor.device
         if tensor.device != device:
-            raise InputError(f"{name} is on {tensor.device}, {next(iter(tensors))} on {device}: use one device")
+            raise InputError(
+                f"{name} is on {tensor.device}, {next(iter(tensors))} on {device}: use one device"
+            )
 
 
 def check_runnable(tensor: Tensor) -> None:

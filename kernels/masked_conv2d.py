@@ -24,7 +24,9 @@ def _tap(k, channels, KW: tl.constexpr, TAPS: tl.constexpr, CHANNELS_LAST: tl.co
 
 
 @triton.jit
-def _source(at, tap, size, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _source(
+    at, tap, size, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr
+):
     """Coordinate that an output coordinate reads through a tap, and whether there is one."""
     if TRANSPOSED:  # the gradient's view: output (at + pad - tap * dilation) / stride touched input `at`
         there = at + PAD - tap * DILATION
@@ -222,9 +224,7 @@ def launch_weight_gradient(
     channels, in_channels = weight.shape[0] // shape.groups, weight.shape[1]
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     reduced = in_channels * shape.taps
-    tiles = tiles or settings.convolution_gradient(
-        channels, reduced, pixels, shape.groups, x.dtype, x.device
-    )
+    tiles = tiles or settings.convolution_gradient(channels, reduced, pixels, shape.groups, x.dtype, x.device)
     split = tiles.splits > 1
     partial = x.new_empty((tiles.splits, weight.numel()) if split else 0, dtype=torch.float32)
     strides = (*weight.stride(), *logits.stride(), *dw.stride(), *da.stride())
@@ -281,9 +281,7 @@ def _backward(
     dx = torch.empty_like(x) if want_x else x.new_empty(0, 0, 0, 0)
     if want_x:
         launch_convolution(grad, weight, logits, threshold, None, dx, shape, transposed=True)
-    return dx, *launch_weight_gradient(
-        grad, x, weight, logits, threshold, shape, want_weight, want_logits
-    )
+    return dx, *launch_weight_gradient(grad, x, weight, logits, threshold, shape, want_weight, want_logits)
 
 
 def _backward_shapes(grad, x, weight, logits, threshold, stride, padding, dilation, groups, needed):

@@ -47,7 +47,9 @@ def _masked_product(
 
 
 @triton.jit(do_not_specialize=["size"])
-def _sum_splits(partial_ptr, bias_ptr, y_ptr, size, outputs, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_splits(
+    partial_ptr, bias_ptr, y_ptr, size, outputs, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     """y = sum_s partial[s] + bias, always in the order of s, so that results repeat bit for bit."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < size
@@ -100,7 +102,12 @@ def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
 
 
 def launch_product(
-    x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None, tiles: Tiles | None = None
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """x (rows, red), weight and logits (out, red) of any strides: x (W * m)^T + bias, (rows, out) contiguous."""
     (rows, reduced), outputs = x.shape, weight.shape[0]
@@ -185,8 +192,14 @@ def _backward(
     host.check_runnable(grad)
     want_x, want_weight, want_logits = needed
     grad = host.rows_of(grad)
-    dx = launch_product(grad, weight.t(), logits.t(), threshold, None).view(x.shape) if want_x else x.new_empty(0)
-    return dx, *launch_weight_gradient(grad, host.rows_of(x), weight, logits, threshold, want_weight, want_logits)
+    dx = (
+        launch_product(grad, weight.t(), logits.t(), threshold, None).view(x.shape)
+        if want_x
+        else x.new_empty(0)
+    )
+    return dx, *launch_weight_gradient(
+        grad, host.rows_of(x), weight, logits, threshold, want_weight, want_logits
+    )
 
 
 def _backward_shapes(
@@ -211,7 +224,7 @@ def _autograd(ctx, grad: Tensor):
 
 
 host.register(
-    "masked_linear(Tensor x, Tensor weight, Tensor logits, Tensor threshold, Tensor? bias=None) -> Tensor",
+    "masked_linear(Tensor x, Tensor weight, Tensor logits, Tensor threshold, Tensor? bias) -> Tensor",
     _forward, _forward_shapes,
 )  # fmt: skip
 host.register(

@@ -94,9 +94,7 @@ def _autograd(ctx, grad: Tensor):
     return torch.ops.hypermask_fast.triton_semi_binary_mask_backward(grad, *ctx.saved_tensors), None
 
 
-host.register(
-    "triton_semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor", _forward, _shapes
-)
+host.register("triton_semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor", _forward, _shapes)
 host.register(
     "triton_semi_binary_mask_with_slope(Tensor logits, Tensor threshold) -> (Tensor, Tensor)",
     _forward_with_slope, lambda logits, threshold: (_shapes(logits, threshold), _shapes(logits, threshold)),

@@ -64,7 +64,9 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, de
     if rows > 64:
         return Tiles(block_m, block_n, block_k, warps)
     programs = cdiv(outputs, block_m) * cdiv(rows, block_n)
-    return Tiles(block_m, block_n, block_k, warps, stages=4, splits=_splits(programs, cdiv(reduced, block_k), device))
+    return Tiles(
+        block_m, block_n, block_k, warps, stages=4, splits=_splits(programs, cdiv(reduced, block_k), device)
+    )
 
 
 def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
@@ -88,7 +90,8 @@ def convolution_gradient(
     block_k = _clip(pixels, 16, 32)
     programs = cdiv(channels, block_m) * cdiv(reduced, block_n) * groups
     splits = _splits(programs, cdiv(pixels, block_k), device)
-    return Tiles(block_m, block_n, block_k, warps=4 if splits > 1 else 8, splits=splits)
+    stages = 2 if dtype == torch.float32 else 3
+    return Tiles(block_m, block_n, block_k, 4 if splits > 1 else 8, stages, splits)
 
 
 def chunk_tiles(chunks: int, chunk_size: int, width: int) -> Tiles:

@@ -92,7 +92,10 @@ def _task_weight_gradient(
     for task in range(tasks):
         begin, end = 0, rows
         if GROUPED:
-            begin, end = tl.load(offsets_ptr + task).to(tl.int32), tl.load(offsets_ptr + task + 1).to(tl.int32)
+            begin, end = (
+                tl.load(offsets_ptr + task).to(tl.int32),
+                tl.load(offsets_ptr + task + 1).to(tl.int32),
+            )
         gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(begin, end, BLOCK_K):
             place = start + tl.arange(0, BLOCK_K)
@@ -110,7 +113,9 @@ def _task_weight_gradient(
         if WANT_W:
             dw += gradient * mask_of(a, threshold, False)
         if WANT_A:
-            w = tl.load(w_ptr + out[:, None] * w_out + col[None, :] * w_in, mask=inside, other=0).to(tl.float32)
+            w = tl.load(w_ptr + out[:, None] * w_out + col[None, :] * w_in, mask=inside, other=0).to(
+                tl.float32
+            )
             da = gradient_of_logits(gradient, w, a, threshold)
             tl.store(da_ptr + entry, da.to(da_ptr.dtype.element_ty), mask=inside)
             da_ptr += outputs.to(tl.int64) * inputs
@@ -252,7 +257,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
 
 
-def _bias_gradient(grad: Tensor, task_ids: Tensor | None, tasks: int, dims: int, dtype: torch.dtype) -> Tensor:
+def _bias_gradient(
+    grad: Tensor, task_ids: Tensor | None, tasks: int, dims: int, dtype: torch.dtype
+) -> Tensor:
     if dims == 1:
         total = host.rows_of(grad).sum(0, dtype=torch.float32)
     elif task_ids is None:
@@ -274,8 +281,8 @@ def _autograd(ctx, grad: Tensor):
 
 
 host.register(
-    "task_batched_linear(Tensor x, Tensor weight, Tensor logits, Tensor thresholds, Tensor? task_ids=None, "
-    "Tensor? bias=None) -> Tensor",
+    "task_batched_linear(Tensor x, Tensor weight, Tensor logits, Tensor thresholds, Tensor? task_ids, "
+    "Tensor? bias) -> Tensor",
     _forward, _forward_shapes,
 )  # fmt: skip
 host.register(

@@ -28,7 +28,10 @@ class _Driver:
 
     def __init__(self, capability: int):
         self.capability = capability
-        limit = {"max_shared_mem": SHARED_LIMIT[capability], "multiprocessor_count": MULTIPROCESSORS[capability]}
+        limit = {
+            "max_shared_mem": SHARED_LIMIT[capability],
+            "multiprocessor_count": MULTIPROCESSORS[capability],
+        }
         self.utils = types.SimpleNamespace(get_device_properties=lambda device: limit)
 
     def get_current_target(self) -> GPUTarget:
