@@ -88,8 +88,7 @@ def launch_fused(
     target = x.new_empty((tiles.splits, *y.shape), dtype=torch.float32) if split else y[None]
     per_residue = cdiv(cdiv(outputs, residues), tiles.block_m)
     grid = (cdiv(len(x), tiles.block_n), residues * per_residue, tiles.splits)
-    # A 32-bit division is a few instructions, a 64-bit one a call.
-    index = tl.int64 if len(hidden) * chunk_size + tiles.block_k >= 2**31 else tl.int32
+    index = host.index_type(len(hidden) * chunk_size)
     _chunk_product[grid](
         x, weight, hidden, output_weight, output_bias, threshold, bias, target,
         len(x), outputs, inputs, cdiv(cdiv(inputs, tiles.block_k), tiles.splits),

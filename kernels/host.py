@@ -114,6 +114,16 @@ def approximate_tanh(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and not INTERPRETED and torch.version.hip is None
 
 
+def multiples_of_8(*values: int) -> int:
+    """Bit i says that values[i] is a multiple of 8 that Triton does not find out itself (see device.times8)."""
+    return sum(1 << i for i, value in enumerate(values) if value % 16 == 8)
+
+
+def index_type(size: int) -> tl.dtype:
+    """Type for offsets up to size: 32 bits where they do, for 64-bit divisions are calls."""
+    return tl.int64 if size >= 2**31 - 2**16 else tl.int32
+
+
 def none_if_unneeded(gradients: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Backward ops return an empty tensor for what nobody asked; autograd wants None there."""
     return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))

@@ -181,7 +181,7 @@ def _finish_gradients(
 def _index_type(*tensors: Tensor) -> tl.dtype:
     """64-bit offsets only where a tensor reaches beyond 2^31 entries."""
     span = max(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors)
-    return tl.int64 if span >= 2**31 else tl.int32
+    return host.index_type(span)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton import cdiv
 
 from . import host, settings
-from .device import gradient_of_logits, mask_of, masked_tile
+from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import check
 from .settings import Tiles
 
@@ -17,7 +17,7 @@ def _masked_product(
     x_ptr, w_ptr, a_ptr, threshold_ptr, bias_ptr, y_ptr,
     rows, outputs, reduced, steps,
     x_row, x_red, w_out, w_red, a_out, a_red, y_split, y_row, y_out,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, BY8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[row, out] = sum_red x[row, red] (W * m)[out, red] + bias[out] over this split's `steps` blocks of red.
@@ -28,6 +28,9 @@ def _masked_product(
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     out = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     split = tl.program_id(2)
+    outputs, reduced, x_row = times8(outputs, BY8 & 1), times8(reduced, BY8 & 2), times8(x_row, BY8 & 4)
+    w_out, w_red = times8(w_out, BY8 & 8), times8(w_red, BY8 & 16)
+    a_out, a_red = times8(a_out, BY8 & 32), times8(a_red, BY8 & 64)
     threshold = tl.load(threshold_ptr).to(tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(split * steps, (split + 1) * steps):
@@ -48,10 +51,10 @@ def _masked_product(
 
 @triton.jit(do_not_specialize=["size"])
 def _sum_splits(
-    partial_ptr, bias_ptr, y_ptr, size, outputs, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+    partial_ptr, bias_ptr, y_ptr, size, outputs, splits, HAS_BIAS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
 ):
     """y = sum_s partial[s] + bias, always in the order of s, so that results repeat bit for bit."""
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < size
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
@@ -65,12 +68,15 @@ def _sum_splits(
 def _weight_gradient(
     dy_ptr, x_ptr, w_ptr, a_ptr, threshold_ptr, dw_ptr, da_ptr,
     rows, outputs, inputs, dy_row, dy_out, x_row, x_in, w_out, w_in, a_out, a_in,
-    WANT_W: tl.constexpr, WANT_A: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_W: tl.constexpr, WANT_A: tl.constexpr, PRECISION: tl.constexpr, BY8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """G = dy^T x in registers; out of it dW = G m and da = G W dm/da, each written once."""
     out = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs, inputs = times8(outputs, BY8 & 1), times8(inputs, BY8 & 2)
+    dy_row, x_row = times8(dy_row, BY8 & 4), times8(x_row, BY8 & 8)
+    w_out, a_out = times8(w_out, BY8 & 16), times8(a_out, BY8 & 32)
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, rows, BLOCK_K):
         row = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -96,8 +102,9 @@ def _weight_gradient(
 def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """y (rows, out) = partial (splits, rows, out) summed, plus bias; y is returned."""
     _sum_splits[(cdiv(y.numel(), 1024),)](
-        partial, bias, y, y.numel(), y.shape[1], len(partial), HAS_BIAS=bias is not None, BLOCK=1024
-    )
+        partial, bias, y, y.numel(), y.shape[1], len(partial), HAS_BIAS=bias is not None,
+        INDEX=host.index_type(y.numel()), BLOCK=1024,
+    )  # fmt: skip
     return y
 
 
@@ -123,7 +130,8 @@ def launch_product(
         x, weight, logits, threshold, bias, target, rows, outputs, reduced, steps,
         *x.stride(), *weight.stride(), *logits.stride(), *target.stride(),
         HAS_BIAS=bias is not None and not split, PRECISION=host.matmul_precision(x.dtype),
-        APPROXIMATE=host.approximate_tanh(x.dtype), **tiles.launch(),
+        APPROXIMATE=host.approximate_tanh(x.dtype),
+        BY8=host.multiples_of_8(outputs, reduced, x.stride(0), *weight.stride(), *logits.stride()), **tiles.launch(),
     )  # fmt: skip
     return sum_splits(target, bias, y) if split else y
 
@@ -143,7 +151,8 @@ def launch_weight_gradient(
     _weight_gradient[grid](
         grad, x, weight, logits, threshold, dw, da, len(x), outputs, inputs,
         *grad.stride(), *x.stride(), *weight.stride(), *logits.stride(),
-        WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.matmul_precision(x.dtype), **tiles.launch(),
+        WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.matmul_precision(x.dtype),
+        BY8=host.multiples_of_8(outputs, inputs, *(t.stride(0) for t in (grad, x, weight, logits))), **tiles.launch(),
     )  # fmt: skip
     return dw, da
 

@@ -17,10 +17,10 @@ _BLOCK = 1024
 @triton.jit(do_not_specialize=["size"])
 def _mask(
     a_ptr, threshold_ptr, grad_ptr, out_ptr, slope_ptr, size, run,
-    BACKWARD: tl.constexpr, WITH_SLOPE: tl.constexpr, BLOCK: tl.constexpr,
+    BACKWARD: tl.constexpr, WITH_SLOPE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Forward: the mask (and its slope); backward: grad times the slope. One threshold serves `run` entries."""
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < size
     a = tl.load(a_ptr + entry, mask=inside, other=0).to(tl.float32)
     threshold = tl.load(threshold_ptr + entry // run, mask=inside, other=0).to(tl.float32)
@@ -54,7 +54,8 @@ def _launch(logits: Tensor, threshold: Tensor, grad: Tensor | None, slope: Tenso
         grad = None if grad is None else grad.contiguous()
         _mask[(cdiv(out.numel(), _BLOCK),)](
             logits.contiguous(), thresholds, grad, out, slope, out.numel(), run,
-            BACKWARD=grad is not None, WITH_SLOPE=slope is not None, BLOCK=_BLOCK,
+            BACKWARD=grad is not None, WITH_SLOPE=slope is not None,
+            INDEX=host.index_type(out.numel()), BLOCK=_BLOCK,
         )  # fmt: skip
     return out
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from . import host, settings
-from .device import gradient_of_logits, mask_of, masked_tile
+from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import check
 from .settings import Tiles
 
@@ -36,7 +36,7 @@ def _task_product(
     rows, outputs, reduced, tasks, x_task, x_row, x_red, w_out, w_red, a_task, a_out, a_red,
     bias_task, bias_out, y_task, y_row, y_out,
     GROUPED: tl.constexpr, BUCKETS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr,
+    PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, BY8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[row, out] = sum_red x[row, red] (W * m_task)[out, red] + bias[task, out] for a tile of one task's rows."""
@@ -52,6 +52,9 @@ def _task_product(
         row = ((tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         ours = row < rows
         end_red = reduced
+    outputs, reduced, x_row = times8(outputs, BY8 & 1), times8(reduced, BY8 & 2), times8(x_row, BY8 & 4)
+    w_out, w_red = times8(w_out, BY8 & 8), times8(w_red, BY8 & 16)
+    a_task, a_out, a_red = times8(a_task, BY8 & 32), times8(a_out, BY8 & 64), times8(a_red, BY8 & 128)
     known = task < tasks
     task_at = tl.minimum(task, tasks - 1).to(tl.int64)
     x_ptr += task_at * x_task
@@ -80,12 +83,15 @@ def _task_product(
 def _task_weight_gradient(
     dy_ptr, x_ptr, w_ptr, a_ptr, thresholds_ptr, dw_ptr, da_ptr, order_ptr, offsets_ptr,
     rows, outputs, inputs, tasks, dy_task, dy_row, dy_out, x_task, x_row, x_in, w_out, w_in, a_task, a_out, a_in,
-    GROUPED: tl.constexpr, WANT_W: tl.constexpr, WANT_A: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPED: tl.constexpr, WANT_W: tl.constexpr, WANT_A: tl.constexpr, PRECISION: tl.constexpr, BY8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Per task G_t = dy_t^T x_t in registers; dlogits_t = G_t W dm_t/da is written, dW = sum_t G_t m_t kept."""
     out = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    outputs, inputs = times8(outputs, BY8 & 1), times8(inputs, BY8 & 2)
+    dy_row, x_row = times8(dy_row, BY8 & 4), times8(x_row, BY8 & 8)
+    w_out, a_task, a_out = times8(w_out, BY8 & 16), times8(a_task, BY8 & 32), times8(a_out, BY8 & 64)
     inside = (out < outputs)[:, None] & (col < inputs)[None, :]
     entry = out[:, None] * inputs + col[None, :]
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -163,7 +169,8 @@ def launch_task_product(
         x, weight, logits, thresholds, bias, y, order, offsets, rows, outputs, reduced, tasks,
         *_strides3(x), *weight.stride(), *logits.stride(), *bias_strides, *_strides3(y),
         GROUPED=grouped, BUCKETS=next_power_of_2(tasks + 1), HAS_BIAS=bias is not None,
-        PRECISION=host.matmul_precision(x.dtype), APPROXIMATE=host.approximate_tanh(x.dtype), **tiles.launch(),
+        PRECISION=host.matmul_precision(x.dtype), APPROXIMATE=host.approximate_tanh(x.dtype),
+        BY8=host.multiples_of_8(outputs, reduced, x.stride(-2), *weight.stride(), *logits.stride()), **tiles.launch(),
     )  # fmt: skip
     return y
 
@@ -184,7 +191,11 @@ def launch_task_weight_gradient(
         grad, x, weight, logits, thresholds, dw, da, order, offsets, rows, outputs, inputs, len(logits),
         *_strides3(grad), *_strides3(x), *weight.stride(), *logits.stride(),
         GROUPED=order is not None, WANT_W=want_weight, WANT_A=want_logits,
-        PRECISION=host.matmul_precision(x.dtype), **tiles.launch(),
+        PRECISION=host.matmul_precision(x.dtype),
+        BY8=host.multiples_of_8(
+            outputs, inputs, grad.stride(-2), x.stride(-2), weight.stride(0), *logits.stride()[:2]
+        ),
+        **tiles.launch(),
     )  # fmt: skip
     return dw, da
 
