@@ -7,6 +7,7 @@ from .masked_conv2d import masked_conv2d
 from .masked_linear import masked_linear
 from .semi_binary_mask import semi_binary_mask, semi_binary_mask_with_slope
 from .task_batched_linear import task_batched_linear
+from .tuning import tune, tune_masked_linear
 from .weight_drift import weight_drift
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "semi_binary_mask",
     "semi_binary_mask_with_slope",
     "task_batched_linear",
+    "tune",
+    "tune_masked_linear",
     "weight_drift",
 ]

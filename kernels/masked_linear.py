@@ -10,6 +10,7 @@ from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import check
 from .settings import Tiles
+from .tuning import tuned
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -121,7 +122,8 @@ def launch_product(
     y = x.new_empty((rows, outputs))
     if y.numel() == 0:
         return y
-    tiles = tiles or settings.masked_product(rows, outputs, reduced, x.dtype, x.device)
+    shape = rows, outputs, reduced, x.dtype, x.device
+    tiles = tiles or tuned("masked_product", *shape) or settings.masked_product(*shape)
     steps = cdiv(cdiv(reduced, tiles.block_k), tiles.splits)
     split = tiles.splits > 1
     target = x.new_empty((tiles.splits, rows, outputs), dtype=torch.float32) if split else y[None]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
+from triton import cdiv, next_power_of_2
 
 from . import host
 from .device import mask_of, slope_of
@@ -14,16 +14,19 @@ from .device import mask_of, slope_of
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["blocks"])
 def _mask(
-    a_ptr, threshold_ptr, grad_ptr, out_ptr, slope_ptr, size, run,
-    BACKWARD: tl.constexpr, WITH_SLOPE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    a_ptr, threshold_ptr, grad_ptr, out_ptr, slope_ptr, run, blocks,
+    BACKWARD: tl.constexpr, WITH_SLOPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Forward: the mask (and its slope); backward: grad times the slope. One threshold serves `run` entries."""
-    entry = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < size
+    """Forward: the mask (and its slope); backward: grad times the slope. Each run of entries, `blocks` programs
+    long, has one threshold."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    local = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = local < run
+    entry = row * run + local
     a = tl.load(a_ptr + entry, mask=inside, other=0).to(tl.float32)
-    threshold = tl.load(threshold_ptr + entry // run, mask=inside, other=0).to(tl.float32)
+    threshold = tl.load(threshold_ptr + row).to(tl.float32)
     if BACKWARD:
         grad = tl.load(grad_ptr + entry, mask=inside, other=0).to(tl.float32)
         slope = slope_of(a, threshold)
@@ -52,10 +55,11 @@ def _launch(logits: Tensor, threshold: Tensor, grad: Tensor | None, slope: Tenso
     if out.numel() > 0:
         thresholds, run = _thresholds(threshold, logits.shape)
         grad = None if grad is None else grad.contiguous()
-        _mask[(cdiv(out.numel(), _BLOCK),)](
-            logits.contiguous(), thresholds, grad, out, slope, out.numel(), run,
-            BACKWARD=grad is not None, WITH_SLOPE=slope is not None,
-            INDEX=host.index_type(out.numel()), BLOCK=_BLOCK,
+        block = min(_BLOCK, next_power_of_2(run))
+        blocks = cdiv(run, block)
+        _mask[(len(thresholds.view(-1)) * blocks,)](
+            logits.contiguous(), thresholds, grad, out, slope, run, blocks,
+            BACKWARD=grad is not None, WITH_SLOPE=slope is not None, BLOCK=block,
         )  # fmt: skip
     return out
 

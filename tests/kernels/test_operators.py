@@ -1,5 +1,6 @@
 """The ops as PyTorch sees them: schemas, shape functions, autograd, torch.compile."""
 
+import os
 import subprocess
 import sys
 
@@ -131,8 +132,6 @@ def test_cpu_tensors_without_the_interpreter_say_what_to_do():
         "try: masked_linear(o, o, o, o.sum())\n"
         "except ValueError as error: print(type(error).__name__, error)"
     )
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     answer = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=os.getcwd()
