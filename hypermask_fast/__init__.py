@@ -1,6 +1,32 @@
-"""HyperMask (arXiv 2310.00113), kernel-accelerated."""
+"""hypermask_fast: HyperMask (arXiv 2310.00113), continual learning with hypernetwork-made masks, fast."""
 
 from pathlib import Path
+
+from . import data, functional
+from .errors import InputError
+from .hypernet import HypernetConfig
+from .inference import Prediction, predict
+from .layers import LayerMask, MaskedConv2d, MaskedLinear
+from .layout import MaskLayout
+from .masks import TaskMask
+from .model import HyperMask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HyperMask",
+    "HypernetConfig",
+    "InputError",
+    "LayerMask",
+    "MaskLayout",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "Prediction",
+    "TaskMask",
+    "data",
+    "functional",
+    "predict",
+]
 
 if (Path(__file__).parent.parent / "kernels" / "__init__.py").is_file():
     # A bare checkout: kernels/ lies beside this package, an installed copy has it inside.

@@ -95,9 +95,7 @@ def masked_weights(
     ]
 
 
-def masked_linear(
-    x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (W * m)^T + b.
 
     Args:
@@ -266,6 +264,77 @@ def output_drift(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) 
         Scalar.
     """
     return (hypernet_logits(hidden, weight, bias, targets.shape[1]) - targets).square().sum()
+
+
+def chunked_output_drift(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    old_hidden: Tensor,
+    old_weight: Tensor,
+    old_bias: Tensor,
+    size: int,
+) -> Tensor:
+    """sum_t || hypernet_logits_t - the same with the old hidden vectors and layer ||^2, which get no gradient.
+
+    Args:
+        hidden, old_hidden: (T, chunks, H); weight, old_weight: (chunk_size, H); bias, old_bias: (chunk_size,).
+        size: N, as in `hypernet_logits`.
+
+    Returns:
+        Scalar.
+    """
+    with torch.no_grad():
+        targets = hypernet_logits(old_hidden, old_weight, old_bias, size)
+    return output_drift(hidden, weight, bias, targets)
+
+
+@torch.no_grad()
+def hypernet_adam(
+    hidden: Tensor,
+    grad_logits: Tensor,
+    targets: Tensor,
+    drift_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_m: Tensor,
+    weight_v: Tensor,
+    bias_m: Tensor,
+    bias_v: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor]:
+    """Backward of the dense output layer a_j = W h_j + b for tasks 0..t, then its Adam step.
+
+    R = sum_{j<t} ||a_j - target_j||^2, g_j = dLoss/dR * 2 (a_j - target_j) for j < t, g_t = grad_logits;
+    dW = sum_j g_j h_j^T, db = sum_j g_j, hidden_grad_j = W^T g_j with the weight before the step.
+    The one op that modifies its arguments: weight, bias and their moments m and v become those after the step.
+
+    Args:
+        hidden: (t + 1, H), the last row the current task's; grad_logits: (N,); targets: (t, N), t = 0 allowed.
+        drift_weight: dLoss/dR, one entry.
+        weight, weight_m, weight_v: (N, H); bias, bias_m, bias_v: (N,).
+        step: one entry, the number of this step, counted from 1; lr: one entry.
+        beta1, beta2, eps: as in torch.optim.Adam.
+
+    Returns:
+        hidden_grad (t + 1, H) and R, a scalar.
+    """
+    residual = F.linear(hidden[:-1], weight, bias) - targets
+    factors = torch.cat([2 * drift_weight * residual, grad_logits[None]])
+    hidden_grad = factors @ weight
+    bias1, bias2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
+    for parameter, m, v, grad in (
+        (weight, weight_m, weight_v, factors.t() @ hidden),
+        (bias, bias_m, bias_v, factors.sum(0)),
+    ):
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        parameter.sub_(lr / bias1 * m / ((v / bias2).sqrt() + eps))
+    return hidden_grad, residual.square().sum()
 
 
 def weight_drift(

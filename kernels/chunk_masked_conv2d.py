@@ -114,9 +114,7 @@ def _autograd(ctx, grad: Tensor):
     return *host.none_if_unneeded(gradients, tuple(needed)), None, None, bias, None, None, None, None
 
 
-_SOURCE = (
-    "Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias, int start, Tensor threshold"
-)
+_SOURCE = "Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias, int start, Tensor threshold"
 _CONVOLUTION = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 host.register(
     f"chunk_masked_conv2d(Tensor x, {_SOURCE}, Tensor? bias, {_CONVOLUTION}) -> Tensor",

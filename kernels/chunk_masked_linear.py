@@ -159,19 +159,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad: Tensor):
     *needed, _, _, needs_bias = ctx.needs_input_grad
     *tensors, threshold = ctx.saved_tensors
-    gradients = torch.ops.hypermask_fast.chunk_masked_linear_backward(
-        grad, *tensors, ctx.start, threshold, needed
-    )
+    gradients = torch.ops.hypermask_fast.chunk_masked_linear_backward(grad, *tensors, ctx.start, threshold, needed)
     bias = host.rows_of(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
     return *host.none_if_unneeded(gradients, tuple(needed)), None, None, bias
 
 
-_SOURCE = (
-    "Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias, int start, Tensor threshold"
-)
-host.register(
-    f"chunk_masked_linear(Tensor x, {_SOURCE}, Tensor? bias) -> Tensor", _forward, _forward_shapes
-)
+_SOURCE = "Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias, int start, Tensor threshold"
+host.register(f"chunk_masked_linear(Tensor x, {_SOURCE}, Tensor? bias) -> Tensor", _forward, _forward_shapes)
 host.register(
     f"chunk_masked_linear_backward(Tensor grad, Tensor x, {_SOURCE}, bool[5] needed) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -174,7 +174,7 @@ def check_chunks(
     )
     generated = hidden.shape[0] * output_weight.shape[0]
     check(
-        0 <= start and start + weight.numel() <= generated,
+        start >= 0 and start + weight.numel() <= generated,
         f"entries {start} to {start + weight.numel()} lie outside the {generated} that the chunks generate",
     )
     check(threshold.numel() == 1, f"threshold must be one entry, not {tuple(threshold.shape)}")

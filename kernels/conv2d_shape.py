@@ -34,9 +34,7 @@ class Conv2dShape:
     def constants(self) -> dict[str, int]:
         names = ("K{}", "STRIDE_{}", "PAD_{}", "DILATION_{}")
         values = (self.kernel, self.stride, self.padding, self.dilation)
-        return {
-            n.format(axis): v[i] for n, v in zip(names, values, strict=True) for i, axis in enumerate("HW")
-        }
+        return {n.format(axis): v[i] for n, v in zip(names, values, strict=True) for i, axis in enumerate("HW")}
 
     def output_size(self, size: tuple[int, int]) -> Pair:
         return tuple(
@@ -62,9 +60,7 @@ class Conv2dShape:
         out = self.output_size(x.shape[2:])
         check(min(out) > 0, f"a kernel of {self.kernel} does not fit into an input of {tuple(x.shape[2:])}")
         if bias is not None:
-            check(
-                bias.shape == weight.shape[:1], f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}"
-            )
+            check(bias.shape == weight.shape[:1], f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
 
     def new_output(self, x: Tensor, weight: Tensor) -> Tensor:
         """Empty (batch, out, height', width') in x's memory format."""

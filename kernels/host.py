@@ -29,9 +29,7 @@ def register(schema: str, implementation: Callable, shapes: Callable) -> None:
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
-    torch.library.register_autograd(
-        f"hypermask_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-    )
+    torch.library.register_autograd(f"hypermask_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def check(condition: bool, message: str) -> None:
@@ -53,9 +51,7 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise InputError(f"{name} is {tensor.dtype}; Triton kernels take float32, float16 and bfloat16")
         device = device or tensor.device
         if tensor.device != device:
-            raise InputError(
-                f"{name} is on {tensor.device}, {next(iter(tensors))} on {device}: use one device"
-            )
+            raise InputError(f"{name} is on {tensor.device}, {next(iter(tensors))} on {device}: use one device")
 
 
 def check_runnable(tensor: Tensor) -> None:

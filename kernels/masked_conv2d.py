@@ -24,9 +24,7 @@ def _tap(k, channels, KW: tl.constexpr, TAPS: tl.constexpr, CHANNELS_LAST: tl.co
 
 
 @triton.jit
-def _source(
-    at, tap, size, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr
-):
+def _source(at, tap, size, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Coordinate that an output coordinate reads through a tap, and whether there is one."""
     if TRANSPOSED:  # the gradient's view: output (at + pad - tap * dilation) / stride touched input `at`
         there = at + PAD - tap * DILATION

@@ -52,7 +52,15 @@ def _masked_product(
 
 @triton.jit(do_not_specialize=["size"])
 def _sum_splits(
-    partial_ptr, bias_ptr, y_ptr, size, outputs, splits, HAS_BIAS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
+    partial_ptr,
+    bias_ptr,
+    y_ptr,
+    size,
+    outputs,
+    splits,
+    HAS_BIAS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """y = sum_s partial[s] + bias, always in the order of s, so that results repeat bit for bit."""
     entry = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -180,9 +188,7 @@ def _check(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: T
     check(threshold.numel() == 1, f"threshold must be one entry, not {tuple(threshold.shape)}")
 
 
-def _forward(
-    x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     host.check_runnable(x)
     _check(x, weight, logits, threshold, bias)
     bias = None if bias is None else bias.contiguous()
@@ -190,9 +196,7 @@ def _forward(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _forward_shapes(
-    x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def _forward_shapes(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     _check(x, weight, logits, threshold, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -203,14 +207,8 @@ def _backward(
     host.check_runnable(grad)
     want_x, want_weight, want_logits = needed
     grad = host.rows_of(grad)
-    dx = (
-        launch_product(grad, weight.t(), logits.t(), threshold, None).view(x.shape)
-        if want_x
-        else x.new_empty(0)
-    )
-    return dx, *launch_weight_gradient(
-        grad, host.rows_of(x), weight, logits, threshold, want_weight, want_logits
-    )
+    dx = launch_product(grad, weight.t(), logits.t(), threshold, None).view(x.shape) if want_x else x.new_empty(0)
+    return dx, *launch_weight_gradient(grad, host.rows_of(x), weight, logits, threshold, want_weight, want_logits)
 
 
 def _backward_shapes(
@@ -246,9 +244,7 @@ host.register(
 host.register_autograd("masked_linear", _setup_context, _autograd)
 
 
-def masked_linear(
-    x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (W * m)^T + b, m = |tanh a| where not |a| < threshold, else 0.
 
     Differentiable in x, weight, logits and bias. Products are in x's dtype (under autocast: autocast's), float32

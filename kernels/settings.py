@@ -64,9 +64,7 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, de
     if rows > 64:
         return Tiles(block_m, block_n, block_k, warps)
     programs = cdiv(outputs, block_m) * cdiv(rows, block_n)
-    return Tiles(
-        block_m, block_n, block_k, warps, stages=4, splits=_splits(programs, cdiv(reduced, block_k), device)
-    )
+    return Tiles(block_m, block_n, block_k, warps, stages=4, splits=_splits(programs, cdiv(reduced, block_k), device))
 
 
 def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tiles:

@@ -119,9 +119,7 @@ def _task_weight_gradient(
         if WANT_W:
             dw += gradient * mask_of(a, threshold, False)
         if WANT_A:
-            w = tl.load(w_ptr + out[:, None] * w_out + col[None, :] * w_in, mask=inside, other=0).to(
-                tl.float32
-            )
+            w = tl.load(w_ptr + out[:, None] * w_out + col[None, :] * w_in, mask=inside, other=0).to(tl.float32)
             da = gradient_of_logits(gradient, w, a, threshold)
             tl.store(da_ptr + entry, da.to(da_ptr.dtype.element_ty), mask=inside)
             da_ptr += outputs.to(tl.int64) * inputs
@@ -230,9 +228,7 @@ def _check(x, weight, logits, thresholds, task_ids, bias) -> None:
 def _forward(x, weight, logits, thresholds, task_ids=None, bias=None) -> Tensor:
     host.check_runnable(x)
     y = _forward_shapes(x, weight, logits, thresholds, task_ids, bias)
-    return launch_task_product(
-        x, weight, logits, thresholds.contiguous(), bias, y, *task_table(task_ids, len(logits))
-    )
+    return launch_task_product(x, weight, logits, thresholds.contiguous(), bias, y, *task_table(task_ids, len(logits)))
 
 
 def _forward_shapes(x, weight, logits, thresholds, task_ids=None, bias=None) -> Tensor:
@@ -251,9 +247,7 @@ def _backward(grad, x, weight, logits, thresholds, task_ids, needed) -> tuple[Te
         dx = grad.new_empty((*grad.shape[:-1], x.shape[-1]), dtype=torch.float32 if shared else x.dtype)
         launch_task_product(grad, weight.t(), logits.transpose(1, 2), thresholds, None, dx, *table)
         dx = dx.sum(0).to(x.dtype) if shared else dx
-    gradients = launch_task_weight_gradient(
-        grad, x, weight, logits, thresholds, *table, want_weight, want_logits
-    )
+    gradients = launch_task_weight_gradient(grad, x, weight, logits, thresholds, *table, want_weight, want_logits)
     return dx, *gradients
 
 
@@ -268,9 +262,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
 
 
-def _bias_gradient(
-    grad: Tensor, task_ids: Tensor | None, tasks: int, dims: int, dtype: torch.dtype
-) -> Tensor:
+def _bias_gradient(grad: Tensor, task_ids: Tensor | None, tasks: int, dims: int, dtype: torch.dtype) -> Tensor:
     if dims == 1:
         total = host.rows_of(grad).sum(0, dtype=torch.float32)
     elif task_ids is None:
@@ -330,6 +322,4 @@ def task_batched_linear(
     Raises:
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.
     """
-    return torch.ops.hypermask_fast.task_batched_linear(
-        host.autocast(x), weight, logits, thresholds, task_ids, bias
-    )
+    return torch.ops.hypermask_fast.task_batched_linear(host.autocast(x), weight, logits, thresholds, task_ids, bias)

@@ -42,9 +42,7 @@ def _measured(file: Path) -> dict[str, Tiles]:
         raise InputError(f"{file} does not hold launch settings ({error}): delete it or tune again") from error
 
 
-def tuned(
-    kernel: str, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device
-) -> Tiles | None:
+def tuned(kernel: str, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
     """What `tune` found for this kernel and shape on this device, if it was asked."""
     measured = _measured(cache_file())
     return measured.get(key_of(kernel, rows, outputs, reduced, dtype, device)) if measured else None
@@ -99,9 +97,7 @@ def tune(
     return best
 
 
-def tune_masked_linear(
-    x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, threshold: torch.Tensor
-) -> Tiles:
+def tune_masked_linear(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, threshold: torch.Tensor) -> Tiles:
     """Tune masked_linear's product for x (rows, in) and weight (out, in) as given; later calls use the result.
 
     Raises:

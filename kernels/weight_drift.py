@@ -59,9 +59,7 @@ def _partial_sums(
 
 
 @triton.jit
-def _norms(
-    partial_ptr, first_block_ptr, norms_ptr, total_ptr, segments, NORM: tl.constexpr, BLOCK: tl.constexpr
-):
+def _norms(partial_ptr, first_block_ptr, norms_ptr, total_ptr, segments, NORM: tl.constexpr, BLOCK: tl.constexpr):
     """norms[s] from the partial sums of segment s, and their total, in order."""
     total = 0.0
     for segment in range(segments):
@@ -118,9 +116,7 @@ def _blocks(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     return tuple(torch.tensor(t, dtype=torch.int64, device=device) for t in (segments, first, offsets))
 
 
-def _tables(
-    weights: Sequence[Tensor], offsets: Sequence[int], device: torch.device
-) -> tuple[tuple, list[Tensor]]:
+def _tables(weights: Sequence[Tensor], offsets: Sequence[int], device: torch.device) -> tuple[tuple, list[Tensor]]:
     """The kernels' tables, and the contiguous weights they point to, to be kept until the launch is queued."""
     flat = [weight.contiguous() for weight in weights]
     segments, first, borders = _blocks(tuple(offsets), device)
@@ -197,9 +193,7 @@ def _backward(grad, norms, weights, previous, offsets, norm, logits, thresholds)
     return dw, da
 
 
-def _backward_shapes(
-    grad, norms, weights, previous, offsets, norm, logits, thresholds
-) -> tuple[Tensor, Tensor]:
+def _backward_shapes(grad, norms, weights, previous, offsets, norm, logits, thresholds) -> tuple[Tensor, Tensor]:
     like = weights[0] if weights else previous
     da = previous.new_empty(0) if logits is None else logits.new_empty(logits.shape)
     return like.new_empty(offsets[-1] - offsets[0]), da

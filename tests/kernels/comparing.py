@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from tolerances import TOLERANCES
+from kernel_tolerances import TOLERANCES
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from comparing import DEVICE, DTYPES, assert_close, assert_matches, exact_threshold, randn
-from tolerances import TOLERANCES
+from kernel_tolerances import TOLERANCES
 
 from hypermask_fast import reference
 from hypermask_fast.errors import InputError

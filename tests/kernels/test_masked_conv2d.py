@@ -49,7 +49,10 @@ def test_matches_reference(case, channels_last, dtype):
 
 def test_strided_input_without_bias():
     x = randn(2, 9, 8, 6, dtype=torch.float32)[:, ::2].transpose(2, 3)
-    weight, logits = randn(4, 3, 3, 10, dtype=torch.float32).permute(0, 3, 1, 2)[:, ::2], randn(4, 5, 3, 3, dtype=torch.float32)
+    weight, logits = (
+        randn(4, 3, 3, 10, dtype=torch.float32).permute(0, 3, 1, 2)[:, ::2],
+        randn(4, 5, 3, 3, dtype=torch.float32),
+    )
     threshold = exact_threshold(logits)
     assert_matches(
         lambda x, w, a: masked_conv2d(x, w, a, threshold, None, 1, 1),

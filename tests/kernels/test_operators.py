@@ -26,7 +26,9 @@ def plain(*shape):
 
 CASES = {
     "masked_linear": lambda: (grad(3, 5), grad(4, 5), grad(4, 5), THRESHOLD, grad(4)),
-    "masked_linear_backward": lambda: (plain(3, 4), plain(3, 5), plain(4, 5), plain(4, 5), THRESHOLD, [True, False, True]),
+    "masked_linear_backward": lambda: (
+        plain(3, 4), plain(3, 5), plain(4, 5), plain(4, 5), THRESHOLD, [True, False, True],
+    ),
     "masked_conv2d": lambda: (
         grad(2, 4, 5, 5), grad(6, 2, 3, 3), grad(6, 2, 3, 3), THRESHOLD, grad(6), (2, 1), (1, 1), (1, 1), 2,
     ),
@@ -74,7 +76,11 @@ def test_opcheck(name):
 
 
 def test_every_op_is_checked():
-    here = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("hypermask_fast::")}
+    here = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("hypermask_fast::")
+    }
     ours = {name for name in here if name.startswith("triton_") or hasattr(kernels, name.removesuffix("_backward"))}
     assert ours == set(CASES)
 
@@ -88,7 +94,9 @@ def network(x, weights, logits, thresholds, task_ids, hidden, layer, layer_bias)
     every = kernels.task_batched_linear(y, weights[2], logits[2], thresholds)
     y = kernels.task_batched_linear(y, weights[2], logits[2], thresholds, task_ids)
     mask = kernels.semi_binary_mask(logits[0], thresholds[0])
-    drift = kernels.weight_drift(weights[:2], torch.cat([logits[0].flatten(), logits[1].flatten()]).detach(), [0, 36, 108])
+    drift = kernels.weight_drift(
+        weights[:2], torch.cat([logits[0].flatten(), logits[1].flatten()]).detach(), [0, 36, 108]
+    )
     return y.square().sum() + mask.sum() + drift + every.sum(), kernels.entropy_select(every)
 
 

@@ -1,0 +1,53 @@
+// What lets one piece of arithmetic compile for the host, for every vector width of the host, and for CUDA.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Internal linkage and forced inlining: the same header is compiled with different instruction sets, and the
+// linker must never merge a copy made for AVX-512 with one that has to run without it.
+#if defined(__CUDACC__)
+#define HM_INLINE __host__ __device__ static __forceinline__
+#else
+#define HM_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace hypermask {
+
+// The few operations that differ between a float and a vector of floats.
+template <class F>
+struct Lane;
+
+template <>
+struct Lane<float> {
+  using Int = int32_t;
+  using Mask = bool;
+  HM_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
+  HM_INLINE Int bits(float x) {
+    Int i;
+    std::memcpy(&i, &x, sizeof i);
+    return i;
+  }
+  HM_INLINE float from_bits(Int i) {
+    float x;
+    std::memcpy(&x, &i, sizeof x);
+    return x;
+  }
+#if defined(__CUDACC__)
+  HM_INLINE float sqrt(float x) { return sqrtf(x); }
+#else
+  HM_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
+#endif
+  HM_INLINE float divide(float x, float y) { return x / y; }
+  HM_INLINE float broadcast(float x) { return x; }
+};
+
+constexpr int32_t kMagnitudeBits = 0x7fffffff;
+
+// |x|; the sign bit of a NaN goes too.
+template <class F>
+HM_INLINE F magnitude(F x) {
+  return Lane<F>::from_bits(Lane<F>::bits(x) & kMagnitudeBits);
+}
+
+}  // namespace hypermask

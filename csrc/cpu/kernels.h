@@ -1,0 +1,70 @@
+// The table of CPU kernels: plain functions over raw pointers, compiled once per instruction set.
+//
+// They are serial; the ops around them (csrc/cpu/*_ops.cpp) check arguments, split the work into parts that do not
+// depend on the number of threads, and run the parts in parallel.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/adam.h"
+
+namespace hypermask {
+
+constexpr int kBlockRows = 32;  // rows of the dense layer handled together: W, h and dW of a block fit the L1 cache
+constexpr int64_t kPrefetchSlack = 64;
+
+// The dense output layer a_j = W h_j + b, and what its pass over W works on.
+// Rows j of hidden and scratch: first the drift tasks (with targets), then, if grad_logits, the current one.
+struct DenseLayer {
+  int64_t rows;            // N
+  int64_t width;           // H
+  int64_t padded;          // H rounded up to whole vectors of 16
+  int64_t drift_tasks;     // t
+  int64_t tasks;           // t, or t + 1 with grad_logits
+  const float* weight;     // [N, H]
+  const float* bias;       // [N]
+  const float* hidden;     // [tasks, padded], padding 0
+  const float* targets;    // [t, N]
+  const float* grad_logits;  // [N] dLoss/da of the current task, or null
+  float coefficient;       // 2 dLoss/dR
+  // gradient mode
+  float* grad_weight;  // [N, H] or null
+  float* grad_bias;    // [N]
+  // Adam mode
+  float* weight_out;  // the weight again, writable; null in the other modes
+  float* bias_out;
+  float *weight_m, *weight_v, *bias_m, *bias_v;
+  AdamStep adam;
+};
+
+struct Kernels {
+  const char* name;
+  // counts[digit] of the entries whose higher digits equal prefix; see radix_digit. n <= 2^16 - 1 - kPrefetchSlack.
+  void (*radix_count)(const float* logits, int64_t n, int pass, uint32_t prefix, uint32_t* counts);
+  void (*mask_forward)(const float* logits, float threshold, float* mask, int64_t n);
+  void (*mask_backward)(const float* logits, float threshold, const float* grad, float* grad_logits, int64_t n);
+  void (*weights_forward)(const float* weight, const float* logits, float threshold, float* out, int64_t n);
+  void (*weights_backward)(const float* weight, const float* logits, float threshold, const float* grad,
+                           float* grad_weight, float* grad_logits, int64_t n);
+  // Sum of |x| (norm 1) or x^2 (norm 2), x = (weight - previous) mask; logits null: no mask.
+  double (*drift_forward)(const float* weight, const float* previous, const float* logits, float threshold, int norm,
+                          int64_t n);
+  // grad_weight and grad_logits of scale * sum |x| (norm 1) or scale * sum x^2 / 2 (norm 2).
+  void (*drift_backward)(const float* weight, const float* previous, const float* logits, float threshold, int norm,
+                         float scale, float* grad_weight, float* grad_logits, int64_t n);
+  // a[row] = W h + b for one hidden vector.
+  void (*dense_logits)(const DenseLayer& layer, int64_t begin, int64_t end, float* logits);
+  // Sum of squared residuals over rows begin to end and all drift tasks.
+  double (*dense_value)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch);
+  // The same, adding to grad_hidden [tasks, padded], and writing gradients or stepping Adam.
+  double (*dense_pass)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* grad_hidden);
+};
+
+// Floats of scratch that dense_value and dense_pass need.
+inline int64_t dense_scratch(int64_t tasks, int64_t width) { return tasks * kBlockRows + kBlockRows * width + 64; }
+
+const Kernels& kernels_baseline();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace hypermask

@@ -1,0 +1,133 @@
+// Vectors of 16, 8 or 4 floats, by what the including file is compiled for. GCC and Clang vector types carry the
+// arithmetic; only loads of a part, square roots and sums over lanes need more.
+#pragma once
+
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "../common/portable.h"
+
+namespace hypermask {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef float Quad __attribute__((vector_size(16)));
+
+template <>
+struct Lane<Vec> {
+  using Int = IntVec;
+  using Mask = IntVec;
+  HM_INLINE Vec select(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }
+  HM_INLINE IntVec bits(Vec x) { return (IntVec)x; }
+  HM_INLINE Vec from_bits(IntVec i) { return (Vec)i; }
+  HM_INLINE Vec broadcast(float x) { return x - Vec{}; }
+  // x / y within 1 ulp for finite x and normal y in the range of Adam's denominators (y and 1/y not denormal).
+  HM_INLINE Vec divide(Vec x, Vec y) {
+#if defined(__AVX512F__)
+    const __m512 n = (__m512)x, d = (__m512)y, two = _mm512_set1_ps(2.0f);
+    __m512 r = _mm512_rcp14_ps(d);
+    r = _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, two));
+    const __mmask16 odd = _mm512_fpclass_ps_mask(d, 0x01 | 0x02 | 0x04 | 0x08 | 0x10 | 0x20 | 0x80);
+    if (__builtin_expect(odd, 0)) return x / y;
+    return (Vec)_mm512_mul_ps(n, r);
+#else
+    return x / y;
+#endif
+  }
+  HM_INLINE Vec sqrt(Vec x) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (Vec)_mm_sqrt_ps((__m128)x);
+#else
+    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+  }
+};
+
+HM_INLINE Vec broadcast(float x) { return Lane<Vec>::broadcast(x); }
+
+HM_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+HM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// The first count lanes, 0 < count < kLanes; the others are 0 and their memory is not touched.
+HM_INLINE Vec load_part(const float* p, int count) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return (Vec)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+#else
+  Vec v{};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+HM_INLINE void store_part(float* p, Vec v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+  float lanes[kLanes];  // masked stores of AVX2 are slow on AMD
+  std::memcpy(lanes, &v, sizeof v);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+#endif
+}
+
+HM_INLINE Vec load_up_to(const float* p, int64_t count) {
+  return count >= kLanes ? load(p) : load_part(p, static_cast<int>(count));
+}
+
+HM_INLINE void store_up_to(float* p, Vec v, int64_t count) {
+  if (count >= kLanes) {
+    store(p, v);
+  } else {
+    store_part(p, v, static_cast<int>(count));
+  }
+}
+
+// Sum of the vector's groups of four lanes.
+HM_INLINE Quad fold(Vec v) {
+#if defined(__AVX512F__)
+  const __m512 x = (__m512)v;
+  return ((Quad)_mm512_castps512_ps128(x) + (Quad)_mm512_extractf32x4_ps(x, 1)) +
+         ((Quad)_mm512_extractf32x4_ps(x, 2) + (Quad)_mm512_extractf32x4_ps(x, 3));
+#elif defined(__AVX2__)
+  return (Quad)_mm256_castps256_ps128((__m256)v) + (Quad)_mm256_extractf128_ps((__m256)v, 1);
+#else
+  return v;
+#endif
+}
+
+HM_INLINE float sum_lanes(Vec v) {
+  const Quad q = fold(v);
+  return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// The sums over the lanes of four vectors.
+HM_INLINE Quad sum_lanes(Vec a, Vec b, Vec c, Vec d) {
+  typedef int32_t Pick __attribute__((vector_size(16)));
+  const Quad qa = fold(a), qb = fold(b), qc = fold(c), qd = fold(d);
+  const Quad ab = __builtin_shuffle(qa, qb, (Pick){0, 1, 4, 5}) + __builtin_shuffle(qa, qb, (Pick){2, 3, 6, 7});
+  const Quad cd = __builtin_shuffle(qc, qd, (Pick){0, 1, 4, 5}) + __builtin_shuffle(qc, qd, (Pick){2, 3, 6, 7});
+  return __builtin_shuffle(ab, cd, (Pick){0, 2, 4, 6}) + __builtin_shuffle(ab, cd, (Pick){1, 3, 5, 7});
+}
+
+}  // namespace hypermask

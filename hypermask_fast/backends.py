@@ -1,0 +1,196 @@
+"""Which backend serves an op: reference | cpu | triton | cuda.
+
+Chosen by, in this order: the op's argument `backend`, `with use_backend("...")`, the environment's HYPERMASK_BACKEND,
+and otherwise automatically, the fastest that can serve. A backend asked for by name that can't serve raises and says why.
+
+Each accelerated backend offers an op as a function with the reference's signature and a condition: a function of the
+same arguments that returns "" or why it can't serve them.
+"""
+
+import json
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import util
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .errors import InputError
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what auto tries on a device, the fastest first
+
+
+class Offer(NamedTuple):
+    """One op in one backend; `condition` returns "" or why these arguments can't be served."""
+
+    function: Callable
+    condition: Callable
+
+
+_offers: dict[tuple[str, str], Offer] = {}
+_scope = threading.local()
+_warned: set[str] = set()
+
+
+def _recorded(part: str) -> str:
+    """What setup.py noted about a part it left out."""
+    record = Path(__file__).parent / "_build.json"
+    return json.loads(record.read_text()).get(part, "") if record.exists() else ""
+
+
+def _load_native() -> str:
+    """Loads the extension; "" or why it is not there."""
+    spec = util.find_spec("._native", __package__)
+    if spec is None:
+        return _recorded("native") or "the extension is not built: pip install --no-build-isolation ."
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the extension does not load: {error}"
+    return ""
+
+
+def _cuda_problem() -> str:
+    if NATIVE_PROBLEM:
+        return NATIVE_PROBLEM
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("hypermask_fast::mask_thresholds", "CUDA"):
+        return _recorded("cuda") or "the extension was built without CUDA"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+NATIVE_PROBLEM = _load_native()
+_ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
+
+
+@cache
+def problem(backend: str) -> str:
+    """Why a backend is not to be had here at all, "" if it is."""
+    if backend == "reference":
+        return ""
+    if backend == "cpu":
+        return NATIVE_PROBLEM
+    if backend == "cuda":
+        return _cuda_problem()
+    if util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not any(name == backend for _, name in _offers):
+        return "no Triton kernels are installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "" if torch.cuda.is_available() or interpreted else "no CUDA device (or TRITON_INTERPRET=1 for tests)"
+
+
+def offer(op: str, backend: str, function: Callable, condition: Callable | None = None) -> None:
+    """Adds an op to a backend; without a condition it serves every float32 call on its device."""
+    _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""))
+    problem.cache_clear()
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block, and in this thread, ops run on the named backend, or "auto"."""
+    _check_name(backend)
+    before = getattr(_scope, "backend", None)
+    _scope.backend = backend
+    try:
+        yield
+    finally:
+        _scope.backend = before
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS and backend != "auto":
+        raise InputError(f"backend must be one of auto, {', '.join(BACKENDS)}, not {backend!r}")
+
+
+def requested(backend: str | None = None) -> str:
+    """The backend asked for by argument, scope or environment; "auto" if none is."""
+    wanted = backend or getattr(_scope, "backend", None) or _ENVIRONMENT or "auto"
+    if wanted != "auto":
+        _check_name(wanted)
+    return wanted
+
+
+def _refusal(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -> str:
+    """Why `backend` can't serve this call, "" if it can."""
+    if backend == "reference":
+        return ""
+    entry = _offers.get((op, backend))
+    if entry is None:
+        return f"{backend} has no {op}"
+    if why := problem(backend):
+        return why
+    if backend == "triton":
+        return entry.condition(*args, **kwargs)
+    if tensor.device.type != backend:
+        return f"the tensors are on {tensor.device.type}"
+    if tensor.dtype != torch.float32:
+        return f"{backend} computes in float32, not {str(tensor.dtype).removeprefix('torch.')}"
+    return entry.condition(*args, **kwargs)
+
+
+def choose(op: str, backend: str | None, tensor: Tensor, args: tuple, kwargs: dict) -> Callable:
+    """The function that serves this call of `op`; `tensor` stands for device and dtype.
+
+    Raises:
+        InputError: the backend named by argument, scope or environment can't serve the call; the message says why.
+    """
+    wanted = requested(backend)
+    if wanted != "auto":
+        if why := _refusal(op, wanted, tensor, args, kwargs):
+            raise InputError(f"backend {wanted!r} can't run {op}: {why}")
+        return getattr(reference, op) if wanted == "reference" else _offers[op, wanted].function
+    for name in _DEVICE.get(tensor.device.type, ()):
+        if not _refusal(op, name, tensor, args, kwargs):
+            return _offers[op, name].function
+    _say_once(tensor.device.type)
+    return getattr(reference, op)
+
+
+def _say_once(device: str) -> None:
+    """One warning per device whose accelerated backends are all missing; a call they don't serve is no surprise."""
+    if device in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add(device)
+    reasons = [f"{name}: {why}" for name in _DEVICE.get(device, ()) if (why := problem(name))]
+    if len(reasons) == len(_DEVICE.get(device, ())):
+        text = "; ".join(reasons) or f"no backend for {device}"
+        warnings.warn(f"hypermask_fast runs its reference ops on {device} ({text})", stacklevel=4)
+
+
+def explain(op: str, *args, backend: str | None = None, **kwargs) -> str:
+    """Which backend would run `op` with these arguments, and why not the others; one line each.
+
+    >>> print(explain("semi_binary_mask", logits, threshold))
+    """
+    if not hasattr(reference, op):
+        raise InputError(f"there is no op {op!r}")
+    tensor = next(_tensors((*args, *kwargs.values())), None)
+    if tensor is None:
+        raise InputError("explain needs the op's arguments, to see their device and dtype")
+    wanted = requested(backend)
+    names = _DEVICE.get(tensor.device.type, ()) if wanted == "auto" else (wanted,)
+    refusals = {name: _refusal(op, name, tensor, args, kwargs) for name in names}
+    chosen = next((name for name in names if not refusals[name]), "reference" if wanted == "auto" else "nothing")
+    lines = [f"{op}: {chosen} ({'chosen automatically' if wanted == 'auto' else 'asked for'})"]
+    return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why])
+
+
+def _tensors(values: tuple) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(tuple(value))
+
+
+def served(backend: str) -> list[str]:
+    """The ops a backend offers."""
+    return sorted(op for op, name in _offers if name == backend)

@@ -1,0 +1,218 @@
+"""The command line `hypermask-fast`: train, evaluate, export, presets, env."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import __version__, env
+from .data import SCENARIOS
+from .errors import InputError
+from .regularizers import FIDELITIES
+from .training import evaluation, report, run
+from .training.config import RunConfig, load_preset, presets
+from .training.logs import TerminalLog
+
+PROGRAM = "hypermask-fast"
+EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code.
+
+    0: done. 2: what was given is wrong, said in one line on standard error. 130: interrupted. Any other failure is
+    a bug and keeps its traceback.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except InputError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        hint = "; the same command with --resume goes on from the last checkpoint" if arguments.run is _train else ""
+        print(f"\n{PROGRAM}: interrupted{hint}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    preset = _preset(arguments.preset)
+    run_dir = arguments.out or Path("runs") / Path(arguments.preset).stem
+    asked = _asked_settings(arguments)
+    config = _resumed_config(run_dir, preset, asked) if arguments.resume else preset.with_values(asked)
+    if arguments.data_dir is not None:
+        config = run.with_data_dir(config, arguments.data_dir)
+    device = run.pick_device(arguments.device)
+    title = f"{config.title}; seed {config.seed}, fidelity {config.fidelity}, {report.device_name(device)}"
+    terminal = TerminalLog(_task_count(config), title)
+    result = run.train(config, run_dir, device, arguments.resume, terminal)
+    print(report.text_matrix(result))
+    rate = f", {result.steps / result.seconds:.0f} steps per second" if result.seconds else ""
+    print(f"\ntrained for {result.seconds:.1f} s{rate}\nresults in {run_dir} (picture: {report.MATRIX_PICTURE})")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    device = run.pick_device(arguments.device)
+    config, model, scenario = run.load_run(arguments.dir, arguments.data_dir, device)
+    batch = config.training.evaluation_batch
+    if arguments.task_id == "known":
+        columns = {
+            "accuracy %": [evaluation.accuracy(model, task.test, t, batch) for t, task in enumerate(scenario.tasks)]
+        }
+    else:
+        measured = evaluation.entropy_accuracy(model, scenario, batch)
+        columns = {"task found %": measured.task.tolist(), "class found %": measured.label.tolist()}
+    print(_table([task.name for task in scenario.tasks], columns))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    run.export_task(arguments.dir, arguments.task, arguments.to, arguments.data_dir)
+    print(f"{arguments.to}: task {arguments.task}'s network; load it in Python with")
+    print(f"    from hypermask_fast.training.run import load_exported\n    net = load_exported({str(arguments.to)!r})")
+    return 0
+
+
+def _presets(arguments: argparse.Namespace) -> int:
+    known = presets()
+    width = max(map(len, known))
+    for name, config in known.items():
+        print(f"{name:<{width}}  {config.title}")
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    print(env.report())
+    return 0
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _preset(name: str) -> RunConfig:
+    """A preset by name, or a configuration file by path."""
+    return RunConfig.load(Path(name)) if name.endswith(".toml") else load_preset(name)
+
+
+def _asked_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Dotted settings that the command line gives; --seed and --fidelity are short for two of them."""
+    asked: dict[str, Any] = {}
+    for assignment in arguments.set:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set takes key=value, such as training.lr=0.01, not {assignment!r}")
+        asked[key.strip()] = value.strip()
+    for key in ("seed", "fidelity"):
+        value = getattr(arguments, key)
+        if value is not None:
+            asked[key] = value
+    return asked
+
+
+def _resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> RunConfig:
+    """The run's own configuration; InputError where the command line contradicts it."""
+    stored = run.stored_config(run_dir)
+    expected = preset.with_values(asked)
+    if expected.title != stored.title:
+        raise InputError(f"{run_dir} holds a run of another preset, {stored.title!r}, not {expected.title!r}")
+    for key, value in asked.items():
+        if stored.with_values({key: value}) != stored:
+            raise InputError(
+                f"{key}={value} contradicts the run in {run_dir}, whose {run.CONFIG} decides: leave it out, "
+                "or start a new run in another folder (--out)"
+            )
+    return stored
+
+
+def _task_count(config: RunConfig) -> int:
+    if config.data.scenario not in SCENARIOS:
+        return 0  # which reading the scenario will refuse
+    return config.data.tasks or SCENARIOS[config.data.scenario].tasks
+
+
+def _table(names: list[str], columns: dict[str, list[float]]) -> str:
+    """Names and percentages side by side, with the columns' means."""
+    rows = [*zip(names, *columns.values(), strict=True)]
+    rows.append(("mean", *(sum(values) / len(values) for values in columns.values())))
+    width = max(len(name) for name, *_ in rows)
+    lines = ["task".ljust(width) + "".join(f"{title:>15}" for title in columns)]
+    return "\n".join([*lines, *(name.ljust(width) + "".join(f"{v:15.2f}" for v in values) for name, *values in rows)])
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Continual learning with hypernetwork-made masks.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+
+    command = _command(commands, "evaluate", _evaluate, "accuracy of a run's model on the tasks it has learned")
+    command.add_argument("dir", type=Path, metavar="DIR", help="the run's folder")
+    command.add_argument(
+        "--task-id",
+        choices=("known", "entropy"),
+        default="known",
+        help="known: each sample's task is given (default); entropy: it is inferred, by the lowest softmax entropy",
+    )
+    _add_data_dir(command)
+    _add_device(command)
+
+    command = _command(commands, "export", _export, "the plain network of one task, mask baked in, as safetensors")
+    command.add_argument("dir", type=Path, metavar="DIR", help="the run's folder")
+    command.add_argument("--task", type=int, required=True, metavar="K", help="a task the run has learned, from 0")
+    command.add_argument("--to", type=Path, required=True, metavar="FILE", help="a new .safetensors file")
+    _add_data_dir(command)
+
+    _command(commands, "presets", _presets, "what there is to train")
+    _command(commands, "env", _env, "versions, devices and threads")
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    command = _command(commands, "train", _train, "train a preset, task after task")
+    command.add_argument(
+        "preset", metavar="PRESET", help=f"a name that `{PROGRAM} presets` lists, or a configuration file (.toml)"
+    )
+    _add_data_dir(command)
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="new or empty folder for the run (default: runs/PRESET)"
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="of weights, batches and augmentation")
+    _add_device(command)
+    command.add_argument(
+        "--fidelity",
+        choices=FIDELITIES,
+        help="official: as the authors' published code does it; default: with its slips mended",
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one setting, such as training.lr=0.01; may be repeated",
+    )
+    command.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+
+
+def _command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    command.set_defaults(run=function)
+    return command
+
+
+def _add_data_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data-dir", type=Path, metavar="D", help="folder of the data set's files")
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""A scenario: the sequence of classification tasks that a continual learner meets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .checks import check_whole
+from .splits import Split, TensorSplit
+from .transforms import UNIT_SCALE, Transform
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """One task: its three splits, labels 0 .. num_classes - 1 in each. The validation split may be empty."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def splits(self) -> tuple[Split, Split, Split]:
+        return self.train, self.validation, self.test
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """Tasks that share one input shape and one number of classes.
+
+    Args:
+        name: for reports and checkpoints.
+        tasks: in the order they are learnt; at least one.
+        input_shape: of one sample as the model gets it, without the batch.
+        num_classes: classes per task, labelled 0 .. num_classes - 1 in every task.
+
+    Raises:
+        InputError: no tasks; a task without training or test samples.
+    """
+
+    name: str
+    tasks: tuple[TaskData, ...]
+    input_shape: tuple[int, ...]
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise InputError(f"scenario {self.name} has no tasks: give it at least one")
+        for task in self.tasks:
+            for part, split in (("training", task.train), ("test", task.test)):
+                if len(split) == 0:
+                    raise InputError(f"task {task.name} of {self.name} has no {part} samples; it needs some")
+
+    def to(self, device: torch.device | str) -> Scenario:
+        """The scenario with every batch on `device`; tensors that tasks share stay shared."""
+        moved: dict[int, Tensor] = {}
+
+        def move_split(split: Split) -> Split:
+            return split.to(device, moved) if isinstance(split, TensorSplit) else split.to(device)
+
+        tasks = tuple(TaskData(task.name, *map(move_split, task.splits)) for task in self.tasks)
+        return replace(self, tasks=tasks)
+
+
+def split_by_class(
+    inputs: Tensor,
+    labels: Tensor,
+    test_inputs: Tensor,
+    test_labels: Tensor,
+    class_groups: Sequence[Sequence[int]],
+    validation: int = 0,
+    prepare: Transform = UNIT_SCALE,
+    augment: Transform | None = None,
+    *,
+    name: str = "split",
+) -> Scenario:
+    """One task per group of classes: label i of a task is the i-th class of its group.
+
+    Args:
+        inputs: (n, ...) uint8 or float32, the training samples.
+        labels: (n,) int64.
+        test_inputs: (m, ...), like inputs.
+        test_labels: (m,) int64.
+        class_groups: the labels of each task's classes, in order; groups of one size, no class twice.
+        validation: each task's first `validation` training samples, in the order given, are its validation
+            set and leave its training set.
+        prepare: stored form to model input, see `TensorSplit`.
+        augment: random transform of training batches as stored.
+        name: the scenario's.
+
+    Raises:
+        InputError: groups of different size or none, a class in two of them or without samples; validation
+            negative or so large that a task has no training samples left; tensors that `TensorSplit` refuses.
+    """
+    groups = [tuple(group) for group in class_groups]
+    _check_groups(groups)
+    check_whole("validation", validation, 0)
+    train = TensorSplit(inputs, labels, prepare, augment)
+    test = TensorSplit(test_inputs, test_labels, prepare)
+    tasks = []
+    for t, group in enumerate(groups):
+        task_train = _of_classes(train, group, "training")
+        rest, held_out = hold_out_first(task_train, validation, f"task {t}")
+        tasks.append(TaskData(",".join(map(str, group)), rest, held_out, _of_classes(test, group, "test")))
+    return Scenario(name, tuple(tasks), sample_shape(train), len(groups[0]))
+
+
+def hold_out_first(train: TensorSplit, validation: int, task: str) -> tuple[TensorSplit, TensorSplit]:
+    """The training set without its first `validation` samples, and these, not augmented; both views of train.
+
+    Raises:
+        InputError: nothing would be left to train on; `task` names the task in the message.
+    """
+    check_whole("validation", validation, 0)
+    if validation >= len(train):
+        raise InputError(
+            f"validation {validation} leaves {task} no training samples: it has {len(train)}, so at most"
+            f" {len(train) - 1}"
+        )
+    rest = replace(train, inputs=train.inputs[validation:], labels=train.labels[validation:])
+    held_out = replace(train, inputs=train.inputs[:validation], labels=train.labels[:validation], augment=None)
+    return rest, held_out
+
+
+def sample_shape(split: TensorSplit) -> tuple[int, ...]:
+    """Shape of one sample as the model gets it."""
+    return tuple(split.prepare(split.inputs[:1]).shape[1:])
+
+
+def _of_classes(split: TensorSplit, group: Sequence[int], part: str) -> TensorSplit:
+    """The samples of the group's classes, order kept, labelled by the class's place in the group."""
+    # (n, classes): which of the group's classes each sample is.
+    member = split.labels[:, None] == torch.tensor(group, device=split.device)
+    missing = [c for c, found in zip(group, member.any(0).tolist(), strict=True) if not found]
+    if missing:
+        raise InputError(f"class {missing[0]} has no {part} samples: leave it out of the tasks or add some")
+    chosen = member.any(1).nonzero().squeeze(1)
+    return replace(split, inputs=split.inputs[chosen], labels=member[chosen].int().argmax(1))
+
+
+def _check_groups(groups: Sequence[Sequence[int]]) -> None:
+    sizes = sorted({len(group) for group in groups})
+    if len(sizes) != 1 or sizes[0] == 0:
+        raise InputError(f"class_groups must be one or more groups of one size, not {len(groups)} of sizes {sizes}")
+    seen: set[int] = set()
+    for c in (c for group in groups for c in group):
+        if c in seen:
+            raise InputError(f"class {c} is in class_groups twice: each class belongs to one task")
+        seen.add(c)

@@ -1,0 +1,82 @@
+"""What every reader shares: the raw images it returns, finding files, decoding JPEG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+
+
+class RawImages(NamedTuple):
+    """A data set as read: pixels uint8 (n, C, H, W), labels int64 (n,), in the file's order."""
+
+    inputs: Tensor
+    labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+
+
+def find(directory: str | Path, subfolders: Sequence[str], names: Sequence[str], what: str) -> Path:
+    """The first of `names` that exists in the directory itself or in one of the subfolders.
+
+    Args:
+        directory: as the user gave it.
+        subfolders: usual places below it, looked at after it.
+        names: alternatives for one file.
+        what: what it is, for the message, e.g. "MNIST's training images".
+
+    Raises:
+        InputError: the directory does not exist, or none of the names is there.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"data directory {directory} does not exist; it should hold {what} ({names[0]})")
+    for folder in (".", *subfolders):
+        for name in names:
+            if (directory / folder / name).is_file():
+                return directory / folder / name
+    below = f" (or {', '.join(subfolders)} below it)" if subfolders else ""
+    raise InputError(f"{directory}{below} has no {what}: expected {' or '.join(names)}")
+
+
+def decode_jpegs(files: Sequence[bytes], side: int, where: str) -> Tensor:
+    """JPEG files to uint8 (n, 3, side, side); grey ones are made RGB.
+
+    Args:
+        files: each one JPEG file's bytes.
+        side: pixels on a side that each must have.
+        where: the source, for messages.
+
+    Raises:
+        InputError: Pillow is missing; a file is damaged or of another size.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InputError("reading JPEG images needs Pillow: pip install pillow") from error
+    pixels = np.empty((len(files), side, side, 3), dtype=np.uint8)
+
+    def decode(i: int) -> None:
+        try:
+            with Image.open(io.BytesIO(files[i]), formats=["JPEG"]) as image:
+                # The size is known before the pixels are decoded, so a forged huge one costs nothing.
+                if image.size != (side, side):
+                    raise InputError(f"{where}: image {i} is {image.size}, expected {side} x {side}")
+                pixels[i] = np.asarray(image.convert("RGB"))
+        except InputError:
+            raise
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{where}: image {i} is not a readable JPEG ({error})") from error
+
+    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it decodes
+        for _ in pool.map(decode, range(len(files))):
+            pass
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,144 @@
+"""Hypernetworks: from a task's embedding to its flat mask logits, dense or in chunks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import reference
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class HypernetConfig:
+    """Shape of a hypernetwork.
+
+    Attributes:
+        embedding: size E of a task's embedding.
+        hidden: widths of the hidden layers (ELU); the last one is H.
+        chunk_size: None for one dense output layer of N rows; C to generate the output in chunks of C entries.
+        chunk_embedding: size of a chunk's embedding, for a chunked hypernetwork.
+    """
+
+    embedding: int = 48
+    hidden: tuple[int, ...] = (100,)
+    chunk_size: int | None = None
+    chunk_embedding: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name in ("embedding", "chunk_embedding", "chunk_size"):
+            value = getattr(self, name)
+            if name == "chunk_size" and value is None:
+                continue
+            if not _is_size(value):
+                raise InputError(f"hypernetwork {name} must be a positive integer, not {value!r}")
+        if not self.hidden or not all(_is_size(width) for width in self.hidden):
+            raise InputError(f"hypernetwork hidden must list one or more positive widths, not {self.hidden!r}")
+
+    def build(self, size: int, num_tasks: int) -> "HyperNetwork":
+        """The hypernetwork of this shape for `size` entries and `num_tasks` tasks."""
+        if self.chunk_size is None:
+            return HyperNetwork(size, num_tasks, self.embedding, self.hidden)
+        return ChunkedHyperNetwork(size, num_tasks, self.chunk_size, self.embedding, self.chunk_embedding, self.hidden)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+class HyperNetwork(nn.Module):
+    """a_t = W elu(... elu(V1 e_t + c1) ...) + b: an MLP from task embedding to N logits.
+
+    Embeddings e_t ~ N(0, 1), one trained Parameter per task, so that `add_task` leaves every existing Parameter,
+    and an optimiser that holds it, as they are. Linear layers keep PyTorch's own initialisation.
+
+    Args:
+        size: N, entries generated.
+        num_tasks: embeddings to begin with.
+        embedding, hidden: see `HypernetConfig`.
+    """
+
+    def __init__(self, size: int, num_tasks: int, embedding: int, hidden: Iterable[int]) -> None:
+        super().__init__()
+        self._build(size, num_tasks, embedding, embedding, tuple(hidden), rows=size)
+
+    def _build(
+        self, size: int, num_tasks: int, embedding: int, inputs: int, hidden: tuple[int, ...], rows: int
+    ) -> None:
+        if not _is_size(num_tasks):
+            raise InputError(f"num_tasks must be a positive integer, not {num_tasks!r}")
+        self.size = size
+        self.embeddings = nn.ParameterList(nn.Parameter(torch.randn(embedding)) for _ in range(num_tasks))
+        widths = (inputs, *hidden)
+        self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.output = nn.Linear(widths[-1], rows)
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.embeddings)
+
+    def add_task(self) -> nn.Parameter:
+        """One more embedding ~ N(0, 1), returned so that a running optimiser can be given it."""
+        like = self.embeddings[0]
+        self.embeddings.append(nn.Parameter(torch.randn_like(like)))
+        return self.embeddings[-1]
+
+    def embed(self, tasks: Iterable[int] | Tensor) -> Tensor:
+        """(T, E) embeddings of task ids: integers, or an int64 tensor (T,) (no host sync)."""
+        if isinstance(tasks, Tensor):
+            return torch.stack(list(self.embeddings)).index_select(0, tasks)
+        return torch.stack([self.embeddings[task] for task in tasks])
+
+    def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
+        """(T, chunks, H) last hidden layer for each task; one chunk here."""
+        return self._after_first(self.trunk[0](self.embed(tasks)))[:, None]
+
+    def _after_first(self, first: Tensor) -> Tensor:
+        hidden = F.elu(first)
+        for layer in self.trunk[1:]:
+            hidden = F.elu(layer(hidden))
+        return hidden
+
+    def forward(self, tasks: Iterable[int] | Tensor) -> Tensor:
+        """(T, N) logits of task ids (T integers or an int64 tensor (T,)); the output layer is read once for all."""
+        return reference.hypernet_logits(self.hidden(tasks), self.output.weight, self.output.bias, self.size)
+
+
+class ChunkedHyperNetwork(HyperNetwork):
+    """a_t = concatenation over chunks c of MLP([chunk embedding c, task embedding t]), cut to N entries.
+
+    Chunk embeddings ~ N(0, 1) are shared by all tasks and trained. The first layer is split into a part per chunk
+    and a part per task, added: T + chunks rows of work instead of T * chunks.
+
+    Args:
+        size: N; chunk_size: C entries per chunk, the last chunk truncated; others: see `HypernetConfig`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_tasks: int,
+        chunk_size: int,
+        embedding: int,
+        chunk_embedding: int,
+        hidden: Iterable[int],
+    ) -> None:
+        nn.Module.__init__(self)
+        chunk_size = min(chunk_size, size)
+        chunks = -(-size // chunk_size)
+        self._build(size, num_tasks, embedding, chunk_embedding + embedding, tuple(hidden), rows=chunk_size)
+        self.chunk_embeddings = nn.Parameter(torch.randn(chunks, chunk_embedding))
+
+    def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
+        """(T, chunks, H) last hidden layer for each task and chunk."""
+        first = self.trunk[0]
+        of_chunk, of_task = first.weight.split(
+            [self.chunk_embeddings.shape[1], first.in_features - self.chunk_embeddings.shape[1]], dim=1
+        )
+        per_chunk = F.linear(self.chunk_embeddings, of_chunk, first.bias)
+        per_task = F.linear(self.embed(tasks), of_task)
+        return self._after_first(per_chunk[None] + per_task[:, None])

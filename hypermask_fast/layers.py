@@ -1,0 +1,210 @@
+"""MaskedLinear and MaskedConv2d: nn.Linear and nn.Conv2d with a mask; batch norm with statistics per task."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import reference
+from .errors import InputError
+from .masks import active_mask
+
+
+class LayerMask(NamedTuple):
+    """A mask for one layer called on its own, outside of a HyperMask model.
+
+    Attributes:
+        logits: weight's shape; threshold: one entry.
+        bias_logits: bias's shape, bias_threshold: one entry; None leaves the bias as it is.
+    """
+
+    logits: Tensor
+    threshold: Tensor
+    bias_logits: Tensor | None = None
+    bias_threshold: Tensor | None = None
+
+
+class _Masked:
+    """What both masked layers share: where their segments lie and which weights a call uses."""
+
+    is_masked_layer = True
+    # Segment numbers in the model's layout, set by HyperMask; None: not masked (alone, or excluded by name).
+    weight_segment: int | None = None
+    bias_segment: int | None = None
+
+    def effective(self, mask: LayerMask | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias this call uses: `mask` if given, else the model's running mask, else unmasked."""
+        if mask is not None:
+            return self._masked_by(mask)
+        running = active_mask()
+        if running is None:
+            return self.weight, self.bias
+        weight = self.weight if self.weight_segment is None else running.effective[self.weight_segment]
+        bias = self.bias if self.bias_segment is None else running.effective[self.bias_segment]
+        return weight, bias
+
+    def _masked_by(self, mask: LayerMask) -> tuple[Tensor, Tensor | None]:
+        if mask.logits.shape != self.weight.shape:
+            raise InputError(
+                f"mask logits must have the weight's shape {tuple(self.weight.shape)}, not {tuple(mask.logits.shape)}"
+            )
+        weight = self.weight * reference.semi_binary_mask(mask.logits, mask.threshold)
+        if mask.bias_logits is None or self.bias is None:
+            return weight, self.bias
+        return weight, self.bias * reference.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise InputError(
+                f"{type(self).__name__} has weights of {self.weight.dtype}: its input must be too, not {x.dtype}"
+            )
+
+
+class MaskedLinear(_Masked, nn.Linear):
+    """y = x (W * m)^T + b * m_b: nn.Linear with a mask; same constructor, same parameter names.
+
+    Inside a HyperMask model the mask comes from the running task. Alone it takes a `LayerMask`, and without one
+    is an ordinary nn.Linear.
+    """
+
+    def forward(self, x: Tensor, mask: LayerMask | None = None) -> Tensor:
+        """x: (..., in_features) of the weight's dtype -> (..., out_features). Raises InputError on another shape."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise InputError(f"MaskedLinear expects input (..., {self.in_features}), not {tuple(x.shape)}")
+        self._check_dtype(x)
+        return F.linear(x, *self.effective(mask))
+
+
+class MaskedConv2d(_Masked, nn.Conv2d):
+    """y = conv2d(x, W * m) + b * m_b: nn.Conv2d with a mask; same constructor, same parameter names.
+
+    Inside a HyperMask model the mask comes from the running task. Alone it takes a `LayerMask`, and without one
+    is an ordinary nn.Conv2d.
+    """
+
+    def forward(self, x: Tensor, mask: LayerMask | None = None) -> Tensor:
+        """x: (batch, in_channels, h, w) or (in_channels, h, w). Raises InputError on another shape."""
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise InputError(
+                f"MaskedConv2d expects input (batch, {self.in_channels}, height, width), not {tuple(x.shape)}"
+            )
+        self._check_dtype(x)
+        return self._conv_forward(x, *self.effective(mask))
+
+
+class _TaskBatchNorm:
+    """Batch norm whose affine parameters all tasks share and whose running statistics are per task.
+
+    running_mean, running_var: (tasks, features); num_batches_tracked: (tasks,). With `batch_statistics` (the
+    official fidelity), and outside of a HyperMask forward pass, the batch's own statistics are used, always.
+    """
+
+    batch_statistics = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        mask = active_mask()
+        if self.batch_statistics or mask is None:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        if isinstance(mask.task, Tensor):
+            return self._forward_at(x, mask.task.reshape(1))
+        mean, var, count = self.statistics(mask.task)
+        return self._normalise(x, mean, var, count)
+
+    def statistics(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of one task's running mean (features,), variance (features,) and batch count ()."""
+        return self.running_mean[task], self.running_var[task], self.num_batches_tracked[task]
+
+    def _forward_at(self, x: Tensor, row: Tensor) -> Tensor:
+        """The same with the task as a tensor: rows are gathered and put back, without a host sync."""
+        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+        mean, var, count = (buffer.index_select(0, row)[0] for buffer in buffers)
+        y = self._normalise(x, mean, var, count)
+        if self.training:
+            for buffer, value in zip(buffers, (mean, var, count), strict=True):
+                buffer.index_copy_(0, row, value[None])
+        return y
+
+    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor, count: Tensor) -> Tensor:
+        factor = self.momentum
+        if self.training:
+            count.add_(1)
+            if factor is None:  # cumulative average, as in nn.BatchNorm
+                factor = 1.0 / float(count)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, factor or 0.0, self.eps)
+
+    def add_task(self) -> None:
+        """Fresh statistics (mean 0, variance 1) for one more task."""
+        fresh = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
+        for name, value in fresh.items():
+            buffer = getattr(self, name)
+            setattr(self, name, torch.cat([buffer, buffer.new_full((1, *buffer.shape[1:]), value)]))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # A plain network's statistics serve every task.
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            value, own = state_dict.get(prefix + name), getattr(self, name)
+            if value is not None and value.dim() == own.dim() - 1:
+                state_dict[prefix + name] = value.expand_as(own).clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TaskBatchNorm1d(_TaskBatchNorm, nn.BatchNorm1d):
+    __doc__ = _TaskBatchNorm.__doc__
+
+
+class TaskBatchNorm2d(_TaskBatchNorm, nn.BatchNorm2d):
+    __doc__ = _TaskBatchNorm.__doc__
+
+
+class TaskBatchNorm3d(_TaskBatchNorm, nn.BatchNorm3d):
+    __doc__ = _TaskBatchNorm.__doc__
+
+
+_MASKED_OF = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
+_NORM_OF = {
+    nn.BatchNorm1d: TaskBatchNorm1d,
+    nn.BatchNorm2d: TaskBatchNorm2d,
+    nn.BatchNorm3d: TaskBatchNorm3d,
+}
+
+
+def swap_in(net: nn.Module, num_tasks: int, batch_statistics: bool) -> None:
+    """Turns Linear, Conv2d and BatchNorm modules of `net` into ours, in place.
+
+    A module's class is changed, not the module: Parameters, hooks and whoever holds the module stay as they are.
+    """
+    for module in net.modules():
+        kind = type(module)
+        if kind in _MASKED_OF:
+            module.__class__ = _MASKED_OF[kind]
+        elif kind in _NORM_OF and module.track_running_stats:
+            module.__class__ = _NORM_OF[kind]
+            module.batch_statistics = batch_statistics
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                buffer = getattr(module, name)
+                setattr(module, name, buffer.expand(num_tasks, *buffer.shape).clone())
+
+
+def swap_out(net: nn.Module, task: int) -> None:
+    """The way back, for an exported network: plain modules, one task's statistics; weights are not touched."""
+    plain_of = {ours: plain for plain, ours in (_MASKED_OF | _NORM_OF).items()}
+    for module in net.modules():
+        if type(module) not in plain_of:
+            continue
+        if isinstance(module, _BatchNorm):
+            mean, var, count = module.statistics(task)
+            if module.batch_statistics:
+                module.track_running_stats = False
+                mean = var = count = None
+            module.running_mean, module.running_var = _copied(mean), _copied(var)
+            module.num_batches_tracked = _copied(count)
+        for name in ("weight_segment", "bias_segment", "batch_statistics"):
+            module.__dict__.pop(name, None)
+        module.__class__ = plain_of[type(module)]
+
+
+def _copied(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.clone()

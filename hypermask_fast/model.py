@@ -1,0 +1,279 @@
+"""HyperMask: a target network and its hypernetwork as one module."""
+
+import copy
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import layers, reference, regularizers
+from .errors import InputError
+from .hypernet import HypernetConfig
+from .layout import MaskLayout
+from .masks import TaskMask, use_mask
+from .regularizers import Anchor, DriftConfig, Drifts
+
+
+class HyperMask(nn.Module):
+    """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
+
+    `net` is changed in place: its nn.Linear, nn.Conv2d and BatchNorm modules become masked layers and batch norm
+    with statistics per task. Parameters are shared and keep their names, so an ordinary state_dict loads.
+    A layer whose weight the network uses without calling the layer is not reached by the mask.
+
+    Args:
+        net: any nn.Module made of Linear, Conv2d and other layers.
+        num_tasks: task embeddings to begin with; `add_task` adds more.
+        sparsity: p, percent (0 to 100) of each tensor's entries that the mask sets to 0.
+        hypernetwork: its shape.
+        beta, lam: weights of the output drift and of the weight drift in `regularizer`.
+        drift_norm: 1 or 2, the weight drift's norm; drift_masked: whether it is weighed with the mask.
+        include, exclude: shell patterns of parameter names to mask and to leave out; see `MaskLayout.of`.
+        fidelity: "official" reproduces the authors' code: output drift divided by t twice, and batch norm that
+            always uses the batch's own statistics. "default": once, and running statistics per task.
+
+    Raises:
+        InputError: an argument outside of its range, or nothing to mask.
+
+    Source: HyperMask, arXiv 2310.00113.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_tasks: int,
+        sparsity: float = 0.0,
+        hypernetwork: HypernetConfig | None = None,
+        *,
+        beta: float = 0.01,
+        lam: float = 0.01,
+        drift_norm: int = 1,
+        drift_masked: bool = True,
+        include: Iterable[str] | None = None,
+        exclude: Iterable[str] | None = None,
+        fidelity: str = "default",
+    ) -> None:
+        super().__init__()
+        reference.kept_rank(sparsity, 1)
+        if 0 < sparsity < 1:
+            warnings.warn(f"sparsity is in percent: {sparsity} keeps almost everything", stacklevel=2)
+        self.sparsity = sparsity
+        self.drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
+        self.layout = MaskLayout.of(net, include, exclude)
+        self.hypernet = (hypernetwork or HypernetConfig()).build(self.layout.size, num_tasks)
+        layers.swap_in(net, num_tasks, batch_statistics=fidelity == "official")
+        self.net = net
+        self._owners = self._assign_segments()
+        like = self.weights()[0]
+        self.hypernet.to(like.device, like.dtype)
+        self.anchored_task: int | None = None
+        self.register_buffer("drift_targets", None, persistent=False)
+        self.register_buffer("previous_weights", None, persistent=False)
+
+    def _assign_segments(self) -> list[tuple[nn.Module, str]]:
+        """Tells each layer its segments; returns who owns each segment's Parameter, by module and attribute."""
+        number = {id(self.net.get_parameter(name)): s for s, name in enumerate(self.layout.names)}
+        owners: list[tuple[nn.Module, str] | None] = [None] * len(number)
+        for module in self.net.modules():
+            if not getattr(module, "is_masked_layer", False):
+                continue
+            for name in ("weight", "bias"):
+                segment = number.get(id(getattr(module, name)))
+                setattr(module, f"{name}_segment", segment)
+                if segment is not None:
+                    owners[segment] = (module, name)
+        return owners
+
+    @property
+    def num_tasks(self) -> int:
+        return self.hypernet.num_tasks
+
+    def weights(self) -> list[nn.Parameter]:
+        """The masked Parameters of the target network, one per segment of `layout`."""
+        return [getattr(module, name) for module, name in self._owners]
+
+    def add_task(self, optimizer: Optimizer | None = None) -> int:
+        """One more task embedding (and batch-norm statistics), at any time; returns the new task's id.
+
+        Existing Parameters stay the same objects, so a running optimiser goes on working; given here, it also gets
+        the new embedding, with the settings of its first parameter group.
+        """
+        embedding = self.hypernet.add_task()
+        for module in self.net.modules():
+            if isinstance(module, layers._TaskBatchNorm):
+                module.add_task()
+        if optimizer is not None:
+            settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
+            optimizer.add_param_group({**settings, "params": [embedding]})
+        return self.num_tasks - 1
+
+    # -- masks ----------------------------------------------------------------------------------------------------
+
+    def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
+        """The mask of one task: hypernetwork, thresholds, W * m of every layer. One pass over the hypernetwork.
+
+        Args:
+            task: an int, or a 0-dim int64 tensor (which a compiled graph takes without recompiling).
+            sparsity: percent, in place of the model's own (a sparsity ramp).
+            ranks: (S,) int64 in place of sparsity, for who keeps them on the device; see `MaskLayout.ranks`.
+
+        Raises:
+            InputError: the task does not exist, or sparsity is not from 0 to 100.
+        """
+        ids = self._task_ids(task)
+        return self._mask_of(task, self.hypernet(ids)[0], sparsity, ranks)
+
+    def _mask_of(
+        self, task: int | Tensor, logits: Tensor, sparsity: float | None, ranks: Tensor | None = None
+    ) -> TaskMask:
+        sparsity = self.sparsity if sparsity is None else sparsity
+        if ranks is None:
+            ranks = self.layout.ranks(sparsity, logits.device)
+        thresholds = reference.mask_thresholds(logits, self.layout.offsets, ranks)
+        weights, applied = self.weights(), self.layout.num_applied
+        effective = reference.masked_weights(weights[:applied], logits, thresholds, self.layout.offsets)
+        return TaskMask(task, self.layout, logits, thresholds, (*effective, *weights[applied:]))
+
+    def _task_ids(self, task: int | Tensor) -> list[int] | Tensor:
+        """One task as ids for the hypernetwork, checked where that costs no host sync."""
+        if isinstance(task, Tensor):
+            if task.dtype != torch.int64 or task.dim() > 1:
+                raise InputError(
+                    f"a task tensor is int64, 0-dim or one id per sample, not {task.dtype} of {tuple(task.shape)}"
+                )
+            if task.device.type == "cpu" and not torch.compiler.is_compiling():
+                self._check_task(int(task))
+            return task.reshape(1)
+        self._check_task(task)
+        return [task]
+
+    def _check_task(self, task: int) -> None:
+        if isinstance(task, bool) or not isinstance(task, int):
+            raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
+        if not 0 <= task < self.num_tasks:
+            raise InputError(
+                f"task {task} does not exist: this model has tasks 0 to {self.num_tasks - 1} (add_task adds one)"
+            )
+
+    # -- forward passes -------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, task: int | Tensor | TaskMask) -> Tensor:
+        """net(x) under the mask of `task`.
+
+        Args:
+            x: a batch for the target network.
+            task: an int or 0-dim int64 tensor for the whole batch; an int64 tensor (batch,) with one task per
+                sample (each task's samples pass together, as a batch of their own); or a mask from `mask`.
+
+        Returns:
+            The target network's output.
+
+        Raises:
+            InputError: a task that does not exist, or a task tensor of wrong shape or dtype.
+        """
+        if isinstance(task, Tensor) and task.dim() == 1:
+            return self._forward_mixed(x, task)
+        mask = task if isinstance(task, TaskMask) else self.mask(task)
+        with use_mask(mask):
+            return self.net(x)
+
+    def _forward_mixed(self, x: Tensor, tasks: Tensor) -> Tensor:
+        if tasks.dtype != torch.int64 or tasks.shape[0] != x.shape[0]:
+            raise InputError(
+                f"one task per sample is an int64 tensor ({x.shape[0]},), not {tasks.dtype} of {tuple(tasks.shape)}"
+            )
+        if tasks.numel() == 0:
+            return self(x, task=0)
+        order = tasks.argsort(stable=True)
+        present, counts = tasks[order].unique_consecutive(return_counts=True)
+        ids = present.tolist()
+        for task in ids:
+            self._check_task(task)
+        groups = zip(ids, x[order].split(counts.tolist()), self.hypernet(ids), strict=True)
+        sorted_outputs = [self(group, self._mask_of(task, logits, None)) for task, group, logits in groups]
+        return torch.cat(sorted_outputs)[order.argsort()]
+
+    def all_masks(self) -> list[TaskMask]:
+        """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
+        return [self._mask_of(task, logits, None) for task, logits in enumerate(self.hypernet(range(self.num_tasks)))]
+
+    def forward_all_tasks(self, x: Tensor, masks: Iterable[TaskMask] | None = None) -> Tensor:
+        """(tasks, batch, ...) outputs of every task's masked network on the same batch; masks: see `all_masks`."""
+        return torch.stack([self(x, mask) for mask in (self.all_masks() if masks is None else masks)])
+
+    def infer_task(self, x: Tensor) -> Tensor:
+        """(batch,) int64: per sample, the task of lowest softmax entropy; see `reference.entropy_select`."""
+        return reference.entropy_select(self.forward_all_tasks(x))
+
+    # -- regularisers ---------------------------------------------------------------------------------------------
+
+    def begin_task(self, task: int) -> None:
+        """Captures what the regularisers of task t compare with: logits of tasks 0..t-1 and the weights, as of now.
+
+        `regularizer` does this by itself at its first call for a task; call it where another moment is meant.
+        """
+        self._check_task(task)
+        weights = self.layout.flatten([weight.detach() for weight in self.weights()])
+        self.anchor = Anchor(task, regularizers.earlier_logits(self.hypernet, task), weights)
+
+    @property
+    def anchor(self) -> Anchor:
+        """What `begin_task` captured; assigned to when a run resumes in the middle of a task."""
+        if self.anchored_task is None:
+            raise InputError("no task has begun: call begin_task(task) or regularizer(task) first")
+        return Anchor(self.anchored_task, self.drift_targets, self.previous_weights)
+
+    @anchor.setter
+    def anchor(self, anchor: Anchor) -> None:
+        self.anchored_task, self.drift_targets, self.previous_weights = anchor
+
+    def drifts(self, task: int | TaskMask) -> Drifts:
+        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
+
+        Args:
+            task: the task being trained, or its mask, which spares generating it again.
+        """
+        number = int(task.task) if isinstance(task, TaskMask) else task
+        if number != self.anchored_task:
+            self.begin_task(number)
+        anchor = self.anchor
+        logits = thresholds = None
+        if self.drift.masked:
+            mask = task if isinstance(task, TaskMask) else self.mask(task)
+            logits, thresholds = mask.logits, mask.thresholds
+        weight = reference.weight_drift(
+            self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
+        )
+        return Drifts(regularizers.output_drift(self.hypernet, anchor), weight)
+
+    def regularizer(self, task: int | TaskMask) -> Tensor:
+        """beta R / t + lam D, what task t's loss adds to its cross-entropy (official fidelity: beta R / t^2).
+
+        Args:
+            task: the task being trained, or its mask, which spares generating it again.
+
+        Returns:
+            Scalar with gradient to both networks and all embeddings of tasks 0..t.
+        """
+        drifts = self.drifts(task)
+        return self.drift.loss(drifts, self.anchored_task)
+
+    # -- export ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def export(self, task: int) -> nn.Module:
+        """A plain copy of the target network with task t's mask multiplied into its weights: the same outputs.
+
+        Batch norm carries the task's statistics. Nothing of this library is left in the copy.
+        """
+        effective = self.mask(task).effective
+        plain = copy.deepcopy(self.net)
+        for module in plain.modules():
+            for name in ("weight", "bias"):
+                segment = getattr(module, f"{name}_segment", None)
+                if segment is not None:
+                    setattr(module, name, nn.Parameter(effective[segment].clone()))
+        layers.swap_out(plain, task)
+        return plain

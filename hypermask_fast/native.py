@@ -1,0 +1,266 @@
+"""The extension's ops as PyTorch operators: shape functions, gradients, and the calls with the reference's signatures.
+
+The extension (csrc/) registers schemas and kernels for CPU and CUDA; this file gives them what torch.compile, autograd
+and opcheck need, and offers them to `backends`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends
+
+_NAMESPACE = "hypermask_fast"
+
+
+def register() -> None:
+    """Registers shape functions and gradients and offers the ops; nothing where the extension is missing."""
+    if backends.NATIVE_PROBLEM:
+        return
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
+    for name, (backward, setup) in _GRADIENTS.items():
+        torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
+    for op, (function, condition) in _CALLS.items():
+        for backend in ("cpu", "cuda"):
+            backends.offer(op, backend, function, condition)
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
+# Shape functions
+
+
+def _fake_mask_thresholds(logits, offsets, ranks):
+    return logits.new_empty(*logits.shape[:-1], len(offsets) - 1)
+
+
+def _fake_weight_drift_backward(grad, norms, weights, previous, offsets, norm, logits, thresholds):
+    return [torch.empty_like(w) for w in weights], previous.new_empty(0 if logits is None else logits.shape)
+
+
+_FAKES = {
+    "mask_thresholds": _fake_mask_thresholds,
+    "semi_binary_mask": lambda logits, threshold: torch.empty_like(logits),
+    "semi_binary_mask_backward": lambda grad, logits, threshold: torch.empty_like(logits),
+    "masked_weights": lambda weights, logits, thresholds, offsets: [torch.empty_like(w) for w in weights],
+    "masked_weights_backward": lambda grads, weights, logits, thresholds, offsets: (
+        [torch.empty_like(w) for w in weights],
+        torch.empty_like(logits),
+    ),
+    "weight_drift": lambda weights, previous, offsets, norm, logits, thresholds: previous.new_empty(len(weights)),
+    "weight_drift_backward": _fake_weight_drift_backward,
+    "output_drift": lambda hidden, weight, bias, targets: weight.new_empty(()),
+    "output_drift_backward": lambda grad, hidden, weight, bias, targets: (
+        torch.empty_like(hidden),
+        torch.empty_like(weight),
+        torch.empty_like(bias),
+    ),
+    "hypernet_logits": lambda hidden, weight, bias: weight.new_empty(weight.shape[0]),
+    "hypernet_adam": lambda hidden, *rest: (torch.empty_like(hidden), hidden.new_empty(())),
+}
+
+
+# Gradients
+
+
+def _mask_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _mask_backward(ctx, grad):
+    logits, threshold = ctx.saved_tensors
+    return torch.ops.hypermask_fast.semi_binary_mask_backward(grad.contiguous(), logits, threshold), None
+
+
+def _masked_weights_setup(ctx, inputs, output):
+    weights, logits, thresholds, ctx.offsets = inputs
+    ctx.save_for_backward(*weights, logits, thresholds)
+
+
+def _masked_weights_backward(ctx, grads):
+    *weights, logits, thresholds = ctx.saved_tensors
+    grads = [torch.zeros_like(w) if g is None else g.contiguous() for g, w in zip(grads, weights, strict=True)]
+    grad_weights, grad_logits = torch.ops.hypermask_fast.masked_weights_backward(
+        grads, weights, logits, thresholds, ctx.offsets
+    )
+    return grad_weights, grad_logits, None, None
+
+
+def _weight_drift_setup(ctx, inputs, output):
+    weights, previous, ctx.offsets, ctx.norm, logits, thresholds = inputs
+    ctx.masked = logits is not None
+    ctx.save_for_backward(output, *weights, previous, *((logits, thresholds) if ctx.masked else ()))
+
+
+def _weight_drift_backward(ctx, grad):
+    norms, *rest = ctx.saved_tensors
+    logits, thresholds = rest[-2:] if ctx.masked else (None, None)
+    *weights, previous = rest[:-2] if ctx.masked else rest
+    grad_weights, grad_logits = torch.ops.hypermask_fast.weight_drift_backward(
+        grad.contiguous(), norms, weights, previous, ctx.offsets, ctx.norm, logits, thresholds
+    )
+    return grad_weights, None, None, None, grad_logits if ctx.masked else None, None
+
+
+def _output_drift_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _output_drift_backward(ctx, grad):
+    grads = torch.ops.hypermask_fast.output_drift_backward(grad.contiguous(), *ctx.saved_tensors)
+    return *grads, None
+
+
+def _hypernet_logits_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _hypernet_logits_backward(ctx, grad):
+    hidden, weight = ctx.saved_tensors
+    need_hidden, need_weight, need_bias = ctx.needs_input_grad
+    return (
+        weight.t() @ grad if need_hidden else None,
+        torch.outer(grad, hidden) if need_weight else None,
+        grad if need_bias else None,
+    )
+
+
+_GRADIENTS = {
+    "semi_binary_mask": (_mask_backward, _mask_setup),
+    "masked_weights": (_masked_weights_backward, _masked_weights_setup),
+    "weight_drift": (_weight_drift_backward, _weight_drift_setup),
+    "output_drift": (_output_drift_backward, _output_drift_setup),
+    "hypernet_logits": (_hypernet_logits_backward, _hypernet_logits_setup),
+}
+
+
+# Calls with the reference's signatures, and what they can't serve
+
+
+def _mask_thresholds(logits, offsets, ranks):
+    return torch.ops.hypermask_fast.mask_thresholds(logits.detach().contiguous(), offsets, ranks.contiguous())
+
+
+def _semi_binary_mask(logits, threshold):
+    return torch.ops.hypermask_fast.semi_binary_mask(logits.contiguous(), threshold.detach().contiguous())
+
+
+def _semi_binary_mask_condition(logits, threshold):
+    if threshold.dtype != logits.dtype or threshold.device != logits.device:
+        return "logits and threshold differ in dtype or device"
+    if threshold.numel() == 1 and threshold.dim() <= logits.dim():
+        return ""
+    shape = list(threshold.shape)
+    while shape and shape[-1] == 1:
+        shape.pop()
+    fits = threshold.dim() == logits.dim() and tuple(shape) == tuple(logits.shape[: len(shape)])
+    return "" if fits else "the threshold is not one number, nor one per leading row"
+
+
+def _masked_weights(weights, logits, thresholds, offsets):
+    return torch.ops.hypermask_fast.masked_weights(
+        _contiguous(weights), logits.contiguous(), thresholds.detach().contiguous(), offsets
+    )
+
+
+def _same_dtype(weights: Sequence[Tensor], like: Tensor) -> str:
+    return "" if all(w.dtype == like.dtype for w in weights) else "the weights and logits differ in dtype"
+
+
+def _weight_drift(weights, previous, offsets, norm=1, logits=None, thresholds=None):
+    if logits is not None:
+        logits = logits.contiguous()
+    if thresholds is not None:
+        thresholds = thresholds.detach().contiguous()
+    return torch.ops.hypermask_fast.weight_drift(
+        _contiguous(weights), previous.detach().contiguous(), offsets, norm, logits, thresholds
+    ).sum()
+
+
+def _output_drift(hidden, weight, bias, targets):
+    return torch.ops.hypermask_fast.output_drift(
+        hidden.contiguous(), weight.contiguous(), bias.contiguous(), targets.detach().contiguous()
+    )
+
+
+def _output_drift_condition(hidden, weight, bias, targets):
+    if hidden.dim() == 3 and hidden.shape[1] != 1:
+        return "the layer is chunked; see chunked_output_drift"
+    return _shared_memory_problem(hidden, hidden.shape[0])
+
+
+def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
+    """Why the GPU's kernel over the dense layer can't hold its tile, the hidden vectors and their gradient."""
+    if not hidden.is_cuda:
+        return ""
+    width = hidden.shape[-1]
+    needed = 4 * (32 * (width | 1) + 2 * tasks * width + 33 * tasks)
+    there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
+    return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
+
+
+def _hypernet_logits(hidden, weight, bias, size):
+    row = hidden.reshape(-1).contiguous()
+    return torch.ops.hypermask_fast.hypernet_logits(row, weight.contiguous(), bias.contiguous()).unsqueeze(0)
+
+
+def _hypernet_logits_condition(hidden, weight, bias, size):
+    if hidden.shape[:2] != (1, 1) or size != weight.shape[0]:
+        return "more than one task or chunk: a matrix product, torch's own"
+    return "cuBLAS serves the GPU" if hidden.is_cuda else ""
+
+
+def _hypernet_adam(*args):
+    *tensors, beta1, beta2, eps = args
+    mutated = slice(4, 10)
+    result = torch.ops.hypermask_fast.hypernet_adam(*(t.detach() for t in tensors), beta1, beta2, eps)
+    if not torch.compiler.is_compiling():
+        for t in tensors[mutated]:
+            torch.autograd.graph.increment_version(t)
+    return result
+
+
+_CALLS = {
+    "mask_thresholds": (_mask_thresholds, None),
+    "semi_binary_mask": (_semi_binary_mask, _semi_binary_mask_condition),
+    "masked_weights": (_masked_weights, lambda weights, logits, *rest: _same_dtype(weights, logits)),
+    "weight_drift": (_weight_drift, lambda weights, previous, *rest: _same_dtype(weights, previous)),
+    "output_drift": (_output_drift, _output_drift_condition),
+    "hypernet_logits": (_hypernet_logits, _hypernet_logits_condition),
+    "hypernet_adam": (_hypernet_adam, lambda hidden, *rest: _shared_memory_problem(hidden, hidden.shape[0])),
+}
+
+
+def gram_output_drift(
+    hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old_weight: Tensor, old_bias: Tensor, size: int
+) -> Tensor:
+    """`reference.chunked_output_drift` without N-sized work: n H^2 + C H^2 operations for n = tasks * chunks rows.
+
+    With d = W - W*, e = h*, de = h - h*, c = b - b* the residual of a row is r = h d' + (h - h*) W*' + c, so
+
+        sum ||r||^2 = <S, d'd> + 2 <Z, W*'d> + <E, W*'W*> + 2 (d'c).s + 2 (W*'c).u + n c.c
+
+    where e = h - h*, S = h'h, Z = e'h, E = e'e, s and u the sums of the rows of h and e. Autograd's gradient of it has the
+    same cost. The last chunk, where it is cut off, is done directly.
+    """
+    rows = weight.shape[0]
+    whole = size // rows
+    d, c = weight - old_weight.detach(), bias - old_bias.detach()
+    old = old_weight.detach()
+    h = hidden[:, :whole].flatten(0, 1)
+    e = h - old_hidden[:, :whole].detach().flatten(0, 1)
+    old_c = old.t() @ c
+    total = ((h.t() @ h) * (d.t() @ d)).sum() + 2 * ((e.t() @ h) * (old.t() @ d)).sum()
+    total = total + ((e.t() @ e) * (old.t() @ old)).sum()
+    total = total + 2 * (d.t() @ c).dot(h.sum(0)) + 2 * old_c.dot(e.sum(0)) + h.shape[0] * c.dot(c)
+    rest = size - whole * rows
+    if rest:
+        last = hidden[:, whole]
+        change = last - old_hidden[:, whole].detach()
+        total = total + (F.linear(last, d[:rest], c[:rest]) + F.linear(change, old[:rest])).square().sum()
+    return total

@@ -1,0 +1,169 @@
+"""The ops of `reference`, each run by the fastest backend that can serve the call; see `backends`.
+
+Names, arguments, results and gradients are those of `reference`; every function also takes `backend=`, a name.
+Contiguous float32 tensors are accelerated; other strides are made contiguous, other dtypes go to the reference.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends, native
+from .reference import kept_rank
+
+__all__ = [
+    "chunked_output_drift",
+    "entropy_select",
+    "hypernet_adam",
+    "hypernet_logits",
+    "kept_rank",
+    "mask_thresholds",
+    "masked_conv2d",
+    "masked_linear",
+    "masked_weights",
+    "output_drift",
+    "semi_binary_mask",
+    "weight_drift",
+]
+
+native.register()
+
+
+def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor, *, backend: str | None = None) -> Tensor:
+    """(..., S) thresholds of logits (..., N); see `reference.mask_thresholds`."""
+    args = (logits, offsets, ranks)
+    return backends.choose("mask_thresholds", backend, logits, args, {})(*args)
+
+
+def semi_binary_mask(logits: Tensor, threshold: Tensor, *, backend: str | None = None) -> Tensor:
+    """Mask of the shape of logits; see `reference.semi_binary_mask`."""
+    args = (logits, threshold)
+    return backends.choose("semi_binary_mask", backend, logits, args, {})(*args)
+
+
+def masked_weights(
+    weights: Sequence[Tensor],
+    logits: Tensor,
+    thresholds: Tensor,
+    offsets: Sequence[int],
+    *,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """W_s * m_s of all layers in one call; see `reference.masked_weights`."""
+    args = (weights, logits, thresholds, offsets)
+    return backends.choose("masked_weights", backend, logits, args, {})(*args)
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x (W * m)^T + b; see `reference.masked_linear`."""
+    args = (x, weight, logits, threshold, bias)
+    return backends.choose("masked_linear", backend, x, args, {})(*args)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """y = conv2d(x, W * m) + b; see `reference.masked_conv2d`."""
+    args = (x, weight, logits, threshold, bias, stride, padding, dilation, groups)
+    return backends.choose("masked_conv2d", backend, x, args, {})(*args)
+
+
+def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int, *, backend: str | None = None) -> Tensor:
+    """(T, N) logits of hidden (T, chunks, H); see `reference.hypernet_logits`."""
+    args = (hidden, weight, bias, size)
+    return backends.choose("hypernet_logits", backend, hidden, args, {})(*args)
+
+
+def output_drift(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Scalar R against targets (T, N); see `reference.output_drift`."""
+    args = (hidden, weight, bias, targets)
+    return backends.choose("output_drift", backend, hidden, args, {})(*args)
+
+
+def chunked_output_drift(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    old_hidden: Tensor,
+    old_weight: Tensor,
+    old_bias: Tensor,
+    size: int,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scalar R against the same layer as it stood; see `reference.chunked_output_drift`.
+
+    Unless the reference is asked for by name it is computed from H x H products on every device and dtype: its cost
+    does not grow with N, and it keeps the digits that subtracting two large outputs loses.
+    """
+    args = (hidden, weight, bias, old_hidden, old_weight, old_bias, size)
+    if backends.requested(backend) == "auto":
+        return native.gram_output_drift(*args)
+    return backends.choose("chunked_output_drift", backend, hidden, args, {})(*args)
+
+
+def weight_drift(
+    weights: Sequence[Tensor],
+    previous: Tensor,
+    offsets: Sequence[int],
+    norm: int = 1,
+    logits: Tensor | None = None,
+    thresholds: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Scalar D, masked or not; see `reference.weight_drift`."""
+    args = (weights, previous, offsets, norm, logits, thresholds)
+    return backends.choose("weight_drift", backend, previous, args, {})(*args)
+
+
+def entropy_select(logits: Tensor, *, backend: str | None = None) -> Tensor:
+    """(batch,) task of lowest entropy; see `reference.entropy_select`."""
+    return backends.choose("entropy_select", backend, logits, (logits,), {})(logits)
+
+
+@torch.no_grad()
+def hypernet_adam(
+    hidden: Tensor,
+    grad_logits: Tensor,
+    targets: Tensor,
+    drift_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_m: Tensor,
+    weight_v: Tensor,
+    bias_m: Tensor,
+    bias_v: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Backward of the dense output layer and its Adam step; (hidden_grad, R). See `reference.hypernet_adam`."""
+    args = (hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m, bias_v, step, lr)
+    args = (*args, beta1, beta2, eps)
+    return backends.choose("hypernet_adam", backend, hidden, args, {})(*args)

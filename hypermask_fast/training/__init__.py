@@ -1,0 +1,1 @@
+"""Training a HyperMask model task after task: loop, metrics, checkpoints, logs."""

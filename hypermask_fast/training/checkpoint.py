@@ -1,0 +1,179 @@
+"""Checkpoints: tensors as safetensors, everything else as JSON, written so that a kill at any moment harms nothing.
+
+A run's folder holds `checkpoint.json`, which names one `checkpoint-TASK-ITERATION.safetensors` and its SHA-256.
+The tensor file is complete on disk before checkpoint.json is replaced, and the older one is deleted after that:
+at every moment checkpoint.json names a whole file. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import InputError
+
+MANIFEST = "checkpoint.json"
+_FORMAT = 1
+_MODEL = "model."
+_OPTIMIZER = "optimizer."
+
+
+def save(run_dir: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Makes (tensors, state) the run's checkpoint.
+
+    Args:
+        run_dir: the run's folder, which exists.
+        name: tells checkpoints of one run apart, such as "003-0001000".
+        tensors: by name; state: JSON values (floats survive exactly).
+    """
+    target = run_dir / f"checkpoint-{name}.safetensors"
+    partial = target.with_suffix(".partial")
+    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
+    digest = _file_digest(partial)
+    _settle(partial, target)
+    manifest = {"format": _FORMAT, "file": target.name, "sha256": digest, "state": state}
+    manifest["manifest_sha256"] = _manifest_digest(manifest)
+    partial = run_dir / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _settle(partial, run_dir / MANIFEST)
+    for old in run_dir.glob("checkpoint-*"):
+        if old != target:
+            old.unlink()
+
+
+def exists(run_dir: Path) -> bool:
+    return (run_dir / MANIFEST).exists()
+
+
+def load(run_dir: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The run's checkpoint as (tensors, state).
+
+    Raises:
+        InputError: there is none, or it is cut off or altered.
+    """
+    manifest = _read_manifest(run_dir / MANIFEST)
+    path = run_dir / manifest["file"]
+    if not path.is_file():
+        raise InputError(f"{run_dir / MANIFEST} names {path.name}, which is missing: restore it or start a new run")
+    if _file_digest(path) != manifest["sha256"]:
+        raise InputError(f"{path} is cut off or was altered (its SHA-256 differs from the one in {MANIFEST})")
+    try:
+        return load_file(path, device=str(device)), manifest["state"]
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no checkpoint in {path.parent}: {path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is cut off or was altered: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise InputError(f"{path} is not a checkpoint of format {_FORMAT}")
+    digest = manifest.pop("manifest_sha256", None)
+    if digest != _manifest_digest(manifest) or Path(manifest["file"]).name != manifest["file"]:
+        raise InputError(f"{path} was altered: its own checksum does not match")
+    return manifest
+
+
+# -- what a checkpoint holds -----------------------------------------------------------------------------------------
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _MODEL) -> None:
+    """Copies a checkpoint's weights into `model`.
+
+    Raises:
+        InputError: names or shapes differ: the checkpoint is of another network.
+    """
+    stored = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    own = model.state_dict()
+    for name in sorted(own.keys() | stored.keys()):
+        if name not in stored or name not in own:
+            where = "the checkpoint" if name not in stored else "this network"
+            raise InputError(f"the checkpoint is of another network: {name} is not in {where}")
+        if own[name].shape != stored[name].shape or own[name].dtype != stored[name].dtype:
+            raise InputError(
+                f"the checkpoint is of another network: {name} is {_describe(stored[name])} there, "
+                f"{_describe(own[name])} here"
+            )
+    model.load_state_dict(stored)
+
+
+def load_model(run_dir: Path, model: nn.Module) -> int:
+    """Loads the run's newest weights into `model`; returns how many tasks are learned to the end."""
+    tensors, state = load(run_dir)
+    restore_model(model, tensors)
+    return state["task"]
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Moments and step counts of every parameter that has them, by the parameter's name in `model`."""
+    return {
+        f"{_OPTIMIZER}{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        if key.startswith(_OPTIMIZER):
+            name, entry = key.removeprefix(_OPTIMIZER).split("/")
+            optimizer.state[parameters[name]][entry] = value
+
+
+def generator_tensors(device: torch.device) -> dict[str, Tensor]:
+    """States of the default generators a run draws from."""
+    states = {"generator.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["generator.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(tensors["generator.cpu"].cpu())
+    if device.type == "cuda" and "generator.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["generator.cuda"].cpu(), device)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _settle(partial: Path, target: Path) -> None:
+    """Puts a written file in its place, on the disk and not only in the cache."""
+    for path in (partial, partial.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        if path == partial:
+            os.replace(partial, target)
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

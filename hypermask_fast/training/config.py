@@ -1,0 +1,244 @@
+"""One run's settings: dataclasses, read from and written to TOML, changed by `key=value`."""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ..errors import InputError
+from ..hypernet import HypernetConfig
+from ..reference import kept_rank
+from ..regularizers import FIDELITIES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """scenario: a name of `data.SCENARIOS`; dir: where its files lie; tasks: the first k only (None: all);
+    validation: training samples per task held out (None: the scenario's own number)."""
+
+    scenario: str
+    dir: str | None = None
+    tasks: int | None = None
+    validation: int | None = None
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """name: mlp, resnet20 or zenkenet; hidden: an MLP's hidden widths; width: a ResNet's first width, 16 k."""
+
+    name: str
+    hidden: tuple[int, ...] = (400, 400)
+    width: int = 32
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """sparsity in percent; beta, lam: weights of output and weight drift; drift_norm 1 or 2; ramp: sparsity
+    grows over the first task. See `HyperMask`."""
+
+    sparsity: float = 0.0
+    beta: float = 0.01
+    lam: float = 0.01
+    drift_norm: int = 1
+    drift_masked: bool = True
+    ramp: bool = True
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How each task is trained.
+
+    Attributes:
+        lr, batch_size: of Adam, which starts afresh with every task.
+        iterations, epochs: length of a task, one of the two.
+        keep: "last" model of a task, or the one of "best" validation accuracy, checked every `validate_every`
+            iterations, at each epoch's end and at the last iteration.
+        schedule: "constant", or "plateau": ReduceLROnPlateau on validation accuracy per epoch.
+        log_every: iterations between log lines (the only host syncs of the loop).
+        checkpoint_every: iterations between checkpoints within a task; 0 for one at each task's end only.
+        evaluation_batch: samples per evaluation batch.
+    """
+
+    lr: float = 1e-3
+    batch_size: int = 128
+    iterations: int | None = None
+    epochs: int | None = None
+    keep: str = "last"
+    schedule: str = "constant"
+    validate_every: int = 100
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    evaluation_batch: int = 1000
+
+    def __post_init__(self) -> None:
+        if (self.iterations is None) == (self.epochs is None):
+            raise InputError("training takes either iterations or epochs, one of the two")
+        for name in ("iterations", "epochs", "batch_size", "validate_every", "log_every", "evaluation_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"training.{name} must be at least 1, not {value}")
+        if not self.lr > 0:
+            raise InputError(f"training.lr must be positive, not {self.lr}")
+        if self.checkpoint_every < 0:
+            raise InputError(f"training.checkpoint_every must be 0 or more, not {self.checkpoint_every}")
+        _choice("training.keep", self.keep, ("last", "best"))
+        _choice("training.schedule", self.schedule, ("constant", "plateau"))
+
+    def length(self, samples: int) -> int:
+        """Iterations of a task with that many training samples; an epoch's last, partial batch counts."""
+        return self.iterations or self.epochs * self.epoch_length(samples)
+
+    def epoch_length(self, samples: int) -> int:
+        return -(-samples // self.batch_size)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers. `title` is for people."""
+
+    data: DataConfig
+    target: TargetConfig
+    training: TrainingConfig
+    hypernet: HypernetConfig = field(default_factory=HypernetConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    title: str = ""
+    seed: int = 0
+    fidelity: str = "default"
+
+    def __post_init__(self) -> None:
+        _choice("fidelity", self.fidelity, FIDELITIES)
+        kept_rank(self.method.sparsity, 1)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """From nested tables. Raises InputError on an unknown key, a missing one or a value of wrong type."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def from_toml(cls, text: str, source: str) -> "RunConfig":
+        try:
+            return cls.from_dict(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{source} is not valid TOML: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "RunConfig":
+        try:
+            return cls.from_toml(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read configuration {path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested tables without the keys that are None (TOML has no null)."""
+        return _without_none(dataclasses.asdict(self))
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.to_dict())
+
+    def with_values(self, assignments: dict[str, Any]) -> "RunConfig":
+        """A copy with dotted keys replaced, such as {"training.lr": 0.01}; strings are read as TOML values.
+
+        Setting training.iterations unsets training.epochs, and the other way round.
+        """
+        values = self.to_dict()
+        for key, value in assignments.items():
+            *tables, last = key.split(".")
+            table = values
+            for name in tables:
+                table = table.setdefault(name, {})
+                if not isinstance(table, dict):
+                    raise InputError(f"unknown setting {key!r}: {name} is not a table")
+            table[last] = _parse(value) if isinstance(value, str) else value
+            for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
+                if key == f"training.{one}":
+                    table.pop(other, None)
+        return self.from_dict(values)
+
+
+def presets() -> dict[str, RunConfig]:
+    """Name -> configuration of every preset, sorted by name."""
+    folder = resources.files("hypermask_fast") / "presets"
+    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda f: f.name)
+    return {
+        file.name.removesuffix(".toml"): RunConfig.from_toml(file.read_text(encoding="utf-8"), file.name)
+        for file in files
+    }
+
+
+def load_preset(name: str) -> RunConfig:
+    known = presets()
+    if name not in known:
+        raise InputError(f"unknown preset {name!r}{_closest(name, known)}; presets: {', '.join(known)}")
+    return known[name]
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{where or 'the configuration'} must be a table, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
+    for key in values:
+        if key not in fields:
+            raise InputError(
+                f"unknown setting {prefix + key!r}{_closest(key, fields)}; "
+                f"{where or 'the top level'} has {', '.join(fields)}"
+            )
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise InputError(f"setting {prefix + name!r} is missing")
+    return cls(**{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the field's type: integers pass for floats, lists become tuples; anything else is an error."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            if all(type(item) is typing.get_args(option)[0] for item in value):
+                return tuple(value)
+        elif type(value) is option:
+            return value
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    kinds = [names.get(option, "a list of integers") for option in options if option is not type(None)]
+    raise InputError(f"setting {where!r} must be {' or '.join(kinds)}, not {value!r}")
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be {' or '.join(choices)}, not {value!r}")
+
+
+def _closest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

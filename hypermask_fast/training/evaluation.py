@@ -1,0 +1,62 @@
+"""Accuracy of a model on data: with the task known, and with the task inferred."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data import Scenario, Split
+from ..inference import predict
+from ..model import HyperMask
+
+
+class EntropyAccuracy(NamedTuple):
+    """Per task of a scenario, percent: samples whose task was found, and whose task and class were; (T,) each."""
+
+    task: Tensor
+    label: Tensor
+
+
+@torch.no_grad()
+def accuracy(model: HyperMask, split: Split, task: int, batch_size: int, sparsity: float | None = None) -> float:
+    """Percent of the split's samples whose argmax is their label, under task's mask; one host sync in all.
+
+    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch.
+
+    Args:
+        sparsity: percent, in place of the model's own (validation during the ramp).
+
+    Returns:
+        Percent, 0 to 100; NaN for an empty split.
+    """
+    was_training = model.training
+    model.eval()
+    mask = model.mask(task, sparsity)
+    correct = torch.zeros((), dtype=torch.int64, device=mask.logits.device)
+    for x, y in split.chunks(_batch_size(model, split, batch_size)):
+        correct += (model(x, mask).argmax(-1) == y).sum()
+    model.train(was_training)
+    return 100.0 * correct.item() / len(split) if len(split) else float("nan")
+
+
+@torch.no_grad()
+def entropy_accuracy(model: HyperMask, scenario: Scenario, batch_size: int) -> EntropyAccuracy:
+    """Accuracy on every task's test split with the task unknown, inferred by lowest entropy; see `predict`."""
+    was_training = model.training
+    model.eval()
+    masks = model.all_masks()[: len(scenario.tasks)]
+    rows = []
+    for number, task in enumerate(scenario.tasks):
+        correct = torch.zeros(2, dtype=torch.int64, device=masks[0].logits.device)
+        for x, y in task.test.chunks(_batch_size(model, task.test, batch_size)):
+            found = predict(model, x, masks)
+            right = found.task == number
+            correct += torch.stack([right.sum(), (right & (found.label == y)).sum()])
+        rows.append(100.0 * correct.double() / max(len(task.test), 1))
+    model.train(was_training)
+    return EntropyAccuracy(*torch.stack(rows, dim=1).cpu())
+
+
+def _batch_size(model: HyperMask, split: Split, batch_size: int) -> int:
+    whole = any(getattr(module, "batch_statistics", False) for module in model.net.modules())
+    return max(len(split), 1) if whole else batch_size

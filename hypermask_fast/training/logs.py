@@ -1,0 +1,225 @@
+"""Where a run's progress goes: a CSV file, the terminal, TensorBoard. All of them are a `Logger`."""
+
+import csv
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from .report import write_atomic
+
+COLUMNS = (
+    "task",
+    "iteration",
+    "loss",
+    "cross_entropy",
+    "output_drift",
+    "weight_drift",
+    "validation_accuracy",
+    "lr",
+    "sparsity",
+)
+
+
+class Logger(Protocol):
+    """Is told of a run's progress. Iterations count from 1 within each task: the number done."""
+
+    def begin_task(self, task: int, iterations: int, start_iteration: int) -> None:
+        """A task begins, or goes on after start_iteration of its iterations (0: from its beginning)."""
+
+    def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
+        """Numbers after that iteration, some of COLUMNS; called at intervals, not for every iteration."""
+
+    def advance(self, iterations: int) -> None:
+        """So many more iterations of the running task are done."""
+
+    def message(self, text: str) -> None:
+        """Something for people to read."""
+
+    def close(self) -> None:
+        """No more is coming."""
+
+
+class CsvLog:
+    """log.csv: one row per `step`, COLUMNS, empty where a value is missing; every row is on its way to disk at once.
+
+    Args:
+        path: the file.
+        resume: keep the rows of an earlier part of this run. What lies after the position the run goes on from is
+            dropped when its first task begins, a partly written last line with it. Otherwise the file starts anew.
+    """
+
+    def __init__(self, path: Path, resume: bool = False) -> None:
+        self.path = path
+        self._unsettled = resume and path.exists()
+        self._file: TextIO | None = None
+        if not self._unsettled:
+            write_atomic(path, ",".join(COLUMNS) + "\n")
+
+    def begin_task(self, task: int, iterations: int, start_iteration: int) -> None:
+        if self._unsettled:
+            self._drop_after((task, start_iteration))
+            self._unsettled = False
+
+    def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8", newline="")
+        row = {"task": task, "iteration": iteration, **values}
+        csv.DictWriter(self._file, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(row)
+        self._file.flush()
+
+    def advance(self, iterations: int) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _drop_after(self, position: tuple[int, int]) -> None:
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        whole = [line for line in text.split("\n")[:-1] if _is_upto(line, position)]
+        write_atomic(self.path, "".join(f"{line}\n" for line in [",".join(COLUMNS), *whole]))
+
+
+def _is_upto(line: str, position: tuple[int, int]) -> bool:
+    cells = line.split(",")
+    if len(cells) != len(COLUMNS) or not (cells[0].isdecimal() and cells[1].isdecimal()):
+        return False
+    return (int(cells[0]), int(cells[1])) <= position
+
+
+class TerminalLog:
+    """A progress bar per task where `stream` is a terminal, otherwise about ten plain lines per task.
+
+    Args:
+        tasks: how many the run has, to say "task 2 of 5".
+        title: a line shown when the first task begins, so when all that can be wrong with a run has been checked.
+        stream: standard error by default, so that standard output holds results only.
+    """
+
+    LINES_PER_TASK = 10
+    _SHOWN = ("loss", "cross_entropy", "validation_accuracy")
+
+    def __init__(self, tasks: int, title: str = "", stream: TextIO | None = None) -> None:
+        self.tasks, self.title = tasks, title
+        self.stream = stream or sys.stderr
+        self._bar: Any = None
+        self._total = self._reported = 0
+
+    def begin_task(self, task: int, iterations: int, start_iteration: int) -> None:
+        self._end_bar()
+        if self.title:
+            self.message(self.title)
+            self.title = ""
+        self._total, self._reported = iterations, self._tenth(start_iteration, iterations)
+        name = f"task {task + 1} of {self.tasks}"
+        if self.stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=iterations, initial=start_iteration, desc=name, file=self.stream, unit="it", dynamic_ncols=True
+            )
+        else:
+            self.message(f"{name}: iterations {start_iteration + 1} to {iterations}")
+
+    def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
+        shown = {name: f"{values[name]:.4g}" for name in self._SHOWN if name in values}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            return
+        tenth = self._tenth(iteration, self._total)
+        if tenth > self._reported:
+            self._reported = tenth
+            numbers = "".join(f"  {name.replace('_', ' ')} {value}" for name, value in shown.items())
+            self.message(f"task {task + 1} of {self.tasks}  iteration {iteration} of {self._total}{numbers}")
+
+    def advance(self, iterations: int) -> None:
+        if self._bar is not None:
+            self._bar.update(iterations)
+
+    def message(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        self._end_bar()
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _tenth(self, iteration: int, iterations: int) -> int:
+        return self.LINES_PER_TASK * iteration // max(iterations, 1)
+
+
+class TensorBoardLog:
+    """Scalars for TensorBoard, each task a run of its own (task-00, task-01, ...) so that their curves overlay.
+
+    Args:
+        folder: of the event files. Needs the package tensorboard; see `available`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    @staticmethod
+    def available() -> bool:
+        return importlib.util.find_spec("tensorboard") is not None
+
+    def begin_task(self, task: int, iterations: int, start_iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.close()
+        # purge_step hides what an interrupted run wrote after the position this one goes on from.
+        self._writer = SummaryWriter(str(self.folder / f"task-{task:02d}"), purge_step=start_iteration + 1)
+
+    def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def advance(self, iterations: int) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Loggers:
+    """Tells several loggers, in order."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = tuple(loggers)
+
+    def begin_task(self, task: int, iterations: int, start_iteration: int) -> None:
+        for logger in self.loggers:
+            logger.begin_task(task, iterations, start_iteration)
+
+    def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.step(task, iteration, values)
+
+    def advance(self, iterations: int) -> None:
+        for logger in self.loggers:
+            logger.advance(iterations)
+
+    def message(self, text: str) -> None:
+        for logger in self.loggers:
+            logger.message(text)
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()

@@ -1,0 +1,188 @@
+"""What a run leaves in its folder for people and programs: numbers, a table, a picture. No file is half written."""
+
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .config import RunConfig
+from .metrics import Summary, summarize, tasks_learned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .trainer import Result
+
+METRICS, TIMING = "metrics.json", "timing.json"
+MATRIX_TABLE, MATRIX_PICTURE = "accuracy_matrix.csv", "accuracy_matrix.png"
+_WIDE = 10  # tasks up to which accuracies are shown with a decimal
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces `path` by a file of that content; a reader, or a kill, at any moment sees the old one or the new one."""
+    data = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_reports(run_dir: Path, config: RunConfig, result: "Result", device: torch.device | str) -> None:
+    """All four files of `run_dir`, from the result so far."""
+    write_metrics(run_dir, config, result)
+    write_timing(run_dir, result, device)
+    write_matrix_table(run_dir, result)
+    write_matrix_picture(run_dir, result, config.title)
+
+
+def write_metrics(run_dir: Path, config: RunConfig, result: "Result") -> None:
+    """metrics.json: the run's deterministic numbers and nothing else, so that equal runs give equal bytes.
+
+    Keys: title, seed, fidelity; summary (see `Summary`); baseline (T,) and matrix (T, T), percent, null where not
+    measured.
+    """
+    content = {
+        "title": config.title,
+        "seed": config.seed,
+        "fidelity": config.fidelity,
+        "summary": summarize(result.matrix, result.baseline).to_dict(),
+        "baseline": _nullable(result.baseline.tolist()),
+        "matrix": [_nullable(row) for row in result.matrix.tolist()],
+    }
+    write_atomic(run_dir / METRICS, _json(content))
+
+
+def write_timing(run_dir: Path, result: "Result", device: torch.device | str) -> None:
+    """timing.json: seconds in training steps, steps, steps_per_second, peak_memory_bytes, device, threads, versions."""
+    content = {
+        "seconds": result.seconds,
+        "steps": result.steps,
+        "steps_per_second": result.steps / result.seconds if result.seconds > 0 else None,
+        "peak_memory_bytes": result.peak_memory,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    write_atomic(run_dir / TIMING, _json(content))
+
+
+def write_matrix_table(run_dir: Path, result: "Result") -> None:
+    """accuracy_matrix.csv: columns after_task, task_0, ...; first the untrained model's row, then one per task learned.
+
+    Percent; empty where not measured.
+    """
+    tasks = len(result.matrix)
+    rows = [["after_task", *(f"task_{j}" for j in range(tasks))]]
+    for label, values in _rows(result, "untrained"):
+        rows.append([label, *("" if math.isnan(value) else repr(value) for value in values)])
+    write_atomic(run_dir / MATRIX_TABLE, "".join(",".join(row) + "\n" for row in rows))
+
+
+def write_matrix_picture(run_dir: Path, result: "Result", title: str) -> None:
+    """accuracy_matrix.png: the matrix as a heat map with its numbers, legible for up to about 40 tasks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = matrix_figure(result, title)
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    write_atomic(run_dir / MATRIX_PICTURE, content.getvalue())
+
+
+def matrix_figure(result: "Result", title: str) -> "Figure":
+    """The heat map as a matplotlib Figure (made without pyplot, so nothing global changes)."""
+    from matplotlib.figure import Figure
+
+    matrix, tasks = result.matrix.numpy(), len(result.matrix)
+    cell = 0.75 if tasks <= _WIDE else 0.42  # inches
+    size = max(4.0, cell * tasks)
+    large = 10 if tasks <= _WIDE else 16  # points
+    figure = Figure(figsize=(size + 2.0, size + 1.4), dpi=110, layout="constrained")
+    axes = figure.add_subplot(facecolor="0.92")  # unmeasured cells show this grey
+    image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
+    axes.set(xticks=range(tasks), yticks=range(tasks))
+    axes.set_xlabel("accuracy on task", fontsize=large)
+    axes.set_ylabel("after training task", fontsize=large)
+    for i in range(tasks):
+        for j in range(tasks):
+            if not math.isnan(matrix[i, j]):
+                text = f"{matrix[i, j]:.1f}" if tasks <= _WIDE else f"{matrix[i, j]:.0f}"
+                colour = "black" if matrix[i, j] > 60 else "white"
+                # Right of the diagonal stand tasks not learned yet: fainter, to let the triangle of interest show.
+                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9, alpha=0.55 if j > i else 1)
+    learned = tasks_learned(matrix)
+    border = [(k + 0.5, k + half) for k in range(min(learned, tasks - 1)) for half in (-0.5, 0.5)]
+    axes.plot([x for x, _ in border], [y for _, y in border], color="white", linewidth=1.5)
+    figure.suptitle(_caption(title, summarize(result.matrix, result.baseline)), fontsize=large, wrap=True)
+    figure.colorbar(image, ax=axes, fraction=0.046).set_label("accuracy (%)", fontsize=large)
+    return figure
+
+
+def text_matrix(result: "Result") -> str:
+    """The learned rows of the matrix as aligned text with the metrics below, several lines."""
+    wide = len(result.matrix) <= _WIDE
+    cell = "{:7.2f}" if wide else "{:4.0f}"
+    width = 7 if wide else 4
+    lines = ["after task".rjust(10) + "".join(f"{j:{width}d}" for j in range(len(result.matrix)))]
+    for label, values in _rows(result, "none"):
+        cells = ("-".rjust(width) if math.isnan(value) else cell.format(value) for value in values)
+        lines.append(label.rjust(10) + "".join(cells))
+    return "\n".join([*lines, "", *summary_lines(summarize(result.matrix, result.baseline))])
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """One line per metric that is known, with its unit."""
+    units = {
+        "average_accuracy": "%",
+        "learning_accuracy": "%",
+        "forgetting": "points",
+        "backward_transfer": "points",
+        "forward_transfer": "points",
+    }
+    known = ((name, unit, getattr(summary, name)) for name, unit in units.items())
+    return [f"{name.replace('_', ' '):<18}{value:8.2f} {unit}" for name, unit, value in known if value is not None]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, PyTorch and this package."""
+    from .. import __version__
+
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "hypermask_fast": __version__}
+
+
+def device_name(device: torch.device | str) -> str:
+    """What a device is called: "cuda: NVIDIA ..." or "cpu: x86_64"."""
+    device = torch.device(device)
+    return f"{device.type}: {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()}"
+
+
+def _rows(result: "Result", untrained: str) -> list[tuple[str, list[float]]]:
+    learned = tasks_learned(result.matrix)
+    return [(untrained, result.baseline.tolist()), *((str(i), result.matrix[i].tolist()) for i in range(learned))]
+
+
+def _caption(title: str, summary: Summary) -> str:
+    if summary.average_accuracy is None:
+        return title
+    numbers = f"average accuracy {summary.average_accuracy:.2f} %"
+    if summary.forgetting is not None:
+        numbers += f", forgetting {summary.forgetting:.2f} points"
+    return f"{title}\n{numbers}".strip()
+
+
+def _nullable(values: Iterable[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -1,0 +1,295 @@
+"""The training loop: task after task, each with its own optimiser, evaluated on all tasks after each."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ..data import Scenario
+from ..errors import InputError
+from ..model import HyperMask
+from ..regularizers import Anchor
+from . import checkpoint
+from .config import TrainingConfig
+from .evaluation import accuracy
+from .logs import Logger, Loggers
+from .memory import peak_memory
+
+
+@dataclass
+class Result:
+    """What a run has measured so far.
+
+    Attributes:
+        matrix: (T, T) float64 percent: row t after training task t, column j on task j's test split; NaN: not yet.
+        baseline: (T,) float64 percent of the untrained model.
+        seconds: spent in training steps (validation included, evaluation after a task not); steps: their number.
+        peak_memory: bytes; see `peak_memory`.
+    """
+
+    matrix: Tensor
+    baseline: Tensor
+    seconds: float = 0.0
+    steps: int = 0
+    peak_memory: int = 0
+
+
+@dataclass
+class _Position:
+    """Where a run stands: `iteration` steps into `task`. What is None or empty belongs to no running task."""
+
+    task: int = 0
+    iteration: int = 0
+    best_accuracy: float = -1.0
+    best_model: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains a HyperMask model on a scenario: loss_t = cross-entropy + beta R / t + lam D, Adam afresh per task.
+
+    Args:
+        model: its tasks are at least the scenario's.
+        scenario: where the data come from; moved to `device`.
+        config: see `TrainingConfig`.
+        ramp: in the first task, iteration i of n uses sparsity p (i + 1) / n.
+        seed: of the batches' order and, through torch's default generators, of augmentation and dropout.
+        device: where to train.
+        run_dir: folder for checkpoints; None writes none.
+        logger: is told of progress.
+        on_task_end: called with the result so far after each task, and at once when a run is resumed.
+
+    Raises:
+        InputError: more tasks in the scenario than in the model, or no validation data where they are needed.
+    """
+
+    def __init__(
+        self,
+        model: HyperMask,
+        scenario: Scenario,
+        config: TrainingConfig,
+        *,
+        ramp: bool = True,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        run_dir: Path | None = None,
+        logger: Logger | None = None,
+        on_task_end: Callable[[Result], None] | None = None,
+    ) -> None:
+        if len(scenario.tasks) > model.num_tasks:
+            raise InputError(f"the scenario has {len(scenario.tasks)} tasks, the model only {model.num_tasks}")
+        self.validates = config.keep == "best" or config.schedule == "plateau"
+        if self.validates and any(len(task.validation) == 0 for task in scenario.tasks):
+            raise InputError("keep = best and schedule = plateau need validation data: set data.validation")
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.scenario = scenario.to(self.device)
+        self.config, self.ramp, self.seed = config, ramp, seed
+        self.run_dir = run_dir
+        self.logger = logger or Loggers([])
+        self.on_task_end = on_task_end or (lambda result: None)
+        tasks = len(scenario.tasks)
+        nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
+        self.result = Result(nothing[1:], nothing[0])
+        self._at = _Position()
+
+    def fit(self, resume: bool = False) -> Result:
+        """Trains every task, or every task that is left.
+
+        Args:
+            resume: go on from run_dir's checkpoint where there is one. On the CPU the numbers are then, bit for bit,
+                those of a run that was never stopped.
+        """
+        restored: dict[str, Tensor] = {}
+        if resume and self.run_dir is not None and checkpoint.exists(self.run_dir):
+            restored = self._restore()
+            if self._at.task > 0:
+                self.on_task_end(self.result)
+        else:
+            torch.manual_seed(self.seed)
+            self.result.baseline.copy_(self._test_accuracies())
+        while self._at.task < len(self.scenario.tasks):
+            self._train_task(self._at.task, restored)
+            self.result.matrix[self._at.task] = self._test_accuracies()
+            self.result.peak_memory = max(self.result.peak_memory, peak_memory(self.device))
+            self._at, restored = _Position(task=self._at.task + 1), {}
+            self._save()
+            self.on_task_end(self.result)
+        return self.result
+
+    # -- one task -------------------------------------------------------------------------------------------------
+
+    def _train_task(self, task: int, restored: dict[str, Tensor]) -> None:
+        split = self.scenario.tasks[task].train
+        length = self.config.length(len(split))
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr, fused=True)
+        plateau = self._plateau(optimizer)
+        if restored:
+            self._restore_task(optimizer, plateau, restored)
+        else:
+            self.model.begin_task(task)
+        self.logger.begin_task(task, length, self._at.iteration)
+        rows = batch_rows(len(split), self.config.batch_size, length, self.seed, task)
+        batches = split.batches(rows[self._at.iteration :], train=True)
+        self.model.train()
+        started = time.perf_counter()
+        for iteration in range(self._at.iteration, length):
+            sparsity = self._sparsity(task, iteration, length)
+            values = self._step(task, next(batches), optimizer, sparsity)
+            self._at.iteration = iteration + 1
+            self.result.steps += 1
+            self._after_step(values, sparsity, length, optimizer, plateau)
+            if self._checkpoint_due(length):
+                self.result.seconds += time.perf_counter() - started
+                self._save(optimizer, plateau)
+                started = time.perf_counter()
+        if self._at.best_model:
+            self.model.load_state_dict(self._at.best_model)
+        self.result.seconds += time.perf_counter() - started
+
+    def _step(
+        self, task: int, batch: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer, sparsity: float
+    ) -> dict[str, Tensor]:
+        x, y = batch
+        mask = self.model.mask(task, sparsity)
+        cross_entropy = F.cross_entropy(self.model(x, mask), y)
+        drifts = self.model.drifts(mask)
+        loss = cross_entropy + self.model.drift.loss(drifts, task)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return {
+            "loss": loss.detach(),
+            "cross_entropy": cross_entropy.detach(),
+            "output_drift": drifts.output.detach(),
+            "weight_drift": drifts.weight.detach(),
+        }
+
+    def _sparsity(self, task: int, iteration: int, length: int) -> float:
+        if self.ramp and task == 0:
+            return self.model.sparsity * (iteration + 1) / length
+        return self.model.sparsity
+
+    def _after_step(
+        self,
+        values: dict[str, Tensor],
+        sparsity: float,
+        length: int,
+        optimizer: torch.optim.Optimizer,
+        plateau: ReduceLROnPlateau | None,
+    ) -> None:
+        """Validation and the log, where they are due; the only places where the host waits for the device."""
+        task, done = self._at.task, self._at.iteration
+        self.logger.advance(1)
+        logged = {}
+        epoch = self.config.epoch_length(len(self.scenario.tasks[task].train))
+        if self.validates and (done % self.config.validate_every == 0 or done % epoch == 0 or done == length):
+            logged["validation_accuracy"] = self._validate(sparsity)
+            if plateau is not None and done % epoch == 0:
+                plateau.step(logged["validation_accuracy"])
+        if logged or done % self.config.log_every == 0 or done == length:
+            logged |= {name: value.item() for name, value in values.items()}
+            logged |= {"lr": optimizer.param_groups[0]["lr"], "sparsity": sparsity}
+            self.logger.step(task, done, logged)
+            if not logged["loss"] < float("inf"):
+                raise InputError(f"the loss is {logged['loss']} at task {task}, iteration {done}: lower training.lr")
+
+    def _validate(self, sparsity: float) -> float:
+        """Validation accuracy now, percent; keeps a copy of the model where it is the task's best so far."""
+        task = self._at.task
+        value = accuracy(self.model, self.scenario.tasks[task].validation, task, self.config.evaluation_batch, sparsity)
+        if self.config.keep == "best" and value > self._at.best_accuracy:
+            self._at.best_accuracy = value
+            self._at.best_model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        return value
+
+    def _plateau(self, optimizer: torch.optim.Optimizer) -> ReduceLROnPlateau | None:
+        if self.config.schedule == "constant":
+            return None
+        return ReduceLROnPlateau(optimizer, mode="max", factor=0.1**0.5, patience=5, min_lr=5e-7)
+
+    def _test_accuracies(self) -> Tensor:
+        values = [
+            accuracy(self.model, task.test, number, self.config.evaluation_batch)
+            for number, task in enumerate(self.scenario.tasks)
+        ]
+        return torch.tensor(values, dtype=torch.float64)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _checkpoint_due(self, length: int) -> bool:
+        every, done = self.config.checkpoint_every, self._at.iteration
+        return self.run_dir is not None and every > 0 and done % every == 0 and done < length
+
+    def _save(self, optimizer: torch.optim.Optimizer | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
+        """Within a task, all that the rest of it depends on; between tasks, the model and the results."""
+        if self.run_dir is None:
+            return
+        at = self._at
+        tensors = checkpoint.model_tensors(self.model) | checkpoint.generator_tensors(self.device)
+        tensors |= {"result.matrix": self.result.matrix, "result.baseline": self.result.baseline}
+        state: dict[str, Any] = {
+            "task": at.task,
+            "iteration": at.iteration,
+            "best_accuracy": at.best_accuracy,
+            "seconds": self.result.seconds,
+            "steps": self.result.steps,
+            "peak_memory": self.result.peak_memory,
+        }
+        if optimizer is not None:
+            tensors |= checkpoint.optimizer_tensors(optimizer, self.model)
+            tensors |= {"anchor.targets": self.model.anchor.targets, "anchor.weights": self.model.anchor.weights}
+            tensors |= {f"best.{name}": tensor for name, tensor in at.best_model.items()}
+            state["lr"] = optimizer.param_groups[0]["lr"]
+        if plateau is not None:
+            state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
+        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
+
+    def _restore(self) -> dict[str, Tensor]:
+        """Goes to the checkpoint's position; returns its tensors where that is within a task."""
+        tensors, state = checkpoint.load(self.run_dir, self.device)
+        checkpoint.restore_model(self.model, tensors)
+        if tensors["result.matrix"].shape != self.result.matrix.shape:
+            raise InputError(
+                f"the checkpoint in {self.run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
+                f"not {len(self.result.matrix)}"
+            )
+        checkpoint.restore_generators(tensors, self.device)
+        self.result = Result(
+            tensors["result.matrix"].cpu(),
+            tensors["result.baseline"].cpu(),
+            state["seconds"],
+            state["steps"],
+            state["peak_memory"],
+        )
+        best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
+        self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], best)
+        self._restored_state = state
+        return tensors if self._at.iteration > 0 else {}
+
+    def _restore_task(
+        self, optimizer: torch.optim.Optimizer, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]
+    ) -> None:
+        state = self._restored_state
+        self.model.anchor = Anchor(self._at.task, tensors["anchor.targets"], tensors["anchor.weights"])
+        checkpoint.restore_optimizer(optimizer, self.model, tensors)
+        for group in optimizer.param_groups:
+            group["lr"] = state["lr"]
+        if plateau is not None:
+            plateau.best, plateau.num_bad_epochs = state["plateau"]["best"], state["plateau"]["num_bad_epochs"]
+
+
+def batch_rows(samples: int, batch_size: int, iterations: int, seed: int, task: int) -> Tensor:
+    """(iterations, batch_size) int64 sample numbers: one shuffled pass over the data after another.
+
+    A batch may span two passes. The order depends on seed and task alone, so a position in it is an iteration.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + task)
+    passes = -(-iterations * batch_size // samples)
+    stream = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
+    return stream[: iterations * batch_size].view(iterations, batch_size)

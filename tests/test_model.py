@@ -1,0 +1,223 @@
+"""HyperMask as its user sees it."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hypermask_fast as hmf
+from hypermask_fast import InputError
+
+from .conftest import blob_model, small_convnet
+
+
+def images(n=6, seed=0):
+    return torch.randn(n, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_forward_is_the_plain_network_with_masked_weights(convnet_model):
+    model = convnet_model.eval()
+    masks = model.mask(1).masks()
+    plain = small_convnet().eval()
+    state = {k: v for k, v in model.net.state_dict().items() if "running" not in k and "tracked" not in k}
+    for name, mask in masks.items():
+        if name != "5.bias":  # the output layer's bias is used as it is
+            state[name] = state[name] * mask
+    plain.load_state_dict(state, strict=False)
+    torch.testing.assert_close(model(images(), 1), plain(images()))
+    assert model.mask(1).sparsity().item() == pytest.approx(30, abs=1)
+
+
+def test_parameters_are_shared_and_keep_their_names():
+    net = small_convnet()
+    state = copy.deepcopy(net.state_dict())
+    before = dict(net.named_parameters())
+    model = hmf.HyperMask(net, 4, 50)
+    assert all(parameter is before[name] for name, parameter in model.net.named_parameters())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    model.net.load_state_dict(state)  # of the plain network, statistics included
+    assert torch.equal(model.net[5].weight, state["5.weight"])
+    assert torch.equal(model.net[1].running_var[3], state["1.running_var"])
+
+
+def test_ramp_sparsity_in_place_of_the_models_own(convnet_model):
+    for sparsity in (0, 10, 90):
+        zeros = [
+            (m == 0).sum().item() for name, m in convnet_model.mask(0, sparsity).masks().items() if name != "5.bias"
+        ]
+        sizes = [segment.size for segment in convnet_model.layout.segments[:-1]]
+        assert zeros == [hmf.functional.kept_rank(sparsity, size) for size in sizes]
+
+
+def test_no_mask_is_left_behind(convnet_model):
+    plain = convnet_model.net(images())
+    convnet_model.eval()(images(), 1)
+    convnet_model.train()
+    assert torch.equal(convnet_model.net(images()), plain)
+    with pytest.raises(InputError):
+        convnet_model(torch.randn(1, 2, 3, 3), 1)  # too small for the flattening: fails inside the network
+    assert torch.equal(convnet_model.net(images()), plain)
+
+
+def test_two_threads_two_tasks(convnet_model):
+    model = convnet_model.eval()
+    expected = [model(images(), task) for task in range(3)]
+    failures = []
+
+    def work(task):
+        for _ in range(30):
+            if not torch.equal(model(images(), task), expected[task]):
+                failures.append(task)
+
+    threads = [threading.Thread(target=work, args=(task,)) for task in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_one_task_per_sample(convnet_model):
+    model = convnet_model.eval()
+    tasks = torch.tensor([2, 0, 0, 2, 1, 0])
+    by_hand = torch.cat([model(images()[i : i + 1], task) for i, task in enumerate(tasks.tolist())])
+    torch.testing.assert_close(model(images(), tasks), by_hand)
+    torch.testing.assert_close(model(images(), torch.tensor(2)), model(images(), 2))
+    assert model(images(0), torch.empty(0, dtype=torch.int64)).shape == (0, 5)
+    gradients = [
+        torch.autograd.grad(output.square().sum(), model.hypernet.output.weight)[0]
+        for output in (model(images(), tasks), by_hand)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_all_tasks_and_task_inference(convnet_model):
+    model = convnet_model.eval()
+    outputs = model.forward_all_tasks(images())
+    torch.testing.assert_close(outputs, torch.stack([model(images(), task) for task in range(3)]))
+    p = outputs.softmax(-1)
+    assert torch.equal(model.infer_task(images()), (p * p.log()).sum(-1).argmax(0))
+    found = hmf.predict(model, images())
+    assert torch.equal(found.task, model.infer_task(images()))
+    assert torch.equal(found.label, model(images(), found.task).argmax(-1))
+    assert torch.equal(found.absolute(5), 5 * found.task + found.label)
+
+
+@pytest.mark.parametrize("fidelity", ["default", "official"])
+def test_export_gives_the_same_outputs(fidelity):
+    torch.manual_seed(0)
+    model = hmf.HyperMask(small_convnet(), 3, 30, fidelity=fidelity)
+    for task in range(3):
+        model((task + 1.0) * images(seed=task), task)
+    model.eval()
+    plain = model.export(2)
+    assert [type(m) for m in plain] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Flatten, nn.Linear]
+    assert torch.equal(plain(images()), model(images(), 2))
+    assert not any("segment" in key for module in plain for key in vars(module))
+    reloaded = small_convnet() if fidelity == "default" else copy.deepcopy(plain)
+    reloaded.load_state_dict(plain.state_dict())  # an ordinary state_dict
+    assert torch.equal(reloaded.eval()(images()), model(images(), 2))
+    assert type(model.net[0]) is hmf.MaskedConv2d  # the model is untouched
+
+
+def test_add_task_while_training():
+    model = blob_model(2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    x, y = torch.randn(32, 8), torch.randint(2, (32,))
+    step(model, optimizer, x, y, 0)
+    assert model.add_task(optimizer) == 2
+    before = model.hypernet.embeddings[2].clone()
+    loss = step(model, optimizer, x, y, 2)
+    assert step(model, optimizer, x, y, 2) < loss
+    assert not torch.equal(model.hypernet.embeddings[2], before)
+    assert model.net[1].running_mean.shape == (3, 16)
+
+
+def step(model, optimizer, x, y, task):
+    loss = F.cross_entropy(model(x, task), y) + model.regularizer(task)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("fidelity", ["default", "official"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_regularizer(fidelity, masked):
+    model = blob_model(3, beta=0.5, lam=0.25, drift_masked=masked, fidelity=fidelity)
+    assert model.regularizer(2).item() == 0  # the task begins here
+    targets = [model.hypernet([j])[0].detach() for j in range(2)]
+    previous = [weight.detach().clone() for weight in model.weights()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    masks = model.mask(2).masks().values()
+    output = sum((model.hypernet([j])[0] - targets[j]).square().sum() for j in range(2))
+    weight = sum(
+        ((w - p) * (m if masked else 1)).abs().sum() for w, p, m in zip(model.weights(), previous, masks, strict=True)
+    )
+    expected = 0.5 * output / (4 if fidelity == "official" else 2) + 0.25 * weight
+    torch.testing.assert_close(model.regularizer(2), expected)
+    torch.testing.assert_close(model.regularizer(model.mask(2)), expected)
+    expected.backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {"hypernet.embeddings.0", "hypernet.embeddings.1", "net.0.weight"} <= touched
+    assert ("hypernet.embeddings.2" in touched) == masked  # the current task's mask is not detached
+
+
+def test_drift_targets_of_the_first_task_are_none():
+    model = blob_model(2)
+    model.begin_task(0)
+    assert model.anchor.targets.shape == (0, model.layout.size)
+    assert model.drifts(0).output.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (3, "task 3 does not exist: this model has tasks 0 to 2"),
+        (-1, "task -1 does not exist"),
+        (1.0, "a task is an integer from 0 to 2, not 1.0"),
+        (True, "a task is an integer"),
+        (torch.tensor(5), "task 5 does not exist"),
+        (torch.tensor([0, 1, 2, 3, 0, 0]), "task 3 does not exist"),
+        (torch.tensor([0, 1]), r"int64 tensor \(6,\)"),
+        (torch.tensor([0.0] * 6), r"int64 tensor \(6,\), not torch.float32"),
+        (torch.tensor(1.0), "a task tensor is int64"),
+        (torch.zeros(6, 1, dtype=torch.int64), "a task tensor is int64, 0-dim or one id per sample"),
+    ],
+)
+def test_tasks_that_do_not_exist(convnet_model, task, message):
+    with pytest.raises(InputError, match=message):
+        convnet_model(images(), task)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 101}, "sparsity is a percentage from 0 to 100, not 101"),
+        ({"sparsity": float("nan")}, "sparsity is a percentage"),
+        ({"beta": -1}, "beta must be a number >= 0, not -1"),
+        ({"drift_norm": 3}, "norm must be 1 or 2, not 3"),
+        ({"fidelity": "exact"}, "fidelity must be one of default, official, not 'exact'"),
+        ({"num_tasks": 0}, "num_tasks must be a positive integer"),
+    ],
+)
+def test_bad_arguments(settings, message):
+    with pytest.raises(InputError, match=message):
+        hmf.HyperMask(small_convnet(), **({"num_tasks": 2} | settings))
+
+
+def test_wrong_ramp_sparsity(convnet_model):
+    with pytest.raises(InputError, match="percentage"):
+        convnet_model.mask(0, sparsity=-3)
+
+
+def test_a_fraction_for_sparsity_is_warned_of():
+    with pytest.warns(UserWarning, match="percent"):
+        hmf.HyperMask(small_convnet(), 2, sparsity=0.3)

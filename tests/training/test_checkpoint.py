@@ -1,0 +1,134 @@
+"""Checkpoints: complete or not there, and refused when they are not what they should be."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hypermask_fast import InputError
+from hypermask_fast.training import checkpoint
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
+STATE = {"task": 1, "lr": 0.1 + 0.2, "best": -1.0}
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    checkpoint.save(tmp_path, "000-0000001", TENSORS, STATE)
+    return tmp_path
+
+
+def tensor_file(run_dir):
+    (path,) = run_dir.glob("*.safetensors")
+    return path
+
+
+def test_round_trip(run_dir):
+    tensors, state = checkpoint.load(run_dir)
+    assert state == STATE
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[key], TENSORS[key]) and tensors[key].dtype == TENSORS[key].dtype for key in TENSORS)
+
+
+def test_only_the_newest_stays(run_dir):
+    checkpoint.save(run_dir, "000-0000002", TENSORS, {"task": 2})
+    assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoint-000-0000002.safetensors", "checkpoint.json"]
+    assert checkpoint.load(run_dir)[1] == {"task": 2}
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_kill_at_any_moment_of_saving(run_dir, monkeypatch, step):
+    """Stopped before the k-th change on disk, the folder still holds a whole checkpoint, the old or the new one."""
+    calls = []
+
+    def dies(change):
+        def wrapper(*args, **kwargs):
+            calls.append(change)
+            if len(calls) == step:
+                raise KeyboardInterrupt
+            return change(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(checkpoint, "save_file", dies(checkpoint.save_file))
+    monkeypatch.setattr(checkpoint.os, "replace", dies(checkpoint.os.replace))
+    monkeypatch.setattr(checkpoint.Path, "unlink", dies(checkpoint.Path.unlink))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(run_dir, "000-0000002", {"a": torch.zeros(1)}, {"task": 2})
+    monkeypatch.undo()
+    tensors, state = checkpoint.load(run_dir)
+    assert (len(tensors), state["task"]) == ((1, 2) if step == 4 else (3, 1))
+    checkpoint.save(run_dir, "000-0000003", TENSORS, STATE)  # and saving goes on
+    assert len(list(run_dir.iterdir())) == 2
+
+
+def test_missing(tmp_path):
+    with pytest.raises(InputError, match=r"no checkpoint in .*checkpoint.json is missing"):
+        checkpoint.load(tmp_path)
+
+
+def test_cut_off_tensors(run_dir):
+    path = tensor_file(run_dir)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match=r"000-0000001.safetensors is cut off or was altered"):
+        checkpoint.load(run_dir)
+
+
+def test_altered_tensors(run_dir):
+    path = tensor_file(run_dir)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="was altered"):
+        checkpoint.load(run_dir)
+
+
+def test_missing_tensors(run_dir):
+    tensor_file(run_dir).unlink()
+    with pytest.raises(InputError, match=r"names checkpoint-000-0000001.safetensors, which is missing"):
+        checkpoint.load(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text[:40], "is cut off or was altered"),
+        (lambda text: "[]", "is not a checkpoint"),
+        (lambda text: text.replace('"task": 1', '"task": 0'), "its own checksum does not match"),
+        (lambda text: text.replace('"format": 1', '"format": 9'), "not a checkpoint of format 1"),
+        (lambda text: "\udcff", "is cut off or was altered"),
+    ],
+)
+def test_altered_manifest(run_dir, edit, message):
+    path = run_dir / checkpoint.MANIFEST
+    path.write_bytes(edit(path.read_text()).encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=message):
+        checkpoint.load(run_dir)
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(run_dir):
+    manifest = json.loads((run_dir / checkpoint.MANIFEST).read_text())
+    manifest.pop("manifest_sha256")
+    manifest["file"] = "../elsewhere.safetensors"
+    manifest["manifest_sha256"] = checkpoint._manifest_digest(manifest)
+    (run_dir / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="was altered"):
+        checkpoint.load(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Linear(3, 5), r"another network: bias is float32 \(2,\) there, float32 \(5,\) here"),
+        (nn.Linear(3, 2, bias=False), "another network: bias is not in this network"),
+        (nn.Linear(3, 2).double(), "float32 .* there, float64 .* here"),
+        (nn.Sequential(nn.Linear(3, 2)), "another network: 0.bias is not in the checkpoint"),
+    ],
+)
+def test_another_network(tmp_path, other, message):
+    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(nn.Linear(3, 2)), {"task": 0})
+    before = [parameter.clone() for parameter in other.parameters()]
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_model(tmp_path, other)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))

@@ -1,0 +1,171 @@
+import dataclasses
+
+import pytest
+
+from hypermask_fast import InputError
+from hypermask_fast.data import SCENARIOS
+from hypermask_fast.targets import TARGETS
+from hypermask_fast.training.config import RunConfig, TrainingConfig, load_preset, presets
+
+MINIMAL = {
+    "data": {"scenario": "split-digits"},
+    "target": {"name": "mlp"},
+    "training": {"iterations": 10},
+}
+
+# The paper's experiments: target and its widths; embedding, hidden; p; beta; lambda; drift masked; lr, batch; length;
+# scenario, validation; which model is kept, learning-rate schedule.
+PUBLISHED = {
+    "split-mnist": (
+        ("mlp", (400, 400)), (128, (25, 25)), 30, 1e-3, 1e-3, True, (1e-3, 128), {"iterations": 2000},
+        ("split-mnist", 1000), ("last", "constant"),
+    ),
+    "permuted-mnist": (
+        ("mlp", (1000, 1000)), (24, (100, 100)), 0, 5e-4, 1e-3, True, (1e-3, 128), {"iterations": 5000},
+        ("permuted-mnist", 5000), ("last", "constant"),
+    ),
+    "split-cifar100-resnet20": (
+        ("resnet20", 32), (48, (100,)), 0, 0.01, 1, False, (1e-3, 32), {"epochs": 200},
+        ("split-cifar100", 500), ("best", "plateau"),
+    ),
+    "split-cifar100-zenkenet": (
+        ("zenkenet", None), (48, (100,)), 0, 0.01, 0.01, False, (1e-3, 32), {"epochs": 200},
+        ("split-cifar100", 500), ("best", "plateau"),
+    ),
+    "tiny-imagenet-resnet20": (
+        ("resnet20", 32), (96, (100, 100)), 0, 1, 0.1, False, (1e-4, 16), {"epochs": 10},
+        ("tiny-imagenet", 250), ("best", "plateau"),
+    ),
+    "tiny-imagenet-zenkenet": (
+        ("zenkenet", None), (96, (100, 100)), 50, 0.01, 1, False, (1e-3, 16), {"epochs": 10},
+        ("tiny-imagenet", 250), ("best", "plateau"),
+    ),
+    "cifar100-5x20": (
+        ("resnet20", 32), (48, (200,)), 0, 0.01, 1, False, (1e-4, 32), {"epochs": 200},
+        ("cifar100-5x20", 500), ("best", "plateau"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_experiments(name):
+    target, hypernet, sparsity, beta, lam, masked, adam, length, data, selection = PUBLISHED[name]
+    config = load_preset(name)
+    shape = {"mlp": config.target.hidden, "resnet20": config.target.width, "zenkenet": None}[config.target.name]
+    assert (config.target.name, shape) == target
+    assert (config.hypernet.embedding, config.hypernet.hidden, config.hypernet.chunk_size) == (*hypernet, None)
+    method = config.method
+    assert (method.sparsity, method.beta, method.lam, method.drift_masked) == (sparsity, beta, lam, masked)
+    assert (method.drift_norm, method.ramp) == (1, True)
+    training = config.training
+    assert (training.lr, training.batch_size) == adam
+    assert (training.iterations, training.epochs) == (length.get("iterations"), length.get("epochs"))
+    assert (config.data.scenario, config.data.validation) == data
+    assert (training.keep, training.schedule) == selection
+
+
+def test_every_preset_can_run_and_is_told_apart_by_its_title():
+    known = presets()
+    assert list(known) == sorted([*PUBLISHED, "split-digits", "split-cifar10"])
+    assert len({config.title for config in known.values()}) == len(known) and all(c.title for c in known.values())
+    for config in known.values():
+        assert config.data.scenario in SCENARIOS
+        assert config.target.name in TARGETS
+
+
+@pytest.mark.parametrize("name", presets())
+def test_toml_round_trip(name):
+    config = load_preset(name)
+    assert RunConfig.from_toml(config.to_toml(), name) == config
+
+
+def test_with_values_parses_as_toml_does():
+    config = RunConfig.from_dict(MINIMAL).with_values(
+        {
+            "training.lr": "1e-2",
+            "target.hidden": "[3, 4]",
+            "method.sparsity": "50",
+            "method.ramp": "false",
+            "fidelity": "official",
+            "hypernet.chunk_size": 100,
+        }
+    )
+    assert config.training.lr == 0.01
+    assert config.target.hidden == (3, 4)
+    assert config.method.sparsity == 50.0 and config.method.ramp is False
+    assert config.fidelity == "official"
+    assert config.hypernet.chunk_size == 100
+
+
+def test_iterations_and_epochs_replace_each_other():
+    config = RunConfig.from_dict(MINIMAL).with_values({"training.epochs": "3"})
+    assert (config.training.iterations, config.training.epochs) == (None, 3)
+    assert config.with_values({"training.iterations": 7}).training.epochs is None
+
+
+def test_lengths_count_the_last_partial_batch():
+    training = TrainingConfig(epochs=3, batch_size=10)
+    assert training.epoch_length(21) == 3
+    assert training.length(21) == 9
+    assert TrainingConfig(iterations=5).length(21) == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"training.sparsty": "1"}, "unknown setting 'training.sparsty'"),
+        ({"method.sparsty": "1"}, "did you mean 'sparsity'"),
+        ({"metod.sparsity": "1"}, "unknown setting 'metod' .did you mean 'method'"),
+        ({"seed.value": "1"}, "seed is not a table"),
+        ({"method.sparsity": "130"}, "percentage from 0 to 100, not 130"),
+        ({"method.sparsity": "-1"}, "percentage from 0 to 100, not -1"),
+        ({"method.sparsity": "nan"}, "percentage from 0 to 100, not nan"),
+        ({"method.sparsity": "many"}, "'method.sparsity' must be a number, not 'many'"),
+        ({"method.ramp": "1"}, "'method.ramp' must be true or false, not 1"),
+        ({"training.batch_size": "1.5"}, "'training.batch_size' must be .*an integer.*, not 1.5"),
+        ({"training.batch_size": "0"}, "training.batch_size must be at least 1"),
+        ({"training.lr": "0"}, "training.lr must be positive"),
+        ({"training.keep": "first"}, "training.keep must be last or best, not 'first'"),
+        ({"training.schedule": "cosine"}, "constant or plateau"),
+        ({"training.checkpoint_every": "-1"}, "0 or more, not -1"),
+        ({"fidelity": "exact"}, "fidelity must be"),
+        ({"target.hidden": "[1.5]"}, "must be a list of integers"),
+        ({"hypernet.hidden": "[]"}, "one or more positive widths"),
+        ({"data": "3"}, "data must be a table"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(values, message):
+    with pytest.raises(InputError, match=message) as caught:
+        RunConfig.from_dict(MINIMAL).with_values(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_settings_and_both_lengths_are_refused():
+    with pytest.raises(InputError, match=r"'data\.scenario' is missing"):
+        RunConfig.from_dict({**MINIMAL, "data": {}})
+    with pytest.raises(InputError, match="one of the two"):
+        RunConfig.from_dict({**MINIMAL, "training": {"iterations": 1, "epochs": 1}})
+    with pytest.raises(InputError, match="one of the two"):
+        RunConfig.from_dict({**MINIMAL, "training": {}})
+
+
+def test_unknown_preset_names_the_closest():
+    with pytest.raises(InputError, match=r"unknown preset 'split-digit' .did you mean 'split-digits'.*permuted-mnist"):
+        load_preset("split-digit")
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    path = tmp_path / "config.toml"
+    with pytest.raises(InputError, match="cannot read configuration"):
+        RunConfig.load(path)
+    path.write_text("title = ")
+    with pytest.raises(InputError, match="not valid TOML"):
+        RunConfig.load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot read configuration"):
+        RunConfig.load(path)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_preset("split-digits").seed = 1
