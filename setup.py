@@ -19,7 +19,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -184,6 +184,8 @@ def write_record(record: dict, folders: list[Path]) -> None:
 extension = Extension("hypermask_fast._native", ["csrc/registration.cpp"], py_limited_api=True, optional=True)
 problem = native_problem()
 setup(
+    packages=[*find_packages(include=["hypermask_fast*"]), "hypermask_fast.kernels"],
+    package_dir={"hypermask_fast.kernels": "kernels"},
     ext_modules=[] if problem else [extension],
     cmdclass={"build_ext": Build, "build_py": Python},
     options={} if problem else {"bdist_wheel": {"py_limited_api": "cp310"}},

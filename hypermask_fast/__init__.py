@@ -1,5 +1,7 @@
 """hypermask_fast: HyperMask (arXiv 2310.00113), continual learning with hypernetwork-made masks, fast."""
 
+from pathlib import Path
+
 from . import data, optim
 from . import ops as functional
 from .backends import explain, use_backend
@@ -30,3 +32,8 @@ __all__ = [
     "predict",
     "use_backend",
 ]
+
+_root = Path(__file__).parent
+if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "masked_linear.py").is_file():
+    # A bare checkout or an editable install: kernels/ lies beside this package; an installed copy has it inside.
+    __path__.append(str(_root.parent))

@@ -178,7 +178,7 @@ def explain(op: str, *args, backend: str | None = None, **kwargs) -> str:
     """
     if not hasattr(reference, op):
         raise InputError(f"there is no op {op!r}")
-    tensor = next(_tensors((*args, *kwargs.values())), None)
+    tensor = next(tensors((*args, *kwargs.values())), None)
     if tensor is None:
         raise InputError("explain needs the op's arguments, to see their device and dtype")
     wanted = requested(backend)
@@ -189,12 +189,12 @@ def explain(op: str, *args, backend: str | None = None, **kwargs) -> str:
     return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why])
 
 
-def _tensors(values: tuple) -> Iterator[Tensor]:
+def tensors(values: tuple) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(tuple(value))
+            yield from tensors(tuple(value))
 
 
 def served(backend: str) -> list[str]:

@@ -23,6 +23,8 @@ def register() -> None:
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
     for name, (backward, setup) in _GRADIENTS.items():
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
+    for op, function in _CPU_CALLS.items():
+        backends.offer(op, "cpu", function, _layer_condition)
     for op, (function, condition) in _CALLS.items():
         for backend in ("cpu", "cuda"):
             backends.offer(op, backend, function, condition)
@@ -224,6 +226,26 @@ def _hypernet_adam(*args):
             torch.autograd.graph.increment_version(t)
     return result
 
+
+def _masked_weight(weight, logits, threshold):
+    (masked,) = _masked_weights([weight], logits.reshape(-1), threshold.reshape(1), [0, weight.numel()])
+    return masked
+
+
+def _masked_linear(x, weight, logits, threshold, bias=None):
+    return F.linear(x, _masked_weight(weight, logits, threshold), bias)
+
+
+def _masked_conv2d(x, weight, logits, threshold, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    return F.conv2d(x, _masked_weight(weight, logits, threshold), bias, stride, padding, dilation, groups)
+
+
+def _layer_condition(x, weight, logits, threshold, *rest):
+    return "" if threshold.numel() == 1 and weight.dtype == logits.dtype else "weight, logits and threshold do not fit"
+
+
+# The weight is masked once, and the product is the CPU library's own.
+_CPU_CALLS = {"masked_linear": _masked_linear, "masked_conv2d": _masked_conv2d}
 
 _CALLS = {
     "mask_thresholds": (_mask_thresholds, None),

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, native
+from . import backends, native, triton_backend
 from .reference import kept_rank
 
 __all__ = [
+    "chunk_masked_conv2d",
+    "chunk_masked_linear",
     "chunked_output_drift",
     "entropy_select",
     "hypernet_adam",
@@ -24,10 +26,12 @@ __all__ = [
     "masked_weights",
     "output_drift",
     "semi_binary_mask",
+    "task_batched_linear",
     "weight_drift",
 ]
 
 native.register()
+triton_backend.register()
 
 
 def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor, *, backend: str | None = None) -> Tensor:
@@ -85,6 +89,60 @@ def masked_conv2d(
     """y = conv2d(x, W * m) + b; see `reference.masked_conv2d`."""
     args = (x, weight, logits, threshold, bias, stride, padding, dilation, groups)
     return backends.choose("masked_conv2d", backend, x, args, {})(*args)
+
+
+def chunk_masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    start: int,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`masked_linear` with logits generated from a chunked hypernetwork; see `reference.chunk_masked_linear`."""
+    args = (x, weight, hidden, output_weight, output_bias, start, threshold, bias)
+    return backends.choose("chunk_masked_linear", backend, x, args, {})(*args)
+
+
+def chunk_masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    start: int,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`masked_conv2d` with logits generated from a chunked hypernetwork; see `reference.chunk_masked_conv2d`."""
+    layer = (x, weight, hidden, output_weight, output_bias, start, threshold, bias)
+    args = (*layer, stride, padding, dilation, groups)
+    return backends.choose("chunk_masked_conv2d", backend, x, args, {})(*args)
+
+
+def task_batched_linear(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    thresholds: Tensor,
+    task_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Each row of x under its own task's mask, or all tasks over one batch; see `reference.task_batched_linear`."""
+    args = (x, weight, logits, thresholds, task_ids, bias)
+    return backends.choose("task_batched_linear", backend, x, args, {})(*args)
 
 
 def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int, *, backend: str | None = None) -> Tensor:

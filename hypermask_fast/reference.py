@@ -145,6 +145,114 @@ def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> 
     return F.linear(hidden, weight, bias).flatten(1)[:, :size]
 
 
+def chunk_logits(
+    hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, shape: Sequence[int]
+) -> Tensor:
+    """One tensor's logits from a chunked hypernetwork: entries start to start + numel of its output, shaped.
+
+    Entry f of the output is hidden[f // C] . output_weight[f % C] + output_bias[f % C]; a tensor may begin and end
+    anywhere in a chunk.
+
+    Args:
+        hidden: (chunks, H) last hidden layer of one task; output_weight: (C, H); output_bias: (C,).
+        start: the tensor's offset in the flat output; shape: the tensor's shape.
+
+    Returns:
+        Logits of the given shape.
+
+    Raises:
+        InputError: the chunks end before the tensor does.
+    """
+    size = math.prod(shape)
+    generated = hidden.shape[0] * output_weight.shape[0]
+    if start < 0 or start + size > generated:
+        raise InputError(f"entries {start} to {start + size} lie outside the {generated} that the chunks generate")
+    return hypernet_logits(hidden[None], output_weight, output_bias, generated)[0, start : start + size].view(shape)
+
+
+def chunk_masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    start: int,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x (W * m(a))^T + b with a = chunk_logits(hidden, output_weight, output_bias, start, W.shape).
+
+    Args:
+        x: (..., in); weight: (out, in); hidden: (chunks, H); output_weight: (C, H); output_bias: (C,).
+        start: offset of the weight in the hypernetwork's flat output; threshold: one entry, on |a|.
+        bias: (out,), used as it is.
+
+    Returns:
+        (..., out).
+    """
+    logits = chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
+    return masked_linear(x, weight, logits, threshold, bias)
+
+
+def chunk_masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    start: int,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """y = conv2d(x, W * m(a)) + b with a = chunk_logits(hidden, output_weight, output_bias, start, W.shape).
+
+    Args:
+        x: (batch, in, height, width); weight: (out, in / groups, kh, kw); the rest as in `chunk_masked_linear`.
+
+    Returns:
+        (batch, out, height', width').
+    """
+    logits = chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
+    return masked_conv2d(x, weight, logits, threshold, bias, stride, padding, dilation, groups)
+
+
+def task_batched_linear(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    thresholds: Tensor,
+    task_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y_b = x_b (W * m_t)^T + b_t with t = task_ids[b]; without task_ids every task over every row.
+
+    Args:
+        x: (B, in), or (T, B, in) without task_ids where each task has its own rows; weight: (out, in), shared.
+        logits: (T, out, in); thresholds: (T,); task_ids: (B,) int64, any order.
+        bias: (out,) used as it is, or (T, out) with each task's mask already applied.
+
+    Returns:
+        (B, out); without task_ids (T, B, out).
+
+    Raises:
+        InputError: a task id is not one of 0 to T - 1.
+    """
+    masked = weight * semi_binary_mask(logits, thresholds[:, None, None])
+    y = x @ masked.transpose(1, 2)
+    if bias is not None:
+        y = y + (bias if bias.dim() == 1 else bias[:, None])
+    if task_ids is None:
+        return y
+    tasks = logits.shape[0]
+    if ((task_ids < 0) | (task_ids >= tasks)).any():
+        raise InputError(f"task ids must be 0 to {tasks - 1}")
+    return y[task_ids, torch.arange(len(task_ids), device=x.device)]
+
+
 def output_drift(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """sum_t || hypernet_logits_t - targets_t ||^2, over raw logits, a sum over entries.
 

@@ -1,0 +1,295 @@
+"""Ops that only a GPU has kernels for: masks applied, or generated, inside the matrix product and the convolution.
+
+Everything is in bfloat16, each contender replayed from a CUDA graph over several sets of inputs, so that neither
+Python nor the L2 cache takes part; where a Python loop is what a peer is, all contenders run eagerly.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hypermask_fast import reference
+
+from .case import OURS, Case, Unavailable
+from .gpu_tasks import task_cases
+from .op_run import OpRun, Results, uniform
+
+DTYPE = torch.bfloat16
+MASK_FIRST, COMPILED, PLAIN = "W*m then cuBLAS", "torch.compile of it", "plain cuBLAS"
+CACHE = 1 << 28  # bytes that all sets of inputs together have at least
+
+
+def kernels() -> ModuleType:
+    """The Triton kernels; imported only when a benchmark needs them."""
+    try:
+        return import_module("hypermask_fast.kernels")
+    except ImportError as error:
+        raise Unavailable(f"the Triton kernels are not there: {error}") from error
+
+
+def cases(quick: bool) -> list[Case]:
+    size = 48 if quick else 4096
+    few, many = ((1, 5), 20) if quick else ((1, 16, 64), 8192)
+    found = [masked_linear(size, rows) for rows in few]
+    found += [masked_linear(size, many), masked_linear(size, many, backward=True)]
+    found += [chunk_masked_linear(size, rows, 100 if quick else 8000) for rows in few]
+    found += [masked_conv2d(shape) for shape in (_QUICK_CONVOLUTIONS if quick else _CONVOLUTIONS)]
+    return found + task_cases(quick)
+
+
+def sets(count_bytes: int, device: torch.device) -> int:
+    """How many sets of inputs it takes to exceed the L2 cache; 1 where nothing is measured."""
+    return max(1, min(16, -(-CACHE // count_bytes))) if device.type == "cuda" else 1
+
+
+@dataclass
+class _Layer:
+    """One masked layer's inputs; float64 copies of the same bfloat16 numbers for the reference."""
+
+    x: Tensor
+    weight: Tensor
+    logits: Tensor
+    threshold: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, x_shape: tuple, weight_shape: tuple, seed: int, device: torch.device, contender: str) -> "_Layer":
+        def made(*shape: int, k: int, scale: float = 1.0) -> Tensor:
+            values = uniform(*shape, low=-scale, high=scale, seed=10 * seed + k).to(device, DTYPE)
+            return values.double() if contender == "reference" else values
+
+        bound = (3 / max(1, weight_shape[1:].numel() if isinstance(weight_shape, torch.Size) else 1)) ** 0.5
+        threshold = made(1, k=3) * 0 + 0.5
+        return cls(
+            made(*x_shape, k=0),
+            made(*weight_shape, k=1, scale=min(bound, 0.1)),
+            made(*weight_shape, k=2, scale=2.0),
+            threshold,
+            made(weight_shape[0], k=4),
+        )
+
+
+# -- linear -----------------------------------------------------------------------------------------------------------
+
+
+def masked_linear(size: int, rows: int, backward: bool = False) -> Case:
+    """y = x (W * m)^T + b on a size x size weight, or all its gradients."""
+
+    def build(contender: str, device: torch.device) -> OpRun:
+        function = _linear(contender)
+        count = 1 if backward else sets(2 * 2 * size * size, device)
+        layers = [_Layer.of((rows, size), (size, size), seed, device, contender) for seed in range(count)]
+        make = _backward_call if backward else _forward_call
+        return OpRun([make(function, layer) for layer in layers], graph=not backward)
+
+    part = "backward" if backward else "forward"
+    per_row = 4.0 * rows * size  # x and y, bfloat16
+    if backward:  # dx = dy W, dW and da from dy^T x; W and logits read, both gradients written
+        floor = (2.0 * 4 * size * size + 2.0 * 3 * rows * size, 4.0 * rows * size * size)
+    else:
+        floor = (2.0 * 2 * size * size + per_row, 2.0 * rows * size * size)
+    return _bf16(f"masked_linear/{part}{rows}", f"{size} x {size}, batch {rows}", build, floor)
+
+
+def _linear(contender: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    choices = {
+        OURS: lambda: kernels().masked_linear,
+        "ours dispatched": _dispatched_linear,
+        "reference": lambda: reference.masked_linear,
+        MASK_FIRST: lambda: reference.masked_linear,
+        COMPILED: lambda: torch.compile(reference.masked_linear, dynamic=False),
+        PLAIN: lambda: lambda x, weight, logits, threshold, bias: F.linear(x, weight, bias),
+    }
+    return choices[contender]()
+
+
+def _dispatched_linear() -> Callable:
+    """What a layer of the library calls: the path that `backends` chooses by shape."""
+    from hypermask_fast import ops
+
+    return ops.masked_linear
+
+
+def _forward_call(function: Callable, layer: _Layer) -> Callable[[], Results]:
+    def call() -> Results:
+        with torch.no_grad():
+            return {"y": function(layer.x, layer.weight, layer.logits, layer.threshold, layer.bias)}
+
+    return call
+
+
+def _backward_call(function: Callable, layer: _Layer) -> Callable[[], Results]:
+    """The forward pass is run once; the gradients are what is timed."""
+    leaves = {"x": layer.x, "weight": layer.weight, "logits": layer.logits, "bias": layer.bias}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    y = function(layer.x, layer.weight, layer.logits, layer.threshold, layer.bias)
+    grad = uniform(*y.shape, seed=99).to(y)
+
+    def call() -> Results:
+        found = torch.autograd.grad(y, list(leaves.values()), grad, retain_graph=True, allow_unused=True)
+        return {f"grad/{name}": g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+    return call
+
+
+def chunk_masked_linear(size: int, rows: int, chunk_size: int, width: int = 100) -> Case:
+    """The same with logits that are generated from the chunked hypernetwork."""
+    chunks = -(-size * size // chunk_size)
+
+    def build(contender: str, device: torch.device) -> OpRun:
+        function = _chunk_linear(contender)
+        calls = []
+        for seed in range(sets(2 * size * size, device)):
+            layer = _Layer.of((rows, size), (size, size), seed, device, contender)
+            hidden, output, shift = (
+                uniform(*shape, low=-scale, high=scale, seed=10 * seed + k).to(device, DTYPE).to(layer.x)
+                for k, shape, scale in (
+                    (5, (chunks, width), 1.0),
+                    (6, (chunk_size, width), 0.3),
+                    (7, (chunk_size,), 0.3),
+                )
+            )
+            calls.append(_chunk_call(function, layer, hidden, output, shift))
+        return OpRun(calls, graph=True)
+
+    moved = 2.0 * (size * size + width * (chunks + chunk_size)) + 4.0 * rows * size
+    work = 2.0 * rows * size * size + 2.0 * size * size * width
+    shapes = f"{size} x {size}, batch {rows}, chunks of {chunk_size}, H {width}"
+    # A logit in bfloat16 moves across the threshold by rounding, and the entry with it.
+    return _bf16(f"chunk_masked_linear/forward{rows}", shapes, build, (moved, work), tolerance=5e-2)
+
+
+def _chunk_call(function: Callable, layer: _Layer, hidden: Tensor, output: Tensor, shift: Tensor) -> Callable:
+    def call() -> Results:
+        with torch.no_grad():
+            return {"y": function(layer.x, layer.weight, hidden, output, shift, 0, layer.threshold, layer.bias)}
+
+    return call
+
+
+def _generated_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias) -> Tensor:
+    flat = F.linear(hidden, output_weight, output_bias).flatten()
+    logits = flat[start : start + weight.numel()].view_as(weight)
+    return reference.masked_linear(x, weight, logits, threshold, bias)
+
+
+def _chunk_linear(contender: str) -> Callable:
+    choices = {
+        OURS: lambda: kernels().chunk_masked_linear,
+        "reference": lambda: _generated_linear,
+        MASK_FIRST: lambda: _generated_linear,
+        COMPILED: lambda: torch.compile(_generated_linear, dynamic=False),
+        PLAIN: lambda: lambda x, weight, *rest: F.linear(x, weight, rest[-1]),
+    }
+    if contender not in choices:
+        raise Unavailable("no op of that name yet")
+    return choices[contender]()
+
+
+# -- convolution ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """Batch 32 (smaller in a quick run); `side`: of the image; `kernel`: of the window."""
+
+    name: str
+    inputs: int
+    outputs: int
+    side: int
+    kernel: int
+    stride: int = 1
+    batch: int = 32
+
+
+_CONVOLUTIONS = (
+    _Convolution("resnet20-stage1", 32, 32, 32, 3),
+    _Convolution("resnet20-stage2", 64, 64, 16, 3),
+    _Convolution("resnet20-stage3", 128, 128, 8, 3),
+    _Convolution("resnet20-stride2", 32, 64, 32, 3, 2),
+    _Convolution("resnet50-3x3-28", 128, 128, 28, 3),
+    _Convolution("resnet50-3x3-7", 512, 512, 7, 3),
+    _Convolution("resnet50-1x1-56", 64, 256, 56, 1),
+    _Convolution("resnet50-1x1-14", 1024, 256, 14, 1),
+)
+_QUICK_CONVOLUTIONS = (_Convolution("tiny", 4, 8, 6, 3, batch=2), _Convolution("tiny-1x1", 4, 8, 5, 1, batch=2))
+
+
+def masked_conv2d(shape: _Convolution) -> Case:
+    """Forward pass of one convolution of ResNet-20 or ResNet-50, channels last."""
+    out_side = (shape.side + 2 * (shape.kernel // 2) - shape.kernel) // shape.stride + 1
+    x_size = shape.batch * shape.inputs * shape.side**2
+    y_size = shape.batch * shape.outputs * out_side**2
+    weights = shape.outputs * shape.inputs * shape.kernel**2
+
+    def build(contender: str, device: torch.device) -> OpRun:
+        function = _convolution(contender)
+        calls = []
+        for seed in range(sets(2 * (x_size + y_size + 2 * weights), device)):
+            layer = _Layer.of(
+                (shape.batch, shape.inputs, shape.side, shape.side),
+                (shape.outputs, shape.inputs, shape.kernel, shape.kernel),
+                seed,
+                device,
+                contender,
+            )
+            layer.x = layer.x.contiguous(memory_format=torch.channels_last)
+            calls.append(_convolution_call(function, layer, shape))
+        return OpRun(calls, graph=True)
+
+    floor = (2.0 * (x_size + y_size + 2 * weights), 2.0 * y_size * shape.inputs * shape.kernel**2)
+    words = f"{shape.inputs} -> {shape.outputs}, {shape.side} x {shape.side}, {shape.kernel} x {shape.kernel}"
+    return _bf16(f"masked_conv2d/{shape.name}", f"{words}, stride {shape.stride}, batch {shape.batch}", build, floor)
+
+
+def _convolution_call(function: Callable, layer: _Layer, shape: _Convolution) -> Callable[[], Results]:
+    def call() -> Results:
+        with torch.no_grad():
+            y = function(
+                layer.x, layer.weight, layer.logits, layer.threshold, layer.bias, shape.stride, shape.kernel // 2
+            )
+        return {"y": y}
+
+    return call
+
+
+def _convolution(contender: str) -> Callable:
+    from hypermask_fast import ops
+
+    choices = {
+        OURS: lambda: kernels().masked_conv2d,
+        "ours dispatched": lambda: ops.masked_conv2d,
+        "reference": lambda: reference.masked_conv2d,
+        MASK_FIRST: lambda: reference.masked_conv2d,
+        COMPILED: lambda: torch.compile(reference.masked_conv2d, dynamic=False),
+        PLAIN: lambda: lambda x, weight, logits, threshold, *rest: F.conv2d(x, weight, *rest),
+    }
+    return choices[contender]()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _bf16(name: str, shapes: str, build: Callable, floor: tuple[float, float], tolerance: float = 2e-2) -> Case:
+    contenders = (OURS, "ours dispatched", MASK_FIRST, COMPILED, PLAIN)
+    if name.startswith("chunk"):
+        contenders = (OURS, MASK_FIRST, COMPILED, PLAIN)
+    return Case(
+        name=name,
+        experiment=name.split("/")[0],
+        task=None,
+        shapes=shapes,
+        contenders=contenders,
+        build=build,
+        floor=lambda: floor,
+        tolerance=lambda tensor: tolerance,
+        # The plain layer computes something else; its own result is not compared.
+        reference=lambda contender: "" if contender == PLAIN else "reference",
+        dtype="bfloat16",
+    )

@@ -1,0 +1,50 @@
+"""The Triton kernels as a backend: what kernels/ serves, and when. Triton is imported at the first call only."""
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+OPS = (
+    "chunk_masked_conv2d",
+    "chunk_masked_linear",
+    "entropy_select",
+    "masked_conv2d",
+    "masked_linear",
+    "semi_binary_mask",
+    "task_batched_linear",
+    "weight_drift",
+)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def register() -> None:
+    """Offers every kernel to `backends`."""
+    for op in OPS:
+        backends.offer(op, "triton", _kernel(op), _condition)
+
+
+def _kernel(op: str) -> Callable:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module("hypermask_fast.kernels"), op)(*args, **kwargs)
+
+    return call
+
+
+def _condition(*args: Any, **kwargs: Any) -> str:
+    """Why Triton can't take these tensors, "" if it can."""
+    for tensor in backends.tensors((*args, *kwargs.values())):
+        if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            return f"the tensors are on {tensor.device.type}"
+        if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+            return f"triton computes in float32, float16 and bfloat16, not {_name(tensor)}"
+    return ""
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

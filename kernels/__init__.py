@@ -1,0 +1,25 @@
+"""Triton kernels of the method, one file per op; needs triton and CUDA tensors (or TRITON_INTERPRET=1)."""
+
+from .chunk_masked_conv2d import chunk_masked_conv2d
+from .chunk_masked_linear import chunk_masked_linear
+from .entropy_select import entropy_select
+from .masked_conv2d import masked_conv2d
+from .masked_linear import masked_linear
+from .semi_binary_mask import semi_binary_mask, semi_binary_mask_with_slope
+from .task_batched_linear import task_batched_linear
+from .tuning import tune, tune_masked_linear
+from .weight_drift import weight_drift
+
+__all__ = [
+    "chunk_masked_conv2d",
+    "chunk_masked_linear",
+    "entropy_select",
+    "masked_conv2d",
+    "masked_linear",
+    "semi_binary_mask",
+    "semi_binary_mask_with_slope",
+    "task_batched_linear",
+    "tune",
+    "tune_masked_linear",
+    "weight_drift",
+]

@@ -1,0 +1,180 @@
+"""Masked weights out of a chunked hypernetwork, and back: logits live in registers only, whatever the chunk size.
+
+Laid out as (chunk, position) the hypernetwork's output is a plain product hidden output_weight^T, so a tile in those
+coordinates is a tl.dot, and entry (chunk, position) belongs to weight entry chunk * C + position - start. Nothing
+has to line up with the weight's rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from . import host, settings
+from .device import gradient_of_logits, mask_of, masked_tile
+from .host import check
+
+
+@triton.jit
+def chunk_tile(
+    hidden_ptr, ow_ptr, ob_ptr, chunk, chunks, position, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
+    WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits of (chunk, position) in float32; both are vectors of indices, outside ones give the bias or 0."""
+    bias = tl.load(ob_ptr + position * o_bias, mask=position < chunk_size, other=0).to(tl.float32)
+    logits = tl.zeros((chunk.shape[0], position.shape[0]), tl.float32) + bias[None, :]
+    for start in range(0, WIDTH, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        inside = (h < WIDTH)[:, None] & (position < chunk_size)[None, :]
+        ow = tl.load(ow_ptr + position[None, :] * o_position + h[:, None] * o_width, mask=inside, other=0)
+        inside = (chunk < chunks)[:, None] & (h < WIDTH)[None, :]
+        hidden = tl.load(hidden_ptr + chunk[:, None] * h_chunk + h[None, :] * h_width, mask=inside, other=0)
+        logits = tl.dot(hidden.to(ow.dtype), ow, logits, input_precision=PRECISION)
+    return logits
+
+
+@triton.jit(do_not_specialize=["start", "first_chunk"])
+def _masked_weight(
+    w_ptr, hidden_ptr, ow_ptr, ob_ptr, threshold_ptr, out_ptr,
+    start, first_chunk, weights, chunks, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
+    WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """W * m for one tile of (chunk, position)."""
+    chunk = (first_chunk + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    position = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    logits = chunk_tile(
+        hidden_ptr, ow_ptr, ob_ptr, chunk, chunks, position, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
+        WIDTH, BLOCK_H, PRECISION,
+    )  # fmt: skip
+    entry = chunk[:, None] * chunk_size + position[None, :] - start
+    inside = (position < chunk_size)[None, :] & (entry >= 0) & (entry < weights)
+    w = tl.load(w_ptr + entry, mask=inside, other=0)
+    masked = masked_tile(w, logits, tl.load(threshold_ptr).to(tl.float32), APPROXIMATE)
+    tl.store(out_ptr + entry, masked.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["start", "first_chunk"])
+def _gradients(
+    g_ptr, w_ptr, hidden_ptr, ow_ptr, ob_ptr, threshold_ptr, dw_ptr, da_ptr,
+    start, first_chunk, weights, chunks, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
+    WANT_W: tl.constexpr, WANT_A: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dW = G m and da = G W dm/da for one tile of (chunk, position); da is 0 outside this weight."""
+    local = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    chunk = (first_chunk + local).to(tl.int64)
+    position = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    logits = chunk_tile(
+        hidden_ptr, ow_ptr, ob_ptr, chunk, chunks, position, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
+        WIDTH, BLOCK_H, PRECISION,
+    )  # fmt: skip
+    entry = chunk[:, None] * chunk_size + position[None, :] - start
+    inside = (position < chunk_size)[None, :] & (entry >= 0) & (entry < weights)
+    threshold = tl.load(threshold_ptr).to(tl.float32)
+    gradient = tl.load(g_ptr + entry, mask=inside, other=0).to(tl.float32)
+    if WANT_W:
+        dw = gradient * mask_of(logits, threshold, False)
+        tl.store(dw_ptr + entry, dw.to(dw_ptr.dtype.element_ty), mask=inside)
+    if WANT_A:
+        w = tl.load(w_ptr + entry, mask=inside, other=0).to(tl.float32)
+        da = tl.where(inside, gradient_of_logits(gradient, w, logits, threshold), 0.0)
+        at = local.to(tl.int64)[:, None] * chunk_size + position[None, :]
+        last = (start + weights - 1) // chunk_size
+        rows = (position < chunk_size)[None, :] & (chunk <= last)[:, None]
+        tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=rows)
+
+
+def _span(start: int, weights: int, chunk_size: int) -> tuple[int, int]:
+    """First chunk that holds an entry of the weight, and how many do."""
+    first = start // chunk_size
+    return first, (start + weights - 1) // chunk_size + 1 - first
+
+
+def _arguments(hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, weights: int) -> tuple:
+    first, _ = _span(start, weights, len(output_weight))
+    strides = (*hidden.stride(), *output_weight.stride(), *output_bias.stride())
+    return start, first, weights, len(hidden), len(output_weight), *strides
+
+
+def launch_masked_weight(
+    weight: Tensor, hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, threshold: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """W * m in dtype, of W's shape, contiguous; the logits of entries start to start + numel are made on the way."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if out.numel() == 0:
+        return out
+    _, chunks = _span(start, weight.numel(), len(output_weight))
+    tiles = settings.chunk_tiles(chunks, len(output_weight), hidden.shape[1])
+    grid = (cdiv(len(output_weight), tiles.block_n), cdiv(chunks, tiles.block_m))
+    _masked_weight[grid](
+        weight.contiguous(), hidden, output_weight, output_bias, threshold, out,
+        *_arguments(hidden, output_weight, output_bias, start, weight.numel()),
+        WIDTH=hidden.shape[1], PRECISION=host.matmul_precision(output_weight.dtype),
+        APPROXIMATE=host.approximate_tanh(dtype), **tiles.launch_chunks(),
+    )  # fmt: skip
+    return out
+
+
+def launch_gradients(
+    gradient: Tensor, weight: Tensor, hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int,
+    threshold: Tensor, needed: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of W, hidden, output_weight and output_bias from that of W * m; unneeded ones come back empty."""
+    want_weight, *want_layer = needed
+    dw = weight.new_empty(weight.shape if want_weight else 0)
+    if weight.numel() == 0:
+        layer = (hidden, output_weight, output_bias)
+        return dw, *(t.new_zeros(t.shape if want else 0) for t, want in zip(layer, want_layer, strict=True))
+    first, chunks = _span(start, weight.numel(), len(output_weight))
+    da = output_weight.new_empty((chunks, len(output_weight)) if any(want_layer) else 0)
+    if any(needed):
+        tiles = settings.chunk_tiles(chunks, len(output_weight), hidden.shape[1])
+        grid = (cdiv(len(output_weight), tiles.block_n), cdiv(chunks, tiles.block_m))
+        _gradients[grid](
+            gradient.contiguous(), weight.contiguous(), hidden, output_weight, output_bias, threshold, dw, da,
+            *_arguments(hidden, output_weight, output_bias, start, weight.numel()),
+            WANT_W=want_weight, WANT_A=any(want_layer), WIDTH=hidden.shape[1],
+            PRECISION=host.matmul_precision(output_weight.dtype), **tiles.launch_chunks(),
+        )  # fmt: skip
+    return dw, *_layer_gradients(da, hidden, output_weight, output_bias, first, want_layer)
+
+
+def _layer_gradients(
+    da: Tensor, hidden: Tensor, output_weight: Tensor, output_bias: Tensor, first: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden, output_weight and output_bias, from da (chunks of this weight, C), which begins at chunk `first`."""
+    want_hidden, want_weight, want_bias = needed
+    rows = slice(first, first + len(da))
+    dh, dw, db = hidden.new_empty(0), output_weight.new_empty(0), output_bias.new_empty(0)
+    if want_hidden:
+        dh = hidden.new_zeros(hidden.shape)
+        dh[rows] = (da @ output_weight).to(hidden.dtype)
+    if want_weight:
+        dw = da.t() @ hidden[rows].to(da.dtype)
+    if want_bias:
+        db = da.sum(0, dtype=torch.float32).to(output_bias.dtype)
+    return dh, dw, db
+
+
+def check_chunks(
+    weight: Tensor, hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, threshold: Tensor
+) -> None:
+    """Raises InputError where the hypernetwork's last layer does not fit the weight."""
+    check(
+        hidden.dim() == 2 and output_weight.dim() == 2 and hidden.shape[1] == output_weight.shape[1],
+        "hidden must be (chunks, H) and output_weight (C, H), "
+        f"not {tuple(hidden.shape)} and {tuple(output_weight.shape)}",
+    )
+    check(
+        output_bias.shape == output_weight.shape[:1],
+        f"output_bias must be ({output_weight.shape[0]},), not {tuple(output_bias.shape)}",
+    )
+    generated = hidden.shape[0] * output_weight.shape[0]
+    check(
+        start >= 0 and start + weight.numel() <= generated,
+        f"entries {start} to {start + weight.numel()} lie outside the {generated} that the chunks generate",
+    )
+    check(threshold.numel() == 1, f"threshold must be one entry, not {tuple(threshold.shape)}")

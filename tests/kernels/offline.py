@@ -1,0 +1,185 @@
+"""Compile what a call would launch on a GPU that is not here, by the launch functions' own choice of settings.
+
+`python offline.py 90`, outside the interpreter, compiles every kernel for compute capability 9.0 and prints what came
+out as JSON. A stand-in driver tells Triton which GPU it "has", and every launch stops after the compilation.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import torch
+import triton
+from torch import empty
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import hypermask_fast.kernels  # noqa: F401 (fills sys.modules)
+from hypermask_fast.kernels import host
+from hypermask_fast.kernels.conv2d_shape import Conv2dShape
+
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def module(name: str) -> types.ModuleType:
+    return sys.modules[f"hypermask_fast.kernels.{name}"]  # the package's attribute is the function of that name
+
+
+class _Driver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+        facts = {
+            "max_shared_mem": SHARED_LIMIT[capability],
+            "multiprocessor_count": MULTIPROCESSORS[capability],
+        }
+        self.utils = types.SimpleNamespace(get_device_properties=lambda device: facts)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # one kernel cache per capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers per thread and bytes of local memory (spills) of a cubin."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_CUOBJDUMP), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
+
+
+def facts(kernel) -> dict:
+    """What the tests assert on: resources, and which matrix instructions the PTX holds."""
+    ptx = kernel.asm["ptx"]
+    return {
+        "warps": kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+        "mma": "mma.sync" in ptx,
+        "wgmma": "wgmma.mma_async" in ptx,
+        "tcgen05": "tcgen05.mma" in ptx,
+        # wgmma's left operand: four registers in braces, or the descriptor of a tile in shared memory
+        "left from registers": re.search(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx) is not None,
+        **resources(kernel.asm["cubin"]),
+    }
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list[dict]]:
+    """Within it launches compile only; yields the list of what was compiled."""
+    compiled: list[dict] = []
+    run = JITFunction.run
+
+    def record(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append({"kernel": self.__name__, **facts(kernel)})
+        return kernel
+
+    saved = host.check_runnable, host.multiprocessors
+    host.check_runnable = lambda tensor: None
+    host.multiprocessors = lambda index: MULTIPROCESSORS[capability]
+    JITFunction.run = record
+    triton.runtime.driver.set_active(_Driver(capability))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        host.check_runnable, host.multiprocessors = saved
+
+
+def linear(dtype: torch.dtype) -> None:
+    op = module("masked_linear")
+    weight, logits, threshold = empty(1024, 1000, dtype=dtype), empty(1024, 1000, dtype=dtype), empty((), dtype=dtype)
+    for rows in (8, 256):
+        x, grad = empty(rows, 1000, dtype=dtype), empty(rows, 1024, dtype=dtype)
+        op.launch_product(x, weight, logits, threshold, empty(1024, dtype=dtype))
+    op.launch_product(grad, weight.t(), logits.t(), threshold, None)
+    op.launch_weight_gradient(grad, x, weight, logits, threshold)
+
+
+def convolution(dtype: torch.dtype) -> None:
+    op = module("masked_conv2d")
+    threshold, bias = empty((), dtype=dtype), empty(64, dtype=dtype)
+    for memory_format, kernel in ((torch.contiguous_format, 3), (torch.channels_last, 3), (torch.channels_last, 1)):
+        x = empty(32, 64, 32, 32, dtype=dtype, memory_format=memory_format)
+        weight, y = empty(64, 64, kernel, kernel, dtype=dtype), torch.empty_like(x)
+        shape = Conv2dShape((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+        op.launch_convolution(x, weight, weight, threshold, bias, y, shape)
+        if memory_format is torch.contiguous_format:
+            op.launch_convolution(y, weight, weight, threshold, None, x, shape, transposed=True)
+            op.launch_weight_gradient(y, x, weight, weight, threshold, shape)
+    wide = empty(1024, 512, 3, 3, dtype=dtype)  # enough tiles of its own: the epilogue writes dW and da
+    x, y = empty(8, 512, 7, 7, dtype=dtype), empty(8, 1024, 7, 7, dtype=dtype)
+    op.launch_weight_gradient(y, x, wide, wide, threshold, Conv2dShape((3, 3), (1, 1), (1, 1), (1, 1), 1))
+
+
+def chunks(dtype: torch.dtype) -> None:
+    weight, threshold, bias = empty(1024, 1024, dtype=dtype), empty((), dtype=dtype), empty(1024, dtype=dtype)
+    for rows, width in ((8, 100), (64, 64)):
+        source = empty(128, width, dtype=dtype), empty(8192, width, dtype=dtype), empty(8192, dtype=dtype)
+        x = empty(rows, 1024, dtype=dtype)
+        y = module("chunk_masked_linear").launch_fused(x, weight, *source, 0, threshold, bias)
+        assert y is not None, "these chunks hold whole rows"
+    op = module("chunk_weights")
+    op.launch_masked_weight(weight, *source, 0, threshold, dtype)
+    op.launch_gradients(weight, weight, *source, 0, threshold, (True,) * 4)
+
+
+def tasks(dtype: torch.dtype) -> None:
+    op = module("task_batched_linear")
+    x, weight, thresholds = empty(256, 1024, dtype=dtype), empty(1000, 1024, dtype=dtype), empty(10, dtype=dtype)
+    logits, bias = empty(10, 1000, 1024, dtype=dtype), empty(10, 1000, dtype=dtype)
+    for ids in (None, torch.zeros(256, dtype=torch.int64)):
+        y = empty(*(() if ids is not None else (10,)), 256, 1000, dtype=dtype)
+        table = op.task_table(ids, 10)
+        op.launch_task_product(x, weight, logits, thresholds, bias, y, *table)
+        op.launch_task_weight_gradient(y, x, weight, logits, thresholds, *table)
+
+
+def elementwise(dtype: torch.dtype) -> None:
+    logits, thresholds = empty(10, 4096, dtype=dtype), empty(10, 1, dtype=dtype)
+    ops = torch.ops.hypermask_fast
+    ops.triton_semi_binary_mask_with_slope(logits, thresholds)
+    ops.triton_semi_binary_mask_backward(logits, logits, thresholds)
+    ops.entropy_select(empty(10, 64, 100, dtype=dtype))
+    weights, flat = [empty(64, 64, dtype=dtype), empty(64, dtype=dtype)], empty(4160, dtype=dtype)
+    for norm in (1, 2):
+        arguments = weights, flat, [0, 4096, 4160], norm, flat, thresholds.view(-1)
+        _, norms = ops.triton_weight_drift(*arguments)
+        ops.triton_weight_drift_backward(empty(()), norms, *arguments)
+
+
+def compile_everything(capability: int) -> dict[str, list[dict]]:
+    """What each group of kernels compiles to, per precision."""
+    found = {}
+    for precision, dtype in PRECISIONS.items():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        for group in (linear, convolution, chunks, tasks, elementwise):
+            if group is elementwise and precision == "tf32":
+                continue
+            with compiling(capability) as compiled:
+                group(dtype)
+            unique = {json.dumps(kernel): kernel for kernel in compiled}
+            found[f"{group.__name__} {precision}"] = list(unique.values())
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_everything(int(sys.argv[1]))))
