@@ -1,4 +1,5 @@
 # make demo: environment, a training run on real data, its accuracy matrix.   make test: environment, lint, tests.
+# make bench: the library against its peers, as a table (BENCH="--quick" or names: python -m bench --help).
 # Variables: PYTHON (3.10 or newer), VENV (where the environment goes), TORCH (what pip installs as PyTorch).
 # A smaller PyTorch without CUDA: make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test env clean
+.PHONY: demo test bench env clean
 
 # The digits' network is too small to be worth sharing among cores, hence one thread. Every run gets a fresh folder.
 demo: $(VENV)/.package
@@ -18,6 +19,11 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST)
+
+# The extension is what is measured: it is built beside the sources, against the environment's own PyTorch.
+bench: $(VENV)/.bench
+	$(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python -m bench $(BENCH)
 
 env: $(VENV)/.package
 	$(BIN)/hypermask-fast env
@@ -42,4 +48,8 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
 
 $(VENV)/.test: $(VENV)/.package
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[test]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
 	touch $@

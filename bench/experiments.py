@@ -116,8 +116,9 @@ class Experiment:
         generator = torch.Generator().manual_seed(5)
         made = []
         for _ in range(count):
-            x = torch.randn(self.batch, *self.sample, generator=generator)
-            made.append((x.to(device), torch.randint(self.classes, (self.batch,), generator=generator).to(device)))
+            x = torch.randn(self.batch, *self.sample, generator=generator, dtype=torch.float32)
+            y = torch.randint(self.classes, (self.batch,), generator=generator)
+            made.append((x.to(device, torch.get_default_dtype()), y.to(device)))
         return made
 
     def floor(self, task: int) -> tuple[float, float]:
@@ -170,8 +171,8 @@ def initial_blocks(name: str, spec: TensorSpec, moved: bool) -> Iterator[Tensor]
     reach = 0.05 * (spec.high - spec.low)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
-        block = torch.empty(count).uniform_(spec.low, spec.high, generator=generator)
-        change = torch.empty(count).uniform_(-reach, reach, generator=generator)
+        block = torch.empty(count, dtype=torch.float32).uniform_(spec.low, spec.high, generator=generator)
+        change = torch.empty(count, dtype=torch.float32).uniform_(-reach, reach, generator=generator)
         yield block.add_(change) if moved else block
 
 

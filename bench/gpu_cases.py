@@ -7,20 +7,23 @@ Python nor the L2 cache takes part; where a Python loop is what a peer is, all c
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypermask_fast import reference
+from hypermask_fast import ops, reference
 
 from .case import OURS, Case, Unavailable
 from .gpu_tasks import task_cases
 from .op_run import OpRun, Results, uniform
 
 DTYPE = torch.bfloat16
-MASK_FIRST, COMPILED, PLAIN = "W*m then cuBLAS", "torch.compile of it", "plain cuBLAS"
+Shape = tuple[int, ...]
+# Peers: W * m made at every call and then cuBLAS or cuDNN, the same by torch.compile, and the layer without a mask.
+MASK_FIRST, COMPILED, PLAIN = "W*m, plain layer", "torch.compile", "plain layer"
 CACHE = 1 << 28  # bytes that all sets of inputs together have at least
 
 
@@ -58,18 +61,20 @@ class _Layer:
     bias: Tensor
 
     @classmethod
-    def of(cls, x_shape: tuple, weight_shape: tuple, seed: int, device: torch.device, contender: str) -> "_Layer":
+    def of(
+        cls, x_shape: tuple[int, ...], weight_shape: tuple[int, ...], seed: int, device: torch.device, contender: str
+    ) -> "_Layer":
         def made(*shape: int, k: int, scale: float = 1.0) -> Tensor:
             values = uniform(*shape, low=-scale, high=scale, seed=10 * seed + k).to(device, DTYPE)
             return values.double() if contender == "reference" else values
 
-        bound = (3 / max(1, weight_shape[1:].numel() if isinstance(weight_shape, torch.Size) else 1)) ** 0.5
-        threshold = made(1, k=3) * 0 + 0.5
+        bound = (3 / prod(weight_shape[1:])) ** 0.5
+        threshold = torch.full((1,), 0.5, dtype=DTYPE, device=device)
         return cls(
             made(*x_shape, k=0),
-            made(*weight_shape, k=1, scale=min(bound, 0.1)),
+            made(*weight_shape, k=1, scale=bound),
             made(*weight_shape, k=2, scale=2.0),
-            threshold,
+            threshold.double() if contender == "reference" else threshold,
             made(weight_shape[0], k=4),
         )
 
@@ -99,20 +104,13 @@ def masked_linear(size: int, rows: int, backward: bool = False) -> Case:
 def _linear(contender: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     choices = {
         OURS: lambda: kernels().masked_linear,
-        "ours dispatched": _dispatched_linear,
+        "ours dispatched": lambda: ops.masked_linear,
         "reference": lambda: reference.masked_linear,
         MASK_FIRST: lambda: reference.masked_linear,
         COMPILED: lambda: torch.compile(reference.masked_linear, dynamic=False),
         PLAIN: lambda: lambda x, weight, logits, threshold, bias: F.linear(x, weight, bias),
     }
     return choices[contender]()
-
-
-def _dispatched_linear() -> Callable:
-    """What a layer of the library calls: the path that `backends` chooses by shape."""
-    from hypermask_fast import ops
-
-    return ops.masked_linear
 
 
 def _forward_call(function: Callable, layer: _Layer) -> Callable[[], Results]:
@@ -145,15 +143,12 @@ def chunk_masked_linear(size: int, rows: int, chunk_size: int, width: int = 100)
     def build(contender: str, device: torch.device) -> OpRun:
         function = _chunk_linear(contender)
         calls = []
+        parts = (((chunks, width), 1.0), ((chunk_size, width), 0.3), ((chunk_size,), 0.3))
         for seed in range(sets(2 * size * size, device)):
             layer = _Layer.of((rows, size), (size, size), seed, device, contender)
             hidden, output, shift = (
                 uniform(*shape, low=-scale, high=scale, seed=10 * seed + k).to(device, DTYPE).to(layer.x)
-                for k, shape, scale in (
-                    (5, (chunks, width), 1.0),
-                    (6, (chunk_size, width), 0.3),
-                    (7, (chunk_size,), 0.3),
-                )
+                for k, (shape, scale) in enumerate(parts, 5)
             )
             calls.append(_chunk_call(function, layer, hidden, output, shift))
         return OpRun(calls, graph=True)
@@ -173,22 +168,15 @@ def _chunk_call(function: Callable, layer: _Layer, hidden: Tensor, output: Tenso
     return call
 
 
-def _generated_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias) -> Tensor:
-    flat = F.linear(hidden, output_weight, output_bias).flatten()
-    logits = flat[start : start + weight.numel()].view_as(weight)
-    return reference.masked_linear(x, weight, logits, threshold, bias)
-
-
 def _chunk_linear(contender: str) -> Callable:
     choices = {
         OURS: lambda: kernels().chunk_masked_linear,
-        "reference": lambda: _generated_linear,
-        MASK_FIRST: lambda: _generated_linear,
-        COMPILED: lambda: torch.compile(_generated_linear, dynamic=False),
+        "ours dispatched": lambda: ops.chunk_masked_linear,
+        "reference": lambda: reference.chunk_masked_linear,
+        MASK_FIRST: lambda: reference.chunk_masked_linear,
+        COMPILED: lambda: torch.compile(reference.chunk_masked_linear, dynamic=False),
         PLAIN: lambda: lambda x, weight, *rest: F.linear(x, weight, rest[-1]),
     }
-    if contender not in choices:
-        raise Unavailable("no op of that name yet")
     return choices[contender]()
 
 
@@ -260,8 +248,6 @@ def _convolution_call(function: Callable, layer: _Layer, shape: _Convolution) ->
 
 
 def _convolution(contender: str) -> Callable:
-    from hypermask_fast import ops
-
     choices = {
         OURS: lambda: kernels().masked_conv2d,
         "ours dispatched": lambda: ops.masked_conv2d,
@@ -277,15 +263,13 @@ def _convolution(contender: str) -> Callable:
 
 
 def _bf16(name: str, shapes: str, build: Callable, floor: tuple[float, float], tolerance: float = 2e-2) -> Case:
-    contenders = (OURS, "ours dispatched", MASK_FIRST, COMPILED, PLAIN)
-    if name.startswith("chunk"):
-        contenders = (OURS, MASK_FIRST, COMPILED, PLAIN)
+    # "ours" is the Triton kernel itself; "ours dispatched" what a layer of the library calls.
     return Case(
         name=name,
         experiment=name.split("/")[0],
         task=None,
         shapes=shapes,
-        contenders=contenders,
+        contenders=(OURS, "ours dispatched", MASK_FIRST, COMPILED, PLAIN),
         build=build,
         floor=lambda: floor,
         tolerance=lambda tensor: tolerance,

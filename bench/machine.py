@@ -17,7 +17,7 @@ from hypermask_fast import __version__, backends
 
 # Allocator settings that whole runs are made under. As shipped, glibc returns every large temporary to the kernel and
 # pays page faults for the next; tuned, it keeps them.
-_KEEP = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=67108864"
+_KEEP = f"glibc.malloc.mmap_threshold={1 << 40}:glibc.malloc.trim_threshold={1 << 40}:glibc.malloc.top_pad={1 << 26}"
 MALLOC = {"as shipped": "", "tuned": f"GLIBC_TUNABLES={_KEEP}"}
 
 

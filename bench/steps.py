@@ -133,8 +133,9 @@ def _layer_pieces(layers: list[nn.Linear]) -> dict[str, Piece]:
     }
 
 
-def _functional(experiment: Experiment, device: torch.device, dtype: torch.dtype):
+def _functional(experiment: Experiment, device: torch.device, dtype: torch.dtype | None = None):
     """Initial target tensors, (weights, x) -> logits, and the Parameters that are not masked."""
+    dtype = dtype or torch.get_default_dtype()
     net = experiment.network().to(device, dtype)
     names = masked_names(net)
     shared = shared_parameters(net)
@@ -161,7 +162,7 @@ def hypnettorch(experiment: Experiment, device: torch.device):
         from .peers.hypnettorch_loop import HypnettorchLoop
     except ImportError as error:
         raise Unavailable(f"hypnettorch is not installed ({error})") from error
-    weights, forward, shared = _functional(experiment, device, torch.float32)
+    weights, forward, shared = _functional(experiment, device)
     made = HypnettorchLoop(weights, forward, shared=shared, **_peer_settings(experiment))
     *unconditional, last = made.hypernet.unconditional_params
     unconditional.append(last)
@@ -180,7 +181,7 @@ def batched(
     device: torch.device,
     compiled: bool = False,
     captured: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ):
     from .peers.batched_torch import BatchedTorch
 
@@ -198,7 +199,7 @@ def batched(
     return made, pieces | {f"shared.{i}": whole(p) for i, p in enumerate(shared)}
 
 
-def plain(experiment: Experiment, device: torch.device, dtype: torch.dtype = torch.float32):
+def plain(experiment: Experiment, device: torch.device, dtype: torch.dtype | None = None):
     from .peers.plain import Plain
 
     net = experiment.network().to(device, dtype)

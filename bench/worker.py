@@ -40,9 +40,10 @@ class Worker:
         return {"result": sketches}
 
     def warm(self, contender: str) -> dict[str, Any]:
-        """Two runs, and from the second how many make up a sample; peak memory counts from after them."""
-        self._timed(contender, 1)
+        """A run or two, and from the last how many make up a sample; peak memory counts from after them."""
         seconds = self._timed(contender, 1)
+        if seconds < WARM:
+            seconds = self._timed(contender, 1)
         self.inner[contender] = max(1, min(1000, int(SHORTEST / max(seconds, 1e-7)) + 1)) if seconds < SHORTEST else 1
         gc.collect()
         self.last[contender] = seconds
@@ -79,9 +80,11 @@ class Worker:
     def release(self) -> dict[str, Any]:
         """Forgets all contenders; their peak memory in bytes."""
         peak = peak_memory(self.device)
-        self.held.clear()
-        self.inner.clear()
+        for kept in (self.held, self.inner, self.last):
+            kept.clear()
         gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return {"peak_memory": peak}
 
     def describe(self) -> dict[str, Any]:
@@ -112,21 +115,26 @@ def peak_memory(device: torch.device) -> int:
     return peak
 
 
+def answer(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
+    """What a command {"do": name, arguments...} gives; {"unavailable": why} or {"error": what} where it fails."""
+    arguments = dict(message)
+    name = arguments.pop("do")
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command {name!r}")
+        return getattr(worker, name)(**arguments)
+    except Unavailable as problem:
+        return {"unavailable": str(problem)}
+    except Exception as problem:
+        traceback.print_exc()
+        first_line = (str(problem).strip().splitlines() or [""])[0]
+        return {"error": f"{type(problem).__name__}: {first_line}"}
+
+
 def serve(commands: TextIO, answers: TextIO, device: torch.device) -> None:
     worker = Worker(device)
     for line in commands:
-        message = json.loads(line)
-        name = message.pop("do")
-        try:
-            if name not in COMMANDS:
-                raise ValueError(f"unknown command {name!r}")
-            answer = getattr(worker, name)(**message)
-        except Unavailable as problem:
-            answer = {"unavailable": str(problem)}
-        except Exception as problem:
-            traceback.print_exc()
-            answer = {"error": f"{type(problem).__name__}: {str(problem).strip().splitlines()[:1]}"}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(answer(worker, json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -143,9 +143,9 @@ def test_default_folder_is_named_after_the_preset(tmp_path, monkeypatch):
 @pytest.fixture
 def interrupted(monkeypatch, capsys):
     """Trains in a folder until Control-C after so many steps."""
-    from hypermask_fast.training.trainer import Trainer
+    from hypermask_fast.training.step import TaskWork
 
-    step = Trainer._step
+    step = TaskWork.step
 
     def train_until(folder: Path, steps: int) -> None:
         done = []
@@ -157,7 +157,7 @@ def interrupted(monkeypatch, capsys):
             return step(self, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_step", interrupted_step)
+            patch.setattr(TaskWork, "step", interrupted_step)
             assert train(folder, "--seed", "3") == 130
         assert "--resume" in capsys.readouterr().err
 

@@ -62,3 +62,10 @@ def test_shared_parameter_is_one_segment():
     x = torch.randn(3, 4)
     hidden = (x @ (first.weight * mask["0.weight"]).T + first.bias * mask["0.bias"]).relu()
     torch.testing.assert_close(model(x, 1), hidden @ (first.weight * mask["0.weight"]).T + second.bias)
+
+
+def test_ramp_ranks_are_ranks():
+    layout = MaskLayout.of(small_convnet())
+    sparsities = [30 * (i + 1) / 700 for i in range(700)] + [0.0, 100.0]
+    expected = torch.stack([layout.ranks(sparsity) for sparsity in sparsities])
+    assert torch.equal(layout.ramp_ranks(sparsities), expected)

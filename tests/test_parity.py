@@ -77,13 +77,25 @@ def relative(a, b):
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
-def run_both(ours, peer, steps, check):
+def torch_adam(model):
+    return torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+def our_adam(model):
+    """The one-pass step where the output layer is dense."""
+    return hmf.optim.Adam(model, lr=1e-2)
+
+
+OPTIMIZERS = [torch_adam, our_adam]
+
+
+def run_both(ours, peer, steps, check, make_optimizer):
     """The same batches through both, task after task; `check(task, step, losses)` after every step."""
     generator = torch.Generator().manual_seed(7)
     for task in range(TASKS):
         peer.begin_task(task)
         ours.begin_task(task)
-        optimizer = torch.optim.Adam(ours.parameters(), lr=1e-2)
+        optimizer = make_optimizer(ours)
         for step in range(steps):
             x = torch.randn(16, 20, generator=generator)
             y = torch.randint(4, (16,), generator=generator)
@@ -94,7 +106,8 @@ def run_both(ours, peer, steps, check):
 @pytest.mark.parametrize("default_dtype", [torch.float64], indirect=True)
 @pytest.mark.parametrize("chunk_size", [None, 100], ids=["dense", "chunked"])
 @pytest.mark.parametrize(("norm", "masked"), [(1, True), (2, True), (1, False)])
-def test_float64_step_for_step(default_dtype, chunk_size, norm, masked):
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS)
+def test_float64_step_for_step(default_dtype, chunk_size, norm, masked, make_optimizer):
     ours, peer = make_pair(chunk_size, norm, masked)
     start = [parameter.detach().clone() for _, parameter in paired(peer, ours)]
 
@@ -103,14 +116,15 @@ def test_float64_step_for_step(default_dtype, chunk_size, norm, masked):
         for a, b in paired(peer, ours):
             assert relative(b, a) < 1e-7, (task, step, tuple(a.shape))
 
-    run_both(ours, peer, STEPS, check)
+    run_both(ours, peer, STEPS, check, make_optimizer)
     for before, (_, after) in zip(start, paired(peer, ours), strict=True):
         assert relative(after, before) > 1e-3  # everything has been trained
 
 
 @pytest.mark.parametrize("default_dtype", [torch.float32], indirect=True)
 @pytest.mark.parametrize("chunk_size", [None, 100], ids=["dense", "chunked"])
-def test_float32_first_steps(default_dtype, chunk_size):
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS)
+def test_float32_first_steps(default_dtype, chunk_size, make_optimizer):
     ours, peer = make_pair(chunk_size, 1, True)
 
     def check(task, step, theirs, own):
@@ -120,4 +134,4 @@ def test_float32_first_steps(default_dtype, chunk_size):
         for a, b in paired(peer, ours):
             assert relative(b, a) < 1e-5, (step, tuple(a.shape))
 
-    run_both(ours, peer, 6, check)
+    run_both(ours, peer, 6, check, make_optimizer)

@@ -14,7 +14,7 @@ class Library:
         net: the target network, changed in place.
         num_tasks, sparsity, config, settings: of `hypermask_fast.HyperMask`.
         lr: of Adam, made afresh by `begin_task`.
-        captured: make a step that a CUDA graph can hold: no tensor is built on the host within it.
+        captured: make a step that a CUDA graph can hold: learning rate and step counts stay on the device.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Library:
         with torch.device(device):
             self.model = hmf.HyperMask(net.to(device), num_tasks, sparsity, config, fidelity="official", **settings)
         self.captured = captured
-        self.ranks = self.model.layout.ranks(sparsity, device) if captured else None
+        self.ranks = self.model.layout.ranks(sparsity, device)
         self.lr = torch.tensor(lr, device=device) if captured else lr
 
     def begin_task(self, task: int) -> None:

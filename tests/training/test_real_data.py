@@ -10,13 +10,13 @@ from hypermask_fast.training.config import load_preset
 from hypermask_fast.training.trainer import Trainer
 
 
-def shortened(preset, data_dir, tasks, method=None, **settings):
+def shortened(preset, data_dir, tasks, method=None, samples=500, **settings):
     """A trainer of the preset's first tasks, tested on few samples; the rows it logs."""
     values = {"data.dir": str(data_dir), "data.tasks": tasks} | {f"training.{k}": v for k, v in settings.items()}
     values |= {f"method.{k}": v for k, v in (method or {}).items()}
     config = load_preset(preset).with_values(values)
     scenario = run.read_scenario(config)
-    few = tuple(replace(task, test=TensorSplit(*first(task.test, 500), task.test.prepare)) for task in scenario.tasks)
+    few = tuple(replace(task, test=first(task.test, samples)) for task in scenario.tasks)
     rows = []
 
     class Rows:
@@ -33,7 +33,7 @@ def shortened(preset, data_dir, tasks, method=None, **settings):
 
 
 def first(split, count):
-    return split.inputs[:count], split.labels[:count]
+    return TensorSplit(split.inputs[:count], split.labels[:count], split.prepare)
 
 
 @pytest.mark.parametrize("fidelity", ["official", "default"])
@@ -54,7 +54,7 @@ def test_permuted_mnist(mnist_dir):
 def test_split_cifar10(cifar10_dir):
     """ResNet-20 with batch norm and augmentation: the loss falls over a few hundred steps."""
     trainer, rows = shortened(
-        "split-cifar10", cifar10_dir, 1, iterations=200, batch_size=8, log_every=1, validate_every=1000
+        "split-cifar10", cifar10_dir, 1, samples=50, iterations=200, batch_size=8, log_every=1, validate_every=1000
     )
     trainer.fit()
     losses = [values["cross_entropy"] for values in rows]

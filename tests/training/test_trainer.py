@@ -13,6 +13,7 @@ from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.training import evaluation
 from hypermask_fast.training import trainer as trainer_module
 from hypermask_fast.training.config import TrainingConfig
+from hypermask_fast.training.step import TaskWork, steps
 from hypermask_fast.training.trainer import Trainer, batch_rows
 
 from ..conftest import blob_model, blob_scenario
@@ -171,6 +172,62 @@ def test_accuracy_by_hand():
     assert evaluation.accuracy(model, split, 1, 7) == pytest.approx(expected)
     empty = TensorSplit(torch.empty(0, 8), torch.empty(0, dtype=torch.int64))
     assert math.isnan(evaluation.accuracy(model, empty, 1, 7))
+
+
+@pytest.mark.parametrize("gradient", ["factored", "dense"])
+def test_either_gradient_trains_the_same(gradient):
+    """The 2-norm's drift is smooth: rounding stays rounding."""
+    exact = Trainer(smooth_model(), blob_scenario(2), config(gradient="auto")).fit()
+    other = Trainer(smooth_model(), blob_scenario(2), config(gradient=gradient)).fit()
+    assert (exact.matrix - other.matrix).abs().max() <= 1
+
+
+def smooth_model():
+    model = blob_model(2, drift_norm=2)
+    model.net[3].p = 0.0
+    return model
+
+
+def test_logged_loss_holds_the_drift():
+    recorder = Recorder()
+    Trainer(blob_model(2, beta=3.0, lam=0.5), blob_scenario(2), config(), logger=recorder).fit()
+    for task, _, values in recorder.rows:
+        expected = values["cross_entropy"] + 3.0 / max(task, 1) * values["output_drift"] + 0.5 * values["weight_drift"]
+        assert values["loss"] == pytest.approx(expected, rel=1e-5)
+        assert (values["output_drift"] > 0) == (task > 0)
+
+
+def test_bf16_trains_and_keeps_the_masters_in_float32():
+    recorder = Recorder()
+    trainer = Trainer(blob_model(1), blob_scenario(1), config(iterations=80, precision="bf16"), logger=recorder)
+    seen = []
+    trainer.model.net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    result = trainer.fit()
+    assert torch.bfloat16 in seen
+    assert result.matrix[0, 0] > 90
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_a_graph_is_given_up_for_a_reason():
+    dataset = torch.utils.data.TensorDataset(torch.randn(50, 8), torch.randint(2, (50,)))
+    split = hmf.data.from_datasets([(dataset, dataset, dataset)], in_memory=False).tasks[0].train
+    model, said = blob_model(1), []
+    rows = torch.arange(20).view(2, 10)
+    work = TaskWork(model, 0, split, rows, model.layout.ramp_ranks([20]), hmf.optim.Adam(model), "float32")
+    assert len(list(steps(work, True, said.append))) == 2
+    assert said == ["training without a CUDA graph: batches come from a Dataset, read on the host"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_graph_gives_the_eager_numbers(keep):
+    settings = {"keep": keep, "iterations": 60}
+    eager = Trainer(smooth_model(), blob_scenario(2), config(cuda_graph=False, **settings), device="cuda")
+    graphed = Trainer(smooth_model(), blob_scenario(2), config(**settings), device="cuda", logger=Recorder())
+    eager.fit()
+    graphed.fit()
+    for (name, a), b in zip(eager.model.named_parameters(), graphed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_official_evaluation_is_one_batch():

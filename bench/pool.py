@@ -1,0 +1,86 @@
+"""Worker processes as the runner sees them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine
+
+_ROOT = Path(__file__).parents[1]
+
+
+class Failed(Exception):
+    """A worker answered with an error, or died."""
+
+
+class Process:
+    """One worker: `ask` sends a command and waits, `send` and `answer` do the two halves."""
+
+    def __init__(self, device: torch.device, threads: int, malloc: str) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        setting = machine.MALLOC[malloc]
+        if setting:
+            name, _, value = setting.partition("=")
+            environment[name] = value
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker", str(device), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def send(self, command: str, **arguments: Any) -> None:
+        try:
+            self._process.stdin.write(json.dumps({"do": command, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `answer` says how it ended
+
+    def answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise Failed(f"the process ended with code {code}" + (" (out of memory?)" if code == -9 else ""))
+        reply = json.loads(line)
+        if "error" in reply:
+            raise Failed(reply["error"])
+        return reply
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        self.send(command, **arguments)
+        return self.answer()
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """Ends it by closing its input; whatever does not end is killed."""
+        self._process.stdin.close()
+        self._process.stdout.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def available_memory() -> float:
+    """Bytes that can be had without swapping; infinite where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")

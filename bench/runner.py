@@ -1,0 +1,240 @@
+"""Runs benchmarks: contenders take turns, A B C A B C ..., each result checked before anything is timed."""
+
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from . import gate, machine
+from .case import Case
+from .pool import Failed, Process, available_memory
+from .results import Row
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured: `turns` per contender of `seconds` each, no more than `most` samples a turn."""
+
+    device: torch.device
+    threads: int
+    quick: bool = False
+    malloc: tuple[str, ...] = tuple(machine.MALLOC)
+    turns: int = 7
+    seconds: float = 1.0
+    most: int = 30
+    command: str = field(default_factory=lambda: shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
+
+
+@dataclass
+class Entry:
+    """One contender in one process, and what was measured of it."""
+
+    contender: str
+    process: Process
+    share: float | str = ""
+    samples: list[float] = field(default_factory=list)
+    peak_memory: int | str = ""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Runner:
+    """Measures cases one by one; `rows` yields their results as they come.
+
+    Cases that are not isolated share one process per allocator setting, oracles included.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._shared: dict[str, Process] = {}
+        with self._process("tuned") as process:
+            self.about = process.ask("describe")
+            self.rates = process.ask("rates")
+
+    def rows(self, cases: Sequence[Case]) -> Iterator[Row]:
+        try:
+            for case in cases:
+                yield from self._rows(case)
+        finally:
+            for malloc in list(self._shared):
+                self._end_shared(malloc)
+
+    def _rows(self, case: Case) -> Iterator[Row]:
+        try:
+            oracles = self._oracles(case)
+        except Failed as problem:
+            say(f"{case.name}: not run, there is no reference to check against: {problem}")
+            return
+        for malloc in self.plan.malloc:
+            yield from self._measure(case, malloc, oracles)
+
+    def _process(self, malloc: str) -> Process:
+        return Process(self.plan.device, self.plan.threads, malloc)
+
+    def _shared_process(self, malloc: str) -> Process:
+        """The one that is there if it still answers, or a new one."""
+        process = self._shared.get(malloc)
+        if process is None or not process.alive():
+            process = self._shared[malloc] = self._process(malloc)
+        return process
+
+    def _end_shared(self, malloc: str) -> None:
+        self._shared.pop(malloc).close()
+
+    # -- correctness --------------------------------------------------------------------------------------------------
+
+    def _oracles(self, case: Case) -> dict[str, dict[str, gate.Sketch]]:
+        """The results that contenders have to have, by the oracle's name; large ones leave nothing in memory."""
+        found = {}
+        for name in dict.fromkeys(case.reference(contender) for contender in case.contenders):
+            if not name:
+                continue
+            with ExitStack() as stack:
+                if case.isolated:
+                    process = stack.enter_context(self._process("tuned"))
+                else:
+                    process = self._shared_process(self.plan.malloc[0])
+                process.send("prepare", case=case.name, contender=name, quick=self.plan.quick)
+                found[name] = self._prepared(process)
+        return found
+
+    @staticmethod
+    def _prepared(process: Process) -> dict[str, gate.Sketch]:
+        answer = process.answer()
+        if "unavailable" in answer:
+            raise Failed(answer["unavailable"])
+        return {name: gate.Sketch(**values) for name, values in answer["result"].items()}
+
+    def _admit(self, case: Case, entry: Entry, oracles: dict) -> bool:
+        """Whether a contender's result is right; says why if not."""
+        try:
+            result = self._prepared(entry.process)
+        except Failed as problem:
+            say(f"{case.name}: {entry.contender} is left out: {problem}")
+            return False
+        name = case.reference(entry.contender)
+        if not name:
+            return True
+        verdict = gate.compare(oracles[name], result, case.tolerance)
+        entry.share = verdict.worst
+        if not verdict.ok:
+            say(f"{case.name}: {entry.contender} is WRONG and gets no time: {verdict.reason}")
+        return verdict.ok
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _measure(self, case: Case, malloc: str, oracles: dict) -> Iterator[Row]:
+        for number, group in enumerate(self._groups(case)):
+            with ExitStack() as stack:
+                entries = self._enter(case, group, malloc, oracles, stack)
+                say(f"{case.name}, malloc {malloc}: {', '.join(entry.contender for entry in entries) or 'nothing'}")
+                entries = self._take_turns(case, entries)
+                ours = next((entry for entry in entries if entry.contender == group[0]), None)
+                for entry in entries:
+                    if entry is not ours or number == 0:  # ours is in every group, and one row is enough
+                        yield self._row(case, malloc, entry, ours)
+
+    def _groups(self, case: Case) -> list[tuple[str, ...]]:
+        """Contenders that fit into memory together; where not all do, ours is measured anew with each group."""
+        first, *others = case.contenders
+        if not case.isolated or self.plan.device.type == "cuda":
+            return [case.contenders]
+        room = 0.8 * available_memory() - case.memory(first)
+        groups: list[list[str]] = [[]]
+        left = room
+        for other in others:
+            if groups[-1] and case.memory(other) > left:
+                groups.append([])
+                left = room
+            groups[-1].append(other)
+            left -= case.memory(other)
+        return [(first, *group) for group in groups]
+
+    def _enter(self, case: Case, group: Sequence[str], malloc: str, oracles: dict, stack: ExitStack) -> list[Entry]:
+        """Starts the contenders, side by side, and keeps those whose result is right."""
+        shared = None if case.isolated else self._shared_process(malloc)
+        entries = [Entry(name, shared or stack.enter_context(self._process(malloc))) for name in group]
+        for entry in entries:
+            entry.process.send("prepare", case=case.name, contender=entry.contender, quick=self.plan.quick)
+        kept = []
+        for entry in entries:
+            if self._admit(case, entry, oracles):
+                kept.append(entry)
+            elif case.isolated:
+                entry.process.close()
+        return kept
+
+    def _take_turns(self, case: Case, entries: list[Entry]) -> list[Entry]:
+        lost: set[str] = set()
+        for turn in range(-1, self.plan.turns):
+            for entry in entries:
+                if entry.contender in lost:
+                    continue
+                try:
+                    self._one_turn(entry, warm=turn < 0)
+                except Failed as problem:
+                    lost.add(entry.contender)
+                    say(f"{case.name}: {entry.contender} is left out: {problem}")
+        kept = [entry for entry in entries if entry.contender not in lost]
+        for entry in kept if case.isolated else kept[:1]:
+            peak = entry.process.ask("release")["peak_memory"]
+            entry.peak_memory = peak if case.isolated else ""
+        return kept
+
+    def _one_turn(self, entry: Entry, warm: bool) -> None:
+        if warm:
+            entry.process.ask("warm", contender=entry.contender)
+            return
+        plan = self.plan
+        answer = entry.process.ask("turn", contender=entry.contender, seconds=plan.seconds, most=plan.most)
+        entry.samples += answer["ms"]
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def _row(self, case: Case, malloc: str, entry: Entry, ours: Entry | None) -> Row:
+        moved, work = case.floor()
+        bandwidth, rate = self.rates["bandwidth"], self.rates[case.dtype]
+        floor = 1e3 * max(moved / bandwidth, work / rate)
+        low, median, high = quantiles(entry.samples)
+        measured: dict[str, Any] = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "malloc": malloc,
+            "malloc_setting": machine.MALLOC[malloc],
+            "experiment": case.experiment,
+            "case": case.name,
+            "task_index": "" if case.task is None else case.task,
+            "shapes": case.shapes,
+            "contender": entry.contender,
+            "median_ms": median,
+            "p20_ms": low,
+            "p80_ms": high,
+            "repeats": len(entry.samples),
+            "floor_ms": floor,
+            "floor_ratio": median / floor,
+            "bytes": moved,
+            "flops": work,
+            "dtype": case.dtype,
+            "ratio": median / statistics.median(ours.samples) if ours else "",
+            "peak_memory": entry.peak_memory,
+            "bandwidth": bandwidth,
+            "flop_rate": rate,
+            "gate": entry.share,
+            "command": self.plan.command,
+        }
+        return Row(**self.about, **measured)
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """20th percentile, median and 80th percentile."""
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
