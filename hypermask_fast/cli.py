@@ -12,6 +12,7 @@ from .regularizers import FIDELITIES
 from .training import evaluation, report, run
 from .training.config import RunConfig, load_preset, presets
 from .training.logs import TerminalLog
+from .training.memory import prefer_huge_pages
 
 PROGRAM = "hypermask-fast"
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     a bug and keeps its traceback.
     """
     arguments = _parser().parse_args(argv)
+    prefer_huge_pages()
     try:
         return arguments.run(arguments)
     except InputError as error:
