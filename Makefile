@@ -20,9 +20,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST)
 
-# The extension is what is measured: it is built beside the sources, against the environment's own PyTorch.
 bench: $(VENV)/.bench
-	$(BIN)/python setup.py build_ext --inplace
 	$(BIN)/python -m bench $(BENCH)
 
 env: $(VENV)/.package
@@ -39,17 +37,21 @@ $(VENV)/.torch:
 	{ echo "Python 3.10 or newer is needed; name one by: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet "setuptools>=77" wheel
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	touch $@
 
-$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable .
+# Without isolation the build sees that PyTorch and compiles the extension; without a compiler it leaves it out.
+PIP_EDITABLE = $(BIN)/pip install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
+	$(PIP_EDITABLE) .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.package
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[test]"
+	$(PIP_EDITABLE) ".[test]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.package
-	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[bench]"
+	$(PIP_EDITABLE) ".[bench]"
 	touch $@

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     about = runner.about
     print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, backend {about['backend']}")
     rates = ", ".join(f"{name} {rate / 1e9:.4g} G/s" for name, rate in runner.rates.items())
-    print(f"measured rates: {rates}\n\n{table(rows)}\n\n{growth(rows)}")
+    print("\n\n".join(filter(None, (f"measured rates: {rates}", table(rows), growth(rows)))))
     if path:
         print(f"\nappended to {path}")
     return 0 if rows else 1

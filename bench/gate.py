@@ -72,7 +72,7 @@ def compare(expected: dict[str, Sketch], got: dict[str, Sketch], tolerance: Call
     """
     if not expected:
         return Verdict(math.inf, "", "there is nothing to compare with")
-    overall = math.sqrt(sum(s.scale**2 for s in expected.values() if math.isfinite(s.scale)))
+    overall = _overall(expected)
     worst, where = -1.0, ""
     for name, wanted in expected.items():
         mine = got.get(name)
@@ -80,8 +80,8 @@ def compare(expected: dict[str, Sketch], got: dict[str, Sketch], tolerance: Call
             return Verdict(math.inf, name, f"{name} is missing or of another size")
         differences = [a - b for a, b in zip(wanted.probes, mine.probes, strict=True)]
         error = math.sqrt(sum(d * d for d in differences) / PROBES)
-        # What is zero but for rounding is measured against the whole.
-        scale = max(wanted.scale, 1e-7 * overall, 1e-30)
+        # What is zero but for rounding (a bias before batch norm has no gradient) is measured against its kin.
+        scale = max(wanted.scale, 1e-4 * overall[_kind(name)], 1e-30)
         share = error / scale / tolerance(name)
         if not share <= worst:  # NaN too
             worst, where = share, name
@@ -90,3 +90,16 @@ def compare(expected: dict[str, Sketch], got: dict[str, Sketch], tolerance: Call
     if worst > 1:
         return Verdict(worst, where, f"{where} is off by {worst:.3g} times its tolerance of {tolerance(where):g}")
     return Verdict(worst, where, "")
+
+
+def _kind(name: str) -> str:
+    """ "grad/output.weight" is one of the "grad"s."""
+    return name.split("/")[0]
+
+
+def _overall(expected: dict[str, Sketch]) -> dict[str, float]:
+    """Norm of all tensors of a kind together."""
+    squares: dict[str, float] = {}
+    for name, wanted in expected.items():
+        squares[_kind(name)] = squares.get(_kind(name), 0.0) + wanted.scale**2
+    return {kind: math.sqrt(square) for kind, square in squares.items()}

@@ -82,24 +82,25 @@ def commit() -> str:
     return head + ("+" if changed else "") or os.environ.get("HYPERMASK_COMMIT", "")
 
 
-def rates(device: torch.device) -> dict[str, float]:
+def rates(device: torch.device, quick: bool = False) -> dict[str, float]:
     """Bytes and operations per second, each the best of several tries.
 
     "bandwidth": in place over an array larger than any cache (on a GPU: a copy), bytes read plus bytes written;
-    "float32", "bfloat16": a large matrix product.
+    "float32", "bfloat16": a large matrix product. `quick`: over small ones, to see that it works.
     """
     if device.type == "cuda":
-        source = torch.randn(1 << 28, device=device)
+        source = torch.randn(1 << (20 if quick else 28), device=device)
         target = torch.empty_like(source)
         found = {"bandwidth": 8 * source.numel() / _best(lambda: target.copy_(source), device)}
         del source, target
         sizes = {"float32": 4096, "bfloat16": 8192}
     else:
-        array = torch.rand(1 << 26).add_(0.5)
+        array = torch.rand(1 << (20 if quick else 26)).add_(0.5)
         found = {"bandwidth": 8 * array.numel() / _best(lambda: array.mul_(0.9999), device)}
         del array
         sizes = {"float32": 2048}
     for dtype, n in sizes.items():
+        n = 256 if quick else n
         a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
         out = torch.empty_like(a)
         found[dtype] = 2 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)

@@ -19,7 +19,8 @@ class Row:
         median_ms, p20_ms, p80_ms: per step or call; repeats: samples.
         floor_ms: the larger of bytes over measured bandwidth and flops over the measured rate of `dtype`.
         bytes, flops: what cannot be done without.
-        floor_ratio: median over floor; ratio: this median over that of ours under the same allocator setting.
+        floor_ratio: median over floor; ratio: this median over that of ours (the first one listed) under the same
+            allocator setting.
         peak_memory: bytes, of a process of its own; "" where contenders share one.
         bandwidth, flop_rate: the machine's, per second, measured in this run.
         gate: largest error of this contender as a share of the tolerance; "" where it is not compared.

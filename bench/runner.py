@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import gate, machine
-from .case import Case
+from .case import OURS, Case
 from .pool import Failed, Process, available_memory
 from .results import Row
 
@@ -55,9 +55,9 @@ class Runner:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._shared: dict[str, Process] = {}
-        with self._process("tuned") as process:
-            self.about = process.ask("describe")
-            self.rates = process.ask("rates")
+        process = self._shared_process(plan.malloc[0])
+        self.about = process.ask("describe")
+        self.rates = process.ask("rates", quick=plan.quick)
 
     def rows(self, cases: Sequence[Case]) -> Iterator[Row]:
         try:
@@ -93,15 +93,14 @@ class Runner:
 
     def _oracles(self, case: Case) -> dict[str, dict[str, gate.Sketch]]:
         """The results that contenders have to have, by the oracle's name; large ones leave nothing in memory."""
+        names = [name for name in dict.fromkeys(map(case.reference, case.contenders)) if name]
         found = {}
-        for name in dict.fromkeys(case.reference(contender) for contender in case.contenders):
-            if not name:
-                continue
-            with ExitStack() as stack:
-                if case.isolated:
-                    process = stack.enter_context(self._process("tuned"))
-                else:
-                    process = self._shared_process(self.plan.malloc[0])
+        with ExitStack() as stack:
+            if case.isolated and not self.plan.quick:
+                process = stack.enter_context(self._process("tuned"))
+            else:
+                process = self._shared_process(self.plan.malloc[0])
+            for name in names:
                 process.send("prepare", case=case.name, contender=name, quick=self.plan.quick)
                 found[name] = self._prepared(process)
         return found
@@ -137,7 +136,7 @@ class Runner:
                 entries = self._enter(case, group, malloc, oracles, stack)
                 say(f"{case.name}, malloc {malloc}: {', '.join(entry.contender for entry in entries) or 'nothing'}")
                 entries = self._take_turns(case, entries)
-                ours = next((entry for entry in entries if entry.contender == group[0]), None)
+                ours = next((entry for entry in entries if entry.contender.startswith(OURS)), None)
                 for entry in entries:
                     if entry is not ours or number == 0:  # ours is in every group, and one row is enough
                         yield self._row(case, malloc, entry, ours)
@@ -222,7 +221,7 @@ class Runner:
             "bytes": moved,
             "flops": work,
             "dtype": case.dtype,
-            "ratio": median / statistics.median(ours.samples) if ours else "",
+            "ratio": median / quantiles(ours.samples)[1] if ours else "",
             "peak_memory": entry.peak_memory,
             "bandwidth": bandwidth,
             "flop_rate": rate,

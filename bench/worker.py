@@ -90,8 +90,8 @@ class Worker:
     def describe(self) -> dict[str, Any]:
         return machine.describe(self.device)
 
-    def rates(self) -> dict[str, Any]:
-        return machine.rates(self.device)
+    def rates(self, quick: bool) -> dict[str, Any]:
+        return machine.rates(self.device, quick)
 
 
 COMMANDS = ("prepare", "warm", "turn", "release", "describe", "rates")
