@@ -53,7 +53,7 @@ build() {
 
 tests() { # what has kernels on a GPU; tests of what is not installed here skip themselves
     local parallel=() paths=() path
-    for path in tests/ops tests/kernels tests/gpu tests/test_optim.py; do
+    for path in tests/ops tests/kernels tests/test_optim.py tests/training/test_trainer.py; do
         [ -e "$path" ] && paths+=("$path")
     done
     $PYTHON -c 'import xdist' 2>/dev/null && parallel=(-n 6)
