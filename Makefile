@@ -18,7 +18,8 @@ demo: $(VENV)/.package
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore tests/kernels $(PYTEST)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(BENCH)
