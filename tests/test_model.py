@@ -10,6 +10,7 @@ from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
+from hypermask_fast.masks import active_mask
 
 from .conftest import blob_model, small_convnet
 
@@ -55,8 +56,10 @@ def test_ramp_sparsity_in_place_of_the_models_own(convnet_model):
 
 
 def test_no_mask_is_left_behind(convnet_model):
+    assert active_mask() is None
     plain = convnet_model.net(images())
     convnet_model.eval()(images(), 1)
+    assert active_mask() is None
     convnet_model.train()
     assert torch.equal(convnet_model.net(images()), plain)
     with pytest.raises(InputError):
@@ -102,9 +105,11 @@ def test_all_tasks_and_task_inference(convnet_model):
     torch.testing.assert_close(outputs, torch.stack([model(images(), task) for task in range(3)]))
     p = outputs.softmax(-1)
     assert torch.equal(model.infer_task(images()), (p * p.log()).sum(-1).argmax(0))
-    found = hmf.predict(model, images())
-    assert torch.equal(found.task, model.infer_task(images()))
-    assert torch.equal(found.label, model(images(), found.task).argmax(-1))
+    x = 3 * images(40, seed=1)
+    found = hmf.predict(model, x)
+    assert len(found.task.unique()) > 1
+    assert torch.equal(found.task, model.infer_task(x))
+    assert torch.equal(found.label, model(x, found.task).argmax(-1))
     assert torch.equal(found.absolute(5), 5 * found.task + found.label)
 
 
