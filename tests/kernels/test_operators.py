@@ -76,12 +76,7 @@ def test_opcheck(name):
 
 
 def test_every_op_is_checked():
-    here = {
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("hypermask_fast::")
-    }
-    ours = {name for name in here if name.startswith("triton_") or hasattr(kernels, name.removesuffix("_backward"))}
+    ours = {name.split("::")[1] for name in host._LIBRARY._op_defs}  # the extension defines ops of its own
     assert ours == set(CASES)
 
 
