@@ -33,11 +33,12 @@ class HyperMask(nn.Module):
         num_tasks: task embeddings to begin with; `add_task` adds more.
         sparsity: p, percent (0 to 100) of each tensor's entries that the mask sets to 0.
         hypernetwork: its shape.
-        beta, lam: weights of the output drift and of the weight drift in `regularizer`.
+        beta, lam: weights of the output drift and of the weight drift in `regularizer`, both from the second task on.
         drift_norm: 1 or 2, the weight drift's norm; drift_masked: whether it is weighed with the mask.
         include, exclude: shell patterns of parameter names to mask and to leave out; see `MaskLayout.of`.
-        fidelity: "official" reproduces the authors' code: output drift divided by t twice, and batch norm that
-            always uses the batch's own statistics. "default": once, and running statistics per task.
+        fidelity: "official" reproduces the authors' code: output drift divided by t twice, weight drift in the first
+            task too, and batch norm that always uses the batch's own statistics. "default": once, from the second
+            task on, and running statistics per task.
 
     Raises:
         InputError: an argument outside of its range, or nothing to mask.
@@ -254,15 +255,16 @@ class HyperMask(nn.Module):
         if mask is None and self.drift.masked:
             mask = self.mask(task)
         logits, thresholds = (mask.logits, mask.thresholds) if self.drift.masked else (None, None)
-        weight = ops.weight_drift(
-            self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.drift.weight_scale(anchor.task) > 0):
+            weight = ops.weight_drift(
+                self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
+            )
         if mask is not None and mask.output_drift is not None:
             return Drifts(mask.output_drift, weight)
         return Drifts(regularizers.output_drift(self.hypernet, anchor), weight)
 
     def regularizer(self, task: int | TaskMask) -> Tensor:
-        """beta R / t + lam D, what task t's loss adds to its cross-entropy (official fidelity: beta R / t^2).
+        """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.
 
         Args:
             task: the task being trained, or its mask, which spares generating it again.

@@ -19,10 +19,11 @@ class DriftConfig:
 
     Attributes:
         beta: weight of the output drift R / t, a mean over earlier tasks of squared distances.
-        lam: weight of the weight drift D.
+        lam: weight of the weight drift D, from the second task on.
         norm: D's norm, 1 or 2.
         masked: whether D weighs each entry's change with the current mask.
-        fidelity: "official" divides the output drift by t once more, as the authors' code does: beta R / t^2.
+        fidelity: "official" divides the output drift by t once more, beta R / t^2, and counts the weight drift in the
+            first task too, from the initial weights.
     """
 
     beta: float = 0.01
@@ -46,9 +47,13 @@ class DriftConfig:
             return 0.0
         return self.beta / (task * task if self.fidelity == "official" else task)
 
+    def weight_scale(self, task: int) -> float:
+        """Factor of D in the loss of task `task`: lam; by default 0 for the first task, which has none to protect."""
+        return 0.0 if task == 0 and self.fidelity == "default" else self.lam
+
     def loss(self, drifts: "Drifts", task: int) -> Tensor:
-        """output_scale(task) R + lam D: what task `task` adds to its cross-entropy; a scalar."""
-        return self.output_scale(task) * drifts.output + self.lam * drifts.weight
+        """output_scale(task) R + weight_scale(task) D: what task `task` adds to its cross-entropy; a scalar."""
+        return self.output_scale(task) * drifts.output + self.weight_scale(task) * drifts.weight
 
 
 class Drifts(NamedTuple):

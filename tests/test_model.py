@@ -175,6 +175,21 @@ def test_regularizer(fidelity, masked):
     assert ("hypernet.embeddings.2" in touched) == masked  # the current task's mask is not detached
 
 
+@pytest.mark.parametrize(("fidelity", "scale"), [("default", 0.0), ("official", 0.25)])
+def test_weight_drift_in_the_first_task(fidelity, scale):
+    """By default there is nothing to protect yet; the official code counts it from the initial weights."""
+    model = blob_model(2, lam=0.25, fidelity=fidelity)
+    model.begin_task(0)
+    with torch.no_grad():
+        for weight in model.weights():
+            weight += 0.1
+    drift = model.drifts(0).weight
+    assert drift > 0
+    torch.testing.assert_close(model.regularizer(0), scale * drift)
+    gradients = torch.autograd.grad(model.regularizer(0) + 0 * model(torch.ones(4, 8), 0).sum(), model.weights())
+    assert all((grad != 0).any() for grad in gradients) == (scale > 0)
+
+
 def test_drift_targets_of_the_first_task_are_none():
     model = blob_model(2)
     model.begin_task(0)

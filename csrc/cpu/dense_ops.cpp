@@ -73,7 +73,7 @@ double run_pass(const DenseLayer& d, float* grad_hidden) {
   std::vector<double> drift(parts.size());
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch(dense_scratch(d.tasks, d.width));
+    const Buffer scratch(dense_scratch(d.tasks));
     for (int64_t i = begin; i < end; ++i) {
       float* sums = partial.get() + i * stride;
       std::fill(sums, sums + stride, 0.0f);
@@ -115,7 +115,7 @@ Tensor output_drift_cpu(const Tensor& hidden, const Tensor& weight, const Tensor
   std::vector<double> drift(parts.size());
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch(dense_scratch(d.tasks, d.width));
+    const Buffer scratch(dense_scratch(d.tasks));
     for (int64_t i = begin; i < end; ++i) {
       drift[i] = k.dense_value(d, parts[i].begin, parts[i].end, scratch.get());
     }

@@ -10,7 +10,7 @@
 
 namespace hypermask {
 
-constexpr int kBlockRows = 32;  // rows of the dense layer handled together: W, h and dW of a block fit the L1 cache
+constexpr int kBlockRows = 32;  // rows of the dense layer handled together: W and h of a block fit the L1 cache
 
 // The dense output layer a_j = W h_j + b, and what its pass over W works on.
 // Rows j of hidden and scratch: first the drift tasks (with targets), then, if grad_logits, the current one.
@@ -59,8 +59,8 @@ struct Kernels {
   double (*dense_pass)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* grad_hidden);
 };
 
-// Floats of scratch that dense_value and dense_pass need.
-inline int64_t dense_scratch(int64_t tasks, int64_t width) { return tasks * kBlockRows + kBlockRows * width + 64; }
+// Floats of scratch that dense_value and dense_pass need: a factor per task and row of a block.
+inline int64_t dense_scratch(int64_t tasks) { return tasks * kBlockRows; }
 
 const Kernels& kernels_baseline();
 const Kernels& kernels_avx2();

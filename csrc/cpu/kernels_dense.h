@@ -11,10 +11,13 @@
 namespace hypermask {
 namespace {
 
-// Tiles are sized so that accumulators and operands fit the registers (32 with AVX-512, else 16).
-constexpr int kTileTasks = kLanes == 16 ? 5 : 2;
-constexpr int kTileColumns = kLanes == 16 ? 4 : 3;   // vectors, for dh
-constexpr int kTileOuter = kLanes == 16 ? 7 : 4;     // vectors, for dW
+// Tiles are sized so that accumulators and operands fit the registers (32 with AVX-512, else 16), with eight sums or
+// more side by side, which is what hides a multiply-add's latency.
+constexpr int kDotTasks = kLanes == 16 ? 5 : 3;      // of 4 rows each
+constexpr int kHiddenTasks = kLanes == 16 ? 5 : 4;
+constexpr int kHiddenColumns = kLanes == 16 ? 4 : 3;  // vectors
+constexpr int kOuterColumns = kLanes == 16 ? 7 : 4;   // vectors, of 2 rows each
+constexpr int kAdamWork = 12;  // Adam on an entry takes about as long as this many multiply-adds
 
 // Calls f(integral_constant<int, n>) for 1 <= n <= kMax.
 template <int kN>
@@ -44,6 +47,37 @@ HM_INLINE void for_tiles(int64_t total, const F& f) {
     with_size<kMax>(static_cast<int>(end - begin), [&](auto size) { f(size, begin); });
   }
 }
+
+// Asks for the next block of W, m and v a few cache lines at a time, in step with the work on this one: so the memory is
+// busy all through the block, not only where the block itself reads and writes.
+class Ahead {
+ public:
+  HM_INLINE Ahead of_block(const DenseLayer& d, int64_t row) {
+    const int64_t next = (row + kBlockRows) * d.width;
+    Ahead a;
+    a.arrays_ = d.weight_out ? 3 : 1;
+    a.array_[0] = d.weight + next;
+    a.array_[1] = d.weight_m + next;
+    a.array_[2] = d.weight_v + next;
+    a.lines_ = kBlockRows * d.width / kLine;
+    a.work_ = kBlockRows * (d.drift_tasks + 2 * d.tasks + kAdamWork);
+    return a;
+  }
+
+  // `work` more multiply-adds per column are done.
+  HM_INLINE void advance(Ahead& a, int64_t work) {
+    a.done_ += work * a.lines_;
+    for (; a.asked_ < a.lines_ && a.asked_ * a.work_ < a.done_; ++a.asked_) {
+      for (int i = 0; i < a.arrays_; ++i) __builtin_prefetch(a.array_[i] + a.asked_ * kLine, 1, 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;  // floats
+  const float* array_[3];
+  int arrays_;
+  int64_t lines_, work_, done_ = 0, asked_ = 0;
+};
 
 // out[j][r] = W_r . h_j for kRows (4 or 1) rows and kTasks tasks.
 template <int kRows, int kTasks>
@@ -76,12 +110,13 @@ HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padde
 }
 
 // factors[j][r] = W_r . h_j for the drift tasks and the rows of a block.
-HM_INLINE void block_dots(const DenseLayer& d, const float* w, int rows, float* factors) {
+HM_INLINE void block_dots(const DenseLayer& d, const float* w, int rows, float* factors, Ahead& ahead) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    for_tiles<kTileTasks>(d.drift_tasks, [&](auto tasks, int64_t j) {
+    for_tiles<kDotTasks>(d.drift_tasks, [&](auto tasks, int64_t j) {
       dots<4, tasks.value>(w + r * d.width, d.width, d.hidden + j * d.padded, d.padded, factors + j * kBlockRows + r);
     });
+    Ahead::advance(ahead, 4 * d.drift_tasks);
   }
   for (; r < rows; ++r) {
     for (int64_t j = 0; j < d.drift_tasks; ++j) {
@@ -95,6 +130,9 @@ HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* fa
   double total = 0;
   for (int64_t j = 0; j < d.drift_tasks; ++j) {
     Vec sum{};
+    const float* next = d.targets + j * d.rows + row + kBlockRows;
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + kBlockRows / 2, 0, 2);
     for (int r = 0; r < rows; r += kLanes) {
       float* f = factors + j * kBlockRows + r;
       const Vec residual = (load_up_to(f, rows - r) + load_up_to(d.bias + row + r, rows - r)) -
@@ -136,12 +174,12 @@ HM_INLINE void hidden_tile(const float* w, int64_t width, int rows, const float*
   }
 }
 
-HM_INLINE void hidden_gradient(const DenseLayer& d, const float* w, int rows, const float* factors,
-                               float* grad_hidden) {
+HM_INLINE void hidden_gradient(const DenseLayer& d, const float* w, int rows, const float* factors, float* grad_hidden,
+                               Ahead& ahead) {
   const int64_t vectors = (d.width + kLanes - 1) / kLanes;
   const int rest = static_cast<int>(d.width % kLanes);
-  for_tiles<kTileTasks>(d.tasks, [&](auto tasks, int64_t j) {
-    for_tiles<kTileColumns>(vectors, [&](auto columns, int64_t c) {
+  for_tiles<kHiddenTasks>(d.tasks, [&](auto tasks, int64_t j) {
+    for_tiles<kHiddenColumns>(vectors, [&](auto columns, int64_t c) {
       float* out = grad_hidden + j * d.padded + c * kLanes;
       const float* g = factors + j * kBlockRows;
       if (rest && c + columns.value == vectors) {
@@ -149,13 +187,34 @@ HM_INLINE void hidden_gradient(const DenseLayer& d, const float* w, int rows, co
       } else {
         hidden_tile<tasks.value, columns.value, false>(w + c * kLanes, d.width, rows, g, out, d.padded, rest);
       }
+      Ahead::advance(ahead, kBlockRows * tasks.value * columns.value / vectors);
     });
   });
 }
 
-// grad[r] = sum_j g[j][r] h_j for kRows rows and kColumns vectors, the last one with `last` floats.
-template <int kRows, int kColumns>
-HM_INLINE void outer_tile(const float* factors, int64_t tasks, const float* h, int64_t padded, float* grad,
+// What becomes of a gradient: written, or Adam on the entry at once. `at` counts from the layer's first entry. By value,
+// so that the compiler need not fear that a store changes a pointer or a constant.
+struct WriteGradient {
+  float* grad;
+  HM_INLINE void take(WriteGradient to, Vec grad, int64_t at, int64_t count) { store_up_to(to.grad + at, grad, count); }
+};
+
+struct StepAdam {
+  float *w, *m, *v;
+  AdamStep step;
+  HM_INLINE void take(StepAdam to, Vec grad, int64_t at, int64_t count) {
+    float *w = to.w + at, *m = to.m + at, *v = to.v + at;
+    Vec wi = load_up_to(w, count), mi = load_up_to(m, count), vi = load_up_to(v, count);
+    adam_update(grad, wi, mi, vi, to.step);
+    store_up_to(w, wi, count);
+    store_up_to(m, mi, count);
+    store_up_to(v, vi, count);
+  }
+};
+
+// grad[r] = sum_j g[j][r] h_j for kRows rows from entry `at` on and kColumns vectors, the last one with `last` floats.
+template <int kRows, int kColumns, class To>
+HM_INLINE void outer_tile(const float* factors, int64_t tasks, const float* h, int64_t padded, To to, int64_t at,
                           int64_t width, int64_t last) {
   Vec sum[kRows][kColumns] = {};
   for (int64_t j = 0; j < tasks; ++j) {
@@ -172,40 +231,31 @@ HM_INLINE void outer_tile(const float* factors, int64_t tasks, const float* h, i
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kColumns - 1; ++c) store(grad + r * width + c * kLanes, sum[r][c]);
-    store_up_to(grad + r * width + (kColumns - 1) * kLanes, sum[r][kColumns - 1], last);
+    for (int c = 0; c < kColumns; ++c) {
+      To::take(to, sum[r][c], at + r * width + c * kLanes, c < kColumns - 1 ? kLanes : last);
+    }
   }
 }
 
-template <int kRows>
-HM_INLINE void weight_gradient_rows(const DenseLayer& d, const float* factors, float* grad) {
+template <int kRows, class To>
+HM_INLINE void weight_gradient_rows(const DenseLayer& d, const float* factors, To to, int64_t row) {
   const int64_t vectors = (d.width + kLanes - 1) / kLanes;
-  for_tiles<kTileOuter>(vectors, [&](auto columns, int64_t c) {
+  for_tiles<kOuterColumns>(vectors, [&](auto columns, int64_t c) {
     const int64_t last = d.width - (c + columns.value - 1) * kLanes;
-    outer_tile<kRows, columns.value>(factors, d.tasks, d.hidden + c * kLanes, d.padded, grad + c * kLanes, d.width,
-                                     last);
+    outer_tile<kRows, columns.value>(factors, d.tasks, d.hidden + c * kLanes, d.padded, to, row * d.width + c * kLanes,
+                                     d.width, last);
   });
 }
 
-HM_INLINE void adam_vector(const float* grad, float* w, float* m, float* v, const AdamStep& step, int64_t count) {
-  Vec wi = load_up_to(w, count), mi = load_up_to(m, count), vi = load_up_to(v, count);
-  adam_update(load_up_to(grad, count), wi, mi, vi, step);
-  store_up_to(w, wi, count);
-  store_up_to(m, mi, count);
-  store_up_to(v, vi, count);
-}
-
-// Adam on n entries; on the way, what lies `ahead` floats further is asked for, to be written.
-HM_INLINE void adam_range(const float* grad, float* w, float* m, float* v, const AdamStep& step, int64_t n,
-                          int64_t ahead) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(w + i + ahead, 1, 2);
-    __builtin_prefetch(m + i + ahead, 1, 2);
-    __builtin_prefetch(v + i + ahead, 1, 2);
-    adam_vector(grad + i, w + i, m + i, v + i, step, kLanes);
+template <class To>
+HM_INLINE void weight_gradient(const DenseLayer& d, int64_t row, int rows, const float* factors, To to,
+                               Ahead& ahead) {
+  int r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    weight_gradient_rows<2>(d, factors + r, to, row + r);
+    Ahead::advance(ahead, 2 * (d.tasks + kAdamWork));
   }
-  if (i < n) adam_vector(grad + i, w + i, m + i, v + i, step, n - i);
+  if (r < rows) weight_gradient_rows<1>(d, factors + r, to, row + r);
 }
 
 HM_INLINE void bias_gradient(const DenseLayer& d, int rows, const float* factors, float* grad) {
@@ -236,33 +286,34 @@ double dense_value(const DenseLayer& d, int64_t begin, int64_t end, float* scrat
   double total = 0;
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
-    block_dots(d, d.weight + row * d.width, rows, scratch);
+    Ahead ahead = Ahead::of_block(d, row);
+    block_dots(d, d.weight + row * d.width, rows, scratch, ahead);
     total += residuals(d, row, rows, scratch);
   }
   return total;
 }
 
-double dense_pass(const DenseLayer& d, int64_t begin, int64_t end, float* scratch, float* grad_hidden) {
-  float* factors = scratch;
-  float* grad = scratch + d.tasks * kBlockRows;
+double dense_pass(const DenseLayer& d, int64_t begin, int64_t end, float* factors, float* grad_hidden) {
   double total = 0;
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
-    const int64_t at = row * d.width, floats = rows * d.width;
-    block_dots(d, d.weight + at, rows, factors);
+    const float* w = d.weight + row * d.width;
+    Ahead ahead = Ahead::of_block(d, row);
+    block_dots(d, w, rows, factors, ahead);
     total += residuals(d, row, rows, factors);
     if (d.grad_logits) std::memcpy(factors + d.drift_tasks * kBlockRows, d.grad_logits + row, rows * sizeof(float));
-    hidden_gradient(d, d.weight + at, rows, factors, grad_hidden);
-    float* out = d.grad_weight ? d.grad_weight + at : grad;
-    int r = 0;
-    for (; r + 2 <= rows; r += 2) weight_gradient_rows<2>(d, factors + r, out + r * d.width);
-    if (r < rows) weight_gradient_rows<1>(d, factors + r, out + r * d.width);
-    float bias_scratch[kBlockRows];
-    float* out_bias = d.grad_bias ? d.grad_bias + row : bias_scratch;
-    bias_gradient(d, rows, factors, out_bias);
-    if (!d.weight_out) continue;
-    adam_range(grad, d.weight_out + at, d.weight_m + at, d.weight_v + at, d.adam, floats, kBlockRows * d.width);
-    adam_range(out_bias, d.bias_out + row, d.bias_m + row, d.bias_v + row, d.adam, rows, 0);
+    hidden_gradient(d, w, rows, factors, grad_hidden, ahead);
+    float grad_bias[kBlockRows];
+    bias_gradient(d, rows, factors, d.weight_out ? grad_bias : d.grad_bias + row);
+    if (d.weight_out) {
+      weight_gradient(d, row, rows, factors, StepAdam{d.weight_out, d.weight_m, d.weight_v, d.adam}, ahead);
+      const StepAdam step{d.bias_out, d.bias_m, d.bias_v, d.adam};
+      for (int r = 0; r < rows; r += kLanes) {
+        StepAdam::take(step, load_up_to(grad_bias + r, rows - r), row + r, rows - r);
+      }
+    } else {
+      weight_gradient(d, row, rows, factors, WriteGradient{d.grad_weight}, ahead);
+    }
   }
   return total;
 }

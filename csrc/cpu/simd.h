@@ -84,10 +84,21 @@ HM_INLINE Vec load_part(const float* p, int count) {
 HM_INLINE void store_part(float* p, Vec v, int count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#elif defined(__AVX2__)
+  __m128 half = _mm256_castps256_ps128((__m256)v);  // masked stores of AVX2 are slow on AMD
+  if (count & 4) {
+    _mm_storeu_ps(p, half);
+    half = _mm256_extractf128_ps((__m256)v, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), half);
+    half = _mm_movehl_ps(half, half);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, half);
 #else
-  float lanes[kLanes];  // masked stores of AVX2 are slow on AMD
-  std::memcpy(lanes, &v, sizeof v);
-  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+  for (int i = 0; i < count; ++i) p[i] = v[i];
 #endif
 }
 
