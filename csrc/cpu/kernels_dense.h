@@ -38,15 +38,42 @@ HM_INLINE void with_size(int n, const F& f) {
   }
 }
 
-// Splits total into the fewest tiles of at most kMax, of nearly equal size: f(Size, start).
+// A total split into the fewest tiles of at most kMax, of nearly equal size. Made once: it takes a division.
+template <int kMax>
+struct Tiles {
+  int64_t count, size, larger;  // the first `larger` tiles have one more
+
+  static Tiles of(int64_t total) {
+    const int64_t count = (total + kMax - 1) / kMax;
+    return {count, count ? total / count : 0, count ? total % count : 0};
+  }
+};
+
+// f(Size, start) for every tile.
 template <int kMax, class F>
-HM_INLINE void for_tiles(int64_t total, const F& f) {
-  const int64_t tiles = (total + kMax - 1) / kMax;
-  for (int64_t k = 0; k < tiles; ++k) {
-    const int64_t begin = total * k / tiles, end = total * (k + 1) / tiles;
-    with_size<kMax>(static_cast<int>(end - begin), [&](auto size) { f(size, begin); });
+HM_INLINE void for_tiles(const Tiles<kMax>& tiles, const F& f) {
+  int64_t begin = 0;
+  for (int64_t k = 0; k < tiles.count; ++k) {
+    const int64_t size = tiles.size + (k < tiles.larger);
+    with_size<kMax>(static_cast<int>(size), [&](auto n) { f(n, begin); });
+    begin += size;
   }
 }
+
+// How the products of a layer are cut.
+struct Cut {
+  int64_t vectors;  // of a row
+  Tiles<kDotTasks> dot_tasks;
+  Tiles<kHiddenTasks> hidden_tasks;
+  Tiles<kHiddenColumns> hidden_columns;
+  Tiles<kOuterColumns> outer_columns;
+
+  static Cut of(const DenseLayer& d) {
+    const int64_t vectors = (d.width + kLanes - 1) / kLanes;
+    return {vectors, Tiles<kDotTasks>::of(d.drift_tasks), Tiles<kHiddenTasks>::of(d.tasks),
+            Tiles<kHiddenColumns>::of(vectors), Tiles<kOuterColumns>::of(vectors)};
+  }
+};
 
 // Asks for the next block of W, m and v a few cache lines at a time, in step with the work on this one: so the memory is
 // busy all through the block, not only where the block itself reads and writes.
@@ -110,10 +137,10 @@ HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padde
 }
 
 // factors[j][r] = W_r . h_j for the drift tasks and the rows of a block.
-HM_INLINE void block_dots(const DenseLayer& d, const float* w, int rows, float* factors, Ahead& ahead) {
+HM_INLINE void block_dots(const DenseLayer& d, const Cut& cut, const float* w, int rows, float* factors, Ahead& ahead) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    for_tiles<kDotTasks>(d.drift_tasks, [&](auto tasks, int64_t j) {
+    for_tiles(cut.dot_tasks, [&](auto tasks, int64_t j) {
       dots<4, tasks.value>(w + r * d.width, d.width, d.hidden + j * d.padded, d.padded, factors + j * kBlockRows + r);
     });
     Ahead::advance(ahead, 4 * d.drift_tasks);
@@ -174,20 +201,19 @@ HM_INLINE void hidden_tile(const float* w, int64_t width, int rows, const float*
   }
 }
 
-HM_INLINE void hidden_gradient(const DenseLayer& d, const float* w, int rows, const float* factors, float* grad_hidden,
-                               Ahead& ahead) {
-  const int64_t vectors = (d.width + kLanes - 1) / kLanes;
+HM_INLINE void hidden_gradient(const DenseLayer& d, const Cut& cut, const float* w, int rows, const float* factors,
+                               float* grad_hidden, Ahead& ahead) {
   const int rest = static_cast<int>(d.width % kLanes);
-  for_tiles<kHiddenTasks>(d.tasks, [&](auto tasks, int64_t j) {
-    for_tiles<kHiddenColumns>(vectors, [&](auto columns, int64_t c) {
+  for_tiles(cut.hidden_tasks, [&](auto tasks, int64_t j) {
+    for_tiles(cut.hidden_columns, [&](auto columns, int64_t c) {
       float* out = grad_hidden + j * d.padded + c * kLanes;
       const float* g = factors + j * kBlockRows;
-      if (rest && c + columns.value == vectors) {
+      if (rest && c + columns.value == cut.vectors) {
         hidden_tile<tasks.value, columns.value, true>(w + c * kLanes, d.width, rows, g, out, d.padded, rest);
       } else {
         hidden_tile<tasks.value, columns.value, false>(w + c * kLanes, d.width, rows, g, out, d.padded, rest);
       }
-      Ahead::advance(ahead, kBlockRows * tasks.value * columns.value / vectors);
+      Ahead::advance(ahead, kBlockRows * tasks.value * columns.value / cut.vectors);
     });
   });
 }
@@ -238,9 +264,8 @@ HM_INLINE void outer_tile(const float* factors, int64_t tasks, const float* h, i
 }
 
 template <int kRows, class To>
-HM_INLINE void weight_gradient_rows(const DenseLayer& d, const float* factors, To to, int64_t row) {
-  const int64_t vectors = (d.width + kLanes - 1) / kLanes;
-  for_tiles<kOuterColumns>(vectors, [&](auto columns, int64_t c) {
+HM_INLINE void weight_gradient_rows(const DenseLayer& d, const Cut& cut, const float* factors, To to, int64_t row) {
+  for_tiles(cut.outer_columns, [&](auto columns, int64_t c) {
     const int64_t last = d.width - (c + columns.value - 1) * kLanes;
     outer_tile<kRows, columns.value>(factors, d.tasks, d.hidden + c * kLanes, d.padded, to, row * d.width + c * kLanes,
                                      d.width, last);
@@ -248,14 +273,14 @@ HM_INLINE void weight_gradient_rows(const DenseLayer& d, const float* factors, T
 }
 
 template <class To>
-HM_INLINE void weight_gradient(const DenseLayer& d, int64_t row, int rows, const float* factors, To to,
+HM_INLINE void weight_gradient(const DenseLayer& d, const Cut& cut, int64_t row, int rows, const float* factors, To to,
                                Ahead& ahead) {
   int r = 0;
   for (; r + 2 <= rows; r += 2) {
-    weight_gradient_rows<2>(d, factors + r, to, row + r);
+    weight_gradient_rows<2>(d, cut, factors + r, to, row + r);
     Ahead::advance(ahead, 2 * (d.tasks + kAdamWork));
   }
-  if (r < rows) weight_gradient_rows<1>(d, factors + r, to, row + r);
+  if (r < rows) weight_gradient_rows<1>(d, cut, factors + r, to, row + r);
 }
 
 HM_INLINE void bias_gradient(const DenseLayer& d, int rows, const float* factors, float* grad) {
@@ -283,36 +308,38 @@ void dense_logits(const DenseLayer& d, int64_t begin, int64_t end, float* logits
 }
 
 double dense_value(const DenseLayer& d, int64_t begin, int64_t end, float* scratch) {
+  const Cut cut = Cut::of(d);
   double total = 0;
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
     Ahead ahead = Ahead::of_block(d, row);
-    block_dots(d, d.weight + row * d.width, rows, scratch, ahead);
+    block_dots(d, cut, d.weight + row * d.width, rows, scratch, ahead);
     total += residuals(d, row, rows, scratch);
   }
   return total;
 }
 
 double dense_pass(const DenseLayer& d, int64_t begin, int64_t end, float* factors, float* grad_hidden) {
+  const Cut cut = Cut::of(d);
   double total = 0;
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
     const float* w = d.weight + row * d.width;
     Ahead ahead = Ahead::of_block(d, row);
-    block_dots(d, w, rows, factors, ahead);
+    block_dots(d, cut, w, rows, factors, ahead);
     total += residuals(d, row, rows, factors);
     if (d.grad_logits) std::memcpy(factors + d.drift_tasks * kBlockRows, d.grad_logits + row, rows * sizeof(float));
-    hidden_gradient(d, w, rows, factors, grad_hidden, ahead);
+    hidden_gradient(d, cut, w, rows, factors, grad_hidden, ahead);
     float grad_bias[kBlockRows];
     bias_gradient(d, rows, factors, d.weight_out ? grad_bias : d.grad_bias + row);
     if (d.weight_out) {
-      weight_gradient(d, row, rows, factors, StepAdam{d.weight_out, d.weight_m, d.weight_v, d.adam}, ahead);
+      weight_gradient(d, cut, row, rows, factors, StepAdam{d.weight_out, d.weight_m, d.weight_v, d.adam}, ahead);
       const StepAdam step{d.bias_out, d.bias_m, d.bias_v, d.adam};
       for (int r = 0; r < rows; r += kLanes) {
         StepAdam::take(step, load_up_to(grad_bias + r, rows - r), row + r, rows - r);
       }
     } else {
-      weight_gradient(d, row, rows, factors, WriteGradient{d.grad_weight}, ahead);
+      weight_gradient(d, cut, row, rows, factors, WriteGradient{d.grad_weight}, ahead);
     }
   }
   return total;
