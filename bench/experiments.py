@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hypermask_fast.layout import MaskLayout
 from hypermask_fast.targets import build_target
@@ -140,6 +139,8 @@ class Experiment:
         return 4.0 * moved, flops + 6.0 * size * width + drift
 
     def _network_flops(self) -> float:
+        from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which must not weigh on peak memory
+
         counter = FlopCounterMode(display=False)
         with torch.device("meta"), counter:
             net = self.network()

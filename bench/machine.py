@@ -23,9 +23,14 @@ MALLOC = {"as shipped": "", "tuned": f"GLIBC_TUNABLES={_KEEP}"}
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Columns of the results file that are the same for a whole run."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    backend = _backend(device)
+    if device.type == "cuda":
+        name = kind = torch.cuda.get_device_name(device)
+    else:  # one name of a CPU may come with several instruction sets
+        name = _cpu_name()
+        kind = f"{name} {backend.removeprefix('cpu')}"
     return {
-        "machine": slug(name, os.cpu_count() or 1),
+        "machine": slug(kind, os.cpu_count() or 1),
         "device": name,
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
@@ -34,7 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "library": __version__,
         "triton": _version("triton"),
         "hypnettorch": _version("hypnettorch"),
-        "backend": _backend(device),
+        "backend": backend,
         "commit": commit(),
     }
 

@@ -251,5 +251,6 @@ def _op(name: str, shapes: str, build: Callable, floor: Callable[[], tuple[float
         contenders=(OURS, PYTORCH),
         build=build,
         floor=floor,
-        tolerance=lambda tensor: 2e-5,
+        # The hidden vectors' gradient is a sum over N terms, which float32 matrix products add up in any order.
+        tolerance=lambda tensor: 1e-4 if tensor == "hidden_grad" else 2e-5,
     )

@@ -256,33 +256,3 @@ _CALLS = {
     "hypernet_logits": (_hypernet_logits, _hypernet_logits_condition),
     "hypernet_adam": (_hypernet_adam, lambda hidden, *rest: _shared_memory_problem(hidden, hidden.shape[0])),
 }
-
-
-def gram_output_drift(
-    hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old_weight: Tensor, old_bias: Tensor, size: int
-) -> Tensor:
-    """`reference.chunked_output_drift` without N-sized work: n H^2 + C H^2 operations for n = tasks * chunks rows.
-
-    With d = W - W*, e = h - h*, c = b - b* the residual of a row is r = h d' + e W*' + c, so
-
-        sum ||r||^2 = <S, d'd> + 2 <Z, W*'d> + <E, W*'W*> + 2 (d'c).s + 2 (W*'c).u + n c.c
-
-    where S = h'h, Z = e'h, E = e'e, s and u the sums of the rows of h and e. Autograd's gradient of it
-    costs the same. The last chunk, where it is cut off, is done directly.
-    """
-    rows = weight.shape[0]
-    whole = size // rows
-    d, c = weight - old_weight.detach(), bias - old_bias.detach()
-    old = old_weight.detach()
-    h = hidden[:, :whole].flatten(0, 1)
-    e = h - old_hidden[:, :whole].detach().flatten(0, 1)
-    old_c = old.t() @ c
-    total = ((h.t() @ h) * (d.t() @ d)).sum() + 2 * ((e.t() @ h) * (old.t() @ d)).sum()
-    total = total + ((e.t() @ e) * (old.t() @ old)).sum()
-    total = total + 2 * (d.t() @ c).dot(h.sum(0)) + 2 * old_c.dot(e.sum(0)) + h.shape[0] * c.dot(c)
-    rest = size - whole * rows
-    if rest:
-        last = hidden[:, whole]
-        change = last - old_hidden[:, whole].detach()
-        total = total + (F.linear(last, d[:rest], c[:rest]) + F.linear(change, old[:rest])).square().sum()
-    return total

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, native, triton_backend
+from . import backends, chunked, native, triton_backend
 from .reference import kept_rank
 
 __all__ = [
@@ -148,6 +148,8 @@ def task_batched_linear(
 def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int, *, backend: str | None = None) -> Tensor:
     """(T, N) logits of hidden (T, chunks, H); see `reference.hypernet_logits`."""
     args = (hidden, weight, bias, size)
+    if hidden.shape[1] > 1 and backends.requested(backend) == "auto":
+        return chunked.hypernet_logits(*args)
     return backends.choose("hypernet_logits", backend, hidden, args, {})(*args)
 
 
@@ -172,12 +174,12 @@ def chunked_output_drift(
 ) -> Tensor:
     """Scalar R against the same layer as it stood; see `reference.chunked_output_drift`.
 
-    Unless the reference is asked for by name it is computed from H x H products on every device and dtype: its cost
-    does not grow with N, and it keeps the digits that subtracting two large outputs loses.
+    Unless the reference is asked for by name it is `chunked.output_drift` on every device and dtype: its cost does not
+    grow with N, and it is more accurate.
     """
     args = (hidden, weight, bias, old_hidden, old_weight, old_bias, size)
     if backends.requested(backend) == "auto":
-        return native.gram_output_drift(*args)
+        return chunked.output_drift(*args)
     return backends.choose("chunked_output_drift", backend, hidden, args, {})(*args)
 
 

@@ -1,0 +1,105 @@
+"""The chunked hypernetwork's output layer, its products arranged so that nothing larger than needed is made.
+
+Plain PyTorch on any device and in any dtype; the definitions are `reference.hypernet_logits` and
+`reference.chunked_output_drift`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+
+
+def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    """`reference.hypernet_logits`, whose backward pass reads the gradient where it lies.
+
+    Autograd would first copy it into a zero-filled array of whole chunks.
+    """
+    return _Logits.apply(hidden, weight, bias, size)
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return reference.hypernet_logits(hidden, weight, bias, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        hidden, weight = ctx.saved_tensors
+        rows = weight.shape[0]
+        whole = grad.shape[1] // rows
+        # The whole chunks of all tasks, then each task's last one where it is cut off.
+        of_whole = grad[:, : whole * rows].reshape(-1, rows)
+        grad_weight = of_whole.t() @ hidden[:, :whole].flatten(0, 1)
+        grad_bias = of_whole.sum(0)
+        grad_hidden = (of_whole @ weight).view(-1, whole, hidden.shape[2])
+        if whole < hidden.shape[1]:
+            of_last = grad[:, whole * rows :]
+            rest = of_last.shape[1]
+            grad_weight[:rest].addmm_(of_last.t(), hidden[:, whole])
+            grad_bias[:rest] += of_last.sum(0)
+            grad_hidden = torch.cat([grad_hidden, (of_last @ weight[:rest])[:, None]], dim=1)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def output_drift(
+    hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old_weight: Tensor, old_bias: Tensor, size: int
+) -> Tensor:
+    """`reference.chunked_output_drift` without N-sized work: n H^2 + C H^2 operations for n = tasks * chunks rows.
+
+    It also keeps the digits that subtracting two large, nearly equal outputs loses. The last chunk, where it is cut
+    off, is done directly.
+    """
+    rows = weight.shape[0]
+    whole = size // rows
+    layer, old_layer = (weight, bias), (old_weight.detach(), old_bias.detach())
+    old_hidden = old_hidden.detach()
+    total = _GramDrift.apply(hidden[:, :whole].flatten(0, 1), *layer, old_hidden[:, :whole].flatten(0, 1), *old_layer)
+    rest = size - whole * rows
+    if rest:
+        last = hidden[:, whole]
+        d, c = weight[:rest] - old_layer[0][:rest], bias[:rest] - old_layer[1][:rest]
+        change = F.linear(last, d, c) + F.linear(last - old_hidden[:, whole], old_layer[0][:rest])
+        total = total + change.square().sum()
+    return total
+
+
+class _GramDrift(torch.autograd.Function):
+    """sum over rows of || W h + b - W* h* - b* ||^2 for h (n, H), from products of H x H.
+
+    With d = W - W*, e = h - h*, c = b - b* a row's residual is r = d h + W* e + c; with S = h'h, Z = e'h, E = e'e,
+    A = d'd, B = W*'d, K = W*'W*, and s, u the sums of the rows of h and e,
+
+        sum ||r||^2 = <S, A> + 2 <Z, B> + <E, K> + 2 (d'c).s + 2 (W*'c).u + n c.c
+        dW = 2 (d S + W* Z + c s'),  db = 2 (d s + W* u + n c),  dh = 2 (h (A + B') + e (K + B) + (W'c)').
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, bias: Tensor, old_h: Tensor, old: Tensor, old_bias: Tensor
+    ) -> Tensor:
+        d, e, c = weight - old, h - old_h, bias - old_bias
+        both = torch.cat([h, e], dim=1).t() @ h
+        s_h, z = both.chunk(2)
+        a, b, k, ee = d.t() @ d, old.t() @ d, old.t() @ old, e.t() @ e
+        s, u, dc, oc = h.sum(0), e.sum(0), d.t() @ c, old.t() @ c
+        ctx.save_for_backward(h, d, e, c, old, both, a, b, k, s, u, dc + oc)
+        value = (s_h * a).sum() + 2 * (z * b).sum() + (ee * k).sum()
+        return value + 2 * (dc.dot(s) + oc.dot(u)) + h.shape[0] * c.dot(c)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, d, e, c, old, both, a, b, k, s, u, wc = ctx.saved_tensors
+        factor = 2 * grad
+        s_h, z = (factor * both).chunk(2)
+        grad_weight = torch.addmm(torch.outer(c, factor * s), d, s_h).addmm_(old, z)
+        grad_bias = factor * (d @ s + old @ u + h.shape[0] * c)
+        grad_h = torch.addmm(factor * wc, h, factor * (a + b.t())).addmm_(e, factor * (k + b))
+        return grad_h, grad_weight, grad_bias, None, None, None
