@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hypermask_fast.training.memory import tune_allocator
+
 from .case import OURS, Case, Unavailable
 from .experiments import Experiment, Piece, fill, initial_blocks, masked_names, shared_parameters, whole
 from .gate import Sketch, sketch
@@ -103,6 +105,7 @@ def _peer_settings(experiment: Experiment) -> dict:
 def library(experiment: Experiment, device: torch.device, captured: bool):
     from .peers.library import Library
 
+    tune_allocator()  # as the command line does
     config = experiment.config
     made = Library(
         experiment.network(),

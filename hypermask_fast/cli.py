@@ -12,7 +12,7 @@ from .regularizers import FIDELITIES
 from .training import evaluation, report, run
 from .training.config import RunConfig, load_preset, presets
 from .training.logs import TerminalLog
-from .training.memory import prefer_huge_pages
+from .training.memory import tune_allocator
 
 PROGRAM = "hypermask-fast"
 EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     a bug and keeps its traceback.
     """
     arguments = _parser().parse_args(argv)
-    prefer_huge_pages()
+    tune_allocator()
     try:
         return arguments.run(arguments)
     except InputError as error:

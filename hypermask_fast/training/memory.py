@@ -1,18 +1,29 @@
 """Memory of a run: how it is asked for, and how much was taken."""
 
+import ctypes
 import os
 import sys
 
 import torch
 
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of mallopt, malloc.h
+_MIB = 1 << 20
 
-def prefer_huge_pages() -> None:
-    """Has PyTorch's CPU allocator ask Linux for huge pages, unless the environment has said otherwise.
 
-    A training step walks through the hypernetwork's output layer and its moments, gigabytes of them, once; with
-    pages of 4 KB, looking these up costs a good part of that. Takes effect before the process's first large tensor.
+def tune_allocator() -> None:
+    """Has the CPU's memory kept once it was asked for, and in huge pages, unless the environment has said otherwise.
+
+    Each training step makes temporaries of many megabytes. glibc gives such back to Linux at once, and every page of
+    the next ones is then a page fault; and looking up pages of 4 KB costs a step that walks through gigabytes.
+    For a program to call as it begins: huge pages take effect before the process's first large tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do without
+    if mallopt is not None:
+        for option, value in ((_MMAP_THRESHOLD, 32 * _MIB), (_TRIM_THRESHOLD, 1024 * _MIB), (_TOP_PAD, 64 * _MIB)):
+            mallopt(option, value)
 
 
 def peak_memory(device: torch.device) -> int:
