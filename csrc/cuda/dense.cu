@@ -6,6 +6,7 @@
 #include "../common/adam.h"
 #include "cuda_ops.h"
 #include "device.h"
+#include "launcher.h"
 
 namespace hypermask {
 namespace {
@@ -110,10 +111,9 @@ __device__ __forceinline__ void tile_weight(const Dense& d, int64_t row, int row
 
 template <Mode kMode>
 __global__ void __launch_bounds__(kThreads) dense_kernel(Dense d) {
-  extern __shared__ float shared[];
   __shared__ AdamStep step;
   const int stride = static_cast<int>(dense_stride(d.width)), outputs = d.tasks * d.width;
-  float* tile = shared;
+  float* tile = dynamic_shared<float>();
   float* hidden = tile + kDenseRows * stride;
   float* grad_hidden = hidden + outputs;
   float* factors = grad_hidden + outputs;
@@ -174,19 +174,17 @@ __global__ void finish_kernel(const float* partial, const double* partial_drift,
 
 template <Mode kMode>
 void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  const cudaStream_t stream = stream_of(op, like);
+  const Launcher gpu(op, like);
   const int64_t bytes = dense_shared_floats(d.tasks, d.width) * static_cast<int64_t>(sizeof(float));
-  int processors = 0, limit = 0, per_processor = 0;
-  const int device = like.get_device_index();
-  check_cuda(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  check_cuda(op, cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const int limit = gpu.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (bytes > limit) {
     fail(op, d.tasks, " tasks of width ", d.width, " need ", bytes, " bytes of shared memory, this GPU has ", limit);
   }
-  check_cuda(op, cudaFuncSetAttribute(dense_kernel<kMode>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)));
-  check_cuda(op, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, dense_kernel<kMode>, kThreads, bytes));
+  gpu.check(cudaFuncSetAttribute(dense_kernel<kMode>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)));
+  int per_processor = 0;
+  gpu.check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, dense_kernel<kMode>, kThreads, bytes));
+  const int processors = gpu.attribute(cudaDevAttrMultiProcessorCount);
   const int64_t tiles = ceil_div(d.rows, kDenseRows);
   const auto blocks = static_cast<int>(std::max<int64_t>(std::min<int64_t>(tiles, processors * per_processor), 1));
   const int outputs = kMode == kValue ? 0 : d.tasks * d.width;
@@ -194,11 +192,9 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
   Tensor partial_drift = empty_of(like, {blocks}, ScalarType::Double);
   d.partial = mutable_data(partial);
   d.partial_drift = partial_drift.mutable_data_ptr<double>();
-  dense_kernel<kMode><<<blocks, kThreads, bytes, stream>>>(d);
+  gpu.launch(dense_kernel<kMode>, blocks, kThreads, bytes, d);
   const auto finish_blocks = static_cast<unsigned>(std::max<int64_t>(ceil_div(outputs, 32), 1));
-  finish_kernel<<<finish_blocks, kThreads, 0, stream>>>(d.partial, d.partial_drift, blocks, outputs, grad_hidden,
-                                                       drift);
-  check_launch(op);
+  gpu.launch(finish_kernel, finish_blocks, kThreads, 0, d.partial, d.partial_drift, blocks, outputs, grad_hidden, drift);
 }
 
 Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
