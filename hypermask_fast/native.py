@@ -197,13 +197,24 @@ def _output_drift_condition(hidden, weight, bias, targets):
 
 
 def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
-    """Why the GPU's kernel over the dense layer can't hold its tile, the hidden vectors and their gradient."""
+    """Why the GPU's kernel over the dense layer can't hold its tiles, the hidden vectors and the factors."""
     if not hidden.is_cuda:
         return ""
     width = hidden.shape[-1]
-    needed = 4 * (32 * (width | 1) + 2 * tasks * width + 33 * tasks)
+    needed = dense_shared_bytes(tasks, width)
     there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
     return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
+
+
+def dense_shared_bytes(tasks: int, width: int) -> int:
+    """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout`, for tensors that begin on 16 bytes."""
+    pack = 4 if width % 4 == 0 else 1
+    packs = width // pack
+    rows = 4 * min(max(256 // packs, 1), 64)
+    stride = (packs | 1) * pack
+    chunk = 8 if pack == 4 and tasks > 16 else 4
+    slots = -(-max(tasks, 1) // chunk) * chunk
+    return 4 * (4 * rows * stride + slots * (stride + rows))
 
 
 def _hypernet_logits(hidden, weight, bias, size):
