@@ -208,13 +208,13 @@ def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
 
 def dense_shared_bytes(tasks: int, width: int) -> int:
     """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout`, for tensors that begin on 16 bytes."""
-    pack = 4 if width % 4 == 0 else 1
+    pack, tiles = (4, 4) if width % 4 == 0 else (1, 5)
     packs = width // pack
     rows = 4 * min(max(256 // packs, 1), 64)
-    stride = (packs | 1) * pack
-    chunk = 8 if pack == 4 and tasks > 16 else 4
+    stride = (packs | 1) * 4 if pack == 4 else packs
+    chunk = 8 if tasks > (16 if pack == 4 else 4) else 4
     slots = -(-max(tasks, 1) // chunk) * chunk
-    return 4 * (4 * rows * stride + slots * (stride + rows))
+    return 4 * (tiles * rows * stride + slots * (rows + stride))
 
 
 def _hypernet_logits(hidden, weight, bias, size):

@@ -35,15 +35,12 @@ bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 
 
 template <Mode kMode>
 void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
-  const bool aligned = on_16_bytes(d.weight) && on_16_bytes(d.weight_m) && on_16_bytes(d.weight_v);
+  const bool aligned = on_16_bytes(d.weight) && on_16_bytes(d.weight_m) &&
+                       on_16_bytes(d.weight_v) && on_16_bytes(d.grad_weight);
   d.layout = dense_layout(d.tasks, d.width, aligned);
-  if (d.layout.pack == 1) {
-    run<1, 4, kMode>(op, d, like, grad_hidden, drift);
-  } else if (d.layout.chunk == 4) {
-    run<4, 4, kMode>(op, d, like, grad_hidden, drift);
-  } else {
-    run<4, 8, kMode>(op, d, like, grad_hidden, drift);
-  }
+  const auto run_with = d.layout.pack == 4 ? d.layout.chunk == 4 ? run<4, 4, kMode> : run<4, 8, kMode>
+                        : d.layout.chunk == 4 ? run<1, 4, kMode> : run<1, 8, kMode>;
+  run_with(op, d, like, grad_hidden, drift);
 }
 
 Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias,

@@ -58,8 +58,9 @@ __device__ __forceinline__ void multiply_add(Pack<kPack>& sum, float a, const Pa
 struct Shared {
   float *weight, *next_weight;  // [rows, stride]: the tile being worked on and the next one
   float *m, *v;                 // [rows, stride]
-  float* hidden;                // [slots, stride], 0 beyond the tasks
   float* factors;               // [rows, slots]
+  float* hidden;                // [slots, stride], 0 beyond the tasks
+  float* grad;                  // [rows, stride], with packs of single floats
 
   __device__ explicit Shared(const DenseLayout& l) {
     const int tile = l.rows * l.stride;
@@ -67,48 +68,80 @@ struct Shared {
     next_weight = weight + tile;
     m = next_weight + tile;
     v = m + tile;
-    hidden = v + tile;
-    factors = hidden + l.slots * l.stride;
+    factors = v + tile;
+    hidden = factors + l.rows * l.slots;
+    grad = hidden + l.slots * l.stride;
   }
 };
 
-// A tile and the packs in it that this thread copies and updates: f(row of the tile, first column).
-template <int kPack>
+// This thread's packs of columns in any tile: f(row, column) for the first of kDensePacks rows, `lanes` apart.
+template <int kPack, class F>
+__device__ __forceinline__ void for_columns(const DenseLayout& l, const F& f) {
+  const int side = min(l.packs, kThreads), lane = threadIdx.x / side;
+  if (lane >= l.lanes) return;
+  for (int q = threadIdx.x - lane * side; q < l.packs; q += side) f(lane, q * kPack);
+}
+
 struct Tile {
   int64_t row;  // of the layer
-  int rows;     // that there are: fewer in the last tile
+  int rows;     // that there are: fewer in the last tile, none or a negative number behind it
 
   __device__ Tile(const Dense& d, int64_t row)
-      : row(row), rows(static_cast<int>(min(static_cast<int64_t>(d.layout.rows), d.rows - row))) {}
+      : row(row), rows(static_cast<int>(max(min(static_cast<int64_t>(d.layout.rows), d.rows - row), int64_t{-1}))) {}
+};
 
-  template <class F>
-  static __device__ __forceinline__ void columns(const DenseLayout& l, const F& f) {
-    const int side = min(l.packs, kThreads), lane = threadIdx.x / side;
-    if (lane >= l.lanes) return;
-    for (int q = threadIdx.x - lane * side; q < l.packs; q += side) f(lane, q * kPack);
-  }
+// A piece of a tile that one thread copies and updates; each tile's pieces are dealt to threads in the same way.
+template <int kSize>
+struct Piece {
+  static constexpr int size = kSize;  // floats
+  int shared;    // offset in the tile in shared memory
+  int64_t where;  // in the layer
+  bool there;
 
-  // Brings the tile from global to shared memory; zeros where the layer has ended.
-  __device__ __forceinline__ void copy(const Dense& d, float* shared, const float* global) const {
-    columns(d.layout, [&](int lane, int column) {
-#pragma unroll
-      for (int n = 0; n < kDensePacks; ++n) copy(d, shared, global, lane + n * d.layout.lanes, column);
-    });
-  }
-  __device__ __forceinline__ void copy(const Dense& d, float* shared, const float* global, int r, int column) const {
-    float* to = shared + r * d.layout.stride + column;
-    if (r < rows) {
-      cp_async<4 * kPack>(to, global + (row + r) * d.width + column);
+  // From global to shared memory; zeros where the layer has ended.
+  __device__ __forceinline__ void copy(float* to, const float* from) const {
+    if (there) {
+      cp_async<4 * kSize>(to + shared, from + where);
     } else {
-      pack_at<kPack>(to) = Pack<kPack>{};
+      pack_at<kSize>(to + shared) = Pack<kSize>{};
     }
   }
 };
 
+// Piece of 4 floats at a row and column.
+__device__ __forceinline__ Piece<4> piece_of_row(const Dense& d, const Tile& tile, int r, int column) {
+  return {r * d.layout.stride + column, (tile.row + r) * d.width + column, r < tile.rows};
+}
+
+// f(offset, size) for this thread's pieces of a tile without gaps; the piece in which the layer ends goes by floats.
+template <class F>
+__device__ __forceinline__ void for_pieces(const Dense& d, const Tile& tile, const F& f) {
+  const int count = max(tile.rows, 0) * d.width, all = d.layout.rows * d.width, size = d.layout.copied;
+  for (int i = threadIdx.x * size; i < all; i += kThreads * size) {
+    if (size == 4 && (i + 4 <= count || i >= count)) {
+      f(Piece<4>{i, tile.row * d.width + i, i < count});
+    } else {
+      for (int x = i; x < i + size; ++x) f(Piece<1>{x, tile.row * d.width + x, x < count});
+    }
+  }
+}
+
+template <int kPack>
+__device__ __forceinline__ void copy_tile(const Dense& d, const Tile& tile, float* to, const float* from) {
+  if constexpr (kPack == 4) {
+    for_columns<4>(d.layout, [&](int lane, int column) {
+#pragma unroll
+      for (int n = 0; n < kDensePacks; ++n) piece_of_row(d, tile, lane + n * d.layout.lanes, column).copy(to, from);
+    });
+  } else {
+    for_pieces(d, tile, [&](const auto& piece) { piece.copy(to, from); });
+  }
+}
+
 // factors[r][j] = dLoss/da_jr for one row and a chunk of tasks per thread. Returns this thread's squared residuals. A dot
 // product is one chain of multiply-adds over the columns: its bits depend neither on the mode nor on the other tasks.
 template <int kPack, int kChunk, Mode kMode>
-__device__ __forceinline__ double tile_factors(const Dense& d, const Tile<kPack>& tile, const Shared& s,
+__device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile, const Shared& s,
                                                float coefficient) {
   const DenseLayout& l = d.layout;
   double squares = 0;
@@ -237,66 +270,103 @@ struct HiddenGradient {
   }
 };
 
-// dW[r] = sum_j g[r][j] h[j] for this thread's packs, written or given to Adam at once.
-template <int kPack, Mode kMode>
-__device__ __forceinline__ void tile_weight(const Dense& d, const Tile<kPack>& tile, const Tile<kPack>& next,
-                                            const Shared& s, const AdamStep& step) {
-  const DenseLayout& l = d.layout;
-  Tile<kPack>::columns(l, [&](int lane, int column) {
-    Pack<kPack> grad[kDensePacks] = {};
+// grad[n] = sum_j g[r][j] h[j] for row r = lane + n lanes and the pack at column.
+template <int kPack>
+__device__ __forceinline__ void gradient_of_rows(const DenseLayout& l, const Shared& s, int lane, int column,
+                                                 Pack<kPack> (&grad)[kDensePacks]) {
 #pragma unroll 1
-    for (int j = 0; j < l.slots; j += 4) {
-      Pack<kPack> h[4];
+  for (int j = 0; j < l.slots; j += 4) {
+    Pack<kPack> h[4];
 #pragma unroll
-      for (int x = 0; x < 4; ++x) h[x] = pack_at<kPack>(s.hidden + (j + x) * l.stride + column);
-#pragma unroll
-      for (int n = 0; n < kDensePacks; ++n) {
-        const Pack<4> g = pack_at<4>(s.factors + (lane + n * l.lanes) * l.slots + j);
-#pragma unroll
-        for (int x = 0; x < 4; ++x) multiply_add(grad[n], g.x[x], h[x]);
-      }
-    }
-    if constexpr (kMode == kAdam) cp_async_wait<1>();  // m and v are here; W of the next tile may be under way
+    for (int x = 0; x < 4; ++x) h[x] = pack_at<kPack>(s.hidden + (j + x) * l.stride + column);
 #pragma unroll
     for (int n = 0; n < kDensePacks; ++n) {
-      const int r = lane + n * l.lanes, at = r * l.stride + column;
-      const int64_t where = (tile.row + r) * d.width + column;
-      if (r >= tile.rows) continue;
-      if constexpr (kMode == kAdam) {
-        Pack<kPack> w = pack_at<kPack>(s.weight + at), m = pack_at<kPack>(s.m + at), v = pack_at<kPack>(s.v + at);
+      const Pack<4> g = pack_at<4>(s.factors + (lane + n * l.lanes) * l.slots + j);
 #pragma unroll
-        for (int x = 0; x < kPack; ++x) adam_update(grad[n].x[x], w.x[x], m.x[x], v.x[x], step);
-        pack_at<kPack>(d.weight + where) = w;
-        pack_at<kPack>(d.weight_m + where) = m;
-        pack_at<kPack>(d.weight_v + where) = v;
-        if (r < next.rows) {
-          next.copy(d, s.m, d.weight_m, r, column);
-          next.copy(d, s.v, d.weight_v, r, column);
-        }
-      } else {
-        pack_at<kPack>(d.grad_weight + where) = grad[n];
-      }
-    }
-  });
-}
-
-// db[r] = sum_j g[r][j], likewise; a thread per row.
-template <Mode kMode>
-__device__ __forceinline__ void tile_bias(const Dense& d, int64_t row, int rows, const float* factors,
-                                          const AdamStep& step) {
-  for (int r = threadIdx.x; r < rows; r += kThreads) {
-    float grad = 0;
-    for (int j = 0; j < d.tasks; ++j) grad += factors[r * d.layout.slots + j];
-    if constexpr (kMode == kAdam) {
-      adam_update(grad, d.bias[row + r], d.bias_m[row + r], d.bias_v[row + r], step);
-    } else {
-      d.grad_bias[row + r] = grad;
+      for (int x = 0; x < 4; ++x) multiply_add(grad[n], g.x[x], h[x]);
     }
   }
 }
 
+// Adam on a piece of the tile with its gradient, or the gradient written.
+template <Mode kMode, int kSize>
+__device__ __forceinline__ void update(const Dense& d, const Piece<kSize>& piece, const Shared& s,
+                                       const Pack<kSize>& grad, const AdamStep& step) {
+  if (!piece.there) return;
+  if constexpr (kMode == kAdam) {
+    Pack<kSize> w = pack_at<kSize>(s.weight + piece.shared);
+    Pack<kSize> m = pack_at<kSize>(s.m + piece.shared), v = pack_at<kSize>(s.v + piece.shared);
+#pragma unroll
+    for (int x = 0; x < kSize; ++x) adam_update(grad.x[x], w.x[x], m.x[x], v.x[x], step);
+    pack_at<kSize>(d.weight + piece.where) = w;
+    pack_at<kSize>(d.weight_m + piece.where) = m;
+    pack_at<kSize>(d.weight_v + piece.where) = v;
+  } else {
+    pack_at<kSize>(d.grad_weight + piece.where) = grad;
+  }
+}
+
+// dW = g^T h for the tile, written or given to Adam at once.
+template <int kPack, Mode kMode>
+__device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, const Shared& s, const AdamStep& step) {
+  const DenseLayout& l = d.layout;
+  for_columns<kPack>(l, [&](int lane, int column) {
+    Pack<kPack> grad[kDensePacks] = {};
+    gradient_of_rows(l, s, lane, column, grad);
+    if constexpr (kPack == 4) {
+      if constexpr (kMode == kAdam) cp_async_wait<1>();  // m and v are here; W of the next tile may be under way
+#pragma unroll
+      for (int n = 0; n < kDensePacks; ++n) {
+        update<kMode>(d, piece_of_row(d, tile, lane + n * l.lanes, column), s, grad[n], step);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kDensePacks; ++n) s.grad[(lane + n * l.lanes) * l.stride + column] = grad[n].x[0];
+    }
+  });
+  if constexpr (kPack == 1) {
+    __syncthreads();
+    if constexpr (kMode == kAdam) cp_async_wait<1>();
+    for_pieces(d, tile, [&](const auto& piece) {
+      update<kMode>(d, piece, s, pack_at<piece.size>(s.grad + piece.shared), step);
+    });
+  }
+}
+
+// db[r] = sum_j g[r][j], likewise: a thread per row, which reads its bias and moments ahead.
+template <Mode kMode>
+struct BiasRow {
+  int64_t at;
+  bool there;
+  float bias = 0, m = 0, v = 0;
+
+  __device__ __forceinline__ BiasRow(const Dense& d, const Tile& tile)
+      : at(tile.row + threadIdx.x), there(static_cast<int>(threadIdx.x) < tile.rows) {
+    if constexpr (kMode == kAdam) {
+      if (!there) return;
+      bias = d.bias[at];
+      m = d.bias_m[at];
+      v = d.bias_v[at];
+    }
+  }
+
+  __device__ __forceinline__ void update(const Dense& d, const float* factors, const AdamStep& step) {
+    if (!there) return;
+    float grad = 0;
+    for (int j = 0; j < d.tasks; ++j) grad += factors[threadIdx.x * d.layout.slots + j];
+    if constexpr (kMode == kAdam) {
+      adam_update(grad, bias, m, v, step);
+      d.bias[at] = bias;
+      d.bias_m[at] = m;
+      d.bias_v[at] = v;
+    } else {
+      d.grad_bias[at] = grad;
+    }
+  }
+};
+
 template <int kPack, int kChunk, Mode kMode>
-__global__ void __launch_bounds__(kThreads, kChunk == 4 ? 3 : 2) dense_kernel(Dense d) {
+__global__ void __launch_bounds__(kThreads, kPack * kChunk <= 16 && kMode != kGradient ? 3 : 2) dense_kernel(Dense d) {
   __shared__ AdamStep step;
   const DenseLayout& l = d.layout;
   Shared s(l);
@@ -310,28 +380,33 @@ __global__ void __launch_bounds__(kThreads, kChunk == 4 ? 3 : 2) dense_kernel(De
   HiddenGradient<kPack, kChunk> hidden_gradient(l);
   double squares = 0;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * l.rows, stride = static_cast<int64_t>(gridDim.x) * l.rows;
-  Tile<kPack> tile(d, start);
+  Tile tile(d, start);
   // Each thread closes two groups of copies per tile, W of the next one and m and v of the next one, in this order; so
   // "all but the last group" is W before the barrier below, and m and v in tile_weight.
-  tile.copy(d, s.weight, d.weight);
+  copy_tile<kPack>(d, tile, s.weight, d.weight);
   cp_async_commit();
   if constexpr (kMode == kAdam) {
-    tile.copy(d, s.m, d.weight_m);
-    tile.copy(d, s.v, d.weight_v);
+    copy_tile<kPack>(d, tile, s.m, d.weight_m);
+    copy_tile<kPack>(d, tile, s.v, d.weight_v);
   }
   cp_async_commit();
   while (tile.row < d.rows) {
-    const Tile<kPack> next(d, tile.row + stride);
+    const Tile next(d, tile.row + stride);
     cp_async_wait<1>();
     __syncthreads();  // W is here, and all threads are done with the tile before
-    if (next.rows > 0) next.copy(d, s.next_weight, d.weight);
+    if (next.rows > 0) copy_tile<kPack>(d, next, s.next_weight, d.weight);
     cp_async_commit();
     squares += tile_factors<kPack, kChunk, kMode>(d, tile, s, coefficient);
     if constexpr (kMode != kValue) {
+      BiasRow<kMode> bias(d, tile);
       __syncthreads();
       hidden_gradient.add_tile(d, s, tile.row == start, partial);
-      tile_weight<kPack, kMode>(d, tile, next, s, step);
-      tile_bias<kMode>(d, tile.row, tile.rows, s.factors, step);
+      tile_weight<kPack, kMode>(d, tile, s, step);
+      bias.update(d, s.factors, step);
+    }
+    if (kMode == kAdam && next.rows > 0) {  // where each thread has just used its own pieces
+      copy_tile<kPack>(d, next, s.m, d.weight_m);
+      copy_tile<kPack>(d, next, s.v, d.weight_v);
     }
     cp_async_commit();
     float* free = s.weight;

@@ -66,10 +66,11 @@ int main() {
   for (int64_t width : {1, 2, 3, 4, 25, 50, 100, 128, 255, 256, 257, 1000, 1028, 4096}) {
     for (int64_t tasks : {0, 1, 4, 5, 16, 17, 40, 400}) {
       const DenseLayout l = dense_layout(tasks, width, true);
-      assert(l.pack * l.packs == width && l.slots >= tasks && l.slots % l.chunk == 0 && (tasks == 0 || l.slots - tasks < l.chunk));
+      assert(l.pack * l.packs == width && l.slots >= tasks && l.slots % l.chunk == 0);
+      assert(tasks == 0 || l.slots - tasks < l.chunk);
       assert(l.lanes >= 1 && (l.lanes == 1 || l.lanes * l.packs <= kThreads) && l.rows == kDensePacks * l.lanes);
-      assert(l.stride >= width && l.stride / l.pack % 2 == 1 && l.stride % l.pack == 0);
-      assert(l.rows % 4 == 0);  // so that everything in shared memory begins on 16 bytes
+      assert(l.stride >= width && l.stride % l.pack == 0 && (l.pack == 1 || l.stride / 4 % 2 == 1));
+      assert(l.rows % 4 == 0 && l.rows <= kThreads);  // so that everything in shared memory begins on 16 bytes
       const DenseLayout single = dense_layout(tasks, width, false);
       assert(single.pack == 1 && single.packs == width);
       std::printf("%d %d %d\n", int(tasks), int(width), int(4 * dense_shared_floats(l)));

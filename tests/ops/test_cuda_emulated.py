@@ -168,7 +168,14 @@ def test_weight_drift(emulated, count, norm, masked):
 
 # The dense output layer
 
-SHAPES = [(1, 1), (63, 7), (997, 25), (500, 100), (129, 200), (40, 257), (333, 128)]
+# The last two have more strips of columns and tasks than a block has threads.
+SHAPES = [(1, 1), (63, 7), (997, 25), (500, 100), (129, 200), (333, 128), (40, 257), (50, 400)]
+
+
+def unaligned(x):
+    """A copy that begins 4 bytes behind a border of 16."""
+    memory = torch.empty(x.numel() + 1)
+    return memory[1:].view(x.shape).copy_(x)
 
 
 def dense_problem(rows, width, tasks):
@@ -205,6 +212,29 @@ def test_hypernet_adam(emulated, rows, width, tasks):
     expected = reference.hypernet_adam(*(x.double() for x in rest), *state64, *(x.double() for x in tail))
     assert_all_close(results, expected, "sum", "result")
     assert_all_close(state, state64, "sum", "state")
+
+
+@pytest.mark.parametrize("rows, width", [(63, 7), (301, 100)])
+def test_hypernet_adam_of_unaligned_tensors(emulated, rows, width):
+    hidden, targets, weight, bias, (wm, bm, wv, bv) = dense_problem(rows, width, 2)
+    rest, tail = [hidden, torch.randn(rows), targets, torch.tensor(0.02)], [torch.tensor(3.0), torch.tensor(1e-3)]
+    aligned = [weight, bias, wm, wv, bm, bv]
+    shifted = [unaligned(x) for x in aligned]
+    expected = emulated.hypernet_adam(*rest, *aligned, *tail, 0.9, 0.999, 1e-8)
+    torch.ops.hypermask_emulated.hypernet_adam(*rest, *shifted, *tail, 0.9, 0.999, 1e-8)
+    assert_all_close(shifted, [x.double() for x in aligned], "sum", "state")
+    assert expected[0].isfinite().all()
+
+
+@pytest.mark.parametrize("rows, width", [(203, 100), (201, 25)])
+def test_a_prediction_does_not_depend_on_the_other_tasks(emulated, rows, width):
+    """To the bit, in every mode: a task begins with a drift of exactly 0."""
+    hidden, _, weight, bias, _ = dense_problem(rows, width, 20)
+    hidden, nothing, half = hidden[:, None].contiguous(), torch.zeros(1, rows), torch.tensor(0.5)
+    predictions = [emulated.output_drift_backward(half, h[None], weight, bias, nothing)[2] for h in hidden]
+    for tasks in (1, 5, 21):
+        targets = torch.stack(predictions[:tasks])
+        assert emulated.output_drift(hidden[:tasks].contiguous(), weight, bias, targets) == 0
 
 
 def test_hypernet_adam_lets_nan_show_where_it_belongs(emulated):
