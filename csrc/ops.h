@@ -45,4 +45,5 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("weight_drift_backward", TORCH_BOX(&hypermask::weight_drift_backward_##device));   \
   m.impl("output_drift", TORCH_BOX(&hypermask::output_drift_##device));                     \
   m.impl("output_drift_backward", TORCH_BOX(&hypermask::output_drift_backward_##device));   \
+  m.impl("hypernet_logits", TORCH_BOX(&hypermask::hypernet_logits_##device));               \
   m.impl("hypernet_adam", TORCH_BOX(&hypermask::hypernet_adam_##device))

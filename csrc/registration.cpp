@@ -12,10 +12,7 @@
 
 STABLE_TORCH_LIBRARY(hypermask_fast, m) { hypermask::define_ops(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CPU, m) {
-  HM_IMPLEMENT(m, cpu);
-  m.impl("hypernet_logits", TORCH_BOX(&hypermask::hypernet_logits_cpu));  // on the GPU this is cuBLAS's
-}
+STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CPU, m) { HM_IMPLEMENT(m, cpu); }
 
 #if defined(HYPERMASK_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CUDA, m) { HM_IMPLEMENT(m, cuda); }

@@ -225,7 +225,7 @@ def _hypernet_logits(hidden, weight, bias, size):
 def _hypernet_logits_condition(hidden, weight, bias, size):
     if hidden.shape[:2] != (1, 1) or size != weight.shape[0]:
         return "more than one task or chunk: a matrix product, torch's own"
-    return "cuBLAS serves the GPU" if hidden.is_cuda else ""
+    return _shared_memory_problem(hidden, 1)
 
 
 def _hypernet_adam(*args):

@@ -27,6 +27,7 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
   d.partial = mutable_data(partial);
   d.partial_drift = partial_drift.mutable_data_ptr<double>();
   gpu.launch(kernel, blocks, kThreads, bytes, d);
+  if (!grad_hidden && !drift) return;
   const auto finish_blocks = static_cast<unsigned>(std::max<int64_t>(ceil_div(outputs, 32), 1));
   gpu.launch(finish_kernel, finish_blocks, kThreads, 0, d.partial, d.partial_drift, blocks, outputs, grad_hidden, drift);
 }
@@ -43,27 +44,39 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
   run_with(op, d, like, grad_hidden, drift);
 }
 
-Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
-                  const Tensor& targets) {
-  if (weight.size(1) > 4096 || hidden.size(0) > 4096) fail(op, "hidden has more than 4096 rows or columns");
+Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias, int64_t drift_tasks) {
+  if (weight.size(1) > 4096 || drift_tasks >= 4096) fail(op, "hidden has more than 4096 rows or columns");
   Dense d{};
   d.rows = weight.size(0);
   d.width = static_cast<int>(weight.size(1));
-  d.tasks = d.drift_tasks = static_cast<int>(targets.size(0));
+  d.tasks = d.drift_tasks = static_cast<int>(drift_tasks);
   d.weight = const_cast<float*>(data(weight));
   d.bias = const_cast<float*>(data(bias));
   d.hidden = data(hidden);
-  d.targets = data(targets);
   return d;
 }
 
 }  // namespace
 
+// The logits of one task, in the arithmetic of its drift: against them as targets that is exactly 0.
+Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
+  const char* op = "hypernet_logits";
+  check_dense(op, hidden, weight, bias, Place::kCuda);
+  check_float(op, "hidden", hidden, Place::kCuda, {weight.size(1)});
+  Tensor logits = empty_float(weight, {weight.size(0)});
+  Dense d = dense_layer(op, hidden, weight, bias, 1);
+  d.logits = mutable_data(logits);
+  run<kValue>(op, d, weight, nullptr, nullptr);
+  return logits;
+}
+
 Tensor output_drift_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets) {
   const char* op = "output_drift";
   check_output_drift(op, hidden, weight, bias, targets, Place::kCuda);
   Tensor drift = empty_float(weight, {});
-  run<kValue>(op, dense_layer(op, hidden, weight, bias, targets), weight, nullptr, mutable_data(drift));
+  Dense d = dense_layer(op, hidden, weight, bias, targets.size(0));
+  d.targets = data(targets);
+  run<kValue>(op, d, weight, nullptr, mutable_data(drift));
   return drift;
 }
 
@@ -76,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cuda(const Tensor& grad
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
   Tensor grad_weight = empty_float(weight, shape_of(weight));
   Tensor grad_bias = empty_float(bias, shape_of(bias));
-  Dense d = dense_layer(op, hidden, weight, bias, targets);
+  Dense d = dense_layer(op, hidden, weight, bias, targets.size(0));
+  d.targets = data(targets);
   d.outer = data(grad);
   d.grad_weight = mutable_data(grad_weight);
   d.grad_bias = mutable_data(grad_bias);
@@ -94,7 +108,8 @@ std::tuple<Tensor, Tensor> hypernet_adam_cuda(const Tensor& hidden, const Tensor
              lr, Place::kCuda);
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
   Tensor drift = empty_float(hidden, {});
-  Dense d = dense_layer(op, hidden, weight, bias, targets);
+  Dense d = dense_layer(op, hidden, weight, bias, targets.size(0));
+  d.targets = data(targets);
   d.tasks = d.drift_tasks + 1;
   d.grad_logits = data(grad_logits);
   d.outer = data(drift_weight);

@@ -23,7 +23,8 @@ struct Dense {
   float* weight;                  // written in Adam mode only
   float* bias;
   const float* hidden;       // [tasks, width]
-  const float* targets;      // [drift_tasks, rows]
+  const float* targets;      // [drift_tasks, rows], or null: 0
+  float* logits;             // [drift_tasks, rows]: in value mode where the residuals go, or null
   const float* grad_logits;  // [rows] or null
   const float* outer;        // one entry: dLoss/dR; null in value mode
   float *grad_weight, *grad_bias;
@@ -153,7 +154,7 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
     if (drift > 0) {
       const float bias = d.bias[at];
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) target[j] = j < drift ? d.targets[(first + j) * d.rows + at] : 0.0f;
+      for (int j = 0; j < kChunk; ++j) target[j] = j < drift && d.targets ? d.targets[(first + j) * d.rows + at] : 0.0f;
       const float *w = s.weight + r * l.stride, *h = s.hidden + first * l.stride;
 #pragma unroll (16 / kChunk)
       for (int k = 0; k < d.width; k += kPack) {
@@ -171,6 +172,7 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
           const float residual = (sum[j] + bias) - target[j];
           squares += static_cast<double>(residual) * residual;
           g[j] = coefficient * residual;
+          if (kMode == kValue && d.logits) d.logits[(first + j) * d.rows + at] = residual;
         }
       }
     }

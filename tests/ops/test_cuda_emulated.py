@@ -230,11 +230,19 @@ def test_hypernet_adam_of_unaligned_tensors(emulated, rows, width):
 def test_a_prediction_does_not_depend_on_the_other_tasks(emulated, rows, width):
     """To the bit, in every mode: a task begins with a drift of exactly 0."""
     hidden, _, weight, bias, _ = dense_problem(rows, width, 20)
-    hidden, nothing, half = hidden[:, None].contiguous(), torch.zeros(1, rows), torch.tensor(0.5)
-    predictions = [emulated.output_drift_backward(half, h[None], weight, bias, nothing)[2] for h in hidden]
+    logits = torch.stack([emulated.hypernet_logits(h, weight, bias) for h in hidden])
+    assert_close(logits, hidden.double() @ weight.double().t() + bias, "sum", "logits")
+    chunks, nothing = hidden[:, None].contiguous(), torch.zeros(21, rows)
     for tasks in (1, 5, 21):
-        targets = torch.stack(predictions[:tasks])
-        assert emulated.output_drift(hidden[:tasks].contiguous(), weight, bias, targets) == 0
+        targets = logits[:tasks].contiguous()
+        assert emulated.output_drift(chunks[:tasks].contiguous(), weight, bias, targets) == 0
+    *_, grad_bias = emulated.output_drift_backward(torch.tensor(0.5), chunks[:1], weight, bias, nothing[:1])
+    assert torch.equal(grad_bias, logits[0])
+    state = [x.clone() for x in (weight, bias, *[torch.zeros_like(x) for x in (weight, weight, bias, bias)])]
+    one = torch.tensor(1.0)
+    args = hidden, torch.zeros(rows), logits[:20].contiguous(), one
+    grad_hidden, drift = emulated.hypernet_adam(*args, *state, one, one, 0.9, 0.999, 1e-8)
+    assert drift == 0 and not grad_hidden.any() and torch.equal(state[0], weight)
 
 
 def test_hypernet_adam_lets_nan_show_where_it_belongs(emulated):
