@@ -1,58 +1,18 @@
-// Schemas of the ops and their CPU and CUDA sides. Meanings and shapes: hypermask_fast/reference.py; shape functions and
-// gradients: hypermask_fast/ops.py.
+// The ops' CPU and CUDA sides, as the library hypermask_fast.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/cpu_ops.h"
 #include "cpu/isa.h"
+#include "ops.h"
 #if defined(HYPERMASK_WITH_CUDA)
 #include "cuda/cuda_ops.h"
 #endif
 
 #include <Python.h>
 
-STABLE_TORCH_LIBRARY(hypermask_fast, m) {
-  m.def("mask_thresholds(Tensor logits, int[] offsets, Tensor ranks) -> Tensor");
-  m.def("semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor");
-  m.def("semi_binary_mask_backward(Tensor grad, Tensor logits, Tensor threshold) -> Tensor");
-  m.def("masked_weights(Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets) -> Tensor[]");
-  m.def(
-      "masked_weights_backward(Tensor[] grads, Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets)"
-      " -> (Tensor[], Tensor)");
-  m.def(
-      "weight_drift(Tensor[] weights, Tensor previous, int[] offsets, int norm, Tensor? logits, Tensor? thresholds)"
-      " -> Tensor");
-  m.def(
-      "weight_drift_backward(Tensor grad, Tensor norms, Tensor[] weights, Tensor previous, int[] offsets, int norm,"
-      " Tensor? logits, Tensor? thresholds) -> (Tensor[], Tensor)");
-  m.def("output_drift(Tensor hidden, Tensor weight, Tensor bias, Tensor targets) -> Tensor");
-  m.def(
-      "output_drift_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor bias, Tensor targets)"
-      " -> (Tensor, Tensor, Tensor)");
-  m.def("hypernet_logits(Tensor hidden, Tensor weight, Tensor bias) -> Tensor");
-  m.def(
-      "hypernet_adam(Tensor hidden, Tensor grad_logits, Tensor targets, Tensor drift_weight, Tensor(a!) weight,"
-      " Tensor(b!) bias, Tensor(c!) weight_m, Tensor(d!) weight_v, Tensor(e!) bias_m, Tensor(f!) bias_v, Tensor step,"
-      " Tensor lr, float beta1, float beta2, float eps) -> (Tensor hidden_grad, Tensor drift)");
-  m.def("cpu_isa(int isa) -> int");
-}
+STABLE_TORCH_LIBRARY(hypermask_fast, m) { hypermask::define_ops(m); }
 
-// The same names with the suffix of the device.
-#define HM_IMPLEMENT(m, device)                                                              \
-  m.impl("mask_thresholds", TORCH_BOX(&hypermask::mask_thresholds_##device));               \
-  m.impl("semi_binary_mask", TORCH_BOX(&hypermask::semi_binary_mask_##device));             \
-  m.impl("semi_binary_mask_backward", TORCH_BOX(&hypermask::semi_binary_mask_backward_##device)); \
-  m.impl("masked_weights", TORCH_BOX(&hypermask::masked_weights_##device));                 \
-  m.impl("masked_weights_backward", TORCH_BOX(&hypermask::masked_weights_backward_##device)); \
-  m.impl("weight_drift", TORCH_BOX(&hypermask::weight_drift_##device));                     \
-  m.impl("weight_drift_backward", TORCH_BOX(&hypermask::weight_drift_backward_##device));   \
-  m.impl("output_drift", TORCH_BOX(&hypermask::output_drift_##device));                     \
-  m.impl("output_drift_backward", TORCH_BOX(&hypermask::output_drift_backward_##device));   \
-  m.impl("hypernet_adam", TORCH_BOX(&hypermask::hypernet_adam_##device))
-
-STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CPU, m) {
-  HM_IMPLEMENT(m, cpu);
-  m.impl("hypernet_logits", TORCH_BOX(&hypermask::hypernet_logits_cpu));  // on the GPU this is cuBLAS's
-}
+STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CPU, m) { HM_IMPLEMENT(m, cpu); }
 
 #if defined(HYPERMASK_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CUDA, m) { HM_IMPLEMENT(m, cuda); }

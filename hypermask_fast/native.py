@@ -197,13 +197,24 @@ def _output_drift_condition(hidden, weight, bias, targets):
 
 
 def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
-    """Why the GPU's kernel over the dense layer can't hold its tile, the hidden vectors and their gradient."""
+    """Why the GPU's kernel over the dense layer can't hold its tiles, the hidden vectors and the factors."""
     if not hidden.is_cuda:
         return ""
     width = hidden.shape[-1]
-    needed = 4 * (32 * (width | 1) + 2 * tasks * width + 33 * tasks)
+    needed = dense_shared_bytes(tasks, width)
     there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
     return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
+
+
+def dense_shared_bytes(tasks: int, width: int) -> int:
+    """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout`, for tensors that begin on 16 bytes."""
+    pack, tiles = (4, 4) if width % 4 == 0 else (1, 5)
+    packs = width // pack
+    rows = 4 * min(max(256 // packs, 1), 64)
+    stride = (packs | 1) * 4 if pack == 4 else packs
+    chunk = 8 if tasks > (16 if pack == 4 else 4) else 4
+    slots = -(-max(tasks, 1) // chunk) * chunk
+    return 4 * (tiles * rows * stride + slots * (rows + stride))
 
 
 def _hypernet_logits(hidden, weight, bias, size):
@@ -214,7 +225,7 @@ def _hypernet_logits(hidden, weight, bias, size):
 def _hypernet_logits_condition(hidden, weight, bias, size):
     if hidden.shape[:2] != (1, 1) or size != weight.shape[0]:
         return "more than one task or chunk: a matrix product, torch's own"
-    return "cuBLAS serves the GPU" if hidden.is_cuda else ""
+    return _shared_memory_problem(hidden, 1)
 
 
 def _hypernet_adam(*args):

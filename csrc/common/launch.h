@@ -5,6 +5,8 @@
 
 namespace hypermask {
 
+constexpr int kThreads = 256;  // of a block
+
 // Segments that one launch serves: what is passed by value must fit 4 KiB of kernel arguments.
 constexpr int kMaxSegments = 64;
 constexpr int64_t kTileEntries = 4096;  // entries of one segment that one block handles
@@ -37,13 +39,41 @@ static inline void fill_table(BlockTable& table, const int64_t* sizes, int count
   for (int s = 0; s < count; ++s) table.first_block[s + 1] = table.first_block[s] + ceil_div(sizes[s], kTileEntries);
 }
 
-// Shared memory of the dense kernel, in floats: the tile of W with rows at an odd distance (no bank conflicts), the
-// hidden vectors, their gradient, and the factors g of the tile.
-constexpr int kDenseRows = 32;
+// How the dense kernel lays out a block's work. A tile of the layer is kDensePacks packs of columns per thread: `lanes`
+// rows side by side, kDensePacks times. Where rows begin on 16 bytes a pack is 4 floats, which a thread also copies;
+// otherwise it is a single float, and a tile, whose rows follow each other without a gap, is copied as one piece.
+constexpr int kDensePacks = 4;
 
-HM_INLINE int64_t dense_stride(int64_t width) { return width | 1; }
-HM_INLINE int64_t dense_shared_floats(int64_t tasks, int64_t width) {
-  return kDenseRows * dense_stride(width) + 2 * tasks * width + tasks * (kDenseRows + 1);
+struct DenseLayout {
+  int pack;    // floats
+  int copied;  // floats copied at once
+  int packs;   // of a row
+  int lanes;   // rows side by side
+  int rows;    // of a tile, at most kThreads
+  int stride;  // floats between rows in shared memory
+  int chunk;   // tasks whose sums a thread holds at once
+  int slots;   // tasks, rounded up to whole chunks, at least one
+};
+
+static inline DenseLayout dense_layout(int64_t tasks, int64_t width, bool aligned) {
+  DenseLayout l;
+  l.copied = aligned ? 4 : 1;
+  l.pack = aligned && width % 4 == 0 ? 4 : 1;
+  l.packs = static_cast<int>(width / l.pack);
+  l.lanes = l.packs < kThreads ? kThreads / l.packs : 1;
+  if (l.lanes > kThreads / 4) l.lanes = kThreads / 4;
+  l.rows = l.lanes * kDensePacks;
+  l.stride = l.pack == 4 ? (l.packs | 1) * 4 : l.packs;  // an odd number of packs: a column's rows meet no bank twice
+  l.chunk = tasks > (l.pack == 4 ? 16 : 4) ? 8 : 4;
+  l.slots = static_cast<int>(ceil_div(tasks > 0 ? tasks : 1, l.chunk)) * l.chunk;
+  return l;
+}
+
+// Shared memory: two tiles of W, one of m and of v, with single floats also one of the gradient; the factors g of the
+// tile; the hidden vectors.
+static inline int64_t dense_shared_floats(const DenseLayout& l) {
+  const int64_t tiles = l.pack == 4 ? 4 : 5;
+  return tiles * l.rows * l.stride + static_cast<int64_t>(l.slots) * (l.rows + l.stride);
 }
 
 }  // namespace hypermask

@@ -27,6 +27,7 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const
                                                        const Tensor& previous, const Offsets& offsets, int64_t norm,
                                                        const std::optional<Tensor>& logits,
                                                        const std::optional<Tensor>& thresholds);
+Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias);
 Tensor output_drift_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets);
 std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cuda(const Tensor& grad, const Tensor& hidden,
                                                               const Tensor& weight, const Tensor& bias,

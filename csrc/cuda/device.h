@@ -1,36 +1,29 @@
-// Streams, launch errors, and the sum over a block.
+// What kernels share: shared memory of a size chosen at launch, the sum over a block. For device code only, which the
+// tests also compile for the CPU (tests/ops/cuda_emulation).
 #pragma once
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
-#include "../common/checks.h"
 #include "../common/launch.h"
-
-// Weak, so that the extension also loads where torch comes without CUDA.
-#pragma weak aoti_torch_get_current_cuda_stream
+#if defined(__CUDACC__)
+#include "ptx.h"
+#else
+#include <emulated_ptx.h>
+#endif
 
 namespace hypermask {
 
-constexpr int kThreads = 256;
-
-inline cudaStream_t stream_of(const char* op, const Tensor& t) {
-  if (!aoti_torch_get_current_cuda_stream) fail(op, "this torch comes without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+#if defined(__CUDACC__)
+// The block's shared memory of the size given at launch, aligned for 16-byte copies.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+  return reinterpret_cast<T*>(dynamic_shared_memory);
 }
+#endif
 
-inline void check_cuda(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) fail(op, cudaGetErrorString(error));
-}
-
-inline void check_launch(const char* op) { check_cuda(op, cudaGetLastError()); }
-
-inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
+// Internal linkage: `warps` belongs to the kernels of one file.
+namespace {
 
 // The sum over the block's threads, in the same order each time; valid in thread 0.
 __device__ __forceinline__ double block_sum(double x) {
@@ -45,5 +38,7 @@ __device__ __forceinline__ double block_sum(double x) {
   }
   return x;
 }
+
+}  // namespace
 
 }  // namespace hypermask

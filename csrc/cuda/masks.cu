@@ -2,6 +2,7 @@
 #include "../common/mask_math.h"
 #include "cuda_ops.h"
 #include "device.h"
+#include "launcher.h"
 
 namespace hypermask {
 namespace {
@@ -145,10 +146,10 @@ void for_segments(const Tensors& weights, const Tensors* grads, const Tensors* o
   }
 }
 
-void clear_outside(const char* op, float* flat, int64_t size, const Offsets& offsets, size_t weights,
-                   cudaStream_t stream) {
-  check_cuda(op, cudaMemsetAsync(flat, 0, offsets[0] * sizeof(float), stream));
-  check_cuda(op, cudaMemsetAsync(flat + offsets[weights], 0, (size - offsets[weights]) * sizeof(float), stream));
+void clear_outside(const Launcher& gpu, float* flat, int64_t size, const Offsets& offsets, size_t weights) {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(float));
+  gpu.clear(flat, offsets[0] * kBytes);
+  gpu.clear(flat + offsets[weights], (size - offsets[weights]) * kBytes);
 }
 
 unsigned flat_blocks(int64_t entries) { return static_cast<unsigned>(std::min<int64_t>(ceil_div(entries, kThreads), 65536)); }
@@ -160,10 +161,9 @@ Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
   const int64_t rows = check_mask(op, logits, threshold, Place::kCuda), total = logits.numel();
   Tensor mask = empty_float(logits, shape_of(logits));
   if (total == 0) return mask;
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  mask_forward_kernel<<<flat_blocks(total), kThreads, 0, stream_of(op, logits)>>>(
-      data(logits), data(threshold), mutable_data(mask), total / rows, total);
-  check_launch(op);
+  const Launcher gpu(op, logits);
+  gpu.launch(mask_forward_kernel, flat_blocks(total), kThreads, 0, data(logits), data(threshold), mutable_data(mask),
+             total / rows, total);
   return mask;
 }
 
@@ -173,10 +173,9 @@ Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, 
   check_float(op, "grad", grad, Place::kCuda, shape_of(logits));
   Tensor result = empty_float(logits, shape_of(logits));
   if (total == 0) return result;
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  mask_backward_kernel<<<flat_blocks(total), kThreads, 0, stream_of(op, logits)>>>(
-      data(logits), data(threshold), data(grad), mutable_data(result), total / rows, total);
-  check_launch(op);
+  const Launcher gpu(op, logits);
+  gpu.launch(mask_backward_kernel, flat_blocks(total), kThreads, 0, data(logits), data(threshold), data(grad),
+             mutable_data(result), total / rows, total);
   return result;
 }
 
@@ -185,13 +184,11 @@ Tensors masked_weights_cuda(const Tensors& weights, const Tensor& logits, const 
   const char* op = "masked_weights";
   check_masked(op, weights, logits, thresholds, offsets, Place::kCuda);
   Tensors masked = empty_like_all(weights);
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const cudaStream_t stream = stream_of(op, logits);
+  const Launcher gpu(op, logits);
   for_segments(weights, nullptr, &masked, offsets, [&](const Segments& s, int64_t first) {
     const auto blocks = static_cast<unsigned>(s.blocks.first_block[s.blocks.count]);
-    if (blocks) weights_forward_kernel<<<blocks, kThreads, 0, stream>>>(s, data(logits), data(thresholds) + first);
+    if (blocks) gpu.launch(weights_forward_kernel, blocks, kThreads, 0, s, data(logits), data(thresholds) + first);
   });
-  check_launch(op);
   return masked;
 }
 
@@ -204,17 +201,15 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, c
   check_weights(op, "grads", grads, offsets, Place::kCuda);
   Tensors grad_weights = empty_like_all(weights);
   Tensor grad_logits = empty_float(logits, shape_of(logits));
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const cudaStream_t stream = stream_of(op, logits);
+  const Launcher gpu(op, logits);
   float* da = mutable_data(grad_logits);
-  clear_outside(op, da, logits.numel(), offsets, weights.size(), stream);
+  clear_outside(gpu, da, logits.numel(), offsets, weights.size());
   for_segments(weights, &grads, &grad_weights, offsets, [&](const Segments& s, int64_t first) {
     const auto blocks = static_cast<unsigned>(s.blocks.first_block[s.blocks.count]);
     if (blocks) {
-      weights_backward_kernel<<<blocks, kThreads, 0, stream>>>(s, data(logits), data(thresholds) + first, da);
+      gpu.launch(weights_backward_kernel, blocks, kThreads, 0, s, data(logits), data(thresholds) + first, da);
     }
   });
-  check_launch(op);
   return {grad_weights, grad_logits};
 }
 
@@ -223,21 +218,19 @@ Tensor weight_drift_cuda(const Tensors& weights, const Tensor& previous, const O
   const char* op = "weight_drift";
   check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
   Tensor norms = empty_float(previous, {static_cast<int64_t>(weights.size())});
-  const torch::stable::accelerator::DeviceGuard guard(previous.get_device_index());
-  const cudaStream_t stream = stream_of(op, previous);
+  const Launcher gpu(op, previous);
   const float* a = logits ? data(*logits) : nullptr;
   for_segments(weights, nullptr, nullptr, offsets, [&](const Segments& s, int64_t first) {
     const auto blocks = static_cast<unsigned>(s.blocks.first_block[s.blocks.count]);
     Tensor partial = empty_of(previous, {blocks}, ScalarType::Double);
     auto* sums = partial.mutable_data_ptr<double>();
     if (blocks) {
-      drift_forward_kernel<<<blocks, kThreads, 0, stream>>>(
-          s, data(previous), a, a ? data(*thresholds) + first : nullptr, static_cast<int>(norm), sums);
+      gpu.launch(drift_forward_kernel, blocks, kThreads, 0, s, data(previous), a,
+                 a ? data(*thresholds) + first : nullptr, static_cast<int>(norm), sums);
     }
-    drift_finish_kernel<<<s.blocks.count, kThreads, 0, stream>>>(s.blocks, sums, static_cast<int>(norm),
-                                                                mutable_data(norms) + first);
+    gpu.launch(drift_finish_kernel, s.blocks.count, kThreads, 0, s.blocks, sums, static_cast<int>(norm),
+               mutable_data(norms) + first);
   });
-  check_launch(op);
   return norms;
 }
 
@@ -252,19 +245,17 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const
   check_float(op, "norms", norms, Place::kCuda, shape);
   Tensors grad_weights = empty_like_all(weights);
   Tensor grad_logits = empty_float(previous, logits ? shape_of(*logits) : Shape{0});
-  const torch::stable::accelerator::DeviceGuard guard(previous.get_device_index());
-  const cudaStream_t stream = stream_of(op, previous);
+  const Launcher gpu(op, previous);
   const float* a = logits ? data(*logits) : nullptr;
   float* da = mutable_data(grad_logits);
-  if (a) clear_outside(op, da, logits->numel(), offsets, weights.size(), stream);
+  if (a) clear_outside(gpu, da, logits->numel(), offsets, weights.size());
   for_segments(weights, nullptr, &grad_weights, offsets, [&](const Segments& s, int64_t first) {
     const auto blocks = static_cast<unsigned>(s.blocks.first_block[s.blocks.count]);
     if (!blocks) return;
-    drift_backward_kernel<<<blocks, kThreads, 0, stream>>>(
-        s, data(previous), a, a ? data(*thresholds) + first : nullptr, static_cast<int>(norm), data(grad) + first,
-        data(norms) + first, da);
+    gpu.launch(drift_backward_kernel, blocks, kThreads, 0, s, data(previous), a,
+               a ? data(*thresholds) + first : nullptr, static_cast<int>(norm), data(grad) + first, data(norms) + first,
+               da);
   });
-  check_launch(op);
   return {grad_weights, grad_logits};
 }
 

@@ -2,6 +2,7 @@
 #include "../common/mask_math.h"
 #include "cuda_ops.h"
 #include "device.h"
+#include "launcher.h"
 
 namespace hypermask {
 namespace {
@@ -100,8 +101,7 @@ Tensor mask_thresholds_cuda(const Tensor& logits, const Offsets& offsets, const 
   Tensor thresholds = empty_float(logits, shape);
   if (thresholds.numel() == 0) return thresholds;
   if (rows == 0) fail(kOp, "logits without entries but thresholds asked for");
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const cudaStream_t stream = stream_of(kOp, logits);
+  const Launcher gpu(kOp, logits);
   Tensor left = empty_of(logits, {rows * total}, ScalarType::Long);
   Tensor prefix = empty_of(logits, {rows * total}, ScalarType::Int);
   Tensor counts = empty_of(logits, {rows * total * kRadixBins}, ScalarType::Int);
@@ -121,15 +121,14 @@ Tensor mask_thresholds_cuda(const Tensor& logits, const Offsets& offsets, const 
     s.first = first;
     s.total = total;
     const dim3 each(count, rows), tiles(s.blocks.first_block[count], rows);
-    start_kernel<<<each, kThreads, 0, stream>>>(s, ranks.const_data_ptr<int64_t>(), left_data, prefix_data,
-                                                counts_data, mutable_data(thresholds));
+    gpu.launch(start_kernel, each, kThreads, 0, s, ranks.const_data_ptr<int64_t>(), left_data, prefix_data, counts_data,
+               mutable_data(thresholds));
     for (int pass = 0; pass < kRadixPasses && tiles.x > 0; ++pass) {
-      count_kernel<<<tiles, kThreads, 0, stream>>>(s, pass, left_data, prefix_data, counts_data);
-      descend_kernel<<<each, kThreads, 0, stream>>>(s, pass, left_data, prefix_data, counts_data,
-                                                    mutable_data(thresholds));
+      gpu.launch(count_kernel, tiles, kThreads, 0, s, pass, left_data, prefix_data, counts_data);
+      gpu.launch(descend_kernel, each, kThreads, 0, s, pass, left_data, prefix_data, counts_data,
+                 mutable_data(thresholds));
     }
   }
-  check_launch(kOp);
   return thresholds;
 }
 

@@ -1,5 +1,8 @@
 """Fixtures of the op tests: poisoned memory, every instruction set, a fixed seed."""
 
+import os
+
+import emulation
 import pytest
 import torch
 
@@ -49,3 +52,14 @@ def cpu():
     """The ops with the cpu backend asked for by name, so that a silent fall-back can't pass."""
     with backends.use_backend("cpu"):
         yield ops
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The ops of csrc/cuda, compiled for the CPU."""
+    if emulation.PROBLEM:
+        pytest.skip(emulation.PROBLEM)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # shared by the processes of this run, and new in each
+    return emulation.Emulation(emulation.build(folder))

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hypermask_fast.native import dense_shared_bytes
+
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("80", "90a", "100")
+# Registers per thread: four blocks of 256 threads on a multiprocessor, or two.
+REGISTERS = {"dense.cu": 128}
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
@@ -31,7 +35,7 @@ def test_no_spills_on_any_architecture(source, tmp_path):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert spills and all(pair == ("0", "0") for pair in spills)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert registers and max(registers) <= 64  # four blocks of 256 threads on a multiprocessor
+    assert registers and max(registers) <= REGISTERS.get(source, 64)
 
 
 LAUNCH_TEST = r"""
@@ -59,9 +63,19 @@ int main() {
     block += blocks;
   }
   assert(table.first_block[8] == block && (block - 1) * kTileEntries > INT32_MAX);
-  for (int64_t width : {1, 2, 100, 101}) assert(dense_stride(width) % 2 == 1 && dense_stride(width) >= width);
-  assert(dense_shared_floats(10, 100) * 4 < 48 * 1024);
-  std::puts("ok");
+  for (int64_t width : {1, 2, 3, 4, 25, 50, 100, 128, 255, 256, 257, 1000, 1028, 4096}) {
+    for (int64_t tasks : {0, 1, 4, 5, 16, 17, 40, 400}) {
+      const DenseLayout l = dense_layout(tasks, width, true);
+      assert(l.pack * l.packs == width && l.slots >= tasks && l.slots % l.chunk == 0);
+      assert(tasks == 0 || l.slots - tasks < l.chunk);
+      assert(l.lanes >= 1 && (l.lanes == 1 || l.lanes * l.packs <= kThreads) && l.rows == kDensePacks * l.lanes);
+      assert(l.stride >= width && l.stride % l.pack == 0 && (l.pack == 1 || l.stride / 4 % 2 == 1));
+      assert(l.rows % 4 == 0 && l.rows <= kThreads);  // so that everything in shared memory begins on 16 bytes
+      const DenseLayout single = dense_layout(tasks, width, false);
+      assert(single.pack == 1 && single.packs == width);
+      std::printf("%d %d %d\n", int(tasks), int(width), int(4 * dense_shared_floats(l)));
+    }
+  }
 }
 """
 
@@ -72,4 +86,10 @@ def test_launch_arithmetic(tmp_path):
     source.write_text(LAUNCH_TEST)
     program = str(tmp_path / "launch")
     subprocess.run(["g++", "-std=c++17", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", program], check=True)
-    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == "ok\n"
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 14 * 8
+    for line in lines:
+        tasks, width, needed = map(int, line.split())
+        assert dense_shared_bytes(tasks, width) == needed
+    for tasks in (1, 10):  # three blocks on an H200's multiprocessor, each with one KiB for the system
+        assert 3 * (dense_shared_bytes(tasks, 100) + 1024) <= 228 * 1024

@@ -1,0 +1,448 @@
+// The pass over the hypernetwork's dense output layer on the GPU; formulas in csrc/cpu/kernels_dense.h.
+//
+// A block takes tiles of the layer in turn. In shared memory it makes the factors g of the tile (a thread per row and
+// chunk of tasks), adds to the hidden vectors' gradient (a thread per pack of columns and chunk of tasks, sums in
+// registers from tile to tile), and makes the tile's gradient for Adam (a thread per pack of columns, kDensePacks rows),
+// so that each value loaded from shared memory feeds 4 multiply-adds or more. Copies run ahead: while a tile is
+// worked on, W of the next one is on its way, and each m and v follows as soon as its place is free. W, m and v are read
+// and written once. Sums over rows are added in a fixed order: the same bits every time on the same device.
+#pragma once
+
+#include "../common/adam.h"
+#include "device.h"
+
+namespace hypermask {
+namespace {
+
+enum Mode { kValue, kGradient, kAdam };
+
+struct Dense {
+  DenseLayout layout;
+  int64_t rows;
+  int width, drift_tasks, tasks;  // tasks: drift_tasks, plus one for the current task
+  float* weight;                  // written in Adam mode only
+  float* bias;
+  const float* hidden;       // [tasks, width]
+  const float* targets;      // [drift_tasks, rows], or null: 0
+  float* logits;             // [drift_tasks, rows]: in value mode where the residuals go, or null
+  const float* grad_logits;  // [rows] or null
+  const float* outer;        // one entry: dLoss/dR; null in value mode
+  float *grad_weight, *grad_bias;
+  float *weight_m, *weight_v, *bias_m, *bias_v;
+  const float *step, *lr;  // read on the device, so that a captured step sees them change
+  double beta1, beta2, eps;
+  float* partial;          // [blocks, tasks, width]
+  double* partial_drift;   // [blocks]
+};
+
+template <int kPack>
+struct alignas(4 * kPack) Pack {
+  float x[kPack];
+};
+
+template <int kPack>
+__device__ __forceinline__ Pack<kPack>& pack_at(float* p) {
+  return *reinterpret_cast<Pack<kPack>*>(p);
+}
+template <int kPack>
+__device__ __forceinline__ const Pack<kPack>& pack_at(const float* p) {
+  return *reinterpret_cast<const Pack<kPack>*>(p);
+}
+
+// sum += a x
+template <int kPack>
+__device__ __forceinline__ void multiply_add(Pack<kPack>& sum, float a, const Pack<kPack>& x) {
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) sum.x[i] = fmaf(a, x.x[i], sum.x[i]);
+}
+
+struct Shared {
+  float *weight, *next_weight;  // [rows, stride]: the tile being worked on and the next one
+  float *m, *v;                 // [rows, stride]
+  float* factors;               // [rows, slots]
+  float* hidden;                // [slots, stride], 0 beyond the tasks
+  float* grad;                  // [rows, stride], with packs of single floats
+
+  __device__ explicit Shared(const DenseLayout& l) {
+    const int tile = l.rows * l.stride;
+    weight = dynamic_shared<float>();
+    next_weight = weight + tile;
+    m = next_weight + tile;
+    v = m + tile;
+    factors = v + tile;
+    hidden = factors + l.rows * l.slots;
+    grad = hidden + l.slots * l.stride;
+  }
+};
+
+// This thread's packs of columns in any tile: f(row, column) for the first of kDensePacks rows, `lanes` apart.
+template <int kPack, class F>
+__device__ __forceinline__ void for_columns(const DenseLayout& l, const F& f) {
+  const int side = min(l.packs, kThreads), lane = threadIdx.x / side;
+  if (lane >= l.lanes) return;
+  for (int q = threadIdx.x - lane * side; q < l.packs; q += side) f(lane, q * kPack);
+}
+
+struct Tile {
+  int64_t row;  // of the layer
+  int rows;     // that there are: fewer in the last tile, none or a negative number behind it
+
+  __device__ Tile(const Dense& d, int64_t row)
+      : row(row), rows(static_cast<int>(max(min(static_cast<int64_t>(d.layout.rows), d.rows - row), int64_t{-1}))) {}
+};
+
+// A piece of a tile that one thread copies and updates; each tile's pieces are dealt to threads in the same way.
+template <int kSize>
+struct Piece {
+  static constexpr int size = kSize;  // floats
+  int shared;    // offset in the tile in shared memory
+  int64_t where;  // in the layer
+  bool there;
+
+  // From global to shared memory; zeros where the layer has ended.
+  __device__ __forceinline__ void copy(float* to, const float* from) const {
+    if (there) {
+      cp_async<4 * kSize>(to + shared, from + where);
+    } else {
+      pack_at<kSize>(to + shared) = Pack<kSize>{};
+    }
+  }
+};
+
+// Piece of 4 floats at a row and column.
+__device__ __forceinline__ Piece<4> piece_of_row(const Dense& d, const Tile& tile, int r, int column) {
+  return {r * d.layout.stride + column, (tile.row + r) * d.width + column, r < tile.rows};
+}
+
+// f(offset, size) for this thread's pieces of a tile without gaps; the piece in which the layer ends goes by floats.
+template <class F>
+__device__ __forceinline__ void for_pieces(const Dense& d, const Tile& tile, const F& f) {
+  const int count = max(tile.rows, 0) * d.width, all = d.layout.rows * d.width, size = d.layout.copied;
+  for (int i = threadIdx.x * size; i < all; i += kThreads * size) {
+    if (size == 4 && (i + 4 <= count || i >= count)) {
+      f(Piece<4>{i, tile.row * d.width + i, i < count});
+    } else {
+      for (int x = i; x < i + size; ++x) f(Piece<1>{x, tile.row * d.width + x, x < count});
+    }
+  }
+}
+
+template <int kPack>
+__device__ __forceinline__ void copy_tile(const Dense& d, const Tile& tile, float* to, const float* from) {
+  if constexpr (kPack == 4) {
+    for_columns<4>(d.layout, [&](int lane, int column) {
+#pragma unroll
+      for (int n = 0; n < kDensePacks; ++n) piece_of_row(d, tile, lane + n * d.layout.lanes, column).copy(to, from);
+    });
+  } else {
+    for_pieces(d, tile, [&](const auto& piece) { piece.copy(to, from); });
+  }
+}
+
+// factors[r][j] = dLoss/da_jr for one row and a chunk of tasks per thread. Returns this thread's squared residuals. A dot
+// product is one chain of multiply-adds over the columns: its bits depend neither on the mode nor on the other tasks.
+template <int kPack, int kChunk, Mode kMode>
+__device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile, const Shared& s,
+                                               float coefficient) {
+  const DenseLayout& l = d.layout;
+  double squares = 0;
+  for (int i = threadIdx.x; i < l.rows * (l.slots / kChunk); i += kThreads) {
+    const int chunk = i / l.rows, r = i - chunk * l.rows, first = chunk * kChunk;
+    const int drift = r < tile.rows ? min(kChunk, d.drift_tasks - first) : 0;
+    const int64_t at = tile.row + r;
+    float g[kChunk] = {}, target[kChunk], sum[kChunk] = {};
+    if (drift > 0) {
+      const float bias = d.bias[at];
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) target[j] = j < drift && d.targets ? d.targets[(first + j) * d.rows + at] : 0.0f;
+      const float *w = s.weight + r * l.stride, *h = s.hidden + first * l.stride;
+#pragma unroll (16 / kChunk)
+      for (int k = 0; k < d.width; k += kPack) {
+        const Pack<kPack> wk = pack_at<kPack>(w + k);
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) {
+          const Pack<kPack> hk = pack_at<kPack>(h + j * l.stride + k);
+#pragma unroll
+          for (int x = 0; x < kPack; ++x) sum[j] = fmaf(wk.x[x], hk.x[x], sum[j]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        if (j < drift) {
+          const float residual = (sum[j] + bias) - target[j];
+          squares += static_cast<double>(residual) * residual;
+          g[j] = coefficient * residual;
+          if (kMode == kValue && d.logits) d.logits[(first + j) * d.rows + at] = residual;
+        }
+      }
+    }
+    if constexpr (kMode != kValue) {
+      const int current = d.tasks > d.drift_tasks && r < tile.rows ? d.drift_tasks - first : -1;
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        if (j == current) g[j] = d.grad_logits[at];
+      }
+#pragma unroll
+      for (int j = 0; j < kChunk; j += 4) {
+        pack_at<4>(s.factors + r * l.slots + first + j) = Pack<4>{{g[j], g[j + 1], g[j + 2], g[j + 3]}};
+      }
+    }
+  }
+  return squares;
+}
+
+// The gradient of the hidden vectors: a thread sums over rows for one pack of columns and one chunk of tasks, a strip.
+// Where the strips are no more than the threads, several lanes of threads share the rows of a tile and the sums stay in
+// registers from tile to tile; otherwise a thread has several strips in turn, and their sums wait in this block's part
+// of `partial`.
+template <int kPack, int kChunk>
+struct HiddenGradient {
+  Pack<kPack> sum[kChunk];
+  int strips, lanes, strip, lane;
+
+  __device__ explicit HiddenGradient(const DenseLayout& l) {
+    strips = l.packs * (l.slots / kChunk);
+    lanes = strips <= kThreads ? min(kThreads / strips, 16) : 1;
+    lane = strips <= kThreads ? static_cast<int>(threadIdx.x) / strips : 0;
+    strip = threadIdx.x - lane * strips;
+    clear();
+  }
+
+  __device__ __forceinline__ bool stays() const { return strips <= kThreads; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) sum[j] = Pack<kPack>{};
+  }
+
+  // sum[j] += sum_r g[r][j] W[r]; the tile's rows are added up apart, for the error of a sum grows with its length.
+  __device__ __forceinline__ void add_rows(const DenseLayout& l, const Shared& s, int strip) {
+    Pack<kPack> tile_sum[kChunk] = {};
+    const int chunk = strip / l.packs, column = (strip - chunk * l.packs) * kPack;
+#pragma unroll 2
+    for (int r = lane; r < l.rows; r += lanes) {
+      const Pack<kPack> w = pack_at<kPack>(s.weight + r * l.stride + column);
+#pragma unroll
+      for (int j = 0; j < kChunk; j += 4) {
+        const Pack<4> g = pack_at<4>(s.factors + r * l.slots + chunk * kChunk + j);
+#pragma unroll
+        for (int x = 0; x < 4; ++x) multiply_add(tile_sum[j + x], g.x[x], w);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) multiply_add(sum[j], 1.0f, tile_sum[j]);
+  }
+
+  // f(sum, where in [tasks, width]) for the chunk's tasks that there are.
+  template <class F>
+  __device__ __forceinline__ void each(const Dense& d, int strip, const F& f) {
+    const int chunk = strip / d.layout.packs, column = (strip - chunk * d.layout.packs) * kPack;
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      const int task = chunk * kChunk + j;
+      if (task < d.tasks) f(sum[j], task * d.width + column);
+    }
+  }
+
+  __device__ __forceinline__ void add_tile(const Dense& d, const Shared& s, bool first_tile, float* partial) {
+    if (stays()) {
+      if (lane < lanes) add_rows(d.layout, s, strip);
+      return;
+    }
+    for (int at = threadIdx.x; at < strips; at += kThreads) {
+      clear();
+      if (!first_tile) each(d, at, [&](Pack<kPack>& x, int where) { x = pack_at<kPack>(partial + where); });
+      add_rows(d.layout, s, at);
+      each(d, at, [&](const Pack<kPack>& x, int where) { pack_at<kPack>(partial + where) = x; });
+    }
+  }
+
+  // Adds the lanes up in order and leaves the block's sum in `partial`; `scratch` holds [tasks, width].
+  __device__ __forceinline__ void finish(const Dense& d, float* scratch, float* partial) {
+    if (!stays()) return;
+    for (int l = 0; l < lanes; ++l) {
+      __syncthreads();
+      if (l != lane) continue;
+      each(d, strip, [&](const Pack<kPack>& x, int where) {
+        Pack<kPack> total = x;
+        if (l > 0) multiply_add(total, 1.0f, pack_at<kPack>(scratch + where));
+        pack_at<kPack>(l + 1 == lanes ? partial + where : scratch + where) = total;
+      });
+    }
+  }
+};
+
+// grad[n] = sum_j g[r][j] h[j] for row r = lane + n lanes and the pack at column.
+template <int kPack>
+__device__ __forceinline__ void gradient_of_rows(const DenseLayout& l, const Shared& s, int lane, int column,
+                                                 Pack<kPack> (&grad)[kDensePacks]) {
+#pragma unroll 1
+  for (int j = 0; j < l.slots; j += 4) {
+    Pack<kPack> h[4];
+#pragma unroll
+    for (int x = 0; x < 4; ++x) h[x] = pack_at<kPack>(s.hidden + (j + x) * l.stride + column);
+#pragma unroll
+    for (int n = 0; n < kDensePacks; ++n) {
+      const Pack<4> g = pack_at<4>(s.factors + (lane + n * l.lanes) * l.slots + j);
+#pragma unroll
+      for (int x = 0; x < 4; ++x) multiply_add(grad[n], g.x[x], h[x]);
+    }
+  }
+}
+
+// Adam on a piece of the tile with its gradient, or the gradient written.
+template <Mode kMode, int kSize>
+__device__ __forceinline__ void update(const Dense& d, const Piece<kSize>& piece, const Shared& s,
+                                       const Pack<kSize>& grad, const AdamStep& step) {
+  if (!piece.there) return;
+  if constexpr (kMode == kAdam) {
+    Pack<kSize> w = pack_at<kSize>(s.weight + piece.shared);
+    Pack<kSize> m = pack_at<kSize>(s.m + piece.shared), v = pack_at<kSize>(s.v + piece.shared);
+#pragma unroll
+    for (int x = 0; x < kSize; ++x) adam_update(grad.x[x], w.x[x], m.x[x], v.x[x], step);
+    pack_at<kSize>(d.weight + piece.where) = w;
+    pack_at<kSize>(d.weight_m + piece.where) = m;
+    pack_at<kSize>(d.weight_v + piece.where) = v;
+  } else {
+    pack_at<kSize>(d.grad_weight + piece.where) = grad;
+  }
+}
+
+// dW = g^T h for the tile, written or given to Adam at once.
+template <int kPack, Mode kMode>
+__device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, const Shared& s, const AdamStep& step) {
+  const DenseLayout& l = d.layout;
+  for_columns<kPack>(l, [&](int lane, int column) {
+    Pack<kPack> grad[kDensePacks] = {};
+    gradient_of_rows(l, s, lane, column, grad);
+    if constexpr (kPack == 4) {
+      if constexpr (kMode == kAdam) cp_async_wait<1>();  // m and v are here; W of the next tile may be under way
+#pragma unroll
+      for (int n = 0; n < kDensePacks; ++n) {
+        update<kMode>(d, piece_of_row(d, tile, lane + n * l.lanes, column), s, grad[n], step);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kDensePacks; ++n) s.grad[(lane + n * l.lanes) * l.stride + column] = grad[n].x[0];
+    }
+  });
+  if constexpr (kPack == 1) {
+    __syncthreads();
+    if constexpr (kMode == kAdam) cp_async_wait<1>();
+    for_pieces(d, tile, [&](const auto& piece) {
+      update<kMode>(d, piece, s, pack_at<piece.size>(s.grad + piece.shared), step);
+    });
+  }
+}
+
+// db[r] = sum_j g[r][j], likewise: a thread per row, which reads its bias and moments ahead.
+template <Mode kMode>
+struct BiasRow {
+  int64_t at;
+  bool there;
+  float bias = 0, m = 0, v = 0;
+
+  __device__ __forceinline__ BiasRow(const Dense& d, const Tile& tile)
+      : at(tile.row + threadIdx.x), there(static_cast<int>(threadIdx.x) < tile.rows) {
+    if constexpr (kMode == kAdam) {
+      if (!there) return;
+      bias = d.bias[at];
+      m = d.bias_m[at];
+      v = d.bias_v[at];
+    }
+  }
+
+  __device__ __forceinline__ void update(const Dense& d, const float* factors, const AdamStep& step) {
+    if (!there) return;
+    float grad = 0;
+    for (int j = 0; j < d.tasks; ++j) grad += factors[threadIdx.x * d.layout.slots + j];
+    if constexpr (kMode == kAdam) {
+      adam_update(grad, bias, m, v, step);
+      d.bias[at] = bias;
+      d.bias_m[at] = m;
+      d.bias_v[at] = v;
+    } else {
+      d.grad_bias[at] = grad;
+    }
+  }
+};
+
+template <int kPack, int kChunk, Mode kMode>
+__global__ void __launch_bounds__(kThreads, kPack * kChunk <= 16 && kMode != kGradient ? 3 : 2) dense_kernel(Dense d) {
+  __shared__ AdamStep step;
+  const DenseLayout& l = d.layout;
+  Shared s(l);
+  for (int i = threadIdx.x; i < l.slots * l.stride; i += kThreads) {
+    const int task = i / l.stride, k = i - task * l.stride;
+    s.hidden[i] = task < d.tasks && k < d.width ? d.hidden[task * d.width + k] : 0.0f;
+  }
+  if (kMode == kAdam && threadIdx.x == 0) step = adam_step(*d.step, *d.lr, d.beta1, d.beta2, d.eps);
+  const float coefficient = kMode == kValue ? 0.0f : 2.0f * *d.outer;
+  float* partial = d.partial + static_cast<int64_t>(blockIdx.x) * d.tasks * d.width;
+  HiddenGradient<kPack, kChunk> hidden_gradient(l);
+  double squares = 0;
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * l.rows, stride = static_cast<int64_t>(gridDim.x) * l.rows;
+  Tile tile(d, start);
+  // Each thread closes two groups of copies per tile, W of the next one and m and v of the next one, in this order; so
+  // "all but the last group" is W before the barrier below, and m and v in tile_weight.
+  copy_tile<kPack>(d, tile, s.weight, d.weight);
+  cp_async_commit();
+  if constexpr (kMode == kAdam) {
+    copy_tile<kPack>(d, tile, s.m, d.weight_m);
+    copy_tile<kPack>(d, tile, s.v, d.weight_v);
+  }
+  cp_async_commit();
+  while (tile.row < d.rows) {
+    const Tile next(d, tile.row + stride);
+    cp_async_wait<1>();
+    __syncthreads();  // W is here, and all threads are done with the tile before
+    if (next.rows > 0) copy_tile<kPack>(d, next, s.next_weight, d.weight);
+    cp_async_commit();
+    squares += tile_factors<kPack, kChunk, kMode>(d, tile, s, coefficient);
+    if constexpr (kMode != kValue) {
+      BiasRow<kMode> bias(d, tile);
+      __syncthreads();
+      hidden_gradient.add_tile(d, s, tile.row == start, partial);
+      tile_weight<kPack, kMode>(d, tile, s, step);
+      bias.update(d, s.factors, step);
+    }
+    if (kMode == kAdam && next.rows > 0) {  // where each thread has just used its own pieces
+      copy_tile<kPack>(d, next, s.m, d.weight_m);
+      copy_tile<kPack>(d, next, s.v, d.weight_v);
+    }
+    cp_async_commit();
+    float* free = s.weight;
+    s.weight = s.next_weight;
+    s.next_weight = free;
+    tile = next;
+  }
+  squares = block_sum(squares);
+  if (threadIdx.x == 0) d.partial_drift[blockIdx.x] = squares;
+  if constexpr (kMode != kValue) hidden_gradient.finish(d, s.hidden, partial);
+}
+
+// Adds the blocks' sums: 32 outputs a block, 8 groups of partial sums side by side, then the groups in order.
+__global__ void finish_kernel(const float* partial, const double* partial_drift, int blocks, int outputs,
+                              float* grad_hidden, float* drift) {
+  __shared__ double sums[kThreads];
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32, output = blockIdx.x * 32 + lane;
+  double sum = 0;
+  if (output < outputs) {
+#pragma unroll 8
+    for (int b = group; b < blocks; b += kThreads / 32) sum += partial[static_cast<int64_t>(b) * outputs + output];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (group == 0 && output < outputs) {
+    for (int g = 1; g < kThreads / 32; ++g) sum += sums[g * 32 + lane];
+    grad_hidden[output] = static_cast<float>(sum);
+  }
+  if (blockIdx.x > 0) return;
+  double total = 0;
+  for (int b = threadIdx.x; b < blocks; b += kThreads) total += partial_drift[b];
+  total = block_sum(total);
+  if (threadIdx.x == 0 && drift) *drift = static_cast<float>(total);
+}
+
+}  // namespace
+}  // namespace hypermask

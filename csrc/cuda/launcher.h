@@ -1,0 +1,63 @@
+// The host's side of a kernel: the device, the stream, launches and their errors.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../common/checks.h"
+#include "../common/launch.h"
+
+// Weak, so that the extension also loads where torch comes without CUDA.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace hypermask {
+
+// Makes a tensor's device the current one for as long as it lives, and launches on torch's stream there.
+class Launcher {
+ public:
+  Launcher(const char* op, const Tensor& t) : op_(op), device_(t.get_device_index()), guard_(device_) {
+    if (!aoti_torch_get_current_cuda_stream) fail(op, "this torch comes without CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  void check(cudaError_t error) const {
+    if (error != cudaSuccess) fail(op_, cudaGetErrorString(error));
+  }
+
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device_));
+    return value;
+  }
+
+  // Asynchronous, as kernel<<<grid, threads, shared_bytes>>>(arguments...).
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int64_t shared_bytes,
+              const Arguments&... arguments) const {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream_;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  }
+
+  void clear(void* memory, int64_t bytes) const {
+    check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_));
+  }
+
+ private:
+  const char* op_;
+  int device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+}  // namespace hypermask

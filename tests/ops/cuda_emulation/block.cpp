@@ -1,0 +1,246 @@
+#include "block.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// All __shared__ variables lie in one section (cuda_runtime.h), so that they can be poisoned.
+extern "C" char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
+
+namespace emulation {
+namespace {
+
+constexpr size_t kStack = 256 * 1024, kBeyond = 4096;
+constexpr unsigned char kPoison = 0xff;  // NaN as a float and as a double, -1 as an integer
+
+enum class State { kReady, kAtBarrier, kInWarp, kEnded };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Fiber {
+  ucontext_t start;  // where it has not run yet; from then on `context`, which changes hands without a system call
+  jmp_buf context;
+  bool started;
+  State state;
+  Place place;
+  unsigned mask;
+  dim3 index;
+  unsigned char brought[kExchanged];
+  std::vector<std::vector<Copy>> groups;  // of copies; the last one is open
+};
+
+bool order_descending = false;
+jmp_buf scheduler;
+std::vector<Fiber> fibers;
+unsigned current;  // fiber
+const std::function<void()>* kernel;
+std::string error;
+std::vector<unsigned char> shared;
+unsigned char* shared_begin;
+
+void make_copies(const std::vector<Copy>& group) {
+  for (const Copy& c : group) std::memcpy(c.to, c.from, c.bytes);
+}
+
+void to_scheduler() {
+  if (_setjmp(fibers[current].context) == 0) _longjmp(scheduler, 1);
+}
+
+void to_fiber(unsigned t) {
+  current = t;
+  threadIdx = fibers[t].index;
+  if (_setjmp(scheduler) != 0) return;
+  if (fibers[t].started) _longjmp(fibers[t].context, 1);
+  fibers[t].started = true;
+  setcontext(&fibers[t].start);
+}
+
+void thread_main() {
+  (*kernel)();
+  finish_copies(0);
+  fibers[current].state = State::kEnded;
+  to_scheduler();
+}
+
+unsigned char* stacks(size_t count) {
+  static unsigned char* memory = nullptr;
+  static size_t there = 0;
+  if (count > there) {
+    if (memory) munmap(memory, there * kStack);
+    const int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    memory = static_cast<unsigned char*>(mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE, kind, -1, 0));
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    there = count;
+  }
+  return memory;
+}
+
+void start_fibers(dim3 block) {
+  const unsigned count = block.x * block.y * block.z;
+  unsigned char* memory = stacks(count);
+  if (fibers.size() != count) fibers = std::vector<Fiber>(count);
+  ucontext_t blank;
+  getcontext(&blank);
+  blank.uc_link = nullptr;
+  for (unsigned t = 0; t < count; ++t) {
+    Fiber& f = fibers[t];
+    f.state = State::kReady;
+    f.index = dim3(t % block.x, t / block.x % block.y, t / block.x / block.y);
+    f.groups.assign(1, {});
+    f.started = false;
+    f.start = blank;
+    f.start.uc_stack.ss_sp = memory + t * kStack;
+    f.start.uc_stack.ss_size = kStack;
+    makecontext(&f.start, thread_main, 0);
+  }
+}
+
+std::string describe(unsigned t) {
+  const Fiber& f = fibers[t];
+  std::string text = "thread " + std::to_string(t) + " of block " + std::to_string(blockIdx.x);
+  if (f.state == State::kEnded) return text + " has ended";
+  return text + " waits at " + f.place.what + " (" + f.place.file + ":" + std::to_string(f.place.line) + ")";
+}
+
+bool same_wait(const Fiber& a, const Fiber& b) {
+  return a.state == b.state && a.mask == b.mask && a.place.line == b.place.line && a.place.what == b.place.what &&
+         std::strcmp(a.place.file, b.place.file) == 0;
+}
+
+// Lets the warp of thread t go on if all lanes of the mask it waits with wait with it.
+bool release_warp(unsigned t) {
+  const unsigned first = t / kWarp * kWarp;
+  const auto count = static_cast<unsigned>(fibers.size());
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (!(fibers[t].mask >> lane & 1) || first + lane >= count) continue;
+    if (!same_wait(fibers[first + lane], fibers[t])) return false;
+  }
+  const unsigned mask = fibers[t].mask;
+  for (unsigned lane = 0; lane < kWarp && first + lane < count; ++lane) {
+    if (mask >> lane & 1) fibers[first + lane].state = State::kReady;
+  }
+  return true;
+}
+
+// After all ready threads have run: lets those go on that wait together. False when the block is done.
+bool release() {
+  const auto count = static_cast<unsigned>(fibers.size());
+  unsigned ended = 0;
+  bool going = false;
+  for (unsigned t = 0; t < count; ++t) {
+    ended += fibers[t].state == State::kEnded;
+    if (fibers[t].state == State::kInWarp) going |= release_warp(t);
+    going |= fibers[t].state == State::kReady;
+  }
+  if (going || ended == count) return going;
+  for (unsigned t = 1; t < count; ++t) {
+    if (!same_wait(fibers[t], fibers[0]) || fibers[t].state != State::kAtBarrier) {
+      error = "threads part ways: " + describe(0) + ", " + describe(t);
+      return false;
+    }
+  }
+  for (Fiber& f : fibers) f.state = State::kReady;
+  return true;
+}
+
+void run_block(dim3 block, size_t shared_bytes) {
+  if (__start_cuda_shared) std::memset(__start_cuda_shared, kPoison, __stop_cuda_shared - __start_cuda_shared);
+  shared.assign(16 + shared_bytes + kBeyond, kPoison);
+  shared_begin = shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16;
+  start_fibers(block);
+  const auto count = static_cast<unsigned>(fibers.size());
+  do {
+    for (unsigned i = 0; i < count && error.empty(); ++i) {
+      const unsigned t = order_descending ? count - 1 - i : i;
+      if (fibers[t].state == State::kReady) to_fiber(t);
+    }
+  } while (error.empty() && release());
+  const unsigned char* end = shared_begin + shared_bytes;
+  if (error.empty() && !std::all_of(end, end + kBeyond - 16, [](unsigned char c) { return c == kPoison; })) {
+    error = "block " + std::to_string(blockIdx.x) + " writes beyond its dynamic shared memory";
+  }
+  if (!error.empty()) throw std::runtime_error("emulation: " + error);
+}
+
+void wait(State state, unsigned mask, Place place) {
+  Fiber& f = fibers[current];
+  f.state = state;
+  f.mask = mask;
+  f.place = place;
+  to_scheduler();
+}
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& run) {
+  kernel = &run;
+  error.clear();
+  blockDim = block;
+  gridDim = grid;
+  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t b = order_descending ? count - 1 - i : i;
+    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+    run_block(block, shared_bytes);
+  }
+}
+
+void* dynamic_memory() { return shared_begin; }
+unsigned lane() { return current % kWarp; }
+
+void wait_for_block(Place place) { wait(State::kAtBarrier, 0, place); }
+
+void wait_for_warp(unsigned mask, Place place) {
+  if (!(mask >> lane() & 1)) stop(std::string(place.what) + " with a mask without the lane itself");
+  wait(State::kInWarp, mask, place);
+}
+
+void stop(const std::string& message) {
+  error = message;
+  to_scheduler();
+  __builtin_unreachable();
+}
+
+void exchange(unsigned mask, Place place, const void* mine, size_t bytes, unsigned char (*all)[kExchanged]) {
+  std::memcpy(fibers[current].brought, mine, bytes);
+  wait_for_warp(mask, place);
+  const size_t first = current / kWarp * kWarp;
+  for (size_t l = 0; l < kWarp && first + l < fibers.size(); ++l) {
+    std::memcpy(all[l], fibers[first + l].brought, bytes);
+  }
+  wait_for_warp(mask, place);  // until all have read
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
+    stop("an asynchronous copy of " + std::to_string(bytes) + " bytes is not aligned to them");
+  }
+  fibers[current].groups.back().push_back({to, from, bytes});
+  if (!order_descending) make_copies({fibers[current].groups.back().back()});
+}
+
+void close_copies() { fibers[current].groups.emplace_back(); }
+
+void finish_copies(size_t pending) {
+  auto& groups = fibers[current].groups;
+  while (groups.size() > pending + 1) {
+    if (order_descending) make_copies(groups.front());
+    groups.erase(groups.begin());
+  }
+}
+
+bool descending() { return order_descending; }
+void set_descending(bool on) { order_descending = on; }
+
+}  // namespace emulation

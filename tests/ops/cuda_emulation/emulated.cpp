@@ -1,0 +1,25 @@
+// The GPU's ops as the library hypermask_emulated, on tensors in the CPU's memory.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "block.h"
+#include "cuda/cuda_ops.h"
+#include "ops.h"
+
+// This library's own answers to what csrc/ asks torch about devices: the CPU's memory is the GPU's.
+extern "C" {
+int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return 0;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+AOTI_TORCH_EXPORT void emulation_set_descending(int on) { emulation::set_descending(on); }
+}
+
+STABLE_TORCH_LIBRARY(hypermask_emulated, m) { hypermask::define_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(hypermask_emulated, CPU, m) { HM_IMPLEMENT(m, cuda); }

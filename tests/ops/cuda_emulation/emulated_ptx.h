@@ -1,0 +1,74 @@
+// csrc/cuda/ptx.h for the CPU, after the PTX ISA's description of each instruction.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace hypermask {
+
+template <class T>
+inline T* dynamic_shared() { return static_cast<T*>(emulation::dynamic_memory()); }
+
+template <int kBytes>
+inline void cp_async(void* shared, const void* global) { emulation::copy_later(shared, global, kBytes); }
+inline void cp_async_commit() { emulation::close_copies(); }
+template <int kPending>
+inline void cp_async_wait() { emulation::finish_copies(kPending); }
+
+inline void emulated_ldmatrix(uint32_t (&r)[4], const void* shared, bool transposed, emulation::Place place) {
+  unsigned char all[emulation::kWarp][emulation::kExchanged];
+  emulation::exchange(emulation::kEveryLane, place, &shared, sizeof shared, all);
+  const unsigned major = emulation::lane() / 4, minor = emulation::lane() % 4 * 2;
+  const auto entry = [&](int matrix, unsigned row, unsigned column) -> uint32_t {
+    const uint16_t* address;
+    std::memcpy(&address, all[matrix * 8 + row], sizeof address);
+    if (reinterpret_cast<uintptr_t>(address) % 16) emulation::stop("ldmatrix of a row that is not aligned to 16 bytes");
+    return address[column];
+  };
+  for (int i = 0; i < 4; ++i) {
+    r[i] = transposed ? entry(i, minor, major) | entry(i, minor + 1, major) << 16
+                      : entry(i, major, minor) | entry(i, major, minor + 1) << 16;
+  }
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, int line = __builtin_LINE()) {
+  emulated_ldmatrix(r, shared, false, {"ldmatrix", "", line});
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared, int line = __builtin_LINE()) {
+  emulated_ldmatrix(r, shared, true, {"ldmatrix.trans", "", line});
+}
+
+// value(bits) is the 16-bit number as a float. Products are exact in float32; the order of the sum is not specified.
+template <class Value>
+inline void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulation::Place place,
+                         Value value) {
+  struct Operands { uint32_t a[4], b[2]; } mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  unsigned char all[emulation::kWarp][emulation::kExchanged];
+  emulation::exchange(emulation::kEveryLane, place, &mine, sizeof mine, all);
+  const auto half = [&](uint32_t pair, int which) { return value(static_cast<uint16_t>(pair >> 16 * which)); };
+  const auto a_entry = [&](int row, int k) {
+    Operands o;
+    std::memcpy(&o, all[row % 8 * 4 + k % 8 / 2], sizeof o);
+    return half(o.a[row / 8 + 2 * (k / 8)], k % 2);
+  };
+  const auto b_entry = [&](int k, int column) {
+    Operands o;
+    std::memcpy(&o, all[column * 4 + k % 8 / 2], sizeof o);
+    return half(o.b[k / 8], k % 2);
+  };
+  const int group = emulation::lane() / 4, pair = emulation::lane() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k) sum += static_cast<double>(a_entry(group + i / 2 * 8, k)) * b_entry(k, pair + i % 2);
+    d[i] = static_cast<float>(sum);
+  }
+}
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+  emulated_mma(d, a, b, {"mma bf16", "", line}, [](uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); });
+}
+inline void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+  emulated_mma(d, a, b, {"mma fp16", "", line}, [](uint16_t bits) { return __half2float(__half{bits}); });
+}
+
+}  // namespace hypermask
