@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CPU, m) {
 }
 
 #if defined(HYPERMASK_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CUDA, m) { HM_IMPLEMENT(m, cuda); }
+STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CUDA, m) { HM_IMPLEMENT_GPU(m); }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CompositeExplicitAutograd, m) {

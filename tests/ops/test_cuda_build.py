@@ -11,6 +11,11 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("80", "90a", "100")
+# Registers that a thread may have: four blocks of 256 threads on a multiprocessor, unless a kernel gains by fewer.
+REGISTERS = {
+    "small_masked_linear.cu": 128,  # one block of 512: a thread's loads of W and logits for the next step are under way
+    "small_chunk_masked_linear.cu": 168,  # one block of 384: logits of 48 x 32 entries beside their weights in each warp
+}
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
@@ -31,7 +36,7 @@ def test_no_spills_on_any_architecture(source, tmp_path):
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert spills and all(pair == ("0", "0") for pair in spills)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert registers and max(registers) <= 64  # four blocks of 256 threads on a multiprocessor
+    assert registers and max(registers) <= REGISTERS.get(source, 64)
 
 
 LAUNCH_TEST = r"""
