@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import backends, small_batch
 
 _NAMESPACE = "hypermask_fast"
 
@@ -19,15 +19,17 @@ def register() -> None:
     """Registers shape functions and gradients and offers the ops; nothing where the extension is missing."""
     if backends.NATIVE_PROBLEM:
         return
-    for name, fake in _FAKES.items():
+    for name, fake in (_FAKES | small_batch.FAKES).items():
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
-    for name, (backward, setup) in _GRADIENTS.items():
+    for name, (backward, setup) in (_GRADIENTS | small_batch.GRADIENTS).items():
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
     for op, function in _CPU_CALLS.items():
         backends.offer(op, "cpu", function, _layer_condition)
     for op, (function, condition) in _CALLS.items():
         for backend in ("cpu", "cuda"):
             backends.offer(op, backend, function, condition)
+    for op, (function, condition, dtypes) in small_batch.CALLS.items():
+        backends.offer(op, "cuda", function, condition, dtypes)
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -197,13 +199,24 @@ def _output_drift_condition(hidden, weight, bias, targets):
 
 
 def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
-    """Why the GPU's kernel over the dense layer can't hold its tile, the hidden vectors and their gradient."""
+    """Why the GPU's kernel over the dense layer can't hold its tiles, the hidden vectors and the factors."""
     if not hidden.is_cuda:
         return ""
     width = hidden.shape[-1]
-    needed = 4 * (32 * (width | 1) + 2 * tasks * width + 33 * tasks)
+    needed = dense_shared_bytes(tasks, width)
     there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
     return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
+
+
+def dense_shared_bytes(tasks: int, width: int) -> int:
+    """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout`, for tensors that begin on 16 bytes."""
+    pack = 4 if width % 4 == 0 else 1
+    packs = width // pack
+    rows = 4 * min(max(256 // packs, 1), 64)
+    stride = (packs | 1) * pack
+    chunk = 8 if pack == 4 and tasks > 16 else 4
+    slots = -(-max(tasks, 1) // chunk) * chunk
+    return 4 * (4 * rows * stride + slots * (stride + rows))
 
 
 def _hypernet_logits(hidden, weight, bias, size):

@@ -5,6 +5,8 @@
 
 namespace hypermask {
 
+constexpr int kThreads = 256;  // of a block
+
 // Segments that one launch serves: what is passed by value must fit 4 KiB of kernel arguments.
 constexpr int kMaxSegments = 64;
 constexpr int64_t kTileEntries = 4096;  // entries of one segment that one block handles
@@ -37,13 +39,36 @@ static inline void fill_table(BlockTable& table, const int64_t* sizes, int count
   for (int s = 0; s < count; ++s) table.first_block[s + 1] = table.first_block[s] + ceil_div(sizes[s], kTileEntries);
 }
 
-// Shared memory of the dense kernel, in floats: the tile of W with rows at an odd distance (no bank conflicts), the
-// hidden vectors, their gradient, and the factors g of the tile.
-constexpr int kDenseRows = 32;
+// How the dense kernel lays out a block's work. Threads hold packs of 4 floats where every row begins on 16 bytes, else
+// single floats; a tile of the layer is kDensePacks packs per thread: `lanes` rows side by side, kDensePacks times.
+constexpr int kDensePacks = 4;
 
-HM_INLINE int64_t dense_stride(int64_t width) { return width | 1; }
-HM_INLINE int64_t dense_shared_floats(int64_t tasks, int64_t width) {
-  return kDenseRows * dense_stride(width) + 2 * tasks * width + tasks * (kDenseRows + 1);
+struct DenseLayout {
+  int pack;    // floats
+  int packs;   // of a row
+  int lanes;   // rows side by side
+  int rows;    // of a tile
+  int stride;  // floats between rows in shared memory: an odd number of packs, so that a column meets no bank twice
+  int chunk;   // tasks whose sums a thread holds at once
+  int slots;   // tasks, rounded up to whole chunks, at least one
+};
+
+static inline DenseLayout dense_layout(int64_t tasks, int64_t width, bool aligned) {
+  DenseLayout l;
+  l.pack = aligned && width % 4 == 0 ? 4 : 1;
+  l.packs = static_cast<int>(width / l.pack);
+  l.lanes = l.packs < kThreads ? kThreads / l.packs : 1;
+  if (l.lanes > kThreads / 4) l.lanes = kThreads / 4;
+  l.rows = l.lanes * kDensePacks;
+  l.stride = (l.packs | 1) * l.pack;
+  l.chunk = l.pack == 4 && tasks > 16 ? 8 : 4;
+  l.slots = static_cast<int>(ceil_div(tasks > 0 ? tasks : 1, l.chunk)) * l.chunk;
+  return l;
+}
+
+// Shared memory: two tiles of W, one of m and of v, the hidden vectors, and the factors g of the tile.
+static inline int64_t dense_shared_floats(const DenseLayout& l) {
+  return int64_t{4} * l.rows * l.stride + static_cast<int64_t>(l.slots) * (l.stride + l.rows);
 }
 
 }  // namespace hypermask

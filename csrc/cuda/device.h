@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../common/launch.h"
 #if defined(__CUDACC__)
 #include "ptx.h"
 #else
@@ -11,8 +12,6 @@
 #endif
 
 namespace hypermask {
-
-constexpr int kThreads = 256;
 
 #if defined(__CUDACC__)
 // The block's shared memory of the size given at launch, aligned for 16-byte copies.

@@ -11,7 +11,7 @@
 #include <numeric>
 
 #include "cuda_ops.h"
-#include "small_batch.cuh"
+#include "small_kernels.h"
 #include "small_launch.h"
 
 namespace hypermask {

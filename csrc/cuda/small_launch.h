@@ -8,7 +8,7 @@
 
 #include "../common/checks_small.h"
 #include "launcher.h"
-#include "small_batch.cuh"
+#include "small_kernels.h"
 
 namespace hypermask {
 

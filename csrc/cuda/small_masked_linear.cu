@@ -1,6 +1,6 @@
 // masked_linear for 1 to 16 rows of x: W and the logits are read once, 16 bytes a lane, and masked in registers.
 #include "cuda_ops.h"
-#include "small_batch.cuh"
+#include "small_kernels.h"
 #include "small_launch.h"
 
 namespace hypermask {

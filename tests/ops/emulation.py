@@ -21,8 +21,7 @@ LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
 
 def flags() -> list[str]:
     defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
-    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
-    return ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", *warnings, *defines,
+    return ["-O2", "-U_FORTIFY_SOURCE", "-std=c++17", "-fPIC", "-fvisibility=hidden", *defines,
             f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include")]  # fmt: skip
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from hypermask_fast.native import dense_shared_bytes
+
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("80", "90a", "100")
-# Registers that a thread may have: four blocks of 256 threads on a multiprocessor, unless a kernel gains by fewer.
+# Registers per thread: four blocks of 256 threads on a multiprocessor, or what the kernel's own number leaves it.
 REGISTERS = {
-    "small_masked_linear.cu": 128,  # one block of 512: a thread's loads of W and logits for the next step are under way
-    "small_chunk_masked_linear.cu": 168,  # one block of 384: logits of 48 x 32 entries beside their weights in each warp
+    "dense.cu": 128,  # two blocks
+    "small_masked_linear.cu": 128,  # one block of 512: W and logits of a step ahead are on their way into registers
+    "small_chunk_masked_linear.cu": 168,  # one block of 384: a warp has the logits and weights of 48 x 32 entries
 }
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
 
@@ -64,9 +67,18 @@ int main() {
     block += blocks;
   }
   assert(table.first_block[8] == block && (block - 1) * kTileEntries > INT32_MAX);
-  for (int64_t width : {1, 2, 100, 101}) assert(dense_stride(width) % 2 == 1 && dense_stride(width) >= width);
-  assert(dense_shared_floats(10, 100) * 4 < 48 * 1024);
-  std::puts("ok");
+  for (int64_t width : {1, 2, 3, 4, 25, 50, 100, 128, 255, 256, 257, 1000, 1028, 4096}) {
+    for (int64_t tasks : {0, 1, 4, 5, 16, 17, 40, 400}) {
+      const DenseLayout l = dense_layout(tasks, width, true);
+      assert(l.pack * l.packs == width && l.slots >= tasks && l.slots % l.chunk == 0 && (tasks == 0 || l.slots - tasks < l.chunk));
+      assert(l.lanes >= 1 && (l.lanes == 1 || l.lanes * l.packs <= kThreads) && l.rows == kDensePacks * l.lanes);
+      assert(l.stride >= width && l.stride / l.pack % 2 == 1 && l.stride % l.pack == 0);
+      assert(l.rows % 4 == 0);  // so that everything in shared memory begins on 16 bytes
+      const DenseLayout single = dense_layout(tasks, width, false);
+      assert(single.pack == 1 && single.packs == width);
+      std::printf("%d %d %d\n", int(tasks), int(width), int(4 * dense_shared_floats(l)));
+    }
+  }
 }
 """
 
@@ -77,4 +89,10 @@ def test_launch_arithmetic(tmp_path):
     source.write_text(LAUNCH_TEST)
     program = str(tmp_path / "launch")
     subprocess.run(["g++", "-std=c++17", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", program], check=True)
-    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == "ok\n"
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 14 * 8
+    for line in lines:
+        tasks, width, needed = map(int, line.split())
+        assert dense_shared_bytes(tasks, width) == needed
+    for tasks in (1, 10):  # three blocks on an H200's multiprocessor, each with one KiB for the system
+        assert 3 * (dense_shared_bytes(tasks, 100) + 1024) <= 228 * 1024

@@ -4,6 +4,7 @@ Shapes are cut to several blocks, and blocks to several tiles; segments go beyon
 """
 
 import ctypes
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,9 +49,7 @@ def test_thresholds(emulated, size):
         torch.full((size,), -0.75),
         1 + 1e-6 * torch.rand(size),
         torch.randn(size) * 1e-41,
-        torch.where(
-            torch.arange(size) % 3 == 0, NAN, torch.where(torch.arange(size) % 3 == 1, -INF, torch.randn(size))
-        ),
+        torch.tensor([NAN, -INF, 0.5]).repeat(size // 3 + 1)[:size] * torch.randn(size),
     ):
         for rank in (size // 3, size // 2, size - 1):
             check_thresholds(emulated, logits, [0, size], [rank])
@@ -154,7 +153,7 @@ def test_weight_drift(emulated, count, norm, masked):
     parts = [
         reference.weight_drift(w64[s : s + 1], previous.double()[a:b], [0, b - a], norm,
                                *((a64[a:b], thresholds[s : s + 1].double()) if masked else (None, None)))
-        for s, (a, b) in enumerate(zip(offsets[: len(weights)], offsets[1:], strict=False))
+        for s, (a, b) in enumerate(pairwise(offsets[: count + 1]))
     ]  # fmt: skip
     norms = emulated.weight_drift(weights, previous, offsets, norm, *extra)
     assert_all_close(norms, parts, "sum", "norm")

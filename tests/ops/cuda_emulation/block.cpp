@@ -1,11 +1,11 @@
 #include "block.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstring>
-#include <deque>
 #include <stdexcept>
 #include <vector>
 
@@ -29,17 +29,19 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;  // where it has not run yet; from then on `context`, which changes hands without a system call
+  jmp_buf context;
+  bool started;
   State state;
   Place place;
   unsigned mask;
   dim3 index;
   unsigned char brought[kExchanged];
-  std::deque<std::vector<Copy>> groups;  // of copies; the last one is open
+  std::vector<std::vector<Copy>> groups;  // of copies; the last one is open
 };
 
 bool order_descending = false;
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::vector<Fiber> fibers;
 unsigned current;  // fiber
 const std::function<void()>* kernel;
@@ -51,7 +53,18 @@ void make_copies(const std::vector<Copy>& group) {
   for (const Copy& c : group) std::memcpy(c.to, c.from, c.bytes);
 }
 
-void to_scheduler() { swapcontext(&fibers[current].context, &scheduler); }
+void to_scheduler() {
+  if (_setjmp(fibers[current].context) == 0) _longjmp(scheduler, 1);
+}
+
+void to_fiber(unsigned t) {
+  current = t;
+  threadIdx = fibers[t].index;
+  if (_setjmp(scheduler) != 0) return;
+  if (fibers[t].started) _longjmp(fibers[t].context, 1);
+  fibers[t].started = true;
+  setcontext(&fibers[t].start);
+}
 
 void thread_main() {
   (*kernel)();
@@ -76,18 +89,20 @@ unsigned char* stacks(size_t count) {
 void start_fibers(dim3 block) {
   const unsigned count = block.x * block.y * block.z;
   unsigned char* memory = stacks(count);
-  fibers.clear();
-  fibers.resize(count);
+  if (fibers.size() != count) fibers = std::vector<Fiber>(count);
+  ucontext_t blank;
+  getcontext(&blank);
+  blank.uc_link = nullptr;
   for (unsigned t = 0; t < count; ++t) {
     Fiber& f = fibers[t];
     f.state = State::kReady;
     f.index = dim3(t % block.x, t / block.x % block.y, t / block.x / block.y);
-    f.groups.resize(1);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = memory + t * kStack;
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, thread_main, 0);
+    f.groups.assign(1, {});
+    f.started = false;
+    f.start = blank;
+    f.start.uc_stack.ss_sp = memory + t * kStack;
+    f.start.uc_stack.ss_size = kStack;
+    makecontext(&f.start, thread_main, 0);
   }
 }
 
@@ -147,10 +162,8 @@ void run_block(dim3 block, size_t shared_bytes) {
   const auto count = static_cast<unsigned>(fibers.size());
   do {
     for (unsigned i = 0; i < count && error.empty(); ++i) {
-      current = order_descending ? count - 1 - i : i;
-      if (fibers[current].state != State::kReady) continue;
-      threadIdx = fibers[current].index;
-      swapcontext(&scheduler, &fibers[current].context);
+      const unsigned t = order_descending ? count - 1 - i : i;
+      if (fibers[t].state == State::kReady) to_fiber(t);
     }
   } while (error.empty() && release());
   const unsigned char* end = shared_begin + shared_bytes;
@@ -223,7 +236,7 @@ void finish_copies(size_t pending) {
   auto& groups = fibers[current].groups;
   while (groups.size() > pending + 1) {
     if (order_descending) make_copies(groups.front());
-    groups.pop_front();
+    groups.erase(groups.begin());
   }
 }
 
