@@ -59,14 +59,18 @@ __device__ __forceinline__ void stage_layer(const Chunks& c, int64_t first, T* s
   const T zero = Element<T>::from_float(0.0f);
   const auto* layer = static_cast<const T*>(c.output_weight) + first * c.width;
   __syncwarp();  // the step before is done with it
-#pragma unroll 4
-  for (int q = 0; q < kStep; ++q) {
-    const bool inside = first + q >= 0 && first + q < c.chunk_size;
-    T* to = shared + place_of(q) * stride;
-    if (inside && c.vectors) {
-      for (int h = 4 * lane; h < c.width; h += 4 * 32) cp_async<8>(to + h, layer + q * c.width + h);
-    } else {
-      for (int h = lane; h < c.width; h += 32) to[h] = inside ? layer[q * c.width + h] : zero;
+  if (c.vectors && first >= 0 && first + kStep <= c.chunk_size) {
+    for (int h = 4 * lane; h < c.width; h += 4 * 32) {
+#pragma unroll 8
+      for (int q = 0; q < kStep; ++q) cp_async<8>(shared + place_of(q) * stride + h, layer + q * c.width + h);
+    }
+  } else {
+#pragma unroll 1
+    for (int q = 0; q < kStep; ++q) {
+      const bool inside = first + q >= 0 && first + q < c.chunk_size;
+      for (int h = lane; h < c.width; h += 32) {
+        shared[place_of(q) * stride + h] = inside ? layer[q * c.width + h] : zero;
+      }
     }
   }
   const bool inside = first + lane >= 0 && first + lane < c.chunk_size;
@@ -148,20 +152,25 @@ __global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kern
       make_logits(c.width, tiles, hidden, layer, logits);
       Entries<T> x[kRowTiles];
       load_x<T, kRowTiles, kAligned>(s, k, x);
-      // Of this lane's entries, those of this chunk.
-      const int from = static_cast<int>(min(max(chunk_begin - k, int64_t{0}), int64_t{kLaneEntries}));
-      const int to = static_cast<int>(max(min(chunk_end - k, int64_t{kLaneEntries}), int64_t{0}));
+      uint32_t keep[Entries<T>::kWords];  // of this lane's entries, those of this chunk
+#pragma unroll
+      for (int e = 0; e < kLaneEntries; ++e) {
+        const uint32_t bits = k + e >= chunk_begin && k + e < chunk_end ? 0xffffu << 16 * (e % 2) : 0;
+        keep[e / 2] = e % 2 ? keep[e / 2] | bits : bits;
+      }
 #pragma unroll
       for (int m = 0; m < kOutputTiles; ++m) {
         if (m >= tiles) break;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if constexpr (!kAligned) load(2 * m + i);
+          if (kTileOutputs * m + 8 * i >= outputs) continue;  // W is 0 there
           Entries<T>& part = w[2 * m + i];
           part.make([&](int e) {
-            const float masked = part.entry(e) * Element<T>::mask(logits[m][e / 2][2 * i + e % 2], threshold);
-            return e >= from && e < to ? masked : 0.0f;
+            return part.entry(e) * Element<T>::mask(logits[m][e / 2][2 * i + e % 2], threshold);
           });
+#pragma unroll
+          for (int j = 0; j < Entries<T>::kWords; ++j) part.words[j] &= keep[j];
         }
         sums.add(s, m, k, w[2 * m], w[2 * m + 1], x);
       }

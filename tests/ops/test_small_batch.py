@@ -1,4 +1,4 @@
-"""masked_linear and chunk_masked_linear of csrc/cuda for up to 16 rows of x, run by a CPU, against the float64 reference.
+"""masked_linear and chunk_masked_linear of csrc/cuda for up to 16 rows, run by a CPU, against the float64 reference.
 
 Most tests use whole numbers, and logits whose mask is exactly 0 or 1: every sum is exact in every dtype, so that one
 entry too many, too few or in the wrong place shows.
