@@ -6,6 +6,7 @@ Python nor the L2 cache takes part; where a Python loop is what a peer is, all c
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from math import prod
 from types import ModuleType
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hypermask_fast import ops, reference
+from hypermask_fast import backends, ops, reference, small_batch
 
 from .case import OURS, Case, Unavailable
 from .gpu_tasks import task_cases
@@ -24,6 +25,7 @@ DTYPE = torch.bfloat16
 Shape = tuple[int, ...]
 # Peers: W * m made at every call and then cuBLAS or cuDNN, the same by torch.compile, and the layer without a mask.
 MASK_FIRST, COMPILED, PLAIN = "W*m, plain layer", "torch.compile", "plain layer"
+CUDA = "ours cuda"  # csrc/cuda's kernel for a few rows
 CACHE = 1 << 28  # bytes that all sets of inputs together have at least
 
 
@@ -33,6 +35,13 @@ def kernels() -> ModuleType:
         return import_module("hypermask_fast.kernels")
     except ImportError as error:
         raise Unavailable(f"the Triton kernels are not there: {error}") from error
+
+
+def native(op: str) -> Callable:
+    """An op by the cuda backend, asked for by name."""
+    if why := backends.problem("cuda"):
+        raise Unavailable(f"the cuda backend is not there: {why}")
+    return partial(getattr(ops, op), backend="cuda")
 
 
 def cases(quick: bool) -> list[Case]:
@@ -98,13 +107,14 @@ def masked_linear(size: int, rows: int, backward: bool = False) -> Case:
         floor = (2.0 * 4 * size * size + 2.0 * 3 * rows * size, 4.0 * rows * size * size)
     else:
         floor = (2.0 * 2 * size * size + per_row, 2.0 * rows * size * size)
-    return _bf16(f"masked_linear/{part}{rows}", f"{size} x {size}, batch {rows}", build, floor)
+    return _bf16(f"masked_linear/{part}{rows}", f"{size} x {size}, batch {rows}", build, floor, rows=rows)
 
 
 def _linear(contender: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     choices = {
         OURS: lambda: kernels().masked_linear,
         "ours dispatched": lambda: ops.masked_linear,
+        CUDA: lambda: native("masked_linear"),
         "reference": lambda: reference.masked_linear,
         MASK_FIRST: lambda: reference.masked_linear,
         COMPILED: lambda: torch.compile(reference.masked_linear, dynamic=False),
@@ -157,7 +167,7 @@ def chunk_masked_linear(size: int, rows: int, chunk_size: int, width: int = 100)
     work = 2.0 * rows * size * size + 2.0 * size * size * width
     shapes = f"{size} x {size}, batch {rows}, chunks of {chunk_size}, H {width}"
     # A logit in bfloat16 moves across the threshold by rounding, and the entry with it.
-    return _bf16(f"chunk_masked_linear/forward{rows}", shapes, build, (moved, work), tolerance=5e-2)
+    return _bf16(f"chunk_masked_linear/forward{rows}", shapes, build, (moved, work), tolerance=5e-2, rows=rows)
 
 
 def _chunk_call(function: Callable, layer: _Layer, hidden: Tensor, output: Tensor, shift: Tensor) -> Callable:
@@ -172,6 +182,7 @@ def _chunk_linear(contender: str) -> Callable:
     choices = {
         OURS: lambda: kernels().chunk_masked_linear,
         "ours dispatched": lambda: ops.chunk_masked_linear,
+        CUDA: lambda: native("chunk_masked_linear"),
         "reference": lambda: reference.chunk_masked_linear,
         MASK_FIRST: lambda: reference.chunk_masked_linear,
         COMPILED: lambda: torch.compile(reference.chunk_masked_linear, dynamic=False),
@@ -262,14 +273,23 @@ def _convolution(contender: str) -> Callable:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _bf16(name: str, shapes: str, build: Callable, floor: tuple[float, float], tolerance: float = 2e-2) -> Case:
+def _bf16(
+    name: str,
+    shapes: str,
+    build: Callable,
+    floor: tuple[float, float],
+    tolerance: float = 2e-2,
+    rows: int | None = None,
+) -> Case:
+    """`rows`: of x, where csrc/cuda has a kernel for few of them."""
+    few = (CUDA,) if rows is not None and rows <= small_batch.MAX_ROWS else ()
     # "ours" is the Triton kernel itself; "ours dispatched" what a layer of the library calls.
     return Case(
         name=name,
         experiment=name.split("/")[0],
         task=None,
         shapes=shapes,
-        contenders=(OURS, "ours dispatched", MASK_FIRST, COMPILED, PLAIN),
+        contenders=(OURS, "ours dispatched", *few, MASK_FIRST, COMPILED, PLAIN),
         build=build,
         floor=lambda: floor,
         tolerance=lambda tensor: tolerance,

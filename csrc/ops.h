@@ -29,6 +29,10 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "hypernet_adam(Tensor hidden, Tensor grad_logits, Tensor targets, Tensor drift_weight, Tensor(a!) weight,"
       " Tensor(b!) bias, Tensor(c!) weight_m, Tensor(d!) weight_v, Tensor(e!) bias_m, Tensor(f!) bias_v, Tensor step,"
       " Tensor lr, float beta1, float beta2, float eps) -> (Tensor hidden_grad, Tensor drift)");
+  m.def("small_masked_linear(Tensor x, Tensor weight, Tensor logits, Tensor threshold, Tensor? bias) -> Tensor");
+  m.def(
+      "small_chunk_masked_linear(Tensor x, Tensor weight, Tensor hidden, Tensor output_weight, Tensor output_bias,"
+      " int start, Tensor threshold, Tensor? bias) -> Tensor");
   m.def("cpu_isa(int isa) -> int");
 }
 
@@ -47,3 +51,9 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("output_drift_backward", TORCH_BOX(&hypermask::output_drift_backward_##device));   \
   m.impl("hypernet_logits", TORCH_BOX(&hypermask::hypernet_logits_##device));               \
   m.impl("hypernet_adam", TORCH_BOX(&hypermask::hypernet_adam_##device))
+
+// What only the GPU has kernels for.
+#define HM_IMPLEMENT_GPU(m)                                                                \
+  HM_IMPLEMENT(m, cuda);                                                                   \
+  m.impl("small_masked_linear", TORCH_BOX(&hypermask::small_masked_linear_cuda));          \
+  m.impl("small_chunk_masked_linear", TORCH_BOX(&hypermask::small_chunk_masked_linear_cuda))

@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(hypermask_fast, m) { hypermask::define_ops(m); }
 STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CPU, m) { HM_IMPLEMENT(m, cpu); }
 
 #if defined(HYPERMASK_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CUDA, m) { HM_IMPLEMENT(m, cuda); }
+STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CUDA, m) { HM_IMPLEMENT_GPU(m); }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(hypermask_fast, CompositeExplicitAutograd, m) {

@@ -33,6 +33,7 @@ class Offer(NamedTuple):
 
     function: Callable
     condition: Callable
+    dtypes: tuple[torch.dtype, ...]
 
 
 _offers: dict[tuple[str, str], Offer] = {}
@@ -93,9 +94,18 @@ def _find_problem(backend: str) -> str:
     return "" if torch.cuda.is_available() or interpreted else "no CUDA device (or TRITON_INTERPRET=1 for tests)"
 
 
-def offer(op: str, backend: str, function: Callable, condition: Callable | None = None) -> None:
-    """Adds an op to a backend; without a condition it serves every float32 call on its device."""
-    _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""))
+def offer(
+    op: str,
+    backend: str,
+    function: Callable,
+    condition: Callable | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> None:
+    """Adds an op to a backend; without a condition it serves every call on its device, in one of `dtypes`.
+
+    What Triton can't serve is for its condition alone to say.
+    """
+    _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""), dtypes)
     _problems.pop(backend, None)
 
 
@@ -137,8 +147,9 @@ def _refusal(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -
         return entry.condition(*args, **kwargs)
     if tensor.device.type != backend:
         return f"the tensors are on {tensor.device.type}"
-    if tensor.dtype != torch.float32:
-        return f"{backend} computes in float32, not {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.dtype not in entry.dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
+        return f"{backend} computes in {known}, not {str(tensor.dtype).removeprefix('torch.')}"
     return entry.condition(*args, **kwargs)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from . import backends, small_batch
 
 _NAMESPACE = "hypermask_fast"
 
@@ -19,15 +19,17 @@ def register() -> None:
     """Registers shape functions and gradients and offers the ops; nothing where the extension is missing."""
     if backends.NATIVE_PROBLEM:
         return
-    for name, fake in _FAKES.items():
+    for name, fake in (_FAKES | small_batch.FAKES).items():
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
-    for name, (backward, setup) in _GRADIENTS.items():
+    for name, (backward, setup) in (_GRADIENTS | small_batch.GRADIENTS).items():
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
     for op, function in _CPU_CALLS.items():
         backends.offer(op, "cpu", function, _layer_condition)
     for op, (function, condition) in _CALLS.items():
         for backend in ("cpu", "cuda"):
             backends.offer(op, backend, function, condition)
+    for op, (function, condition, dtypes) in small_batch.CALLS.items():
+        backends.offer(op, "cuda", function, condition, dtypes)
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -38,4 +38,10 @@ std::tuple<Tensor, Tensor> hypernet_adam_cuda(const Tensor& hidden, const Tensor
                                               const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
                                               double beta2, double eps);
 
+Tensor small_masked_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& logits, const Tensor& threshold,
+                                const std::optional<Tensor>& bias);
+Tensor small_chunk_masked_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& hidden,
+                                      const Tensor& output_weight, const Tensor& output_bias, int64_t start,
+                                      const Tensor& threshold, const std::optional<Tensor>& bias);
+
 }  // namespace hypermask

@@ -208,11 +208,17 @@ def test_every_cpu_case_passes_its_gate(case):
 _IN_THE_INTERPRETER = """
 import torch
 from bench import gate, gpu_cases, gpu_tasks
+from bench.case import Unavailable
 gpu_cases.DTYPE = gpu_tasks.DTYPE = torch.float32  # the interpreter's bfloat16 is wrong
 for case in gpu_cases.cases(quick=True):
     expected = case.build("reference", torch.device("cpu")).result()
     for contender in case.contenders:
-        if contender != "torch.compile":
+        if contender == "ours cuda":
+            try:
+                case.build(contender, torch.device("cpu"))
+            except Unavailable as why:
+                assert "cuda backend" in str(why)
+        elif contender != "torch.compile":
             runnable = case.build(contender, torch.device("cpu"))
             result = runnable.result()
             if case.reference(contender):

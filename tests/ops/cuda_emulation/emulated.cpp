@@ -22,4 +22,4 @@ AOTI_TORCH_EXPORT void emulation_set_descending(int on) { emulation::set_descend
 }
 
 STABLE_TORCH_LIBRARY(hypermask_emulated, m) { hypermask::define_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(hypermask_emulated, CPU, m) { HM_IMPLEMENT(m, cuda); }
+STABLE_TORCH_LIBRARY_IMPL(hypermask_emulated, CPU, m) { HM_IMPLEMENT_GPU(m); }

@@ -15,6 +15,9 @@ inline void cp_async_commit() { emulation::close_copies(); }
 template <int kPending>
 inline void cp_async_wait() { emulation::finish_copies(kPending); }
 
+// As far off as the instruction may be: 2^-11 of the value, away from 0.
+inline float tanh_approx(float x) { return std::tanh(x) * (1 + 1.0f / 2048); }
+
 inline void emulated_ldmatrix(uint32_t (&r)[4], const void* shared, bool transposed, emulation::Place place) {
   unsigned char all[emulation::kWarp][emulation::kExchanged];
   emulation::exchange(emulation::kEveryLane, place, &shared, sizeof shared, all);
