@@ -6,6 +6,9 @@ says why.
 
 Each accelerated backend offers an op as a function with the reference's signature and a condition: a function of the
 same arguments that returns "" or why it can't serve them.
+
+Layers have a second way besides a backend's fused kernel: "mask first", W * m and then PyTorch's own product. Where
+nobody asks for a backend by name, `dispatch` chooses between the two by shape.
 """
 
 import json
@@ -21,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
+from .dispatch import MASK_FIRST
 from .errors import InputError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -79,7 +83,7 @@ def problem(backend: str) -> str:
 
 
 def _find_problem(backend: str) -> str:
-    if backend == "reference":
+    if backend in ("reference", MASK_FIRST):
         return ""
     if backend == "cpu":
         return NATIVE_PROBLEM
@@ -133,7 +137,7 @@ def _refusal(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -
         return f"{backend} has no {op}"
     if why := problem(backend):
         return why
-    if backend == "triton":
+    if backend in ("triton", MASK_FIRST):
         return entry.condition(*args, **kwargs)
     if tensor.device.type != backend:
         return f"the tensors are on {tensor.device.type}"
@@ -153,11 +157,34 @@ def choose(op: str, backend: str | None, tensor: Tensor, args: tuple, kwargs: di
         if why := _refusal(op, wanted, tensor, args, kwargs):
             raise InputError(f"backend {wanted!r} can't run {op}: {why}")
         return getattr(reference, op) if wanted == "reference" else _offers[op, wanted].function
-    for name in _DEVICE.get(tensor.device.type, ()):
+    names, _ = _automatic(op, tensor, args, kwargs)
+    for name in names:
         if not _refusal(op, name, tensor, args, kwargs):
             return _offers[op, name].function
     _say_once(tensor.device.type)
     return getattr(reference, op)
+
+
+def _automatic(op: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[tuple[str, ...], str]:
+    """What auto tries for this call, in order, and why, where there is a choice of paths."""
+    fused = _DEVICE.get(tensor.device.type, ())
+    choice = dispatch.choose(op, args, kwargs)
+    if choice is None or tensor.device.type == "cpu":  # the CPU's own offers mask first
+        return (*fused, MASK_FIRST), choice.why if choice else ""
+    return (MASK_FIRST,) if choice.path == MASK_FIRST else (*fused, MASK_FIRST), choice.why
+
+
+def takes_fused(op: str, *args, **kwargs) -> bool:
+    """Whether a layer should call this op, rather than multiply with a W * m that serves all layers.
+
+    By name: where the backend asked for has a fused kernel that serves the call. Automatically: where `dispatch`
+    says so, and a backend has one.
+    """
+    wanted, x = requested(), args[0]
+    if wanted in ("reference", "cpu") or (wanted == "auto" and x.device.type == "cpu"):
+        return False
+    names = (wanted,) if wanted != "auto" else _automatic(op, x, args, kwargs)[0]
+    return any(name != MASK_FIRST and not _refusal(op, name, x, args, kwargs) for name in names)
 
 
 def _say_once(device: str) -> None:
@@ -182,11 +209,17 @@ def explain(op: str, *args, backend: str | None = None, **kwargs) -> str:
     if tensor is None:
         raise InputError("explain needs the op's arguments, to see their device and dtype")
     wanted = requested(backend)
-    names = _DEVICE.get(tensor.device.type, ()) if wanted == "auto" else (wanted,)
+    names, why = _automatic(op, tensor, args, kwargs) if wanted == "auto" else ((wanted,), "")
     refusals = {name: _refusal(op, name, tensor, args, kwargs) for name in names}
     chosen = next((name for name in names if not refusals[name]), "reference" if wanted == "auto" else "nothing")
     lines = [f"{op}: {chosen} ({'chosen automatically' if wanted == 'auto' else 'asked for'})"]
-    return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why])
+    lines += [f"  {why}"] if why else []
+    return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why and name != MASK_FIRST])
+
+
+def debug() -> bool:
+    """HYPERMASK_DEBUG=1: checks of values that lie on a GPU are made too, at the price of waiting for it."""
+    return os.environ.get("HYPERMASK_DEBUG", "0") == "1"
 
 
 def tensors(values: tuple) -> Iterator[Tensor]:
