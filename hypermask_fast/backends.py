@@ -29,7 +29,8 @@ from .dispatch import MASK_FIRST
 from .errors import InputError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what auto tries on a device, the fastest first
+_FUSED = ("cuda", "triton")  # those with layers in one kernel
+_DEVICE = {"cpu": ("cpu",), "cuda": _FUSED}  # what auto tries on a device, the fastest first
 
 
 class Offer(NamedTuple):
@@ -37,6 +38,7 @@ class Offer(NamedTuple):
 
     function: Callable
     condition: Callable
+    dtypes: tuple[torch.dtype, ...]
 
 
 _offers: dict[tuple[str, str], Offer] = {}
@@ -97,9 +99,18 @@ def _find_problem(backend: str) -> str:
     return "" if torch.cuda.is_available() or interpreted else "no CUDA device (or TRITON_INTERPRET=1 for tests)"
 
 
-def offer(op: str, backend: str, function: Callable, condition: Callable | None = None) -> None:
-    """Adds an op to a backend; without a condition it serves every float32 call on its device."""
-    _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""))
+def offer(
+    op: str,
+    backend: str,
+    function: Callable,
+    condition: Callable | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> None:
+    """Adds an op to a backend; without a condition it serves every call on its device, in one of `dtypes`.
+
+    What Triton and "mask first" can't serve is for their conditions alone to say.
+    """
+    _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""), dtypes)
     _problems.pop(backend, None)
 
 
@@ -141,8 +152,9 @@ def _refusal(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -
         return entry.condition(*args, **kwargs)
     if tensor.device.type != backend:
         return f"the tensors are on {tensor.device.type}"
-    if tensor.dtype != torch.float32:
-        return f"{backend} computes in float32, not {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.dtype not in entry.dtypes:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
+        return f"{backend} computes in {known}, not {str(tensor.dtype).removeprefix('torch.')}"
     return entry.condition(*args, **kwargs)
 
 
@@ -180,11 +192,15 @@ def takes_fused(op: str, *args, **kwargs) -> bool:
     By name: where the backend asked for has a fused kernel that serves the call. Automatically: where `dispatch`
     says so, and a backend has one.
     """
-    wanted, x = requested(), args[0]
-    if wanted in ("reference", "cpu") or (wanted == "auto" and x.device.type == "cpu"):
-        return False
-    names = (wanted,) if wanted != "auto" else _automatic(op, x, args, kwargs)[0]
-    return any(name != MASK_FIRST and not _refusal(op, name, x, args, kwargs) for name in names)
+    wanted = requested()
+    if wanted != "auto":
+        return wanted in _FUSED and not _refusal(op, wanted, args[0], args, kwargs)
+    return dispatch.choose(op, args, kwargs).path == dispatch.FUSED and fused_backend(op, *args, **kwargs) != ""
+
+
+def fused_backend(op: str, *args, **kwargs) -> str:
+    """The first backend whose fused kernel serves this call of a layer op; "" where none does."""
+    return next((name for name in _FUSED if not _refusal(op, name, args[0], args, kwargs)), "")
 
 
 def _say_once(device: str) -> None:

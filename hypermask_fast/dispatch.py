@@ -3,7 +3,8 @@
 A fused kernel reads the weight and the logits as its tiles load and writes nothing but the result; where a weight is
 used often (many rows), making W * m once and multiplying with the vendor's library is faster. The choice is made from
 the shape alone: by the table measured on this kind of GPU (`tables/GPU.json`, made by `python -m bench.dispatch`),
-and by `estimate` where there is none. On the CPU it is always "mask first".
+and by `estimate` where there is none; the chunk forms, whose kernels make W * m once by themselves where rows are
+many, are then always fused. On the CPU it is always "mask first".
 """
 
 import functools
@@ -19,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .errors import InputError
 
 FUSED, MASK_FIRST = "fused", "mask first"
 LAYERS = ("masked_linear", "masked_conv2d", "chunk_masked_linear", "chunk_masked_conv2d")
@@ -87,12 +90,20 @@ class Call:
 
 
 def choose(op: str, args: tuple, kwargs: Mapping) -> Choice | None:
-    """The path of one call of a layer op (arguments as in `reference`); None for an op that has one path only."""
+    """The path of one call of a layer op (arguments as in `reference`); None for an op that has one path only.
+
+    Raises:
+        InputError: x or weight are not among the arguments.
+    """
     if op not in LAYERS:
         return None
-    x, weight = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("x", "weight")))
-    if x.device.type != "cuda":
+    x, weight = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("x", "weight")))
+    if not (_is_tensor(x) and _is_tensor(weight)):
+        raise InputError(f"{op} needs x and weight, to see their device and shapes")
+    if not on_gpu(x):
         return Choice(MASK_FIRST, f"mask first: on {x.device.type} W * m is made once and the product is the library's")
+    if (x.dim(), weight.dim()) != (4, 4) if "conv2d" in op else weight.dim() != 2:
+        return Choice(MASK_FIRST, f"mask first: no fused kernel for x {tuple(x.shape)} and W {tuple(weight.shape)}")
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*args, *kwargs.values()) if _is_tensor(t))
     rows = _rows(op, x, weight, args, kwargs)
     bucket = 1
@@ -102,6 +113,10 @@ def choose(op: str, args: tuple, kwargs: Mapping) -> Choice | None:
     reduced = weight.numel() // max(outputs, 1)
     device = x.device.index or 0
     return decide(op, bucket, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device)
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
 
 
 def _is_tensor(value: object) -> bool:
@@ -144,6 +159,8 @@ def _decide(call: Call, name: str, folder: Path) -> Choice:
     if entry is not None:
         fused, first = entry.fused_us * 1e-6, entry.mask_first_us * 1e-6
         source = f"by the table of {name}, measured at {entry.rows} x {entry.reduced} -> {entry.outputs}"
+    elif call.op.startswith("chunk"):
+        return Choice(FUSED, f"fused: {call}: no logits in memory; with many rows the op itself makes W * m once")
     else:
         fused, first = estimate(call, gpu_of(name))
         source = f"estimated for {gpu_of(name).name}" + ("" if table else f": no table of {name}")
@@ -173,8 +190,6 @@ def estimate(call: Call, gpu: Gpu) -> tuple[float, float]:
         fused:      dx as forward; dW and dlogits: 4 n b + io, n tanh; 2 n b to gather the layers' dlogits
         mask first: dx as forward's product; d(W * m) the same; dW and dlogits from it: 5 n b, n tanh
 
-    In the chunk forms neither path reads logits that lie in memory: fused makes none, mask first writes and reads
-    them (2 n b more).
     """
     entries, b = call.outputs * call.reduced, call.weight_bytes
     x_bytes = 4 if call.dtype == "float32" else 2
@@ -186,11 +201,9 @@ def estimate(call: Call, gpu: Gpu) -> tuple[float, float]:
         of_bytes, of_product = (SHARE_OF_BYTES, SHARE_OF_PRODUCT) if fused else (1.0, 1.0)
         return max(moved / (of_bytes * gpu.bytes), operations / (of_product * rate), tanh * per_tanh / gpu.tanh)
 
-    chunked = call.op.startswith("chunk")
-    tiles = 1 if chunked else math.ceil(call.rows / ROWS_PER_TILE)  # with many rows the chunk kernel masks once
-    fused = kernel((1 if chunked else 2) * entries * b + io, operations, entries * tiles, True)
-    first = kernel((5 if chunked else 3) * entries * b, 0, entries, False)
-    first += kernel(entries * b + io, operations, 0, False)
+    tiles = math.ceil(call.rows / ROWS_PER_TILE)
+    fused = kernel(2 * entries * b + io, operations, entries * tiles, True)
+    first = kernel(3 * entries * b, 0, entries, False) + kernel(entries * b + io, operations, 0, False)
     if call.gradient:
         fused += kernel(2 * entries * b + io, operations, entries * tiles, True)
         fused += kernel(4 * entries * b + io, operations, entries, True) + kernel(2 * entries * b, 0, 0, False)

@@ -75,6 +75,7 @@ class HyperMask(nn.Module):
         like = self.weights()[0]
         self.hypernet.to(like.device, like.dtype)
         self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
+        self._ranks: dict[tuple[float, torch.device], Tensor] = {}
         self._optimizer: weakref.ref[Adam] | None = None
 
     def _assign_segments(self) -> list[tuple[nn.Module, str]]:
@@ -152,8 +153,17 @@ class HyperMask(nn.Module):
 
     def _thresholds(self, logits: Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> Tensor:
         if ranks is None:
-            ranks = self.layout.ranks(self.sparsity if sparsity is None else sparsity, logits.device)
+            ranks = self._ranks_of(self.sparsity if sparsity is None else sparsity, logits.device)
         return ops.mask_thresholds(logits, self.layout.offsets, ranks)
+
+    def _ranks_of(self, sparsity: float, device: torch.device) -> Tensor:
+        """`layout.ranks`, kept on a GPU, for copying them there is a wait."""
+        if device.type == "cpu" or torch.compiler.is_compiling():
+            return self.layout.ranks(sparsity, device)
+        key = sparsity, device
+        if key not in self._ranks:
+            self._ranks[key] = self.layout.ranks(sparsity, device)
+        return self._ranks[key]
 
     def _task_ids(self, task: int | Tensor) -> list[int] | Tensor:
         """One task as ids for the hypernetwork, checked where that costs no host sync."""

@@ -226,7 +226,7 @@ def _row_per_sample(net: nn.Module, x: Tensor) -> bool:
 
 def _sees_rows(net: nn.Module, x: Tensor, samples: int) -> bool:
     probe = _Probe(samples)
-    state = {name: tensor.to("meta") for name, tensor in (*net.named_parameters(), *net.named_buffers())}
+    state = {name: torch.empty_like(t, device="meta") for name, t in (*net.named_parameters(), *net.named_buffers())}
     try:
         with use_mask(probe), torch.no_grad():
             y = functional_call(net, state, (x.new_empty((samples, *x.shape[1:]), device="meta"),))
