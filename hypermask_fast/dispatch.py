@@ -105,14 +105,20 @@ def choose(op: str, args: tuple, kwargs: Mapping) -> Choice | None:
     if (x.dim(), weight.dim()) != (4, 4) if "conv2d" in op else weight.dim() != 2:
         return Choice(MASK_FIRST, f"mask first: no fused kernel for x {tuple(x.shape)} and W {tuple(weight.shape)}")
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*args, *kwargs.values()) if _is_tensor(t))
-    rows = _rows(op, x, weight, args, kwargs)
-    bucket = 1
-    while bucket < rows:  # by comparisons, which hold for a compiled graph of any batch size within the bucket
-        bucket *= 2
-    outputs = weight.shape[0]
-    reduced = weight.numel() // max(outputs, 1)
+    rows = _power_of_2(_rows(op, x, weight, args, kwargs))
+    outputs, reduced = weight.shape[0], weight.shape[1:].numel()
+    if torch.compiler.is_compiling():  # where they may be symbols, which `decide` can't be given
+        outputs, reduced = _power_of_2(outputs), _power_of_2(reduced)
     device = x.device.index or 0
-    return decide(op, bucket, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device)
+    return decide(op, rows, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device)
+
+
+def _power_of_2(size: int) -> int:
+    """The next one, found by comparisons: a compiled graph is guarded by these and serves all sizes between."""
+    found = 1
+    while found < size:
+        found *= 2
+    return found if size else 0
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -1,6 +1,5 @@
 """The Triton kernels as a backend: what kernels/ serves, and when. Triton is imported at the first call only."""
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -40,7 +39,9 @@ def _masked_weights(weights: Sequence[Tensor], logits: Tensor, thresholds: Tenso
 
 def _kernel(op: str) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module("hypermask_fast.kernels"), op)(*args, **kwargs)
+        from . import kernels  # a statement, which torch.compile can trace
+
+        return getattr(kernels, op)(*args, **kwargs)
 
     return call
 
