@@ -38,14 +38,19 @@ def masked_conv2d(x, weight, logits, threshold, bias=None, stride=1, padding=0, 
 
 def chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias=None):
     """See `reference.chunk_masked_linear`."""
-    logits = reference.chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
+    logits = _chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
     return masked_linear(x, weight, logits, threshold, bias)
 
 
 def chunk_masked_conv2d(x, weight, hidden, output_weight, output_bias, start, threshold, *rest):
     """See `reference.chunk_masked_conv2d`."""
-    logits = reference.chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
+    logits = _chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
     return masked_conv2d(x, weight, logits, threshold, *rest)
+
+
+def _chunk_logits(hidden: Tensor, *args) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):  # their thresholds come from logits as stored
+        return reference.chunk_logits(hidden, *args)
 
 
 def task_batched_linear(x, weight, logits, thresholds, task_ids=None, bias=None):
