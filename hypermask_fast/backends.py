@@ -77,6 +77,7 @@ NATIVE_PROBLEM = _load_native()
 _ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
 
 
+@torch.compiler.assume_constant_result
 def problem(backend: str) -> str:
     """Why a backend is not to be had here at all, "" if it is. Found out once."""
     if backend not in _problems:
@@ -186,21 +187,23 @@ def _automatic(op: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[tupl
     return (MASK_FIRST,) if choice.path == MASK_FIRST else (*fused, MASK_FIRST), choice.why
 
 
-def takes_fused(op: str, *args, **kwargs) -> bool:
-    """Whether a layer should call this op, rather than multiply with a W * m that serves all layers.
+def fused_function(op: str, *args) -> Callable | None:
+    """The fused kernel that a layer should call, None where it should rather multiply with W * m.
 
-    By name: where the backend asked for has a fused kernel that serves the call. Automatically: where `dispatch`
-    says so, and a backend has one.
+    By name: that of the backend asked for, if it serves the call. Automatically: the first backend's that does,
+    where `dispatch` says so.
     """
     wanted = requested()
-    if wanted != "auto":
-        return wanted in _FUSED and not _refusal(op, wanted, args[0], args, kwargs)
-    return dispatch.choose(op, args, kwargs).path == dispatch.FUSED and fused_backend(op, *args, **kwargs) != ""
+    if wanted == "auto":
+        name = fused_backend(op, *args) if dispatch.choose(op, args, {}).path == dispatch.FUSED else ""
+    else:
+        name = wanted if wanted in _FUSED and not _refusal(op, wanted, args[0], args, {}) else ""
+    return _offers[op, name].function if name else None
 
 
-def fused_backend(op: str, *args, **kwargs) -> str:
+def fused_backend(op: str, *args) -> str:
     """The first backend whose fused kernel serves this call of a layer op; "" where none does."""
-    return next((name for name in _FUSED if not _refusal(op, name, args[0], args, kwargs)), "")
+    return next((name for name in _FUSED if not _refusal(op, name, args[0], args, {})), "")
 
 
 def _say_once(device: str) -> None:

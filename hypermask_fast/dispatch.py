@@ -149,7 +149,8 @@ def decide(
     op: str, rows: int, outputs: int, reduced: int, dtype: str, weight_bytes: int, gradient: bool, device: int
 ) -> Choice:
     """`choose` from plain numbers; torch.compile takes its answer as a constant."""
-    return _decide(Call(op, rows, outputs, reduced, dtype, weight_bytes, gradient), gpu_name(device), _folder())
+    folder = os.environ.get("HYPERMASK_TABLES", "")
+    return _decide(op, rows, outputs, reduced, dtype, weight_bytes, gradient, device, folder)
 
 
 def gpu_name(device: int) -> str:
@@ -157,10 +158,12 @@ def gpu_name(device: int) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decide(call: Call, name: str, folder: Path) -> Choice:
+def _decide(*key) -> Choice:
+    *fields, device, folder = key
+    call, name = Call(*fields), gpu_name(device)
     if call.outputs * call.reduced * call.rows == 0:
         return Choice(MASK_FIRST, "mask first: the layer is empty")
-    table = tables(folder).get(name)
+    table = tables(Path(folder) if folder else Path(__file__).parent / "tables").get(name)
     entry = table.nearest(call) if table else None
     if entry is not None:
         fused, first = entry.fused_us * 1e-6, entry.mask_first_us * 1e-6
@@ -261,11 +264,6 @@ class Table:
         return best if best is not None and best.distance(call) <= _FAR else None
 
 
-def _folder() -> Path:
-    """HYPERMASK_TABLES, or the package's own tables."""
-    return Path(os.environ.get("HYPERMASK_TABLES") or Path(__file__).parent / "tables")
-
-
 def file_name(gpu: str) -> str:
     """The table's file for a device name: "NVIDIA H200" -> nvidia-h200.json."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
@@ -273,7 +271,10 @@ def file_name(gpu: str) -> str:
 
 @functools.cache
 def tables(folder: Path) -> dict[str, Table]:
-    """GPU name -> its table, of every file in the folder. One that can't be read is warned of and left out."""
+    """GPU name -> its table, of every file in the folder (HYPERMASK_TABLES names another than the package's own).
+
+    A file that can't be read is warned of and left out.
+    """
     found = {}
     for file in sorted(folder.glob("*.json")):
         try:

@@ -19,9 +19,11 @@ def register() -> None:
 
 
 def masked_weight(weight: Tensor, logits: Tensor, threshold: Tensor) -> Tensor:
-    """W * m of one tensor. Raises InputError where logits and weight differ in shape."""
+    """W * m of one tensor. Raises InputError where logits or threshold do not fit the weight."""
     if logits.shape != weight.shape:
         raise InputError(f"logits must have the weight's shape {tuple(weight.shape)}, not {tuple(logits.shape)}")
+    if threshold.numel() != 1:
+        raise InputError(f"threshold must be one entry, not {tuple(threshold.shape)}")
     args = ([weight], logits.reshape(-1), threshold.reshape(1), [0, weight.numel()])
     return backends.choose("masked_weights", None, logits, args, {})(*args)[0]
 

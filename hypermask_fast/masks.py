@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, ops
+from . import backends, mask_first, ops
 from .layout import MaskLayout
 
 _T = TypeVar("_T")
@@ -100,15 +100,15 @@ class TaskMask(Made):
     # -- layers ---------------------------------------------------------------------------------------------------
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """x (W * m)^T + b, fused or with `effective`, as `backends.takes_fused` says for this call."""
-        call = self._fused_call("masked_linear", layer, x)
-        return F.linear(x, *self.of_layer(layer)) if call is None else ops.masked_linear(*call)
+        """x (W * m)^T + b, fused or with `effective`, as `backends.fused_function` says for this call."""
+        y = self._alone("masked_linear", layer, x)
+        return F.linear(x, *self.of_layer(layer)) if y is None else y
 
     def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         """conv2d(x, W * m) + b, chosen likewise."""
         geometry = convolution_geometry(layer, x)
-        call = None if geometry is None else self._fused_call("masked_conv2d", layer, x, *geometry)
-        return layer._conv_forward(x, *self.of_layer(layer)) if call is None else ops.masked_conv2d(*call)
+        y = None if geometry is None else self._alone("masked_conv2d", layer, x, *geometry)
+        return layer._conv_forward(x, *self.of_layer(layer)) if y is None else y
 
     def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Batch norm with this task's statistics."""
@@ -120,16 +120,22 @@ class TaskMask(Made):
         weight, bias = (own if segment is None else self.effective[segment] for own, segment in segments)
         return weight, bias
 
-    def _fused_call(self, op: str, layer: nn.Module, x: Tensor, *geometry: object) -> tuple | None:
-        """The arguments of `op` where the layer runs fused, None where it masks first."""
+    def _alone(self, op: str, layer: nn.Module, x: Tensor, *geometry: object) -> Tensor | None:
+        """The layer's output by an op of its own; None where it should use `effective`.
+
+        Once a layer has run fused, W * m of all layers would be made for a few: the others then mask their own.
+        """
         segment = layer.weight_segment
         if segment is None or self._has("effective"):
             return None
-        call = (x, layer.weight, self._views()[segment], self.thresholds[segment], layer.bias, *geometry)
-        if not backends.takes_fused(op, *call):
-            return None
+        layer_call = (x, layer.weight, self._views()[segment], self.thresholds[segment])
+        function = backends.fused_function(op, *layer_call, layer.bias, *geometry)
+        if function is None:
+            if not self._has("biases"):
+                return None
+            function = getattr(mask_first, op)
         bias = self._once("biases", self._biases).get(layer.bias_segment, layer.bias)
-        return (*call[:4], bias, *geometry)
+        return function(*layer_call, bias, *geometry)
 
     # -- what it looks like ---------------------------------------------------------------------------------------
 

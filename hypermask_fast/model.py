@@ -194,10 +194,11 @@ class HyperMask(nn.Module):
         Args:
             x: a batch for the target network.
             task: an int or 0-dim int64 tensor for the whole batch; an int64 tensor (batch,) with one task per
-                sample (each task's samples pass together, as a batch of their own); or a mask from `mask`.
+                sample; or a mask from `mask`.
 
         Returns:
-            The target network's output.
+            The target network's output. On a GPU and in a compiled graph, where looking at task ids would mean to
+            wait for them, a sample whose task does not exist gives NaN; with HYPERMASK_DEBUG=1 it raises.
 
         Raises:
             InputError: a task that does not exist, or a task tensor of wrong shape or dtype.

@@ -16,8 +16,8 @@ from .errors import InputError
 from .layout import MaskLayout
 from .masks import Made, TaskMask, use_mask
 
-# Rows (tasks x samples) up to which all tasks of a network with convolutions go through together: more fill a GPU
-# task by task, and the activations of all tasks would not fit beside each other.
+# Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
+# GPU task by task, by cuBLAS and cuDNN, and so many images under all tasks would not fit beside each other.
 _MOST_ROWS = 4096
 _row_per_sample_of: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
 
@@ -158,7 +158,7 @@ class TaskBatch:
             tasks = len(self.masks)
             rows = torch.arange(tasks, device=self.masks.logits.device)
             each *= self.count // tasks
-        return rows[:, None].expand(-1, each).flatten()
+        return rows if each == 1 else rows[:, None].expand(-1, each).flatten()
 
     def _grouped(self, layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
         logits, thresholds = self.masks.of(layer)
@@ -210,7 +210,8 @@ def serves(net: nn.Module, x: Tensor, tasks: int | None = None) -> bool:
         elif getattr(module, "is_masked_layer", False):
             if module.weight_segment is None and module.bias_segment is not None:
                 return False
-            if tasks is not None and isinstance(module, nn.Conv2d) and tasks * x.shape[0] > _MOST_ROWS:
+            rows = x.shape[0] * (tasks if isinstance(module, nn.Conv2d) else 1) if tasks else 0
+            if rows > _MOST_ROWS:
                 return False
     return torch.compiler.is_compiling() or _row_per_sample(net, x)
 

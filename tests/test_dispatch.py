@@ -150,7 +150,7 @@ def test_explain_without_kernels(gpu, monkeypatch):
     assert lines[0] == "masked_linear: mask first (chosen automatically)"
     assert lines[1].startswith("  fused: 16 rows of 4096 -> 4096 in bfloat16")
     assert lines[2].startswith("  not cuda: ") and lines[3] == "  not triton: triton is not installed"
-    assert not backends.takes_fused("masked_linear", *args)
+    assert backends.fused_function("masked_linear", *args) is None
     assert (
         hmf.explain("masked_linear", *[t.to("meta") for t in linear(8192)]).splitlines()[1].startswith("  mask first")
     )
@@ -161,7 +161,7 @@ def test_explain_without_kernels(gpu, monkeypatch):
 def test_on_the_cpu_it_is_always_mask_first():
     x, weight, logits = torch.randn(2, 5), torch.randn(3, 5), torch.randn(3, 5)
     args = (x, weight, logits, torch.tensor(0.3))
-    assert not backends.takes_fused("masked_linear", *args)
+    assert backends.fused_function("masked_linear", *args) is None
     assert "\n  mask first: on cpu W * m is made once" in hmf.explain("masked_linear", *args)
     torch.testing.assert_close(ops.masked_linear(*args), reference.masked_linear(*args))
     wide = [t.double() for t in args]

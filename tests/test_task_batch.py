@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError, mask_first, reference
+from hypermask_fast import InputError, backends, mask_first, reference
 from hypermask_fast.masks import use_mask
 from hypermask_fast.task_batch import TaskBatch, serves
 
@@ -152,7 +152,8 @@ def test_which_networks_pass_together():
 def test_where_samples_meet_tasks_pass_one_by_one(convnet_model):
     assert not serves(convnet_model.net, images())  # batch norm in training mode
     assert serves(convnet_model.eval().net, images())
-    assert not serves(convnet_model.net, images(2000), tasks=3)  # too many for all tasks at once
+    assert serves(convnet_model.net, images(1300), tasks=3)
+    assert not serves(convnet_model.net, images(1400), tasks=3)  # too many for all tasks at once
     official = hmf.HyperMask(small_convnet(), 2, fidelity="official").eval()
     assert not serves(official.net, images())
     bias_alone = hmf.HyperMask(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), 2, exclude=["0.weight"])
@@ -190,6 +191,26 @@ def test_masked_weights_are_made_once_and_at_need():
     loud = model(torch.randn(4, 8), mask)  # a pass without gradients does not take them from a later one
     loud.sum().backward()
     assert model.net[0].weight.grad is not None and model.hypernet.output.weight.grad is not None
+
+
+def test_beside_a_fused_layer_the_others_mask_their_own(monkeypatch):
+    """W * m of all layers is not made for those that are left."""
+    model = blob_model(2).eval()
+    x, expected = torch.randn(4, 8), model.mask(1)
+    expected = model(x, expected)
+
+    def first_layer_only(op, x, weight, *rest):
+        return mask_first.masked_linear if weight is model.net[0].weight else None
+
+    monkeypatch.setattr(backends, "fused_function", first_layer_only)
+    mask = model.mask(1)
+    for ours, theirs in zip(
+        (model(x, mask), *torch.autograd.grad(model(x, mask).sum(), model.weights())),
+        (expected, *torch.autograd.grad(expected.sum(), model.weights())),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert mask._has("biases") and not mask._has("effective")
 
 
 # -- torch.compile ----------------------------------------------------------------------------------------------------

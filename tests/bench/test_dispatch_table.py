@@ -45,7 +45,7 @@ def test_rows_are_counted_as_the_dispatcher_counts_them(monkeypatch):
         assert (dtype, gradient) == ("float32", shape.gradient)
 
 
-def test_what_is_written_decides(tmp_path, capsys):
+def test_what_is_written_decides(tmp_path, capsys, monkeypatch):
     def timer(shape):
         if shape.geometry:
             raise Unavailable("not today")
@@ -58,8 +58,9 @@ def test_what_is_written_decides(tmp_path, capsys):
     table.write(path, "NVIDIA H100 80GB HBM3", found)
     read = dispatch.tables(tmp_path)["NVIDIA H100 80GB HBM3"]
     assert list(read.entries) == found
-    call = dispatch.Call("masked_linear", 4, 4, 5, "float32", 4, gradient=True)
-    assert dispatch._decide(call, read.gpu, tmp_path).path == "fused"
+    monkeypatch.setattr(dispatch, "gpu_name", lambda device: read.gpu)
+    monkeypatch.setenv("HYPERMASK_TABLES", str(tmp_path))
+    assert dispatch.decide("masked_linear", 4, 4, 5, "float32", 4, True, 0).path == "fused"
 
 
 def test_without_a_gpu_nothing_is_written(capsys, tmp_path):
