@@ -79,6 +79,8 @@ else
     phase bench-ops 60 bash -c 'measure "$@"' measure hypernet_adam thresholds masked_weights weight_drift output_drift \
         all_tasks mixed_tasks
     phase bench-kernels 130 bash -c 'measure "$@"' measure masked_linear chunk_masked_linear masked_conv2d
+    # The table by which layers choose their path; worth keeping as hypermask_fast/tables/GPU.json.
+    phase dispatch 100 "$PYTHON" -m bench.dispatch --seconds 85 --out "$OUT/dispatch.json"
     # The slowest to get ready last: it alone is lost when time runs out.
     phase bench-steps "$TOTAL" bash -c 'measure "$@"' measure split-mnist/task4 permuted-mnist/task9 \
         permuted-mnist/task0 permuted-mnist-chunked/task9 resnet20-k2/task9

@@ -6,6 +6,9 @@ says why.
 
 Each accelerated backend offers an op as a function with the reference's signature and a condition: a function of the
 same arguments that returns "" or why it can't serve them.
+
+Layers have a second way besides a backend's fused kernel: "mask first", W * m and then PyTorch's own product. Where
+nobody asks for a backend by name, `dispatch` chooses between the two by shape.
 """
 
 import json
@@ -21,11 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
+from .dispatch import MASK_FIRST
 from .errors import InputError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what auto tries on a device, the fastest first
+_FUSED = ("cuda", "triton")  # those with layers in one kernel
+_DEVICE = {"cpu": ("cpu",), "cuda": _FUSED}  # what auto tries on a device, the fastest first
 
 
 class Offer(NamedTuple):
@@ -72,6 +77,7 @@ NATIVE_PROBLEM = _load_native()
 _ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
 
 
+@torch.compiler.assume_constant_result
 def problem(backend: str) -> str:
     """Why a backend is not to be had here at all, "" if it is. Found out once."""
     if backend not in _problems:
@@ -80,7 +86,7 @@ def problem(backend: str) -> str:
 
 
 def _find_problem(backend: str) -> str:
-    if backend == "reference":
+    if backend in ("reference", MASK_FIRST):
         return ""
     if backend == "cpu":
         return NATIVE_PROBLEM
@@ -103,7 +109,7 @@ def offer(
 ) -> None:
     """Adds an op to a backend; without a condition it serves every call on its device, in one of `dtypes`.
 
-    What Triton can't serve is for its condition alone to say.
+    What Triton and "mask first" can't serve is for their conditions alone to say.
     """
     _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""), dtypes)
     _problems.pop(backend, None)
@@ -143,7 +149,7 @@ def _refusal(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -
         return f"{backend} has no {op}"
     if why := problem(backend):
         return why
-    if backend == "triton":
+    if backend in ("triton", MASK_FIRST):
         return entry.condition(*args, **kwargs)
     if tensor.device.type != backend:
         return f"the tensors are on {tensor.device.type}"
@@ -164,11 +170,40 @@ def choose(op: str, backend: str | None, tensor: Tensor, args: tuple, kwargs: di
         if why := _refusal(op, wanted, tensor, args, kwargs):
             raise InputError(f"backend {wanted!r} can't run {op}: {why}")
         return getattr(reference, op) if wanted == "reference" else _offers[op, wanted].function
-    for name in _DEVICE.get(tensor.device.type, ()):
+    names, _ = _automatic(op, tensor, args, kwargs)
+    for name in names:
         if not _refusal(op, name, tensor, args, kwargs):
             return _offers[op, name].function
     _say_once(tensor.device.type)
     return getattr(reference, op)
+
+
+def _automatic(op: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[tuple[str, ...], str]:
+    """What auto tries for this call, in order, and why, where there is a choice of paths."""
+    fused = _DEVICE.get(tensor.device.type, ())
+    choice = dispatch.choose(op, args, kwargs)
+    if choice is None or tensor.device.type == "cpu":  # the CPU's own offers mask first
+        return (*fused, MASK_FIRST), choice.why if choice else ""
+    return (MASK_FIRST,) if choice.path == MASK_FIRST else (*fused, MASK_FIRST), choice.why
+
+
+def fused_function(op: str, *args) -> Callable | None:
+    """The fused kernel that a layer should call, None where it should rather multiply with W * m.
+
+    By name: that of the backend asked for, if it serves the call. Automatically: the first backend's that does,
+    where `dispatch` says so.
+    """
+    wanted = requested()
+    if wanted == "auto":
+        name = fused_backend(op, *args) if dispatch.choose(op, args, {}).path == dispatch.FUSED else ""
+    else:
+        name = wanted if wanted in _FUSED and not _refusal(op, wanted, args[0], args, {}) else ""
+    return _offers[op, name].function if name else None
+
+
+def fused_backend(op: str, *args) -> str:
+    """The first backend whose fused kernel serves this call of a layer op; "" where none does."""
+    return next((name for name in _FUSED if not _refusal(op, name, args[0], args, {})), "")
 
 
 def _say_once(device: str) -> None:
@@ -193,11 +228,17 @@ def explain(op: str, *args, backend: str | None = None, **kwargs) -> str:
     if tensor is None:
         raise InputError("explain needs the op's arguments, to see their device and dtype")
     wanted = requested(backend)
-    names = _DEVICE.get(tensor.device.type, ()) if wanted == "auto" else (wanted,)
+    names, why = _automatic(op, tensor, args, kwargs) if wanted == "auto" else ((wanted,), "")
     refusals = {name: _refusal(op, name, tensor, args, kwargs) for name in names}
     chosen = next((name for name in names if not refusals[name]), "reference" if wanted == "auto" else "nothing")
     lines = [f"{op}: {chosen} ({'chosen automatically' if wanted == 'auto' else 'asked for'})"]
-    return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why])
+    lines += [f"  {why}"] if why else []
+    return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why and name != MASK_FIRST])
+
+
+def debug() -> bool:
+    """HYPERMASK_DEBUG=1: checks of values that lie on a GPU are made too, at the price of waiting for it."""
+    return os.environ.get("HYPERMASK_DEBUG", "0") == "1"
 
 
 def tensors(values: tuple) -> Iterator[Tensor]:

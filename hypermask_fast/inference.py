@@ -1,5 +1,6 @@
 """Which task is this? Predictions where the task of a sample is unknown."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(model: HyperMask, x: Tensor, masks: list[TaskMask] | None = None) -> Prediction:
+def predict(model: HyperMask, x: Tensor, masks: Sequence[TaskMask] | None = None) -> Prediction:
     """Runs every task's mask; the task of lowest softmax entropy wins and its argmax is the class.
 
     Args:

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops
 from .errors import InputError
-from .masks import active_mask
+from .masks import active_mask, convolution_geometry
 
 
 class LayerMask(NamedTuple):
@@ -27,33 +27,23 @@ class LayerMask(NamedTuple):
 
 
 class _Masked:
-    """What both masked layers share: where their segments lie and which weights a call uses."""
+    """What both masked layers share: where their segments lie, and a mask of their own."""
 
     is_masked_layer = True
     # Segment numbers in the model's layout, set by HyperMask; None: not masked (alone, or excluded by name).
     weight_segment: int | None = None
     bias_segment: int | None = None
 
-    def effective(self, mask: LayerMask | None) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias this call uses: `mask` if given, else the model's running mask, else unmasked."""
-        if mask is not None:
-            return self._masked_by(mask)
-        running = active_mask()
-        if running is None:
-            return self.weight, self.bias
-        weight = self.weight if self.weight_segment is None else running.effective[self.weight_segment]
-        bias = self.bias if self.bias_segment is None else running.effective[self.bias_segment]
-        return weight, bias
-
-    def _masked_by(self, mask: LayerMask) -> tuple[Tensor, Tensor | None]:
+    def _check_mask(self, mask: LayerMask) -> None:
         if mask.logits.shape != self.weight.shape:
             raise InputError(
                 f"mask logits must have the weight's shape {tuple(self.weight.shape)}, not {tuple(mask.logits.shape)}"
             )
-        weight = self.weight * ops.semi_binary_mask(mask.logits, mask.threshold)
+
+    def _bias_by(self, mask: LayerMask) -> Tensor | None:
         if mask.bias_logits is None or self.bias is None:
-            return weight, self.bias
-        return weight, self.bias * ops.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
+            return self.bias
+        return self.bias * ops.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
 
     def _check_dtype(self, x: Tensor) -> None:
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -74,7 +64,11 @@ class MaskedLinear(_Masked, nn.Linear):
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise InputError(f"MaskedLinear expects input (..., {self.in_features}), not {tuple(x.shape)}")
         self._check_dtype(x)
-        return F.linear(x, *self.effective(mask))
+        if mask is not None:
+            self._check_mask(mask)
+            return ops.masked_linear(x, self.weight, mask.logits, mask.threshold, self._bias_by(mask))
+        running = active_mask()
+        return F.linear(x, self.weight, self.bias) if running is None else running.linear(self, x)
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -91,7 +85,18 @@ class MaskedConv2d(_Masked, nn.Conv2d):
                 f"MaskedConv2d expects input (batch, {self.in_channels}, height, width), not {tuple(x.shape)}"
             )
         self._check_dtype(x)
-        return self._conv_forward(x, *self.effective(mask))
+        if mask is not None:
+            return self._forward_masked(x, mask)
+        running = active_mask()
+        return self._conv_forward(x, self.weight, self.bias) if running is None else running.conv2d(self, x)
+
+    def _forward_masked(self, x: Tensor, mask: LayerMask) -> Tensor:
+        self._check_mask(mask)
+        geometry, bias = convolution_geometry(self, x), self._bias_by(mask)
+        if geometry is None:
+            weight = self.weight * ops.semi_binary_mask(mask.logits, mask.threshold)
+            return self._conv_forward(x, weight, bias)
+        return ops.masked_conv2d(x, self.weight, mask.logits, mask.threshold, bias, *geometry)
 
 
 class _TaskBatchNorm:
@@ -105,13 +110,26 @@ class _TaskBatchNorm:
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        mask = active_mask()
-        if self.batch_statistics or mask is None:
+        running = active_mask()
+        if self.batch_statistics or running is None:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        if isinstance(mask.task, Tensor):
-            return self._forward_at(x, mask.task.reshape(1))
-        mean, var, count = self.statistics(mask.task)
-        return self._normalise(x, mean, var, count)
+        return running.batch_norm(self, x)
+
+    def forward_task(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """The whole batch with one task's statistics, which training moves."""
+        if isinstance(task, Tensor):
+            return self._forward_at(x, task.reshape(1))
+        return self._normalise(x, *self.statistics(task))
+
+    def forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
+        """Evaluation with each row's own task's statistics: x (rows, features, ...), tasks (rows,) int64."""
+        mean, var = (buffer.index_select(0, tasks) for buffer in (self.running_mean, self.running_var))
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        shape = (*scale.shape, *(1,) * (x.dim() - 2))
+        return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
     def statistics(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
         """Views of one task's running mean (features,), variance (features,) and batch count ()."""

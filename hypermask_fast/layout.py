@@ -107,8 +107,9 @@ class MaskLayout:
         return torch.from_numpy(ranks.astype(np.int64)).to(device)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The segments of a flat (N,) tensor as views of their parameters' shapes."""
-        return [flat[segment.start : segment.stop].view(segment.shape) for segment in self.segments]
+        """The segments of a flat (..., N) tensor as views (..., *shape of their parameter); one backward for all."""
+        parts = flat.split([segment.size for segment in self.segments], -1)
+        return [part.view(*flat.shape[:-1], *s.shape) for part, s in zip(parts, self.segments, strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """(N,) copy of one tensor per segment."""

@@ -1,28 +1,61 @@
 """TaskMask: one task's mask over a whole network, and which mask the running forward pass uses."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from . import ops
+from . import backends, mask_first, ops
 from .layout import MaskLayout
+
+_T = TypeVar("_T")
+
+
+class Running(Protocol):
+    """What a forward pass runs under: `TaskMask`, or many tasks at once (`task_batch.TaskBatch`).
+
+    Each method is a layer's forward pass; the layer has checked the shape of x.
+    """
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor: ...
+
+    def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor: ...
+
+    def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor: ...
+
+
+class Made:
+    """What is made of a mask at first need, once for passes with gradients and once for those without."""
+
+    _made: dict
+
+    def _once(self, name: str, make: Callable[[], _T]) -> _T:
+        key = name, torch.is_grad_enabled()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _has(self, name: str) -> bool:
+        return (name, torch.is_grad_enabled()) in self._made
 
 
 @dataclass(frozen=True, eq=False)
-class TaskMask:
+class TaskMask(Made):
     """What the hypernetwork generated for one task, made by `HyperMask.mask`.
 
-    Made once, it serves a forward pass, the regulariser and any number of evaluation batches.
+    Made once, it serves a forward pass, the regulariser and any number of evaluation batches, until a weight changes.
 
     Attributes:
         task: the task's id, an int or a 0-dim int64 tensor.
         layout: the flat space it lies in.
         logits: (N,) mask logits a.
         thresholds: (S,) thresholds on |a|.
-        effective: one tensor per segment, as the layers use them: W * m; the output layer's bias as it is.
+        weights: the target network's Parameters, one per segment.
         output_drift: R, where the same pass over the output layer gives it (see `optim.Adam`); None otherwise.
     """
 
@@ -30,8 +63,81 @@ class TaskMask:
     layout: MaskLayout
     logits: Tensor
     thresholds: Tensor
-    effective: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
     output_drift: Tensor | None = None
+    _made: dict = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def effective(self) -> tuple[Tensor, ...]:
+        """One tensor per segment: W * m; the output layer's bias as it is.
+
+        One launch for all layers, at first need: where every layer runs fused it is never made. Once it is there,
+        all layers use it; who runs many batches under one mask may ask for it beforehand.
+        """
+        return self._once("effective", self._effective)
+
+    def _effective(self) -> tuple[Tensor, ...]:
+        applied = self.layout.num_applied
+        masked = ops.masked_weights(self.weights[:applied], self.logits, self.thresholds, self.layout.offsets)
+        return (*masked, *self.weights[applied:])
+
+    def _biases(self) -> dict[int, Tensor]:
+        """Segment number -> masked bias of all layers, in one launch: what fused layers need besides their op."""
+        chosen = [s for s, segment in enumerate(self.layout.segments) if len(segment.shape) == 1 and segment.selected]
+        if not chosen:
+            return {}
+        views, offsets = self._views(), [0]
+        for s in chosen:
+            offsets.append(offsets[-1] + self.layout.segments[s].size)
+        logits = torch.cat([views[s] for s in chosen])
+        thresholds = torch.stack([self.thresholds[s] for s in chosen])
+        masked = ops.masked_weights([self.weights[s] for s in chosen], logits, thresholds, offsets)
+        return dict(zip(chosen, masked, strict=True))
+
+    def _views(self) -> list[Tensor]:
+        return self._once("views", lambda: self.layout.views(self.logits))
+
+    # -- layers ---------------------------------------------------------------------------------------------------
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """x (W * m)^T + b, fused or with `effective`, as `backends.fused_function` says for this call."""
+        y = self._alone("masked_linear", layer, x)
+        return F.linear(x, *self.of_layer(layer)) if y is None else y
+
+    def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        """conv2d(x, W * m) + b, chosen likewise."""
+        geometry = convolution_geometry(layer, x)
+        y = None if geometry is None else self._alone("masked_conv2d", layer, x, *geometry)
+        return layer._conv_forward(x, *self.of_layer(layer)) if y is None else y
+
+    def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Batch norm with this task's statistics."""
+        return layer.forward_task(x, self.task)
+
+    def of_layer(self, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias of a layer as they are multiplied with: `effective`, or its own where not masked."""
+        segments = ((layer.weight, layer.weight_segment), (layer.bias, layer.bias_segment))
+        weight, bias = (own if segment is None else self.effective[segment] for own, segment in segments)
+        return weight, bias
+
+    def _alone(self, op: str, layer: nn.Module, x: Tensor, *geometry: object) -> Tensor | None:
+        """The layer's output by an op of its own; None where it should use `effective`.
+
+        Once a layer has run fused, W * m of all layers would be made for a few: the others then mask their own.
+        """
+        segment = layer.weight_segment
+        if segment is None or self._has("effective"):
+            return None
+        layer_call = (x, layer.weight, self._views()[segment], self.thresholds[segment])
+        function = backends.fused_function(op, *layer_call, layer.bias, *geometry)
+        if function is None:
+            if not self._has("biases"):
+                return None
+            function = getattr(mask_first, op)
+        bias = self._once("biases", self._biases).get(layer.bias_segment, layer.bias)
+        return function(*layer_call, bias, *geometry)
+
+    # -- what it looks like ---------------------------------------------------------------------------------------
 
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> mask |tanh a| where |a| >= thr, of the parameter's shape, values in [0, 1]."""
@@ -49,22 +155,30 @@ class TaskMask:
         return 100.0 * zeros / sum(mask.numel() for mask in applied)
 
 
+def convolution_geometry(layer: nn.Conv2d, x: Tensor) -> tuple | None:
+    """Stride, padding, dilation and groups for `ops.masked_conv2d`; None where it can't serve: x without a batch,
+    padding other than by a number of zeros."""
+    if x.dim() != 4 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    return layer.stride, layer.padding, layer.dilation, layer.groups
+
+
 class _Active(threading.local):
     """Per thread, so that two threads can run two tasks through one model; torch.compile traces through it."""
 
-    mask: TaskMask | None = None
+    mask: Running | None = None
 
 
 _active = _Active()
 
 
-def active_mask() -> TaskMask | None:
+def active_mask() -> Running | None:
     """The mask of the forward pass this thread is in; None outside of one."""
     return _active.mask
 
 
 @contextmanager
-def use_mask(mask: TaskMask) -> Iterator[None]:
+def use_mask(mask: Running) -> Iterator[None]:
     """Masked layers called inside use `mask`; afterwards nothing of it is left behind."""
     before = _active.mask
     _active.mask = mask

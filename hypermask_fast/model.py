@@ -3,19 +3,20 @@
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import layers, ops, regularizers
+from . import backends, layers, ops, regularizers
 from .errors import InputError
 from .hypernet import HypernetConfig
 from .layout import MaskLayout
 from .masks import TaskMask, use_mask
 from .regularizers import Anchor, DriftConfig, Drifts
+from .task_batch import TaskBatch, TaskMasks, serves
 
 if TYPE_CHECKING:
     from .optim import Adam
@@ -75,6 +76,7 @@ class HyperMask(nn.Module):
         like = self.weights()[0]
         self.hypernet.to(like.device, like.dtype)
         self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
+        self._ranks: dict[tuple[float, torch.device], Tensor] = {}
         self._optimizer: weakref.ref[Adam] | None = None
 
     def _assign_segments(self) -> list[tuple[nn.Module, str]]:
@@ -117,7 +119,7 @@ class HyperMask(nn.Module):
     # -- masks ----------------------------------------------------------------------------------------------------
 
     def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
-        """The mask of one task: hypernetwork, thresholds, W * m of every layer. One pass over the hypernetwork.
+        """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
 
         Args:
             task: an int, or a 0-dim int64 tensor (which a compiled graph takes without recompiling).
@@ -143,13 +145,26 @@ class HyperMask(nn.Module):
         ranks: Tensor | None = None,
         drift: Tensor | None = None,
     ) -> TaskMask:
-        sparsity = self.sparsity if sparsity is None else sparsity
+        thresholds = self._thresholds(logits, sparsity, ranks)
+        return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), drift)
+
+    def _masks_of(self, tasks: range | Tensor) -> TaskMasks:
+        logits = self.hypernet(tasks)
+        return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
+
+    def _thresholds(self, logits: Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> Tensor:
         if ranks is None:
-            ranks = self.layout.ranks(sparsity, logits.device)
-        thresholds = ops.mask_thresholds(logits, self.layout.offsets, ranks)
-        weights, applied = self.weights(), self.layout.num_applied
-        effective = ops.masked_weights(weights[:applied], logits, thresholds, self.layout.offsets)
-        return TaskMask(task, self.layout, logits, thresholds, (*effective, *weights[applied:]), drift)
+            ranks = self._ranks_of(self.sparsity if sparsity is None else sparsity, logits.device)
+        return ops.mask_thresholds(logits, self.layout.offsets, ranks)
+
+    def _ranks_of(self, sparsity: float, device: torch.device) -> Tensor:
+        """`layout.ranks`, kept on a GPU, for copying them there is a wait."""
+        if device.type == "cpu" or torch.compiler.is_compiling():
+            return self.layout.ranks(sparsity, device)
+        key = sparsity, device
+        if key not in self._ranks:
+            self._ranks[key] = self.layout.ranks(sparsity, device)
+        return self._ranks[key]
 
     def _task_ids(self, task: int | Tensor) -> list[int] | Tensor:
         """One task as ids for the hypernetwork, checked where that costs no host sync."""
@@ -158,7 +173,7 @@ class HyperMask(nn.Module):
                 raise InputError(
                     f"a task tensor is int64, 0-dim or one id per sample, not {task.dtype} of {tuple(task.shape)}"
                 )
-            if task.device.type == "cpu" and not torch.compiler.is_compiling():
+            if _values_at_hand(task):
                 self._check_task(int(task))
             return task.reshape(1)
         self._check_task(task)
@@ -180,10 +195,11 @@ class HyperMask(nn.Module):
         Args:
             x: a batch for the target network.
             task: an int or 0-dim int64 tensor for the whole batch; an int64 tensor (batch,) with one task per
-                sample (each task's samples pass together, as a batch of their own); or a mask from `mask`.
+                sample; or a mask from `mask`.
 
         Returns:
-            The target network's output.
+            The target network's output. On a GPU and in a compiled graph, where looking at task ids would mean to
+            wait for them, a sample whose task does not exist gives NaN; with HYPERMASK_DEBUG=1 it raises.
 
         Raises:
             InputError: a task that does not exist, or a task tensor of wrong shape or dtype.
@@ -199,8 +215,10 @@ class HyperMask(nn.Module):
             raise InputError(
                 f"one task per sample is an int64 tensor ({x.shape[0]},), not {tasks.dtype} of {tuple(tasks.shape)}"
             )
-        if tasks.numel() == 0:
+        if tasks.shape[0] == 0:
             return self(x, task=0)
+        if self._in_one_pass(x):
+            return self._forward_rows(x, tasks)
         order = tasks.argsort(stable=True)
         present, counts = tasks[order].unique_consecutive(return_counts=True)
         ids = present.tolist()
@@ -210,13 +228,47 @@ class HyperMask(nn.Module):
         sorted_outputs = [self(group, self._mask_of(task, logits)) for task, group, logits in groups]
         return torch.cat(sorted_outputs)[order.argsort()]
 
-    def all_masks(self) -> list[TaskMask]:
-        """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
-        return [self._mask_of(task, logits) for task, logits in enumerate(self.hypernet(range(self.num_tasks)))]
+    def _in_one_pass(self, x: Tensor, tasks: int | None = None) -> bool:
+        """Whether several tasks pass together: on a GPU, and where a compiled graph can't know the groups' sizes.
 
-    def forward_all_tasks(self, x: Tensor, masks: Iterable[TaskMask] | None = None) -> Tensor:
-        """(tasks, batch, ...) outputs of every task's masked network on the same batch; masks: see `all_masks`."""
-        return torch.stack([self(x, mask) for mask in (self.all_masks() if masks is None else masks)])
+        Elsewhere, and for networks that can't, each task's samples pass by themselves: on a CPU as fast.
+        """
+        wanted = x.is_cuda or torch.compiler.is_compiling() or backends.requested() == "triton"
+        return wanted and serves(self.net, x, tasks)
+
+    def _forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
+        """Every sample under its own task's mask; nothing waits for the device, so an unknown task gives NaN."""
+        known = (tasks >= 0) & (tasks < self.num_tasks)
+        if _values_at_hand(tasks) and not known.all():
+            self._check_task(int(tasks[~known][0]))
+        tasks = tasks.where(known, 0)
+        if self.num_tasks <= tasks.shape[0]:
+            batch = TaskBatch.mixed(self._masks_of(range(self.num_tasks)), tasks)
+        else:  # fewer samples than tasks: a mask per sample
+            batch = TaskBatch.mixed(self._masks_of(tasks), torch.arange(tasks.shape[0], device=tasks.device))
+        with use_mask(batch):
+            y = self.net(x)
+        unknown = ~known.view(-1, *(1,) * (y.dim() - 1))
+        return y.masked_fill(unknown, float("nan") if y.is_floating_point() else -1)
+
+    def all_masks(self) -> TaskMasks:
+        """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
+        return self._masks_of(range(self.num_tasks))
+
+    def forward_all_tasks(self, x: Tensor, masks: Sequence[TaskMask] | None = None) -> Tensor:
+        """(tasks, batch, ...) outputs of every task's masked network on the same batch.
+
+        Args:
+            x: a batch for the target network.
+            masks: from `all_masks`, or a part of them; any other sequence passes mask by mask.
+        """
+        masks = self.all_masks() if masks is None else masks
+        if isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(x, len(masks)):
+            batch = TaskBatch.every(masks, x)
+            with use_mask(batch):
+                y = self.net(batch.shared[1])
+            return y.view(len(masks), x.shape[0], *y.shape[1:])
+        return torch.stack([self(x, mask) for mask in masks])
 
     def infer_task(self, x: Tensor) -> Tensor:
         """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`."""
@@ -292,3 +344,8 @@ class HyperMask(nn.Module):
                     setattr(module, name, nn.Parameter(effective[segment].clone()))
         layers.swap_out(plain, task)
         return plain
+
+
+def _values_at_hand(tensor: Tensor) -> bool:
+    """Whether its values may be looked at: on the CPU without a wait; on a GPU with HYPERMASK_DEBUG=1 only."""
+    return (tensor.device.type == "cpu" or backends.debug()) and not torch.compiler.is_compiling()

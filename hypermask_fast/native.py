@@ -254,7 +254,8 @@ def _masked_conv2d(x, weight, logits, threshold, bias=None, stride=1, padding=0,
 
 
 def _layer_condition(x, weight, logits, threshold, *rest):
-    return "" if threshold.numel() == 1 and weight.dtype == logits.dtype else "weight, logits and threshold do not fit"
+    fits = threshold.numel() == 1 and weight.dtype == logits.dtype and weight.shape == logits.shape
+    return "" if fits else "weight, logits and threshold do not fit"
 
 
 # The weight is masked once, and the product is the CPU library's own.

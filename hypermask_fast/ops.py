@@ -2,6 +2,7 @@
 
 Names, arguments, results and gradients are those of `reference`; every function also takes `backend=`, a name.
 Contiguous float32 tensors are accelerated; other strides are made contiguous, other dtypes go to the reference.
+Where no backend is named, masked layers run fused or mask first, as `dispatch` says for their shape.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, chunked, native, triton_backend
+from . import backends, chunked, mask_first, native, triton_backend
 from .reference import kept_rank
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "weight_drift",
 ]
 
+mask_first.register()
 native.register()
 triton_backend.register()
 

@@ -1,8 +1,8 @@
 """The Triton kernels as a backend: what kernels/ serves, and when. Triton is imported at the first call only."""
 
-import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,11 +27,21 @@ def register() -> None:
     """Offers every kernel to `backends`."""
     for op in OPS:
         backends.offer(op, "triton", _kernel(op), _condition)
+    backends.offer("masked_weights", "triton", _masked_weights, _condition)
+
+
+def _masked_weights(weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offsets: Sequence[int]):
+    """W_s * m_s with one mask kernel per layer: serves half precision, and where the extension has no CUDA part."""
+    mask = _kernel("semi_binary_mask")
+    views = [logits[start:stop] for start, stop in pairwise(offsets)]
+    return [w * mask(a.view(w.shape), t) for w, a, t in zip(weights, views, thresholds, strict=False)]
 
 
 def _kernel(op: str) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module("hypermask_fast.kernels"), op)(*args, **kwargs)
+        from . import kernels  # a statement, which torch.compile can trace
+
+        return getattr(kernels, op)(*args, **kwargs)
 
     return call
 

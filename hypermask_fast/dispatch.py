@@ -1,0 +1,286 @@
+"""Which path a masked layer takes: one fused kernel, or W * m first and then the product of cuBLAS or cuDNN.
+
+A fused kernel reads the weight and the logits as its tiles load and writes nothing but the result; where a weight is
+used often (many rows), making W * m once and multiplying with the vendor's library is faster. The choice is made from
+the shape alone: by the table measured on this kind of GPU (`tables/GPU.json`, made by `python -m bench.dispatch`),
+and by `estimate` where there is none; the chunk forms, whose kernels make W * m once by themselves where rows are
+many, are then always fused. On the CPU it is always "mask first".
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+FUSED, MASK_FIRST = "fused", "mask first"
+LAYERS = ("masked_linear", "masked_conv2d", "chunk_masked_linear", "chunk_masked_conv2d")
+LAUNCH = 2e-6  # seconds; W * m of all layers is one launch, so a layer must save more than that to go alone
+_FAR = 3.0  # a measured shape further away than this, in powers of 2 summed over its sizes, says nothing
+
+
+class Choice(NamedTuple):
+    """path: "fused" or "mask first"; why: one line that says so with its reason."""
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates that decide, per second.
+
+    Attributes:
+        name: a part of the device's name.
+        bytes: that a copy moves, read plus written.
+        float32, tf32, half: operations of a large matrix product by the vendor's library.
+        tanh: hardware tanh, 16 per clock and multiprocessor; one in float32 takes `TANH_FLOAT32` of them.
+    """
+
+    name: str
+    bytes: float
+    float32: float
+    tf32: float
+    half: float
+    tanh: float
+
+
+H200 = Gpu("H200", bytes=4.3e12, float32=5.0e13, tf32=3.5e14, half=7.0e14, tanh=3.7e12)
+H100 = Gpu("H100", bytes=3.0e12, float32=5.0e13, tf32=3.5e14, half=7.0e14, tanh=3.7e12)
+A100 = Gpu("A100", bytes=1.7e12, float32=1.8e13, tf32=1.3e14, half=2.6e14, tanh=2.4e12)
+GPUS = (H200, H100, A100)
+TANH_FLOAT32 = 4
+# What a fused kernel reaches of the rates above, and how many rows share one masked tile.
+SHARE_OF_BYTES, SHARE_OF_PRODUCT, ROWS_PER_TILE = 0.85, 0.7, 128
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a masked layer as the choice sees it: W is (outputs, reduced), x has `rows` rows.
+
+    For a convolution rows are the output's pixels over the batch, and reduced is inputs / groups * kh * kw. `rows` is
+    rounded up to a power of 2, so that a compiled graph is not made again for every batch size.
+
+    Attributes:
+        gradient: whether a backward pass follows.
+        dtype: what the product is done in; weight_bytes: of one stored weight or logit.
+    """
+
+    op: str
+    rows: int
+    outputs: int
+    reduced: int
+    dtype: str
+    weight_bytes: int
+    gradient: bool
+
+    def __str__(self) -> str:
+        backward = ", forward and backward" if self.gradient else ""
+        return f"{self.rows} rows of {self.reduced} -> {self.outputs} in {self.dtype}{backward}"
+
+
+def choose(op: str, args: tuple, kwargs: Mapping) -> Choice | None:
+    """The path of one call of a layer op (arguments as in `reference`); None for an op that has one path only.
+
+    Raises:
+        InputError: x or weight are not among the arguments.
+    """
+    if op not in LAYERS:
+        return None
+    x, weight = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("x", "weight")))
+    if not (_is_tensor(x) and _is_tensor(weight)):
+        raise InputError(f"{op} needs x and weight, to see their device and shapes")
+    if not on_gpu(x):
+        return Choice(MASK_FIRST, f"mask first: on {x.device.type} W * m is made once and the product is the library's")
+    if (x.dim(), weight.dim()) != (4, 4) if "conv2d" in op else weight.dim() != 2:
+        return Choice(MASK_FIRST, f"mask first: no fused kernel for x {tuple(x.shape)} and W {tuple(weight.shape)}")
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*args, *kwargs.values()) if _is_tensor(t))
+    rows = _power_of_2(_rows(op, x, weight, args, kwargs))
+    outputs, reduced = weight.shape[0], weight.shape[1:].numel()
+    if torch.compiler.is_compiling():  # where they may be symbols, which `decide` can't be given
+        outputs, reduced = _power_of_2(outputs), _power_of_2(reduced)
+    device = x.device.index or 0
+    return decide(op, rows, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device)
+
+
+def _power_of_2(size: int) -> int:
+    """The next one, found by comparisons: a compiled graph is guarded by these and serves all sizes between."""
+    found = 1
+    while found < size:
+        found *= 2
+    return found if size else 0
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _product_dtype(x: Tensor) -> str:
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _rows(op: str, x: Tensor, weight: Tensor, args: tuple, kwargs: Mapping) -> int:
+    """Rows of the product; a convolution's pixels are counted as if its padding kept their number."""
+    if "conv2d" not in op:
+        return x.numel() // max(weight.shape[-1], 1)
+    place = 5 if op == "masked_conv2d" else 8
+    stride = args[place] if len(args) > place else kwargs.get("stride", 1)
+    down, across = (stride, stride) if isinstance(stride, int) else stride
+    return x.shape[0] * -(-x.shape[-2] // down) * -(-x.shape[-1] // across)
+
+
+@torch.compiler.assume_constant_result
+def decide(
+    op: str, rows: int, outputs: int, reduced: int, dtype: str, weight_bytes: int, gradient: bool, device: int
+) -> Choice:
+    """`choose` from plain numbers; torch.compile takes its answer as a constant."""
+    folder = os.environ.get("HYPERMASK_TABLES", "")
+    return _decide(op, rows, outputs, reduced, dtype, weight_bytes, gradient, device, folder)
+
+
+def gpu_name(device: int) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decide(*key) -> Choice:
+    *fields, device, folder = key
+    call, name = Call(*fields), gpu_name(device)
+    if call.outputs * call.reduced * call.rows == 0:
+        return Choice(MASK_FIRST, "mask first: the layer is empty")
+    table = tables(Path(folder) if folder else Path(__file__).parent / "tables").get(name)
+    entry = table.nearest(call) if table else None
+    if entry is not None:
+        fused, first = entry.fused_us * 1e-6, entry.mask_first_us * 1e-6
+        source = f"by the table of {name}, measured at {entry.rows} x {entry.reduced} -> {entry.outputs}"
+    elif call.op.startswith("chunk"):
+        return Choice(FUSED, f"fused: {call}: no logits in memory; with many rows the op itself makes W * m once")
+    else:
+        fused, first = estimate(call, gpu_of(name))
+        source = f"estimated for {gpu_of(name).name}" + ("" if table else f": no table of {name}")
+    path = FUSED if fused + LAUNCH < first else MASK_FIRST
+    return Choice(path, f"{path}: {call}: fused {fused * 1e6:.3g} us, mask first {first * 1e6:.3g} us, {source}")
+
+
+def gpu_of(name: str) -> Gpu:
+    """The rates of this GPU, or of an H100 for one that is not listed."""
+    return next((gpu for gpu in GPUS if gpu.name in name), H100)
+
+
+def estimate(call: Call, gpu: Gpu) -> tuple[float, float]:
+    """Seconds of the fused path and of mask first, without launches.
+
+    With n = outputs * reduced entries, M rows, b bytes per weight, io the bytes of x and y, a kernel takes
+
+        max(bytes / B, operations / F, tanh / T)
+
+    for B, F, T the GPU's rates of bytes, of products and of tanh. Forward:
+
+        fused:      bytes 2 n b + io at .85 B, operations 2 M n at .7 F, tanh n ceil(M / 128)
+        mask first: bytes 3 n b, tanh n; then bytes n b + io, operations 2 M n
+
+    and with gradients, for dx and dW as products of the same size each, besides:
+
+        fused:      dx as forward; dW and dlogits: 4 n b + io, n tanh; 2 n b to gather the layers' dlogits
+        mask first: dx as forward's product; d(W * m) the same; dW and dlogits from it: 5 n b, n tanh
+
+    """
+    entries, b = call.outputs * call.reduced, call.weight_bytes
+    x_bytes = 4 if call.dtype == "float32" else 2
+    io, operations = x_bytes * call.rows * (call.reduced + call.outputs), 2.0 * call.rows * entries
+    rate = {"float32": gpu.tf32 if torch.backends.cuda.matmul.allow_tf32 else gpu.float32}.get(call.dtype, gpu.half)
+    per_tanh = TANH_FLOAT32 if call.dtype == "float32" else 1
+
+    def kernel(moved: float, operations: float, tanh: float, fused: bool) -> float:
+        of_bytes, of_product = (SHARE_OF_BYTES, SHARE_OF_PRODUCT) if fused else (1.0, 1.0)
+        return max(moved / (of_bytes * gpu.bytes), operations / (of_product * rate), tanh * per_tanh / gpu.tanh)
+
+    tiles = math.ceil(call.rows / ROWS_PER_TILE)
+    fused = kernel(2 * entries * b + io, operations, entries * tiles, True)
+    first = kernel(3 * entries * b, 0, entries, False) + kernel(entries * b + io, operations, 0, False)
+    if call.gradient:
+        fused += kernel(2 * entries * b + io, operations, entries * tiles, True)
+        fused += kernel(4 * entries * b + io, operations, entries, True) + kernel(2 * entries * b, 0, 0, False)
+        first += 2 * kernel(entries * b + io, operations, 0, False) + kernel(5 * entries * b, 0, entries, False)
+    return fused, first
+
+
+# -- measured tables --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Microseconds of both paths for one shape; the other fields are `Call`'s."""
+
+    op: str
+    rows: int
+    outputs: int
+    reduced: int
+    dtype: str
+    gradient: bool
+    fused_us: float
+    mask_first_us: float
+
+    def __post_init__(self) -> None:
+        sizes = (self.rows, self.outputs, self.reduced)
+        times = (self.fused_us, self.mask_first_us)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"rows, outputs and reduced must be positive integers, not {sizes}")
+        if not all(isinstance(time, float | int) and 0 < time < math.inf for time in times):
+            raise ValueError(f"times must be positive microseconds, not {times}")
+
+    def distance(self, call: Call) -> float:
+        """How many doublings lie between the shapes."""
+        pairs = ((self.rows, call.rows), (self.outputs, call.outputs), (self.reduced, call.reduced))
+        return sum(abs(math.log2(a / b)) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured on one kind of GPU."""
+
+    gpu: str
+    entries: tuple[Entry, ...]
+
+    def nearest(self, call: Call) -> Entry | None:
+        """The measured shape nearest to the call's, of the same op, dtype and direction; None if all are far."""
+        same = [e for e in self.entries if (e.op, e.dtype, e.gradient) == (call.op, call.dtype, call.gradient)]
+        best = min(same, key=lambda entry: entry.distance(call), default=None)
+        return best if best is not None and best.distance(call) <= _FAR else None
+
+
+def file_name(gpu: str) -> str:
+    """The table's file for a device name: "NVIDIA H200" -> nvidia-h200.json."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+@functools.cache
+def tables(folder: Path) -> dict[str, Table]:
+    """GPU name -> its table, of every file in the folder (HYPERMASK_TABLES names another than the package's own).
+
+    A file that can't be read is warned of and left out.
+    """
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            data = json.loads(file.read_text())
+            found[data["gpu"]] = Table(data["gpu"], tuple(Entry(**entry) for entry in data["entries"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(f"{file} is no table of measured paths and is ignored ({problem})", stacklevel=2)
+    return found

@@ -1,0 +1,92 @@
+"""The layer ops in two steps: W * m by the fastest backend there is, then the product by PyTorch's own libraries.
+
+What `dispatch` calls "mask first", on every device and dtype; offered to `backends` beside the fused kernels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, reference
+from .dispatch import MASK_FIRST
+from .errors import InputError
+
+
+def register() -> None:
+    """Offers the ops below to `backends`."""
+    for function in (masked_linear, masked_conv2d, chunk_masked_linear, chunk_masked_conv2d, task_batched_linear):
+        backends.offer(function.__name__, MASK_FIRST, function)
+
+
+def masked_weight(weight: Tensor, logits: Tensor, threshold: Tensor) -> Tensor:
+    """W * m of one tensor. Raises InputError where logits or threshold do not fit the weight."""
+    if logits.shape != weight.shape:
+        raise InputError(f"logits must have the weight's shape {tuple(weight.shape)}, not {tuple(logits.shape)}")
+    if threshold.numel() != 1:
+        raise InputError(f"threshold must be one entry, not {tuple(threshold.shape)}")
+    args = ([weight], logits.reshape(-1), threshold.reshape(1), [0, weight.numel()])
+    return backends.choose("masked_weights", None, logits, args, {})(*args)[0]
+
+
+def masked_linear(x, weight, logits, threshold, bias=None):
+    """See `reference.masked_linear`."""
+    return F.linear(x, masked_weight(weight, logits, threshold), bias)
+
+
+def masked_conv2d(x, weight, logits, threshold, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """See `reference.masked_conv2d`."""
+    return F.conv2d(x, masked_weight(weight, logits, threshold), bias, stride, padding, dilation, groups)
+
+
+def chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias=None):
+    """See `reference.chunk_masked_linear`."""
+    logits = _chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
+    return masked_linear(x, weight, logits, threshold, bias)
+
+
+def chunk_masked_conv2d(x, weight, hidden, output_weight, output_bias, start, threshold, *rest):
+    """See `reference.chunk_masked_conv2d`."""
+    logits = _chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
+    return masked_conv2d(x, weight, logits, threshold, *rest)
+
+
+def _chunk_logits(hidden: Tensor, *args) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):  # their thresholds come from logits as stored
+        return reference.chunk_logits(hidden, *args)
+
+
+def task_batched_linear(x, weight, logits, thresholds, task_ids=None, bias=None):
+    """See `reference.task_batched_linear`: one product per task, over the rows that the task has.
+
+    In a compiled graph nobody knows how many that are: there every task meets every row, and each row keeps its own.
+
+    Raises:
+        InputError: a task id is not one of 0 to T - 1 (looked at outside of a compiled graph).
+    """
+    tasks = len(logits)
+    if task_ids is None:
+        rows = x.expand(tasks, *x.shape) if x.dim() == 2 else x
+        return _stacked([_of_task(x_t, weight, logits, thresholds, bias, t) for t, x_t in enumerate(rows)], x, weight)
+    if torch.compiler.is_compiling():
+        every = task_batched_linear(x, weight, logits, thresholds, None, bias)
+        return every[task_ids, torch.arange(len(task_ids), device=x.device)]
+    if len(task_ids) == 0:
+        return F.linear(x, weight)
+    order = task_ids.argsort(stable=True)
+    present, counts = task_ids[order].unique_consecutive(return_counts=True)
+    ids = present.tolist()
+    if ids[0] < 0 or ids[-1] >= tasks:
+        raise InputError(f"task ids must be 0 to {tasks - 1}")
+    groups = zip(ids, x[order].split(counts.tolist()), strict=True)
+    outputs = torch.cat([_of_task(rows, weight, logits, thresholds, bias, t) for t, rows in groups])
+    return outputs[order.argsort()]
+
+
+def _of_task(x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, bias: Tensor | None, task: int) -> Tensor:
+    if bias is not None and bias.dim() == 2:
+        bias = bias[task]
+    return masked_linear(x, weight, logits[task], thresholds[task], bias)
+
+
+def _stacked(outputs: list[Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack(outputs) if outputs else x.new_empty(0, x.shape[-2], weight.shape[0])

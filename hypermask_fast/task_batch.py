@@ -1,0 +1,256 @@
+"""Many tasks in one forward pass: every sample under its own task's mask, or every task over every sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import ops
+from .errors import InputError
+from .layout import MaskLayout
+from .masks import Made, TaskMask, use_mask
+
+# Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
+# GPU task by task, by cuBLAS and cuDNN, and so many images under all tasks would not fit beside each other.
+_MOST_ROWS = 4096
+_row_per_sample_of: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class TaskMasks(Made, Sequence[TaskMask]):
+    """The masks of T tasks, from one pass over the hypernetwork: a sequence of `TaskMask`, sliced like one.
+
+    Attributes:
+        tasks: their T ids, a range or an int64 tensor (T,) on the device.
+        layout, weights: as in `TaskMask`.
+        logits: (T, N); thresholds: (T, S).
+    """
+
+    tasks: range | Tensor
+    layout: MaskLayout
+    logits: Tensor
+    thresholds: Tensor
+    weights: tuple[Tensor, ...]
+    _made: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, index: int | slice) -> "TaskMask | TaskMasks":
+        if isinstance(index, slice):
+            rows = (self.tasks[index], self.layout, self.logits[index], self.thresholds[index], self.weights)
+            return TaskMasks(*rows)
+        return self._each()[index]
+
+    def _each(self) -> list[TaskMask]:
+        """One `TaskMask` per row, kept, so that what they make is made once."""
+
+        def make() -> list[TaskMask]:
+            rows = zip(self.tasks, self.logits, self.thresholds, strict=True)
+            return [TaskMask(task, self.layout, a, limits, self.weights) for task, a, limits in rows]
+
+        return self._once("each", make)
+
+    def ids(self) -> Tensor:
+        """(T,) int64 `tasks` on the device."""
+        if isinstance(self.tasks, Tensor):
+            return self.tasks
+        return torch.arange(self.tasks.start, self.tasks.stop, self.tasks.step, device=self.logits.device)
+
+    def of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Logits (T, *weight shape) and thresholds (T,) of a layer's weight."""
+        views = self._once("views", lambda: self.layout.views(self.logits))
+        return views[layer.weight_segment], self.thresholds[:, layer.weight_segment]
+
+    def bias(self, layer: nn.Module) -> Tensor | None:
+        """(T, out) masked biases of a layer; (out,) where the bias is used as it is."""
+        segment = layer.bias_segment
+        if segment is None or not self.layout.segments[segment].selected:
+            return layer.bias
+        views = self._once("views", lambda: self.layout.views(self.logits))
+        limits = self.thresholds[:, segment, None]
+        return self._once(f"bias {segment}", lambda: layer.bias * ops.semi_binary_mask(views[segment], limits))
+
+
+@dataclass(frozen=True, eq=False)
+class TaskBatch:
+    """A forward pass under many masks. Every masked layer must see one row per sample, along its first dimension.
+
+    Attributes:
+        masks: of T tasks.
+        rows: (B,) int64, which mask each sample runs under; None: every sample runs under every mask, as T blocks
+            of samples one after another.
+        count: rows that a layer sees, B or T * B.
+        shared: without `rows`, the samples (B, ...) and the same repeated (T * B, ...), which the network is given.
+    """
+
+    masks: TaskMasks
+    rows: Tensor | None
+    count: int
+    shared: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def mixed(cls, masks: TaskMasks, rows: Tensor) -> "TaskBatch":
+        return cls(masks, rows, rows.shape[0])
+
+    @classmethod
+    def every(cls, masks: TaskMasks, x: Tensor) -> "TaskBatch":
+        repeated = x.expand(len(masks), *x.shape).flatten(0, 1)
+        return cls(masks, None, repeated.shape[0], (x, repeated))
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """Each row of x (rows, ..., in) times its own (W * m_t)^T, plus its bias."""
+        self._check(x, layer)
+        if layer.weight_segment is None:
+            return F.linear(x, layer.weight, layer.bias)
+        logits, thresholds = self.masks.of(layer)
+        if self.shared is not None and x is self.shared[1] and x.dim() == 2:  # the first layer: x is read once
+            call = (self.shared[0], layer.weight, logits, thresholds, None, self.masks.bias(layer))
+            return ops.task_batched_linear(*call).flatten(0, 1)
+        return self._product(x, layer.weight, logits, thresholds, self.masks.bias(layer))
+
+    def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        """Each row of x (rows, in, h, w) convolved with its own W * m_t.
+
+        Windows of x as rows of the linear op; with groups, whose weights are small, a convolution of more groups.
+        """
+        self._check(x, layer)
+        if layer.weight_segment is None:
+            return layer._conv_forward(x, layer.weight, layer.bias)
+        padding = layer.padding
+        if layer.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode), (0, 0)
+        if layer.groups > 1:
+            return self._grouped(layer, x, padding)
+        logits, thresholds = self.masks.of(layer)
+        windows = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
+        weight, logits = layer.weight.flatten(1), logits.flatten(2)
+        y = self._product(windows, weight, logits, thresholds, self.masks.bias(layer)).transpose(1, 2)
+        return y.unflatten(2, _output_size(layer, x, padding))
+
+    def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Each row with its own task's statistics."""
+        self._check(x, layer)
+        return layer.forward_rows(x, self.masks.ids().index_select(0, self._of_rows(1)))
+
+    def _product(self, x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
+        """(rows, ..., out) of x (rows, ..., in) by the op over many tasks."""
+        rows = x.flatten(0, -2)
+        if self.rows is None:
+            rows = rows.unflatten(0, (len(self.masks), rows.shape[0] // len(self.masks)))
+            y = ops.task_batched_linear(rows, weight, logits, thresholds, None, bias)
+        else:
+            ids = self._of_rows(prod(x.shape[1:-1]))
+            y = ops.task_batched_linear(rows, weight, logits, thresholds, ids, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def _of_rows(self, each: int) -> Tensor:
+        """Which mask each row runs under, for `each` rows per sample; int64."""
+        rows = self.rows
+        if rows is None:
+            tasks = len(self.masks)
+            rows = torch.arange(tasks, device=self.masks.logits.device)
+            each *= self.count // tasks
+        return rows if each == 1 else rows[:, None].expand(-1, each).flatten()
+
+    def _grouped(self, layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        logits, thresholds = self.masks.of(layer)
+        weight = layer.weight * ops.semi_binary_mask(logits, thresholds[:, None, None, None, None])
+        if self.rows is not None:
+            weight = weight.index_select(0, self.rows)
+        sets = weight.shape[0]  # of weights, each for as many rows as there are per set
+        if sets == 0:
+            return layer._conv_forward(x, layer.weight, layer.bias)
+        across = x.unflatten(0, (sets, x.shape[0] // sets)).transpose(0, 1).flatten(1, 2)
+        groups = sets * layer.groups
+        y = F.conv2d(across, weight.flatten(0, 1), None, layer.stride, padding, layer.dilation, groups)
+        y = y.unflatten(1, (sets, layer.out_channels)).transpose(0, 1).flatten(0, 1)
+        bias = self.masks.bias(layer)
+        if bias is None:
+            return y
+        if bias.dim() == 2:
+            bias = bias.index_select(0, self._of_rows(1))
+        return y + bias.to(y.dtype)[..., None, None]
+
+    def _check(self, x: Tensor, layer: nn.Module) -> None:
+        if x.shape[0] != self.count:
+            raise InputError(
+                f"{type(layer).__name__} sees {x.shape[0]} rows where {self.count} samples pass under several tasks: "
+                "such a network needs one task per batch"
+            )
+
+
+def _output_size(layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> tuple[int, ...]:
+    geometry = zip(x.shape[-2:], padding, layer.dilation, layer.kernel_size, layer.stride, strict=True)
+    return tuple(
+        (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, pad, spread, kernel, step in geometry
+    )
+
+
+# -- which networks it serves -----------------------------------------------------------------------------------------
+
+
+def serves(net: nn.Module, x: Tensor, tasks: int | None = None) -> bool:
+    """Whether samples x of several tasks may pass through `net` together; with `tasks`, each under all of them.
+
+    Not where samples of a batch meet: batch norm with the batch's own statistics. Not where some layer sees other
+    rows than one per sample, which `_row_per_sample` finds out (a compiled graph relies on the check in each layer).
+    """
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            if module.training or module.running_mean is None or getattr(module, "batch_statistics", False):
+                return False
+        elif getattr(module, "is_masked_layer", False):
+            if module.weight_segment is None and module.bias_segment is not None:
+                return False
+            rows = x.shape[0] * (tasks if isinstance(module, nn.Conv2d) else 1) if tasks else 0
+            if rows > _MOST_ROWS:
+                return False
+    return torch.compiler.is_compiling() or _row_per_sample(net, x)
+
+
+def _row_per_sample(net: nn.Module, x: Tensor) -> bool:
+    """Runs the network on the meta device with 3 and with 5 samples: do all masked layers see 3, and 5, rows?"""
+    known = _row_per_sample_of.setdefault(net, {})
+    key = (tuple(x.shape[1:]), x.dtype, net.training)
+    if key not in known:
+        known[key] = all(_sees_rows(net, x, samples) for samples in (3, 5))
+    return known[key]
+
+
+def _sees_rows(net: nn.Module, x: Tensor, samples: int) -> bool:
+    probe = _Probe(samples)
+    state = {name: torch.empty_like(t, device="meta") for name, t in (*net.named_parameters(), *net.named_buffers())}
+    try:
+        with use_mask(probe), torch.no_grad():
+            y = functional_call(net, state, (x.new_empty((samples, *x.shape[1:]), device="meta"),))
+    except Exception:  # whatever a network does that meta tensors can't: its tasks pass one after another
+        return False
+    return probe.fits and isinstance(y, Tensor) and y.dim() > 0 and y.shape[0] == samples
+
+
+@dataclass
+class _Probe:
+    """Stands in for a mask and notes whether layers see `samples` rows."""
+
+    samples: int
+    fits: bool = True
+
+    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        self.fits &= x.dim() > 1 and x.shape[0] == self.samples
+        return F.linear(x, layer.weight, layer.bias)
+
+    def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        self.fits &= x.dim() == 4 and x.shape[0] == self.samples
+        return layer._conv_forward(x, layer.weight, layer.bias)
+
+    def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
+        self.fits &= x.shape[0] == self.samples
+        return x

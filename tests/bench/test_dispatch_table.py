@@ -1,0 +1,70 @@
+"""The table that `python -m bench.dispatch` writes is the one that the dispatcher reads."""
+
+import pytest
+import torch
+
+from bench import dispatch as table
+from bench.case import Unavailable
+from hypermask_fast import backends, dispatch, mask_first
+
+CPU = torch.device("cpu")
+SMALL = [
+    table.Shape("masked_linear", (3, 5), (4, 5), (), True, torch.float32),
+    table.Shape("masked_conv2d", (2, 3, 7, 7), (4, 3, 3, 3), (2, 1), False, torch.float32),
+    table.Shape("chunk_masked_linear", (3, 9), (4, 9), (), True, torch.float32),
+]
+
+
+def test_the_grid_asks_for_each_shape_once():
+    shapes = list(table.grid())
+    assert len(shapes) == len(set(shapes)) > 200
+    assert {shape.op for shape in shapes} <= set(dispatch.LAYERS)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.op)
+def test_both_paths_are_run_and_compared(shape, monkeypatch):
+    with pytest.raises(Unavailable, match="no backend runs"):
+        table.measure(shape, CPU)
+    monkeypatch.setattr(backends, "fused_backend", lambda op, *args: "reference")
+    assert min(table.measure(shape, CPU, seconds=1e-4)) > 0
+    right = getattr(mask_first, shape.op)
+    monkeypatch.setattr(mask_first, shape.op, lambda *args: right(*args) * 1.01)
+    with pytest.raises(Unavailable, match="WRONG"):
+        table.measure(shape, CPU)
+
+
+def test_rows_are_counted_as_the_dispatcher_counts_them(monkeypatch):
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
+    seen = []
+    monkeypatch.setattr(dispatch, "decide", lambda *args: seen.append(args))
+    for shape in SMALL:
+        dispatch.choose(shape.op, table.inputs(shape, 0, CPU), {})
+        op, rows, outputs, reduced, dtype, _, gradient, _ = seen[-1]
+        bound = 1 << (shape.sizes[0] - 1).bit_length()  # choose rounds up
+        assert (op, rows, outputs, reduced) == (shape.op, bound, *shape.sizes[1:])
+        assert (dtype, gradient) == ("float32", shape.gradient)
+
+
+def test_what_is_written_decides(tmp_path, capsys, monkeypatch):
+    def timer(shape):
+        if shape.geometry:
+            raise Unavailable("not today")
+        return (1.0, 9.0) if shape.gradient else (9.0, 1.0)
+
+    found = list(table.entries(SMALL, timer))
+    assert "masked_conv2d" in capsys.readouterr().err
+    path = tmp_path / dispatch.file_name("NVIDIA H100 80GB HBM3")
+    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    table.write(path, "NVIDIA H100 80GB HBM3", found)
+    read = dispatch.tables(tmp_path)["NVIDIA H100 80GB HBM3"]
+    assert list(read.entries) == found
+    monkeypatch.setattr(dispatch, "gpu_name", lambda device: read.gpu)
+    monkeypatch.setenv("HYPERMASK_TABLES", str(tmp_path))
+    assert dispatch.decide("masked_linear", 4, 4, 5, "float32", 4, True, 0).path == "fused"
+
+
+def test_without_a_gpu_nothing_is_written(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert table.main(["--out", str(tmp_path / "t.json")]) == 2
+    assert "PyTorch sees none" in capsys.readouterr().err and not list(tmp_path.iterdir())

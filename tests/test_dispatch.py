@@ -1,0 +1,186 @@
+"""Which path a layer takes: by a measured table, by the estimate without one, always mask first on the CPU."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+import hypermask_fast as hmf
+from hypermask_fast import InputError, backends, dispatch, ops, reference
+
+GPU = "NVIDIA H200"
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """CPU tensors stand for a GPU's; the folder of its tables."""
+    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
+    monkeypatch.setattr(dispatch, "gpu_name", lambda device: GPU)
+    monkeypatch.setenv("HYPERMASK_TABLES", str(tmp_path))
+    dispatch.tables.cache_clear()
+    dispatch._decide.cache_clear()
+    yield tmp_path
+    dispatch.tables.cache_clear()
+    dispatch._decide.cache_clear()
+
+
+def linear(rows, outputs=4096, inputs=4096, dtype=torch.bfloat16, gradient=False):
+    def tensor(*shape):
+        return torch.empty(1, dtype=dtype).expand(shape).requires_grad_(gradient)
+
+    return tensor(rows, inputs), tensor(outputs, inputs), tensor(outputs, inputs), torch.zeros(1, dtype=dtype)
+
+
+def conv(batch, inputs, outputs, side, window, stride=1):
+    x, weight = torch.empty(1).expand(batch, inputs, side, side), torch.empty(1).expand(outputs, inputs, window, window)
+    return x, weight, weight, torch.zeros(1), None, stride, window // 2
+
+
+def path(op, args, **kwargs):
+    return dispatch.choose(op, args, kwargs).path
+
+
+def entry(**changes):
+    measured = {
+        "op": "masked_linear", "rows": 16, "outputs": 4096, "reduced": 4096, "dtype": "bfloat16", "gradient": False,
+        "fused_us": 90.0, "mask_first_us": 50.0,
+    }  # fmt: skip
+    return measured | changes
+
+
+def write(folder, *entries, name="h200.json", gpu=GPU):
+    (folder / name).write_text(json.dumps({"gpu": gpu, "entries": entries}))
+
+
+def test_the_estimate_without_a_table(gpu):
+    """Few rows: bytes count, and fused moves fewer. Many rows: cuBLAS. Training at batch 128: one mask for all."""
+    for rows in (1, 16, 64):
+        assert path("masked_linear", linear(rows)) == "fused"
+    assert path("masked_linear", linear(8192)) == "mask first"
+    assert path("masked_linear", linear(128, gradient=True)) == "mask first"
+    with torch.no_grad():
+        assert path("masked_linear", linear(16, gradient=True)) == "fused"
+    assert path("masked_linear", linear(16, 100, 100)) == "mask first"  # saves less than a launch
+    assert path("masked_conv2d", conv(32, 32, 32, 32, 3)) == "mask first"
+    assert path("masked_conv2d", conv(1, 2048, 2048, 7, 3)) == "fused"
+    choice = dispatch.choose("masked_linear", linear(16), {})
+    assert choice.why.startswith("fused: 16 rows of 4096 -> 4096 in bfloat16: fused 18.4 us, mask first 31.3 us")
+    assert choice.why.endswith("estimated for H200: no table of NVIDIA H200")
+    x, weight = linear(5)[:2]
+    hidden, layer, shift = torch.empty(10, 4), torch.empty(100, 4), torch.empty(100)
+    assert path("chunk_masked_linear", (x, weight, hidden, layer, shift, 0, torch.zeros(1))) == "fused"
+    assert dispatch.choose("entropy_select", (x,), {}) is None
+
+
+def test_the_estimate_by_hand():
+    """One row of a 1000 x 1000 float32 layer on a GPU of round rates, worked out term by term."""
+    slow = dispatch.Gpu("slow", bytes=1e9, float32=1e12, tf32=1e12, half=1e12, tanh=1e12)
+    call = dispatch.Call("masked_linear", 1, 1000, 1000, "float32", 4, gradient=False)
+    io = 4 * 2000
+    fused, first = dispatch.estimate(call, slow)
+    assert fused == pytest.approx((8e6 + io) / 0.85e9)
+    assert first == pytest.approx(12e6 / 1e9 + (4e6 + io) / 1e9)
+    fused, first = dispatch.estimate(dispatch.Call("masked_linear", 1, 1000, 1000, "float32", 4, True), slow)
+    assert fused == pytest.approx((2 * (8e6 + io) + 16e6 + io) / 0.85e9 + 8e-3)
+    assert first == pytest.approx(12e-3 + 3 * (4e6 + io) / 1e9 + 20e-3)
+    no_tanh = dispatch.Gpu("no tanh", bytes=1e20, float32=1e20, tf32=1e20, half=1e20, tanh=1e6)
+    many = dispatch.Call("masked_linear", 1024, 10, 100, "bfloat16", 2, gradient=False)
+    assert dispatch.estimate(many, no_tanh) == pytest.approx((8 * 1000 / 1e6, 1000 / 1e6))
+
+
+def test_a_table_decides(gpu):
+    write(gpu, entry(), entry(rows=1024, fused_us=40.0), entry(gradient=True, fused_us=1.0))
+    choice = dispatch.choose("masked_linear", linear(16), {})
+    assert choice == (
+        "mask first",
+        "mask first: 16 rows of 4096 -> 4096 in bfloat16: fused 90 us, mask first 50 us, by the table of NVIDIA H200, "
+        "measured at 16 x 4096 -> 4096",
+    )
+    assert path("masked_linear", linear(20, 4096, 4000)) == "mask first"  # near enough
+    assert path("masked_linear", linear(700)) == "fused"
+    assert path("masked_linear", linear(16, gradient=True)) == "fused"
+    assert "no table" not in dispatch.choose("masked_linear", linear(16, dtype=torch.float32), {}).why
+    assert "estimated" in dispatch.choose("masked_linear", linear(16, dtype=torch.float32), {}).why
+    assert "estimated" in dispatch.choose("masked_linear", linear(16, 400, 784), {}).why  # far from what was measured
+
+
+def test_another_gpus_table_says_nothing(gpu):
+    write(gpu, entry(), gpu="NVIDIA A100-SXM4-80GB")
+    assert path("masked_linear", linear(16)) == "fused"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"gpu": "NVIDIA H200"}', "KeyError: 'entries'"),
+        (json.dumps({"gpu": GPU, "entries": [entry(fused_us=0)]}), "positive microseconds"),
+        (json.dumps({"gpu": GPU, "entries": [entry(rows="16")]}), "positive integers"),
+        (json.dumps({"gpu": GPU, "entries": [entry() | {"colour": 1}]}), "unexpected keyword argument"),
+        (b"\xff\xfe", "UnicodeDecodeError"),
+    ],
+)
+def test_a_broken_table_is_named_and_ignored(gpu, text, problem):
+    (gpu / "broken.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.warns(UserWarning, match=f"broken.json is no table of measured paths .*{problem}") as caught:
+        assert path("masked_linear", linear(16)) == "fused"
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert path("masked_linear", linear(17)) == "fused"
+
+
+def test_shapes_without_a_kernel_mask_first(gpu):
+    x, weight, logits, threshold = linear(4)
+    assert path("masked_conv2d", (x, weight, logits, threshold)) == "mask first"
+    assert path("masked_linear", (x, weight[None], logits, threshold)) == "mask first"
+    assert path("masked_linear", linear(4, 0, 4096)) == "mask first"
+
+
+def test_explain_without_kernels(gpu, monkeypatch):
+    """The path, its reason, and why no fused kernel takes the call; the layer then masks first."""
+    monkeypatch.setitem(backends._DEVICE, "meta", ("cuda", "triton"))
+    monkeypatch.setitem(backends._problems, "cuda", "no CUDA device")
+    monkeypatch.setitem(backends._problems, "triton", "triton is not installed")
+    monkeypatch.setattr(dispatch, "_product_dtype", lambda x: "bfloat16")  # meta has no autocast to ask
+    args = [t.to("meta") for t in linear(16)]
+    lines = hmf.explain("masked_linear", *args).splitlines()
+    assert lines[0] == "masked_linear: mask first (chosen automatically)"
+    assert lines[1].startswith("  fused: 16 rows of 4096 -> 4096 in bfloat16")
+    assert lines[2].startswith("  not cuda: ") and lines[3] == "  not triton: triton is not installed"
+    assert backends.fused_function("masked_linear", *args) is None
+    assert (
+        hmf.explain("masked_linear", *[t.to("meta") for t in linear(8192)]).splitlines()[1].startswith("  mask first")
+    )
+    with pytest.raises(InputError, match="masked_linear needs x and weight"):
+        backends.explain("masked_linear", torch.ones(2))
+
+
+def test_on_the_cpu_it_is_always_mask_first():
+    x, weight, logits = torch.randn(2, 5), torch.randn(3, 5), torch.randn(3, 5)
+    args = (x, weight, logits, torch.tensor(0.3))
+    assert backends.fused_function("masked_linear", *args) is None
+    assert "\n  mask first: on cpu W * m is made once" in hmf.explain("masked_linear", *args)
+    torch.testing.assert_close(ops.masked_linear(*args), reference.masked_linear(*args))
+    wide = [t.double() for t in args]
+    assert torch.equal(ops.masked_linear(*wide), reference.masked_linear(*wide))
+
+
+def test_a_compiled_graph_serves_a_bucket_of_batch_sizes(gpu):
+    """The choice is a constant of the graph, made again only where the batch passes a power of 2."""
+    weight = torch.empty(4096, 4096)
+
+    def chosen(x):
+        return x.sum() + (dispatch.choose("masked_linear", (x, weight, weight, weight[0, :1]), {}).path == "fused")
+
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager", dynamic=True)
+    for rows in (40, 50, 64):
+        assert compiled(torch.zeros(rows, 4096)) == 1
+    assert counters["stats"]["unique_graphs"] == 1
+    assert compiled(torch.zeros(8192, 4096)) == 0
+    assert counters["stats"]["unique_graphs"] == 2
