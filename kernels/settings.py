@@ -6,6 +6,7 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from . import host
+from .conv2d_shape import Conv2dShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Tiles:
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "num_warps": self.warps,
+            "maxnreg": 255,  # else ptxas may spill a few to fit one more program on a multiprocessor
             "num_stages": self.stages,
         }
 
@@ -54,17 +56,17 @@ def _splits(programs: int, steps: int, device: torch.device) -> int:
 _HALF_TILES = ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4))
 
 
-def _filling(outputs: int, rows: int, copies: int, device: torch.device) -> tuple[int, int, int]:
+def _filling(outputs: int, rows: int, copies: int, device: torch.device, widest: int = 256) -> tuple[int, int, int]:
     """The largest of _HALF_TILES of which every multiprocessor gets one, over `copies` products (outputs, rows);
-    the smallest where none does. block_n is no wider than the rows need."""
-    widest = _clip(rows, 16, 256)
-    for m, n, warps in _HALF_TILES:
-        n = min(n, widest)
-        if m > 64 and n < 128:
-            continue
-        if copies * cdiv(outputs, m) * cdiv(rows, n) >= host.multiprocessors(device.index):
-            break
-    return m, n, warps
+    the last where none does. block_n is no wider than `widest` or than the rows need."""
+    if host.capability(device.index) < 90:
+        widest = min(widest, 128)  # without wgmma the operands need registers too
+    widest = _clip(rows, 16, widest)
+    fitting = [(m, min(n, widest), w) for m, n, w in _HALF_TILES if m == 64 or (widest >= 128 and outputs > 64)]
+    for tile in fitting:
+        if copies * cdiv(outputs, tile[0]) * cdiv(rows, tile[1]) >= host.multiprocessors(device.index):
+            return tile
+    return fitting[-1]
 
 
 def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:
@@ -103,20 +105,40 @@ def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype, de
     return Tiles(block_m, block_n, _clip(rows, 16, 64), warps)
 
 
-def convolution(channels: int, pixels: int, reduced: int, dtype: torch.dtype) -> Tiles:
-    """Implicit GEMM: block_m over output channels of one group, block_n over pixels."""
+def by_tap(channels: int) -> bool:
+    """Whether a convolution's group has channels enough for tiles of a single tap: then pixels are located once per
+    tile and channels_last is read 16 bytes at a time. Else a tile holds several taps, located entry by entry."""
+    return channels >= 16
+
+
+def convolution_columns(channels: int, taps: int, block: int) -> int:
+    """How many blocks cover the channels and taps that a convolution reduces over."""
+    return taps * cdiv(channels, block) if by_tap(channels) else cdiv(channels * taps, block)
+
+
+def convolution(
+    channels: int, pixels: int, in_channels: int, shape: Conv2dShape, dtype: torch.dtype, device: torch.device
+) -> Tiles:
+    """Implicit GEMM: block_m over output channels of one group, block_n over pixels.
+
+    A step of 64 x 128 x 64 takes 256 clocks of Hopper's tensor cores, its mask 256 clocks of tanh, and the 128 pixels
+    some 30 instructions each where a tile is of one tap; entry by entry the 8192 of x would take 960 clocks.
+    """
+    reduced = in_channels if by_tap(in_channels) else in_channels * shape.taps
     if dtype == torch.float32:
-        return Tiles(_clip(channels, 16, 64), _clip(pixels, 16, 64), _clip(reduced, 16, 32))
-    return Tiles(_clip(channels, 16, 64), _clip(pixels, 16, 128), _clip(reduced, 16, 32))
+        return Tiles(_clip(channels, 16, 64), _clip(pixels, 16, 64), _clip(reduced, 16, 32), warps=8)
+    m, n, warps = _filling(channels, pixels, shape.groups, device, widest=128)
+    return Tiles(_clip(channels, 16, m), n, _clip(reduced, 16, 64 if by_tap(in_channels) else 32), warps)
 
 
 def convolution_gradient(
-    channels: int, reduced: int, pixels: int, groups: int, dtype: torch.dtype, device: torch.device
+    channels: int, in_channels: int, pixels: int, shape: Conv2dShape, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
     """G over (channels, in * kh * kw) of a group, reduced over all pixels: few tiles, so the reduction is split."""
+    reduced = in_channels if by_tap(in_channels) else in_channels * shape.taps
     block_m, block_n = _clip(channels, 16, 64), _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
     block_k = _clip(pixels, 16, 32)
-    programs = cdiv(channels, block_m) * cdiv(reduced, block_n) * groups
+    programs = cdiv(channels, block_m) * convolution_columns(in_channels, shape.taps, block_n) * shape.groups
     splits = _splits(programs, cdiv(pixels, block_k), device)
     stages = 2 if dtype == torch.float32 else 3
     return Tiles(block_m, block_n, block_k, 4 if splits > 1 else 8, stages, splits)
@@ -132,9 +154,8 @@ def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: t
     block_m, block_n = _clip(outputs, 16, 64), _clip(rows, 16, 64)
     block_k = _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
     programs = cdiv(outputs, block_m) * residues * cdiv(rows, block_n)
-    warps = 8 if dtype == torch.float32 else 4
     splits = _splits(programs, cdiv(reduced, block_k), device)
-    return Tiles(block_m, block_n, block_k, warps, stages=2, splits=splits)
+    return Tiles(block_m, block_n, block_k, warps=8, stages=2, splits=splits)
 
 
 def width_block(width: int) -> int:
@@ -142,9 +163,7 @@ def width_block(width: int) -> int:
     return _clip(width, 16, 64)
 
 
-def task_product(
-    tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device
-) -> Tiles:
+def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """As `masked_product` with `rows` the rows that a task may expect: every task fills tiles of its own.
 
     10 tasks over 1000 rows of 1024 x 1000: 20 GFLOP, 27 us; each entry's tanh is made once per 256 rows, 11 us;
