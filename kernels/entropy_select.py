@@ -69,7 +69,7 @@ def _forward(logits: Tensor) -> Tensor:
         block = min(next_power_of_2(classes), 1024)
         rows = max(1, min(2048 // block, 32))
         _entropy_select[(cdiv(batch, rows),)](
-            logits, out, tasks, batch, classes, *logits.stride(), ROWS=rows, BLOCK=block
+            logits, out, tasks, batch, classes, *logits.stride(), ROWS=rows, BLOCK=block, num_warps=8
         )
     return out
 

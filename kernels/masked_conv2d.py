@@ -24,6 +24,24 @@ def _tap(k, channels, KW: tl.constexpr, TAPS: tl.constexpr, CHANNELS_LAST: tl.co
 
 
 @triton.jit
+def _block_of_tap(index, blocks, KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr):
+    """Block `index` of the reduction, `blocks` to a tap, as (channels, kernel row, kernel column)."""
+    if KH * KW == 1:  # as constants, so that the compiler sees how the weight is aligned
+        return index * BLOCK + tl.arange(0, BLOCK), 0, 0
+    else:
+        tap = index // blocks
+        return index % blocks * BLOCK + tl.arange(0, BLOCK), tap // KW, tap % KW
+
+
+@triton.jit
+def _pixel(pixel, height, width):
+    """(image, row, column) of a pixel by two divisions, which are what the index arithmetic costs."""
+    line = pixel // width
+    n = line // height
+    return n, line - n * height, pixel - line * width
+
+
+@triton.jit
 def _source(at, tap, size, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Coordinate that an output coordinate reads through a tap, and whether there is one."""
     if TRANSPOSED:  # the gradient's view: output (at + pad - tap * dilation) / stride touched input `at`
@@ -43,7 +61,7 @@ def _masked_convolution(
     x_n, x_c, x_h, x_w, w_out, w_in, w_r, w_s, w_group, a_out, a_in, a_r, a_s, a_group, y_n, y_c, y_h, y_w,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, CHANNELS_LAST: tl.constexpr, BY_TAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -53,26 +71,34 @@ def _masked_convolution(
     group = tl.program_id(1) // tiles_per_group
     channel = (tl.program_id(1) % tiles_per_group) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixel = tl.program_id(0).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n, row, col = pixel // (height * width), pixel // width % height, pixel % width
+    n, row, col = _pixel(pixel, height, width)
     threshold = tl.load(threshold_ptr).to(tl.float32)
     x_ptr += group * in_channels.to(INDEX) * x_c
     w_ptr += group * w_group
     a_ptr += group * a_group
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     reduced = in_channels * KH * KW
-    for start in range(0, reduced, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        c, r, s = _tap(k, in_channels, KW, KH * KW, CHANNELS_LAST)
-        inside = (channel < channels)[:, None] & (k < reduced)[None, :]
+    blocks = tl.cdiv(in_channels, BLOCK_K)
+    for step in range(KH * KW * blocks if BY_TAP else tl.cdiv(reduced, BLOCK_K)):
+        if BY_TAP:  # one tap and a block of channels: pixels are located once for all of them
+            c, r, s = _block_of_tap(step, blocks, KH, KW, BLOCK_K)
+            known = c < in_channels
+            h, h_valid = _source(row, r, in_height, STRIDE_H, PAD_H, DILATION_H, TRANSPOSED)
+            q, q_valid = _source(col, s, in_width, STRIDE_W, PAD_W, DILATION_W, TRANSPOSED)
+            pixel_at, valid = (n * x_n + h * x_h + q * x_w)[None, :], (h_valid & q_valid & (pixel < pixels))[None, :]
+        else:
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            known = k < reduced
+            c, r, s = _tap(k, in_channels, KW, KH * KW, CHANNELS_LAST)
+            h, h_valid = _source(row[None, :], r[:, None], in_height, STRIDE_H, PAD_H, DILATION_H, TRANSPOSED)
+            q, q_valid = _source(col[None, :], s[:, None], in_width, STRIDE_W, PAD_W, DILATION_W, TRANSPOSED)
+            pixel_at, valid = (n * x_n)[None, :] + h * x_h + q * x_w, h_valid & q_valid & (pixel < pixels)[None, :]
+        x = tl.load(x_ptr + pixel_at + (c.to(INDEX) * x_c)[:, None], mask=valid & known[:, None], other=0)
+        inside = (channel < channels)[:, None] & known[None, :]
         w_at = channel[:, None] * w_out + (c * w_in + r * w_r + s * w_s)[None, :]
         a_at = channel[:, None] * a_out + (c * a_in + r * a_r + s * a_s)[None, :]
         w = tl.load(w_ptr + w_at, mask=inside, other=0)
         a = tl.load(a_ptr + a_at, mask=inside, other=0)
-        h, h_valid = _source(row[None, :], r[:, None], in_height, STRIDE_H, PAD_H, DILATION_H, TRANSPOSED)
-        q, q_valid = _source(col[None, :], s[:, None], in_width, STRIDE_W, PAD_W, DILATION_W, TRANSPOSED)
-        inside = h_valid & q_valid & (k < reduced)[:, None] & (pixel < pixels)[None, :]
-        x_at = (n * x_n)[None, :] + (c.to(INDEX) * x_c)[:, None] + h * x_h + q * x_w
-        x = tl.load(x_ptr + x_at, mask=inside, other=0)
         masked = masked_tile(w, a, threshold, APPROXIMATE).to(x.dtype)
         total = tl.dot(masked, x, total, input_precision=PRECISION)
     channel_of_all = group * channels + channel
@@ -107,7 +133,7 @@ def _weight_gradient(
     dw_out, dw_in, dw_r, dw_s, da_out, da_in, da_r, da_s,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SPLIT: tl.constexpr, WANT_W: tl.constexpr, WANT_A: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BY_TAP: tl.constexpr, SPLIT: tl.constexpr, WANT_W: tl.constexpr, WANT_A: tl.constexpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -117,26 +143,36 @@ def _weight_gradient(
     channel = (tl.program_id(1) % tiles_per_group) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     reduced = in_channels * KH * KW
-    k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c, r, s = _tap(k, in_channels, KW, KH * KW, CHANNELS_LAST)
+    if BY_TAP:  # a block of channels at one tap: pixels are located once for all of them
+        blocks = tl.cdiv(in_channels, BLOCK_N)
+        c, r, s = _block_of_tap(tl.program_id(0), blocks, KH, KW, BLOCK_N)
+        known = c < in_channels
+    else:
+        k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        known = k < reduced
+        c, r, s = _tap(k, in_channels, KW, KH * KW, CHANNELS_LAST)
     dy_ptr += group * channels.to(INDEX) * dy_c
     x_ptr += group * in_channels.to(INDEX) * x_c
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split.to(INDEX) * steps * BLOCK_K + tl.arange(0, BLOCK_K)
     for step in range(steps):
         pixel = first + step * BLOCK_K
-        n, row, col = pixel // (height * width), pixel // width % height, pixel % width
+        n, row, col = _pixel(pixel, height, width)
         inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
         dy_at = (channel.to(INDEX) * dy_c)[:, None] + (n * dy_n + row * dy_h + col * dy_w)[None, :]
         dy = tl.load(dy_ptr + dy_at, mask=inside, other=0)
-        h, h_valid = _source(row[:, None], r[None, :], in_height, STRIDE_H, PAD_H, DILATION_H, False)
-        q, q_valid = _source(col[:, None], s[None, :], in_width, STRIDE_W, PAD_W, DILATION_W, False)
-        inside = h_valid & q_valid & (k < reduced)[None, :] & (pixel < pixels)[:, None]
-        x_at = (n * x_n)[:, None] + (c.to(INDEX) * x_c)[None, :] + h * x_h + q * x_w
-        x = tl.load(x_ptr + x_at, mask=inside, other=0)
+        if BY_TAP:
+            h, h_valid = _source(row, r, in_height, STRIDE_H, PAD_H, DILATION_H, False)
+            q, q_valid = _source(col, s, in_width, STRIDE_W, PAD_W, DILATION_W, False)
+            pixel_at, valid = (n * x_n + h * x_h + q * x_w)[:, None], (h_valid & q_valid & (pixel < pixels))[:, None]
+        else:
+            h, h_valid = _source(row[:, None], r[None, :], in_height, STRIDE_H, PAD_H, DILATION_H, False)
+            q, q_valid = _source(col[:, None], s[None, :], in_width, STRIDE_W, PAD_W, DILATION_W, False)
+            pixel_at, valid = (n * x_n)[:, None] + h * x_h + q * x_w, h_valid & q_valid & (pixel < pixels)[:, None]
+        x = tl.load(x_ptr + pixel_at + (c.to(INDEX) * x_c)[None, :], mask=valid & known[None, :], other=0)
         gradient = tl.dot(dy, x, gradient, input_precision=PRECISION)
 
-    inside = (channel < channels)[:, None] & (k < reduced)[None, :]
+    inside = (channel < channels)[:, None] & known[None, :]
     out = group * channels + channel
     if SPLIT:
         entry = out[:, None] * reduced + (c * (KH * KW) + r * KW + s)[None, :]
@@ -196,7 +232,7 @@ def launch_convolution(
     group_out, group_in = weight.shape[0] // shape.groups, weight.shape[1]
     channels, reduced = (group_in, group_out) if transposed else (group_out, group_in)
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
-    tiles = tiles or settings.convolution(channels, pixels, reduced * shape.taps, x.dtype)
+    tiles = tiles or settings.convolution(channels, pixels, reduced, shape, x.dtype, x.device)
     w, a = ((t.permute(1, 0, 2, 3) if transposed else t).stride() for t in (weight, logits))
     w_group, a_group = weight.stride(0) * group_out, logits.stride(0) * group_out
     grid = (cdiv(pixels, tiles.block_n), cdiv(channels, tiles.block_m) * shape.groups)
@@ -204,9 +240,9 @@ def launch_convolution(
         x, weight, logits, threshold, bias, y,
         pixels, channels, reduced, x.shape[2], x.shape[3], y.shape[2], y.shape[3],
         *x.stride(), *w, w_group, *a, a_group, *y.stride(),
-        **shape.constants(), TRANSPOSED=transposed, CHANNELS_LAST=_channels_last(x), HAS_BIAS=bias is not None,
-        PRECISION=host.convolution_precision(x.dtype), APPROXIMATE=host.approximate_tanh(x.dtype),
-        INDEX=_index_type(x, y), **tiles.launch(),
+        **shape.constants(), TRANSPOSED=transposed, CHANNELS_LAST=_channels_last(x),
+        BY_TAP=settings.by_tap(reduced), HAS_BIAS=bias is not None, PRECISION=host.convolution_precision(x.dtype),
+        APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=_index_type(x, y), **tiles.launch(),
     )  # fmt: skip
 
 
@@ -221,19 +257,20 @@ def launch_weight_gradient(
         return dw, da
     channels, in_channels = weight.shape[0] // shape.groups, weight.shape[1]
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    reduced = in_channels * shape.taps
-    tiles = tiles or settings.convolution_gradient(channels, reduced, pixels, shape.groups, x.dtype, x.device)
+    tiles = tiles or settings.convolution_gradient(channels, in_channels, pixels, shape, x.dtype, x.device)
     split = tiles.splits > 1
     partial = x.new_empty((tiles.splits, weight.numel()) if split else 0, dtype=torch.float32)
     strides = (*weight.stride(), *logits.stride(), *dw.stride(), *da.stride())
     constants = shape.constants()
-    grid = (cdiv(reduced, tiles.block_n), cdiv(channels, tiles.block_m) * shape.groups, tiles.splits)
+    columns = settings.convolution_columns(in_channels, shape.taps, tiles.block_n)
+    grid = (columns, cdiv(channels, tiles.block_m) * shape.groups, tiles.splits)
     _weight_gradient[grid](
         grad, x, weight, logits, threshold, dw, da, partial,
         pixels, cdiv(cdiv(pixels, tiles.block_k), tiles.splits), channels, in_channels,
         x.shape[2], x.shape[3], grad.shape[2], grad.shape[3], weight.numel(), *grad.stride(), *x.stride(), *strides,
-        **constants, CHANNELS_LAST=_channels_last(x), SPLIT=split, WANT_W=want_weight, WANT_A=want_logits,
-        PRECISION=host.convolution_precision(x.dtype), INDEX=_index_type(x, grad), **tiles.launch(),
+        **constants, CHANNELS_LAST=_channels_last(x), BY_TAP=settings.by_tap(in_channels), SPLIT=split,
+        WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.convolution_precision(x.dtype),
+        INDEX=_index_type(x, grad), **tiles.launch(),
     )  # fmt: skip
     if split:
         _finish_gradients[(cdiv(weight.numel(), 512),)](

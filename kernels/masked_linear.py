@@ -73,6 +73,31 @@ def _sum_splits(
     tl.store(y_ptr + entry, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _halves(tile):
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _column_parts(tile, PARTS: tl.constexpr):
+    """A tile's columns in 1, 4 or 8 parts, so that what an epilogue holds beside it stays within the registers."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        left, right = _halves(tile)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        if PARTS == 4:
+            parts = (a, b, c, d)
+        else:
+            a0, a1 = _halves(a)
+            b0, b1 = _halves(b)
+            c0, c1 = _halves(c)
+            d0, d1 = _halves(d)
+            parts = (a0, a1, b0, b1, c0, c1, d0, d1)
+    return parts
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _weight_gradient(
     dy_ptr, x_ptr, w_ptr, a_ptr, threshold_ptr, dw_ptr, da_ptr,
@@ -95,17 +120,22 @@ def _weight_gradient(
         x = tl.load(x_ptr + row[:, None] * x_row + col[None, :] * x_in, mask=inside, other=0)
         gradient = tl.dot(dy, x, gradient, input_precision=PRECISION)
 
-    inside = (out < outputs)[:, None] & (col < inputs)[None, :]
     threshold = tl.load(threshold_ptr).to(tl.float32)
-    a = tl.load(a_ptr + out[:, None] * a_out + col[None, :] * a_in, mask=inside, other=0).to(tl.float32)
-    entry = out[:, None] * inputs + col[None, :]
-    if WANT_W:
-        dw = gradient * mask_of(a, threshold, False)
-        tl.store(dw_ptr + entry, dw.to(dw_ptr.dtype.element_ty), mask=inside)
-    if WANT_A:
-        w = tl.load(w_ptr + out[:, None] * w_out + col[None, :] * w_in, mask=inside, other=0).to(tl.float32)
-        da = gradient_of_logits(gradient, w, a, threshold)
-        tl.store(da_ptr + entry, da.to(da_ptr.dtype.element_ty), mask=inside)
+    PARTS: tl.constexpr = 1 if BLOCK_N < 64 else 4 if BLOCK_N < 256 else 8
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    parts = _column_parts(gradient, PARTS)
+    for part in tl.static_range(PARTS):
+        col = tl.program_id(0) * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
+        inside = (out < outputs)[:, None] & (col < inputs)[None, :]
+        a = tl.load(a_ptr + out[:, None] * a_out + col[None, :] * a_in, mask=inside, other=0).to(tl.float32)
+        entry = out[:, None] * inputs + col[None, :]
+        if WANT_W:
+            dw = parts[part] * mask_of(a, threshold, False)
+            tl.store(dw_ptr + entry, dw.to(dw_ptr.dtype.element_ty), mask=inside)
+        if WANT_A:
+            w = tl.load(w_ptr + out[:, None] * w_out + col[None, :] * w_in, mask=inside, other=0).to(tl.float32)
+            da = gradient_of_logits(parts[part], w, a, threshold)
+            tl.store(da_ptr + entry, da.to(da_ptr.dtype.element_ty), mask=inside)
 
 
 def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -156,7 +186,7 @@ def launch_weight_gradient(
     da = logits.new_empty(logits.shape if want_logits else 0)
     if weight.numel() == 0 or not (want_weight or want_logits):
         return dw, da
-    tiles = tiles or settings.weight_gradient(outputs, inputs, len(x), x.dtype)
+    tiles = tiles or settings.weight_gradient(outputs, inputs, len(x), x.dtype, x.device)
     grid = (cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m))
     _weight_gradient[grid](
         grad, x, weight, logits, threshold, dw, da, len(x), outputs, inputs,

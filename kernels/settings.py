@@ -6,6 +6,7 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from . import host
+from .conv2d_shape import Conv2dShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Tiles:
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "num_warps": self.warps,
+            "maxnreg": 255,  # else ptxas may spill a few to fit one more program on a multiprocessor
             "num_stages": self.stages,
         }
 
@@ -48,45 +50,95 @@ def _splits(programs: int, steps: int, device: torch.device) -> int:
     return max(1, min(wanted, steps // 4, 32))
 
 
+# Tiles of a product of half-precision operands, the largest first: block_m, block_n, warps. Per step of the reduction
+# a tile of 128 x 256 needs 16 clocks of Hopper's tensor cores (2048 multiply-adds per clock and multiprocessor) and
+# (128 + 256) * 2 bytes of its operands, 48 a clock, where L2 gives about 64; 64 x 128 needs 96 a clock.
+_HALF_TILES = ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4))
+
+
+def _filling(outputs: int, rows: int, copies: int, device: torch.device, widest: int = 256) -> tuple[int, int, int]:
+    """The largest of _HALF_TILES of which every multiprocessor gets one, over `copies` products (outputs, rows);
+    the last where none does. block_n is no wider than `widest` or than the rows need."""
+    if host.capability(device.index) < 90:
+        widest = min(widest, 128)  # without wgmma the operands need registers too
+    widest = _clip(rows, 16, widest)
+    fitting = [(m, min(n, widest), w) for m, n, w in _HALF_TILES if m == 64 or (widest >= 128 and outputs > 64)]
+    for tile in fitting:
+        if copies * cdiv(outputs, tile[0]) * cdiv(rows, tile[1]) >= host.multiprocessors(device.index):
+            return tile
+    return fitting[-1]
+
+
 def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """(W * m) x^T, an (outputs, rows) product: block_m over outputs, block_n over rows of x.
 
-    Few rows: bytes count, so long runs of W, many in flight, and a split reduction to fill the chip.
-    Many rows: the mask is made once per block_n rows, so block_n is as wide as registers allow.
+    Up to 64 rows bytes count: W and the logits are read once, by at least two programs per multiprocessor with
+    three steps of 16 KB in flight each (4.3 TB/s times 0.8 us of latency is 26 KB per multiprocessor). At 4096 x 4096
+    in bfloat16 these are 67 MB, 16 us; the mask's 127 k entries per multiprocessor take 8 k clocks of tanh (16 a
+    clock) beside them; x goes through L2 once per 64 outputs, 33 MB at 64 rows.
+
+    Many rows: the mask is made once per block_n rows. A tile's step makes block_m tanh while the tensor cores take
+    block_m * block_n / 2048 clocks: at block_n = 128 tanh alone fills that time, at 256 half of it. From about 700
+    rows on W * m made once (100 MB, 23 us at 4096 x 4096) and cuBLAS are faster: the choice is the dispatch's.
     """
-    block_n = _clip(rows, 16, 64 if dtype == torch.float32 else 128)
     if dtype == torch.float32:
-        block_m, block_k = 64, 32
+        block_n = _clip(rows, 16, 64)
+        block_m, block_k, warps = 64, 32, 8 if block_n == 64 else 4
     else:
-        block_m, block_k = 64, 64
+        block_m, block_n, warps = _filling(outputs, rows, 1, device) if rows > 64 else (64, _clip(rows, 16, 64), 4)
+        block_k = 64
     block_k = _clip(reduced, 16, block_k)
-    warps = 8 if dtype == torch.float32 and block_n == 64 else 4
-    if rows > 64:
-        return Tiles(block_m, block_n, block_k, warps)
     programs = cdiv(outputs, block_m) * cdiv(rows, block_n)
-    return Tiles(block_m, block_n, block_k, warps, stages=4, splits=_splits(programs, cdiv(reduced, block_k), device))
+    if rows > 64 and (dtype == torch.float32 or programs >= host.multiprocessors(device.index)):
+        return Tiles(block_m, block_n, block_k, warps)
+    stages = 4 if rows <= 64 else 3
+    splits = _splits(programs, cdiv(reduced, block_k), device)
+    return Tiles(block_m, block_n, block_k, warps, stages, splits)
 
 
-def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
-    """G = dy^T x, an (outputs, inputs) product reduced over rows; the epilogue holds W and a beside G."""
-    block_n = _clip(inputs, 16, 64 if dtype == torch.float32 else 128)
-    return Tiles(64, block_n, _clip(rows, 16, 32), warps=8)
-
-
-def convolution(channels: int, pixels: int, reduced: int, dtype: torch.dtype) -> Tiles:
-    """Implicit GEMM: block_m over output channels of one group, block_n over pixels."""
+def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """G = dy^T x, an (outputs, inputs) product reduced over rows; its epilogue reads W and a and writes dW and da once,
+    4 * 2 bytes an entry: 31 us at 4096 x 4096 in bfloat16, where 8192 rows take the tensor cores 370 us."""
     if dtype == torch.float32:
-        return Tiles(_clip(channels, 16, 64), _clip(pixels, 16, 64), _clip(reduced, 16, 32))
-    return Tiles(_clip(channels, 16, 64), _clip(pixels, 16, 128), _clip(reduced, 16, 32))
+        return Tiles(64, _clip(inputs, 16, 64), _clip(rows, 16, 32), warps=8)
+    block_m, block_n, warps = _filling(outputs, inputs, 1, device)
+    return Tiles(block_m, block_n, _clip(rows, 16, 64), warps)
+
+
+def by_tap(channels: int) -> bool:
+    """Whether a convolution's group has channels enough for tiles of a single tap: then pixels are located once per
+    tile and channels_last is read 16 bytes at a time. Else a tile holds several taps, located entry by entry."""
+    return channels >= 16
+
+
+def convolution_columns(channels: int, taps: int, block: int) -> int:
+    """How many blocks cover the channels and taps that a convolution reduces over."""
+    return taps * cdiv(channels, block) if by_tap(channels) else cdiv(channels * taps, block)
+
+
+def convolution(
+    channels: int, pixels: int, in_channels: int, shape: Conv2dShape, dtype: torch.dtype, device: torch.device
+) -> Tiles:
+    """Implicit GEMM: block_m over output channels of one group, block_n over pixels.
+
+    A step of 64 x 128 x 64 takes 256 clocks of Hopper's tensor cores, its mask 256 clocks of tanh, and the 128 pixels
+    some 30 instructions each where a tile is of one tap; entry by entry the 8192 of x would take 960 clocks.
+    """
+    reduced = in_channels if by_tap(in_channels) else in_channels * shape.taps
+    if dtype == torch.float32:
+        return Tiles(_clip(channels, 16, 64), _clip(pixels, 16, 64), _clip(reduced, 16, 32), warps=8)
+    m, n, warps = _filling(channels, pixels, shape.groups, device, widest=128)
+    return Tiles(_clip(channels, 16, m), n, _clip(reduced, 16, 64 if by_tap(in_channels) else 32), warps)
 
 
 def convolution_gradient(
-    channels: int, reduced: int, pixels: int, groups: int, dtype: torch.dtype, device: torch.device
+    channels: int, in_channels: int, pixels: int, shape: Conv2dShape, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
     """G over (channels, in * kh * kw) of a group, reduced over all pixels: few tiles, so the reduction is split."""
+    reduced = in_channels if by_tap(in_channels) else in_channels * shape.taps
     block_m, block_n = _clip(channels, 16, 64), _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
     block_k = _clip(pixels, 16, 32)
-    programs = cdiv(channels, block_m) * cdiv(reduced, block_n) * groups
+    programs = cdiv(channels, block_m) * convolution_columns(in_channels, shape.taps, block_n) * shape.groups
     splits = _splits(programs, cdiv(pixels, block_k), device)
     stages = 2 if dtype == torch.float32 else 3
     return Tiles(block_m, block_n, block_k, 4 if splits > 1 else 8, stages, splits)
@@ -102,9 +154,8 @@ def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: t
     block_m, block_n = _clip(outputs, 16, 64), _clip(rows, 16, 64)
     block_k = _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
     programs = cdiv(outputs, block_m) * residues * cdiv(rows, block_n)
-    warps = 8 if dtype == torch.float32 else 4
     splits = _splits(programs, cdiv(reduced, block_k), device)
-    return Tiles(block_m, block_n, block_k, warps, stages=2, splits=splits)
+    return Tiles(block_m, block_n, block_k, warps=8, stages=2, splits=splits)
 
 
 def width_block(width: int) -> int:
@@ -112,11 +163,17 @@ def width_block(width: int) -> int:
     return _clip(width, 16, 64)
 
 
-def task_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype) -> Tiles:
-    """As `masked_product` with `rows` the rows that a task may expect: every task fills tiles of its own."""
-    block_n = _clip(rows, 16, 64)
-    block_k = _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
-    return Tiles(64, block_n, block_k, warps=8 if dtype == torch.float32 and block_n == 64 else 4)
+def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """As `masked_product` with `rows` the rows that a task may expect: every task fills tiles of its own.
+
+    10 tasks over 1000 rows of 1024 x 1000: 20 GFLOP, 27 us; each entry's tanh is made once per 256 rows, 11 us;
+    operands 330 MB through L2, 55 us (64 x 64 tiles: 980 MB). 26 rows a task: 20 MB of logits, read once.
+    """
+    if dtype == torch.float32:
+        block_n = _clip(rows, 16, 64)
+        return Tiles(64, block_n, _clip(reduced, 16, 32), warps=8 if block_n == 64 else 4)
+    block_m, block_n, warps = _filling(outputs, rows, tasks, device)
+    return Tiles(block_m, block_n, _clip(reduced, 16, 64), warps)
 
 
 def task_weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tiles:

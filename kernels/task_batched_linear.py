@@ -159,7 +159,7 @@ def launch_task_product(
         return y.fill_(float("nan"))  # no id is a task's
     grouped = order is not None
     per_task = cdiv(rows, tasks) if grouped else rows
-    tiles = tiles or settings.task_product(per_task, outputs, reduced, x.dtype)
+    tiles = tiles or settings.task_product(tasks, per_task, outputs, reduced, x.dtype, x.device)
     row_tiles = cdiv(rows, tiles.block_n)
     grid = (row_tiles + tasks + 1 if grouped else row_tiles * tasks, cdiv(outputs, tiles.block_m))
     bias_strides = (0, 0) if bias is None else (0, *bias.stride())[-2:]

@@ -134,7 +134,7 @@ def _forward(weights, previous, offsets, norm, logits=None, thresholds=None) -> 
     if len(partial) > 0:
         _partial_sums[(len(partial),)](
             *tables, previous.contiguous(), *_masking(logits, thresholds), partial,
-            NORM=norm, MASKED=logits is not None, TYPE=host.TRITON_DTYPES[flat[0].dtype], BLOCK=_BLOCK,
+            NORM=norm, MASKED=logits is not None, TYPE=host.TRITON_DTYPES[flat[0].dtype], BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
     _norms[(1,)](partial, tables[2], norms, total, len(weights), NORM=norm, BLOCK=256)
     return total, norms

@@ -4,6 +4,7 @@
 out as JSON. A stand-in driver tells Triton which GPU it "has", and every launch stops after the compilation.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -66,6 +67,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
 
 
+@functools.cache  # launches of one variant share their kernel
 def facts(kernel) -> dict:
     """What the tests assert on: resources, and which matrix instructions the PTX holds."""
     ptx = kernel.asm["ptx"]
@@ -77,6 +79,8 @@ def facts(kernel) -> dict:
         "tcgen05": "tcgen05.mma" in ptx,
         # wgmma's left operand: four registers in braces, or the descriptor of a tile in shared memory
         "left from registers": re.search(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx) is not None,
+        "copies of 16 bytes": len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10", ptx)),
+        "loads": len(re.findall(r"ld\.global", ptx)),
         **resources(kernel.asm["cubin"]),
     }
 
@@ -89,19 +93,20 @@ def compiling(capability: int) -> Iterator[list[dict]]:
 
     def record(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append({"kernel": self.__name__, **facts(kernel)})
+        compiled.append({"kernel": self.__name__, "block_m": options.get("BLOCK_M", 64), **facts(kernel)})
         return kernel
 
-    saved = host.check_runnable, host.multiprocessors
+    saved = host.check_runnable, host.multiprocessors, host.capability
     host.check_runnable = lambda tensor: None
     host.multiprocessors = lambda index: MULTIPROCESSORS[capability]
+    host.capability = lambda index: capability
     JITFunction.run = record
     triton.runtime.driver.set_active(_Driver(capability))
     try:
         yield compiled
     finally:
         JITFunction.run = run
-        host.check_runnable, host.multiprocessors = saved
+        host.check_runnable, host.multiprocessors, host.capability = saved
 
 
 def linear(dtype: torch.dtype) -> None:
@@ -153,6 +158,68 @@ def tasks(dtype: torch.dtype) -> None:
         op.launch_task_weight_gradient(y, x, weight, logits, thresholds, *table)
 
 
+CONVOLUTIONS = (  # in, out, side, kernel, stride: ResNet-20 at width 32 (stages, transitions), ResNet-50, batch 32
+    (3, 16, 32, 3, 1), (16, 32, 32, 3, 1), (32, 32, 32, 3, 1), (32, 64, 32, 3, 2), (64, 64, 16, 3, 1),
+    (64, 128, 16, 3, 2), (128, 128, 8, 3, 1), (128, 128, 28, 3, 1), (512, 512, 7, 3, 1), (64, 256, 56, 1, 1),
+    (1024, 256, 14, 1, 1),
+)  # fmt: skip
+MLP = ((1000, 1024), (1000, 1000), (10, 1000))  # permuted-mnist
+
+
+def targets(dtype: torch.dtype) -> None:
+    """The shapes that are measured, as they are measured."""
+    threshold = empty((), dtype=dtype)
+    _target_linear(dtype, threshold)
+    _target_convolutions(dtype, threshold)
+    _target_tasks(dtype)
+
+
+def _target_linear(dtype: torch.dtype, threshold: torch.Tensor) -> None:
+    op, chunk = module("masked_linear"), module("chunk_masked_linear")
+    weight = empty(4096, 4096, dtype=dtype)
+    for rows in (1, 16, 64, 8192):
+        x = empty(rows, 4096, dtype=dtype)
+        op.launch_product(x, weight, weight, threshold, weight[0])
+        op.launch_product(x, weight.t(), weight.t(), threshold, None)
+        op.launch_weight_gradient(x, x, weight, weight, threshold)
+    for width in (64, 100):
+        chunks = -(-weight.numel() // 8000)
+        source = empty(chunks, width, dtype=dtype), empty(8000, width, dtype=dtype), empty(8000, dtype=dtype)
+        for rows in (1, 64):
+            found = chunk.launch_fused(empty(rows, 4096, dtype=dtype), weight, *source, 0, threshold, weight[0])
+            assert found is not None, "33 rows begin at one position of their chunks"
+        second = empty(1000, 1000, dtype=dtype)  # the MLP's second layer behind its first, weight and bias
+        found = chunk.launch_fused(empty(64, 1000, dtype=dtype), second, *source, 1025000, threshold, None)
+        assert found is not None, "these chunks hold whole rows"
+        module("chunk_weights").launch_masked_weight(weight, *source, 0, threshold, dtype)
+        module("chunk_weights").launch_gradients(weight, weight, *source, 0, threshold, (True,) * 4)
+
+
+def _target_convolutions(dtype: torch.dtype, threshold: torch.Tensor) -> None:
+    op = module("masked_conv2d")
+    for inputs, outputs, side, kernel, stride in CONVOLUTIONS:
+        shape = Conv2dShape((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
+        weight, bias = empty(outputs, inputs, kernel, kernel, dtype=dtype), empty(outputs, dtype=dtype)
+        x = empty(32, inputs, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        y = shape.new_output(x, weight)
+        op.launch_convolution(x, weight, weight, threshold, bias, y, shape)
+        op.launch_convolution(y, weight, weight, threshold, None, x, shape, transposed=True)
+        op.launch_weight_gradient(y, x, weight, weight, threshold, shape)
+
+
+def _target_tasks(dtype: torch.dtype) -> None:
+    op, thresholds = module("task_batched_linear"), empty(10, dtype=dtype)
+    for outputs, inputs in MLP:
+        weight, logits = empty(outputs, inputs, dtype=dtype), empty(10, outputs, inputs, dtype=dtype)
+        for rows, ids in ((1000, None), (256, torch.zeros(256, dtype=torch.int64))):
+            table, every = op.task_table(ids, 10), () if ids is not None else (10,)
+            x, y = empty(rows, inputs, dtype=dtype), empty(*every, rows, outputs, dtype=dtype)
+            op.launch_task_product(x, weight, logits, thresholds, weight[:, 0], y, *table)
+            dx = empty(*every, rows, inputs, dtype=torch.float32 if ids is None else dtype)
+            op.launch_task_product(y, weight.t(), logits.transpose(1, 2), thresholds, None, dx, *table)
+            op.launch_task_weight_gradient(y, x, weight, logits, thresholds, *table)
+
+
 def elementwise(dtype: torch.dtype) -> None:
     logits, thresholds = empty(10, 4096, dtype=dtype), empty(10, 1, dtype=dtype)
     ops = torch.ops.hypermask_fast
@@ -171,8 +238,8 @@ def compile_everything(capability: int) -> dict[str, list[dict]]:
     found = {}
     for precision, dtype in PRECISIONS.items():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        for group in (linear, convolution, chunks, tasks, elementwise):
-            if group is elementwise and precision == "tf32":
+        for group in (linear, convolution, chunks, tasks, elementwise, targets):
+            if (group is elementwise and precision == "tf32") or (group is targets and precision != "bfloat16"):
                 continue
             with compiling(capability) as compiled:
                 group(dtype)

@@ -4,8 +4,17 @@ import itertools
 
 import pytest
 import torch
-from comparing import DEVICE, DTYPES, assert_close, assert_matches, exact_threshold, randn
-from kernel_tolerances import TOLERANCES
+from comparing import (
+    DEVICE,
+    DTYPES,
+    FLOAT32_TOLERANCE,
+    assert_close,
+    assert_matches,
+    exact_threshold,
+    in_half,
+    output_and_gradients,
+    randn,
+)
 
 from hypermask_fast import reference
 from hypermask_fast.errors import InputError
@@ -33,10 +42,15 @@ def test_mask_and_slope_match_reference(shape, threshold_shape, dtype):
         dtype,
     )
     mask, slope = semi_binary_mask_with_slope(logits, threshold)
-    leaf = logits.double().requires_grad_()
-    expected = reference.semi_binary_mask(leaf, threshold.double())
-    assert_close("mask", mask, expected, dtype)
-    assert_close("slope", slope, torch.autograd.grad(expected.sum(), leaf)[0], dtype)
+
+    def with_slope(a):
+        return output_and_gradients(lambda a: reference.semi_binary_mask(a, threshold), [a], torch.ones_like(a))
+
+    peers = in_half(dtype, with_slope, logits)
+    for name, ours, expected, peer in zip(
+        ("mask", "slope"), (mask, slope), with_slope(logits.double()), peers, strict=False
+    ):
+        assert_close(name, ours, expected, peer)
 
 
 def test_mask_keeps_what_equals_the_threshold_and_nan():
@@ -119,13 +133,18 @@ def test_weight_drift_matches_reference(norm, masked, dtype):
         return with_tensors
 
     ours = [t.clone().requires_grad_() for t in (*weights, logits)[: 4 + masked]]
-    theirs = [t.detach().double().requires_grad_() for t in ours]
+    theirs = [t.detach().double() for t in ours]
     total = drift(weight_drift, previous, thresholds)(*ours)
     expected = drift(reference.weight_drift, previous.double(), thresholds.double())(*theirs)
-    assert abs(total.item() / expected.item() - 1) <= TOLERANCES[torch.float32]  # sums are always in float32
-    gradients = torch.autograd.grad(3 * total, ours)
-    for got, wanted in zip(gradients, torch.autograd.grad(3 * expected, theirs), strict=True):
-        assert_close("gradient", got, wanted, dtype)
+    assert abs(total.item() / expected.item() - 1) <= FLOAT32_TOLERANCE  # sums are always in float32
+
+    def gradients(*tensors):
+        function = drift(reference.weight_drift, previous.to(tensors[0]), thresholds.to(tensors[0]))
+        return output_and_gradients(function, tensors, torch.tensor(3.0, device=DEVICE))[1:]
+
+    found, peers = torch.autograd.grad(3 * total, ours), in_half(dtype, gradients, *ours)
+    for got, wanted, peer in zip(found, gradients(*theirs), peers, strict=False):
+        assert_close("gradient", got, wanted, peer)
 
 
 def test_weight_drift_of_nothing():

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-SPILLED_LIMIT = 16  # bytes: a few registers saved around a call (a division's subroutine), none in the loops
 MATRIX_INSTRUCTION = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCTS = {
     "_masked_product", "_weight_gradient", "_masked_convolution", "_chunk_product", "_masked_weight",
     "_task_product", "_task_weight_gradient",
 }  # fmt: skip
 MASKED_LEFT = {"_masked_product", "_masked_convolution", "_chunk_product", "_task_product"}
-GROUPS = {"linear", "convolution", "chunks", "tasks", "elementwise"}
+GROUPS = {"linear", "convolution", "chunks", "tasks", "elementwise", "targets"}
 PRECISIONS = {"float32", "tf32", "float16", "bfloat16"}
 TENSOR_CORE_PRECISIONS = PRECISIONS - {"float32"}
 HERE = Path(__file__).parent
@@ -45,13 +44,14 @@ def compile_all_at_once() -> None:
 
 def faults(kernel: dict, capability: int, precision: str) -> list[str]:
     name, on_tensor_cores = kernel["kernel"], precision in TENSOR_CORE_PRECISIONS
+    instruction = MATRIX_INSTRUCTION[capability] if kernel["block_m"] >= 64 else "mma"  # wgmma's and tcgen05's least
     found = {
-        "spills": kernel["spilled"] > SPILLED_LIMIT,
+        "spills": kernel["spilled"] > 0,
         "shared memory": kernel["shared"] > SHARED_LIMIT[capability],
-        "no tensor cores": name in PRODUCTS and on_tensor_cores and not kernel[MATRIX_INSTRUCTION[capability]],
+        "no tensor cores": name in PRODUCTS and on_tensor_cores and not kernel[instruction],
         "masked weight not in registers": name in MASKED_LEFT
         and on_tensor_cores
-        and capability == 90
+        and instruction == "wgmma"
         and not kernel["left from registers"],
     }
     return [fault for fault, there in found.items() if there]
@@ -87,4 +87,4 @@ def test_the_asserts_see_a_spill():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     answer = subprocess.run([sys.executable, "-c", program, str(HERE)], capture_output=True, text=True, env=environment)
-    assert int(answer.stdout.split()[-1]) > SPILLED_LIMIT, answer.stderr
+    assert int(answer.stdout.split()[-1]) > 0, answer.stderr
