@@ -95,7 +95,7 @@ struct Tile {
 template <int kSize>
 struct Piece {
   static constexpr int size = kSize;  // floats
-  int shared;    // offset in the tile in shared memory
+  int shared;     // offset in the tile in shared memory
   int64_t where;  // in the layer
   bool there;
 
@@ -156,7 +156,7 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) target[j] = j < drift && d.targets ? d.targets[(first + j) * d.rows + at] : 0.0f;
       const float *w = s.weight + r * l.stride, *h = s.hidden + first * l.stride;
-#pragma unroll (16 / kChunk)
+#pragma unroll (kPack == 4 ? 8 / kChunk : 4)
       for (int k = 0; k < d.width; k += kPack) {
         const Pack<kPack> wk = pack_at<kPack>(w + k);
 #pragma unroll
@@ -219,7 +219,7 @@ struct HiddenGradient {
   __device__ __forceinline__ void add_rows(const DenseLayout& l, const Shared& s, int strip) {
     Pack<kPack> tile_sum[kChunk] = {};
     const int chunk = strip / l.packs, column = (strip - chunk * l.packs) * kPack;
-#pragma unroll 2
+#pragma unroll (8 / kChunk)
     for (int r = lane; r < l.rows; r += lanes) {
       const Pack<kPack> w = pack_at<kPack>(s.weight + r * l.stride + column);
 #pragma unroll
@@ -338,37 +338,48 @@ __device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, co
 // db[r] = sum_j g[r][j], likewise: a thread per row, which reads its bias and moments ahead.
 template <Mode kMode>
 struct BiasRow {
-  int64_t at;
-  bool there;
   float bias = 0, m = 0, v = 0;
 
-  __device__ __forceinline__ BiasRow(const Dense& d, const Tile& tile)
-      : at(tile.row + threadIdx.x), there(static_cast<int>(threadIdx.x) < tile.rows) {
+  __device__ __forceinline__ BiasRow(const Dense& d, const Tile& tile) {
     if constexpr (kMode == kAdam) {
-      if (!there) return;
-      bias = d.bias[at];
-      m = d.bias_m[at];
-      v = d.bias_v[at];
+      const int r = threadIdx.x;
+      if (r >= tile.rows) return;
+      bias = d.bias[tile.row + r];
+      m = d.bias_m[tile.row + r];
+      v = d.bias_v[tile.row + r];
     }
   }
 
-  __device__ __forceinline__ void update(const Dense& d, const float* factors, const AdamStep& step) {
-    if (!there) return;
+  __device__ __forceinline__ void update(const Dense& d, const Tile& tile, const float* factors, const AdamStep& step) {
+    const int r = threadIdx.x;
+    if (r >= tile.rows) return;
     float grad = 0;
-    for (int j = 0; j < d.tasks; ++j) grad += factors[threadIdx.x * d.layout.slots + j];
+    for (int j = 0; j < d.tasks; ++j) grad += factors[r * d.layout.slots + j];
     if constexpr (kMode == kAdam) {
       adam_update(grad, bias, m, v, step);
-      d.bias[at] = bias;
-      d.bias_m[at] = m;
-      d.bias_v[at] = v;
+      d.bias[tile.row + r] = bias;
+      d.bias_m[tile.row + r] = m;
+      d.bias_v[tile.row + r] = v;
     } else {
-      d.grad_bias[at] = grad;
+      d.grad_bias[tile.row + r] = grad;
     }
   }
 };
 
+// Blocks on a multiprocessor, which decide how many registers a thread may have: 80 or 128. What needs more than 80 on an
+// architecture gets 128, for nothing may spill.
 template <int kPack, int kChunk, Mode kMode>
-__global__ void __launch_bounds__(kThreads, kPack * kChunk <= 16 && kMode != kGradient ? 3 : 2) dense_kernel(Dense d) {
+constexpr int dense_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr bool small = kPack * kChunk <= (kMode == kAdam ? 8 : 16);
+#else
+  constexpr bool small = kPack * kChunk <= 16;
+#endif
+  return small && kMode != kGradient ? 3 : 2;
+}
+
+template <int kPack, int kChunk, Mode kMode>
+__global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>())) dense_kernel(Dense d) {
   __shared__ AdamStep step;
   const DenseLayout& l = d.layout;
   Shared s(l);
@@ -404,7 +415,7 @@ __global__ void __launch_bounds__(kThreads, kPack * kChunk <= 16 && kMode != kGr
       __syncthreads();
       hidden_gradient.add_tile(d, s, tile.row == start, partial);
       tile_weight<kPack, kMode>(d, tile, s, step);
-      bias.update(d, s.factors, step);
+      bias.update(d, tile, s.factors, step);
     }
     if (kMode == kAdam && next.rows > 0) {  // where each thread has just used its own pieces
       copy_tile<kPack>(d, next, s.m, d.weight_m);
