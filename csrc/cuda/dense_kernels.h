@@ -9,135 +9,10 @@
 #pragma once
 
 #include "../common/adam.h"
-#include "device.h"
+#include "dense_tile.h"
 
 namespace hypermask {
 namespace {
-
-enum Mode { kValue, kGradient, kAdam };
-
-struct Dense {
-  DenseLayout layout;
-  int64_t rows;
-  int width, drift_tasks, tasks;  // tasks: drift_tasks, plus one for the current task
-  float* weight;                  // written in Adam mode only
-  float* bias;
-  const float* hidden;       // [tasks, width]
-  const float* targets;      // [drift_tasks, rows], or null: 0
-  float* logits;             // [drift_tasks, rows]: in value mode where the residuals go, or null
-  const float* grad_logits;  // [rows] or null
-  const float* outer;        // one entry: dLoss/dR; null in value mode
-  float *grad_weight, *grad_bias;
-  float *weight_m, *weight_v, *bias_m, *bias_v;
-  const float *step, *lr;  // read on the device, so that a captured step sees them change
-  double beta1, beta2, eps;
-  float* partial;          // [blocks, tasks, width]
-  double* partial_drift;   // [blocks]
-};
-
-template <int kPack>
-struct alignas(4 * kPack) Pack {
-  float x[kPack];
-};
-
-template <int kPack>
-__device__ __forceinline__ Pack<kPack>& pack_at(float* p) {
-  return *reinterpret_cast<Pack<kPack>*>(p);
-}
-template <int kPack>
-__device__ __forceinline__ const Pack<kPack>& pack_at(const float* p) {
-  return *reinterpret_cast<const Pack<kPack>*>(p);
-}
-
-// sum += a x
-template <int kPack>
-__device__ __forceinline__ void multiply_add(Pack<kPack>& sum, float a, const Pack<kPack>& x) {
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) sum.x[i] = fmaf(a, x.x[i], sum.x[i]);
-}
-
-struct Shared {
-  float *weight, *next_weight;  // [rows, stride]: the tile being worked on and the next one
-  float *m, *v;                 // [rows, stride]
-  float* factors;               // [rows, slots]
-  float* hidden;                // [slots, stride], 0 beyond the tasks
-  float* grad;                  // [rows, stride], with packs of single floats
-
-  __device__ explicit Shared(const DenseLayout& l) {
-    const int tile = l.rows * l.stride;
-    weight = dynamic_shared<float>();
-    next_weight = weight + tile;
-    m = next_weight + tile;
-    v = m + tile;
-    factors = v + tile;
-    hidden = factors + l.rows * l.slots;
-    grad = hidden + l.slots * l.stride;
-  }
-};
-
-// This thread's packs of columns in any tile: f(row, column) for the first of kDensePacks rows, `lanes` apart.
-template <int kPack, class F>
-__device__ __forceinline__ void for_columns(const DenseLayout& l, const F& f) {
-  const int side = min(l.packs, kThreads), lane = threadIdx.x / side;
-  if (lane >= l.lanes) return;
-  for (int q = threadIdx.x - lane * side; q < l.packs; q += side) f(lane, q * kPack);
-}
-
-struct Tile {
-  int64_t row;  // of the layer
-  int rows;     // that there are: fewer in the last tile, none or a negative number behind it
-
-  __device__ Tile(const Dense& d, int64_t row)
-      : row(row), rows(static_cast<int>(max(min(static_cast<int64_t>(d.layout.rows), d.rows - row), int64_t{-1}))) {}
-};
-
-// A piece of a tile that one thread copies and updates; each tile's pieces are dealt to threads in the same way.
-template <int kSize>
-struct Piece {
-  static constexpr int size = kSize;  // floats
-  int shared;    // offset in the tile in shared memory
-  int64_t where;  // in the layer
-  bool there;
-
-  // From global to shared memory; zeros where the layer has ended.
-  __device__ __forceinline__ void copy(float* to, const float* from) const {
-    if (there) {
-      cp_async<4 * kSize>(to + shared, from + where);
-    } else {
-      pack_at<kSize>(to + shared) = Pack<kSize>{};
-    }
-  }
-};
-
-// Piece of 4 floats at a row and column.
-__device__ __forceinline__ Piece<4> piece_of_row(const Dense& d, const Tile& tile, int r, int column) {
-  return {r * d.layout.stride + column, (tile.row + r) * d.width + column, r < tile.rows};
-}
-
-// f(offset, size) for this thread's pieces of a tile without gaps; the piece in which the layer ends goes by floats.
-template <class F>
-__device__ __forceinline__ void for_pieces(const Dense& d, const Tile& tile, const F& f) {
-  const int count = max(tile.rows, 0) * d.width, all = d.layout.rows * d.width, size = d.layout.copied;
-  for (int i = threadIdx.x * size; i < all; i += kThreads * size) {
-    if (size == 4 && (i + 4 <= count || i >= count)) {
-      f(Piece<4>{i, tile.row * d.width + i, i < count});
-    } else {
-      for (int x = i; x < i + size; ++x) f(Piece<1>{x, tile.row * d.width + x, x < count});
-    }
-  }
-}
-
-template <int kPack>
-__device__ __forceinline__ void copy_tile(const Dense& d, const Tile& tile, float* to, const float* from) {
-  if constexpr (kPack == 4) {
-    for_columns<4>(d.layout, [&](int lane, int column) {
-#pragma unroll
-      for (int n = 0; n < kDensePacks; ++n) piece_of_row(d, tile, lane + n * d.layout.lanes, column).copy(to, from);
-    });
-  } else {
-    for_pieces(d, tile, [&](const auto& piece) { piece.copy(to, from); });
-  }
-}
 
 // factors[r][j] = dLoss/da_jr for one row and a chunk of tasks per thread. Returns this thread's squared residuals. A dot
 // product is one chain of multiply-adds over the columns: its bits depend neither on the mode nor on the other tasks.
@@ -156,7 +31,7 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) target[j] = j < drift && d.targets ? d.targets[(first + j) * d.rows + at] : 0.0f;
       const float *w = s.weight + r * l.stride, *h = s.hidden + first * l.stride;
-#pragma unroll (16 / kChunk)
+#pragma unroll (kPack == 4 ? 8 / kChunk : 4)
       for (int k = 0; k < d.width; k += kPack) {
         const Pack<kPack> wk = pack_at<kPack>(w + k);
 #pragma unroll
@@ -219,7 +94,7 @@ struct HiddenGradient {
   __device__ __forceinline__ void add_rows(const DenseLayout& l, const Shared& s, int strip) {
     Pack<kPack> tile_sum[kChunk] = {};
     const int chunk = strip / l.packs, column = (strip - chunk * l.packs) * kPack;
-#pragma unroll 2
+#pragma unroll (8 / kChunk)
     for (int r = lane; r < l.rows; r += lanes) {
       const Pack<kPack> w = pack_at<kPack>(s.weight + r * l.stride + column);
 #pragma unroll
@@ -338,37 +213,48 @@ __device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, co
 // db[r] = sum_j g[r][j], likewise: a thread per row, which reads its bias and moments ahead.
 template <Mode kMode>
 struct BiasRow {
-  int64_t at;
-  bool there;
   float bias = 0, m = 0, v = 0;
 
-  __device__ __forceinline__ BiasRow(const Dense& d, const Tile& tile)
-      : at(tile.row + threadIdx.x), there(static_cast<int>(threadIdx.x) < tile.rows) {
+  __device__ __forceinline__ BiasRow(const Dense& d, const Tile& tile) {
     if constexpr (kMode == kAdam) {
-      if (!there) return;
-      bias = d.bias[at];
-      m = d.bias_m[at];
-      v = d.bias_v[at];
+      const int r = threadIdx.x;
+      if (r >= tile.rows) return;
+      bias = d.bias[tile.row + r];
+      m = d.bias_m[tile.row + r];
+      v = d.bias_v[tile.row + r];
     }
   }
 
-  __device__ __forceinline__ void update(const Dense& d, const float* factors, const AdamStep& step) {
-    if (!there) return;
+  __device__ __forceinline__ void update(const Dense& d, const Tile& tile, const float* factors, const AdamStep& step) {
+    const int r = threadIdx.x;
+    if (r >= tile.rows) return;
     float grad = 0;
-    for (int j = 0; j < d.tasks; ++j) grad += factors[threadIdx.x * d.layout.slots + j];
+    for (int j = 0; j < d.tasks; ++j) grad += factors[r * d.layout.slots + j];
     if constexpr (kMode == kAdam) {
       adam_update(grad, bias, m, v, step);
-      d.bias[at] = bias;
-      d.bias_m[at] = m;
-      d.bias_v[at] = v;
+      d.bias[tile.row + r] = bias;
+      d.bias_m[tile.row + r] = m;
+      d.bias_v[tile.row + r] = v;
     } else {
-      d.grad_bias[at] = grad;
+      d.grad_bias[tile.row + r] = grad;
     }
   }
 };
 
+// Blocks on a multiprocessor, which decide how many registers a thread may have: 80 or 128. What needs more than 80 on an
+// architecture gets 128, for nothing may spill.
 template <int kPack, int kChunk, Mode kMode>
-__global__ void __launch_bounds__(kThreads, kPack * kChunk <= 16 && kMode != kGradient ? 3 : 2) dense_kernel(Dense d) {
+constexpr int dense_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr bool small = kPack * kChunk <= (kMode == kAdam ? 8 : 16);
+#else
+  constexpr bool small = kPack * kChunk <= 16;
+#endif
+  return small && kMode != kGradient ? 3 : 2;
+}
+
+template <int kPack, int kChunk, Mode kMode>
+__global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>())) dense_kernel(Dense d) {
   __shared__ AdamStep step;
   const DenseLayout& l = d.layout;
   Shared s(l);
@@ -404,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, kPack * kChunk <= 16 && kMode != kGr
       __syncthreads();
       hidden_gradient.add_tile(d, s, tile.row == start, partial);
       tile_weight<kPack, kMode>(d, tile, s, step);
-      bias.update(d, s.factors, step);
+      bias.update(d, tile, s.factors, step);
     }
     if (kMode == kAdam && next.rows > 0) {  // where each thread has just used its own pieces
       copy_tile<kPack>(d, next, s.m, d.weight_m);
