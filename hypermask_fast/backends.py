@@ -187,6 +187,12 @@ def _automatic(op: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[tupl
     return (MASK_FIRST,) if choice.path == MASK_FIRST else (*fused, MASK_FIRST), choice.why
 
 
+def may_fuse(x: Tensor) -> bool:
+    """False where no layer runs fused anyway: without a GPU, unless such a backend is asked for by name."""
+    wanted = requested()
+    return wanted in _FUSED or (wanted == "auto" and x.device.type != "cpu")
+
+
 def fused_function(op: str, *args) -> Callable | None:
     """The fused kernel that a layer should call, None where it should rather multiply with W * m.
 

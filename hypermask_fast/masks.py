@@ -126,7 +126,7 @@ class TaskMask(Made):
         Once a layer has run fused, W * m of all layers would be made for a few: the others then mask their own.
         """
         segment = layer.weight_segment
-        if segment is None or self._has("effective"):
+        if segment is None or self._has("effective") or not backends.may_fuse(x):
             return None
         layer_call = (x, layer.weight, self._views()[segment], self.thresholds[segment])
         function = backends.fused_function(op, *layer_call, layer.bias, *geometry)
