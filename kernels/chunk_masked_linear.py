@@ -97,7 +97,7 @@ def launch_fused(
         *target.stride(), HAS_BIAS=bias is not None and not split,
         WIDTH=width, BLOCK_H=settings.width_block(width), PRECISION=host.matmul_precision(x.dtype),
         LOGITS_PRECISION=host.matmul_precision(output_weight.dtype),
-        APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=index, **tiles.launch(),
+        APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=index, **tiles.launch(x.dtype),
     )  # fmt: skip
     return sum_splits(target, bias, y) if split else y
 

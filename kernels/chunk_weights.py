@@ -113,7 +113,7 @@ def launch_masked_weight(
         weight.contiguous(), hidden, output_weight, output_bias, threshold, out,
         *_arguments(hidden, output_weight, output_bias, start, weight.numel()),
         WIDTH=hidden.shape[1], PRECISION=host.matmul_precision(output_weight.dtype),
-        APPROXIMATE=host.approximate_tanh(dtype), **tiles.launch_chunks(),
+        APPROXIMATE=host.approximate_tanh(dtype), **tiles.launch_chunks(output_weight.dtype),
     )  # fmt: skip
     return out
 
@@ -137,7 +137,7 @@ def launch_gradients(
             gradient.contiguous(), weight.contiguous(), hidden, output_weight, output_bias, threshold, dw, da,
             *_arguments(hidden, output_weight, output_bias, start, weight.numel()),
             WANT_W=want_weight, WANT_A=any(want_layer), WIDTH=hidden.shape[1],
-            PRECISION=host.matmul_precision(output_weight.dtype), **tiles.launch_chunks(),
+            PRECISION=host.matmul_precision(output_weight.dtype), **tiles.launch_chunks(output_weight.dtype),
         )  # fmt: skip
     return dw, *_layer_gradients(da, hidden, output_weight, output_bias, first, want_layer)
 

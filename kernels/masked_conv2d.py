@@ -242,7 +242,7 @@ def launch_convolution(
         *x.stride(), *w, w_group, *a, a_group, *y.stride(),
         **shape.constants(), TRANSPOSED=transposed, CHANNELS_LAST=_channels_last(x),
         BY_TAP=settings.by_tap(reduced), HAS_BIAS=bias is not None, PRECISION=host.convolution_precision(x.dtype),
-        APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=_index_type(x, y), **tiles.launch(),
+        APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=_index_type(x, y), **tiles.launch(x.dtype),
     )  # fmt: skip
 
 
@@ -270,7 +270,7 @@ def launch_weight_gradient(
         x.shape[2], x.shape[3], grad.shape[2], grad.shape[3], weight.numel(), *grad.stride(), *x.stride(), *strides,
         **constants, CHANNELS_LAST=_channels_last(x), BY_TAP=settings.by_tap(in_channels), SPLIT=split,
         WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.convolution_precision(x.dtype),
-        INDEX=_index_type(x, grad), **tiles.launch(),
+        INDEX=_index_type(x, grad), **tiles.launch(x.dtype),
     )  # fmt: skip
     if split:
         _finish_gradients[(cdiv(weight.numel(), 512),)](

@@ -171,7 +171,8 @@ def launch_product(
         *x.stride(), *weight.stride(), *logits.stride(), *target.stride(),
         HAS_BIAS=bias is not None and not split, PRECISION=host.matmul_precision(x.dtype),
         APPROXIMATE=host.approximate_tanh(x.dtype),
-        BY8=host.multiples_of_8(outputs, reduced, x.stride(0), *weight.stride(), *logits.stride()), **tiles.launch(),
+        BY8=host.multiples_of_8(outputs, reduced, x.stride(0), *weight.stride(), *logits.stride()),
+        **tiles.launch(x.dtype),
     )  # fmt: skip
     return sum_splits(target, bias, y) if split else y
 
@@ -192,7 +193,8 @@ def launch_weight_gradient(
         grad, x, weight, logits, threshold, dw, da, len(x), outputs, inputs,
         *grad.stride(), *x.stride(), *weight.stride(), *logits.stride(),
         WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.matmul_precision(x.dtype),
-        BY8=host.multiples_of_8(outputs, inputs, *(t.stride(0) for t in (grad, x, weight, logits))), **tiles.launch(),
+        BY8=host.multiples_of_8(outputs, inputs, *(t.stride(0) for t in (grad, x, weight, logits))),
+        **tiles.launch(x.dtype),
     )  # fmt: skip
     return dw, da
 

@@ -23,19 +23,21 @@ class Tiles:
     stages: int = 3
     splits: int = 1
 
-    def launch(self) -> dict[str, int]:
+    def launch(self, dtype: torch.dtype) -> dict[str, int | None]:
+        """Keywords of a launch whose products are in dtype. Left alone, ptxas may spill a few registers of a
+        half-precision kernel to fit one more program on a multiprocessor."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "num_warps": self.warps,
-            "maxnreg": 255,  # else ptxas may spill a few to fit one more program on a multiprocessor
+            "maxnreg": None if dtype == torch.float32 else 255,
             "num_stages": self.stages,
         }
 
-    def launch_chunks(self) -> dict[str, int]:
+    def launch_chunks(self, dtype: torch.dtype) -> dict[str, int | None]:
         """The same where block_k steps over the hypernetwork's width."""
-        settings = self.launch()
+        settings = self.launch(dtype)
         settings["BLOCK_H"] = settings.pop("BLOCK_K")
         return settings
 
@@ -90,7 +92,7 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, de
     block_k = _clip(reduced, 16, block_k)
     programs = cdiv(outputs, block_m) * cdiv(rows, block_n)
     if rows > 64 and (dtype == torch.float32 or programs >= host.multiprocessors(device.index)):
-        return Tiles(block_m, block_n, block_k, warps)
+        return Tiles(block_m, block_n, block_k, warps, stages=2 if dtype == torch.float32 else 3)
     stages = 4 if rows <= 64 else 3
     splits = _splits(programs, cdiv(reduced, block_k), device)
     return Tiles(block_m, block_n, block_k, warps, stages, splits)
@@ -159,8 +161,9 @@ def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: t
 
 
 def width_block(width: int) -> int:
-    """Step over the hypernetwork's width inside a product's own loop: one step where registers allow."""
-    return _clip(width, 16, 64)
+    """Step over the hypernetwork's width inside a product's own loop: one step where registers allow, short ones
+    where rows of such a width are not aligned to 16 bytes and their entries pass through registers one by one."""
+    return _clip(width, 16, 16 if width % 8 else 64)
 
 
 def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:

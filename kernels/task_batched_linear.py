@@ -168,7 +168,8 @@ def launch_task_product(
         *_strides3(x), *weight.stride(), *logits.stride(), *bias_strides, *_strides3(y),
         GROUPED=grouped, BUCKETS=next_power_of_2(tasks + 1), HAS_BIAS=bias is not None,
         PRECISION=host.matmul_precision(x.dtype), APPROXIMATE=host.approximate_tanh(x.dtype),
-        BY8=host.multiples_of_8(outputs, reduced, x.stride(-2), *weight.stride(), *logits.stride()), **tiles.launch(),
+        BY8=host.multiples_of_8(outputs, reduced, x.stride(-2), *weight.stride(), *logits.stride()),
+        **tiles.launch(x.dtype),
     )  # fmt: skip
     return y
 
@@ -193,7 +194,7 @@ def launch_task_weight_gradient(
         BY8=host.multiples_of_8(
             outputs, inputs, grad.stride(-2), x.stride(-2), weight.stride(0), *logits.stride()[:2]
         ),
-        **tiles.launch(),
+        **tiles.launch(x.dtype),
     )  # fmt: skip
     return dw, da
 
