@@ -46,7 +46,9 @@ inline void check_chunks(const char* op, const Tensor& weight, const Tensor& hid
                          const Tensor& output_bias, int64_t start, Place place) {
   if (weight.scalar_type() == ScalarType::Float) fail(op, "x must be float16 or bfloat16");
   if (hidden.dim() != 2) fail(op, "hidden must have shape (chunks, H), not ", to_string(shape_of(hidden)));
-  if (output_weight.dim() != 2) fail(op, "output_weight must have shape (C, H), not ", to_string(shape_of(output_weight)));
+  if (output_weight.dim() != 2) {
+    fail(op, "output_weight must have shape (C, H), not ", to_string(shape_of(output_weight)));
+  }
   const int64_t chunks = hidden.size(0), chunk_size = output_weight.size(0), width = hidden.size(1);
   if (width > 512) fail(op, "hidden is ", width, " wide, more than 512");
   check_like(op, "hidden", hidden, weight, place, {chunks, width});

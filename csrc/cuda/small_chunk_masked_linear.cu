@@ -7,7 +7,7 @@
 // hidden (48, H) output_weight^T (H, 32), tensor cores' work; the bias is one more column, against a hidden entry of 1.
 // Columns are numbered so that the logits come out in the lanes, and in the order, in which W's entries are loaded.
 // Each warp stages its rows of output_weight in shared memory; the hidden vectors are the block's. A chunk ends where it
-// likes: a block goes chunk by chunk, and a step across the border is taken twice, each time with its part of the entries.
+// likes: a block goes chunk by chunk, and takes a step across the border twice, each time with its part of the entries.
 #include <numeric>
 
 #include "cuda_ops.h"
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kern
         const int64_t left = group + 8 * i < outputs ? s.inputs - k : 0;
         w[i].template load<kAligned, true>(weight + 8 * i * row_distance + k, left);
       };
-      if constexpr (kAligned) {  // under way while the logits are made; entry by entry they would take too many registers
+      if constexpr (kAligned) {  // under way while the logits are made; entry by entry they'd take too many registers
 #pragma unroll
         for (int i = 0; i < 2 * kOutputTiles; ++i) load(i);
       }

@@ -161,7 +161,8 @@ __device__ __forceinline__ void load_x(const SmallLinear& s, int64_t k, Entries<
 #pragma unroll
   for (int n = 0; n < kRowTiles; ++n) {
     const int row = 8 * n + threadIdx.x % 32 / 4;
-    x[n].template load<kAligned, false>(static_cast<const T*>(s.x) + row * s.inputs + k, row < s.rows ? s.inputs - k : 0);
+    const auto* from = static_cast<const T*>(s.x) + row * s.inputs + k;
+    x[n].template load<kAligned, false>(from, row < s.rows ? s.inputs - k : 0);
   }
 }
 
@@ -242,8 +243,6 @@ struct Product {
     }
   }
 };
-
-__device__ __forceinline__ float threshold_of(const SmallLinear& s, float*) { return *static_cast<const float*>(s.threshold); }
 
 template <class T>
 __device__ __forceinline__ float threshold_of(const SmallLinear& s, T*) {

@@ -131,6 +131,13 @@ def test_chunk_masked_linear_is_accurate(small, dtype):
     check_close(small.small_chunk_masked_linear(*args), reference.chunk_masked_linear(*double(args)))
 
 
+def test_a_step_across_a_chunks_end_keeps_infinity(small):
+    args = chunked(3, 60, 100, 250, 13, 77, torch.float16)
+    args[1][1, 70], args[0][:, 70], args[4][247] = INF, 1.0, 2048.0  # entry 247 of the output; the chunk ends at 250
+    y = small.small_chunk_masked_linear(*args)
+    assert (y[:, 1] == INF).all() and y[:, 2:].isfinite().all()
+
+
 def test_the_widest_hypernetwork(small):
     args = chunked(3, 60, 64, 128, small_batch.MAX_WIDTH, 0, torch.float16)
     assert torch.equal(
