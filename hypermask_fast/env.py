@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from . import backends, ops
+from .dispatch import MASK_FIRST
 
 _PACKAGES = ("hypermask-fast", "numpy", "safetensors", "scikit-learn", "matplotlib", "pillow", "triton", "tensorboard")
 _ISA = ("baseline", "AVX2", "AVX-512")
@@ -44,7 +45,8 @@ def _backends() -> dict[str, str]:
         kind = f" ({_ISA[torch.ops.hypermask_fast.cpu_isa(-1)]})" if name == "cpu" and name in ready else ""
         serves = f"ready{kind}: {', '.join(backends.served(name))}"
         lines[f"backend {name}"] = serves if name in ready else f"{backends.problem(name)}; for it: {_REMEDY[name]}"
-    served = {op for name in ready for op in backends.served(name)}
+    served = {op for name in (*ready, MASK_FIRST) for op in backends.served(name)}
+    lines[MASK_FIRST] = f"on any device, W * m and then PyTorch's product: {', '.join(backends.served(MASK_FIRST))}"
     rest = sorted(set(ops.__all__) - served - {"kept_rank", "chunked_output_drift"})
     lines["backend reference"] = f"what no other serves: {', '.join(rest) or 'nothing'}"
     return lines
