@@ -57,8 +57,10 @@ tests() { # what has kernels on a GPU; tests of what is not installed here skip 
         [ -e "$path" ] && paths+=("$path")
     done
     $PYTHON -c 'import xdist' 2>/dev/null && parallel=(-n 6)
-    # Compiling for other architectures needs no GPU, and minutes.
-    $PYTHON -m pytest -p no:cacheprovider --ignore=tests/kernels/test_offline.py "${parallel[@]}" "${paths[@]}"
+    # Compiling for other architectures and for a CPU needs no GPU, and minutes.
+    local skipped=(tests/kernels/test_offline.py tests/ops/test_cuda_build.py tests/ops/test_cuda_emulated.py
+        tests/ops/test_small_batch.py)
+    $PYTHON -m pytest -p no:cacheprovider "${skipped[@]/#/--ignore=}" "${parallel[@]}" "${paths[@]}"
 }
 
 measure() { # a file of results for each group; what was measured before a limit strikes is kept
