@@ -8,6 +8,7 @@ at every moment checkpoint.json names a whole file. Nothing is ever unpickled.
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,29 @@ def save(run_dir: Path, name: str, tensors: dict[str, Tensor], state: dict[str, 
         tensors: by name; state: JSON values (floats survive exactly).
     """
     target = run_dir / f"checkpoint-{name}.safetensors"
-    partial = target.with_suffix(".partial")
+    partial = _scratch(run_dir) / target.name
     save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
     digest = _file_digest(partial)
     _settle(partial, target)
     manifest = {"format": _FORMAT, "file": target.name, "sha256": digest, "state": state}
     manifest["manifest_sha256"] = _manifest_digest(manifest)
-    partial = run_dir / f"{MANIFEST}.partial"
+    partial = partial.with_name(MANIFEST)
     partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _settle(partial, run_dir / MANIFEST)
+    partial.parent.rmdir()
     for old in run_dir.glob("checkpoint-*"):
         if old != target:
             old.unlink()
+
+
+def _scratch(run_dir: Path) -> Path:
+    """An empty folder for files that are not whole yet, safetensors' own temporary ones among them, which a kill may
+    leave there until the next checkpoint."""
+    folder = run_dir / ".checkpoint"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
 
 
 def exists(run_dir: Path) -> bool:
@@ -155,7 +167,7 @@ def restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None
 
 def _settle(partial: Path, target: Path) -> None:
     """Puts a written file in its place, on the disk and not only in the cache."""
-    for path in (partial, partial.parent):
+    for path in (partial, target.parent):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

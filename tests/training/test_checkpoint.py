@@ -63,6 +63,13 @@ def test_a_kill_at_any_moment_of_saving(run_dir, monkeypatch, step):
     assert len(list(run_dir.iterdir())) == 2
 
 
+def test_what_a_kill_left_behind_goes_with_the_next_checkpoint(run_dir):
+    (run_dir / ".checkpoint").mkdir()
+    (run_dir / ".checkpoint" / ".tmpAbCdEf").write_bytes(b"safetensors' own, half written")
+    checkpoint.save(run_dir, "000-0000002", TENSORS, STATE)
+    assert {path.name for path in run_dir.iterdir()} == {"checkpoint.json", "checkpoint-000-0000002.safetensors"}
+
+
 def test_missing(tmp_path):
     with pytest.raises(InputError, match=r"no checkpoint in .*checkpoint.json is missing"):
         checkpoint.load(tmp_path)
