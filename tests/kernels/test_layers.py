@@ -57,14 +57,14 @@ def gradients(found, y):
     return torch.autograd.grad(y.float().square().sum(), list(found.parameters()), allow_unused=True)
 
 
-def assert_same(found, y, expected, dtype=torch.float32):
-    assert_close("output", y, expected.double(), dtype)
+def assert_same(found, y, expected):
+    assert_close("output", y, expected.double())
     names = [name for name, _ in found.named_parameters()]
     for name, ours, theirs in zip(names, gradients(found, y), gradients(found, expected), strict=True):
         if theirs is None:  # a task that nobody has
             assert ours is None or not ours.any(), name
         else:
-            assert_close(name, ours, theirs.double(), dtype)
+            assert_close(name, ours, theirs.double())
 
 
 # -- one layer --------------------------------------------------------------------------------------------------------
@@ -83,8 +83,8 @@ def test_masked_linear(lead, dtype):
             return layer(x, hmf.LayerMask(a, threshold, b, bias_threshold))
 
     def wanted(x, a, b):
-        bias = layer.bias.double() * reference.semi_binary_mask(b, bias_threshold.double())
-        return reference.masked_linear(x, layer.weight.double(), a, threshold.double(), bias)
+        bias = layer.bias.to(x.dtype) * reference.semi_binary_mask(b, bias_threshold.double())
+        return reference.masked_linear(x, layer.weight.to(x.dtype), a, threshold.double(), bias)
 
     assert_matches(ours, wanted, (x, logits, bias_logits), dtype)
 
@@ -105,9 +105,9 @@ def test_masked_conv2d(settings, batch, dtype):
             return layer(x, hmf.LayerMask(a, threshold))
 
     def wanted(x, a):
-        bias = None if layer.bias is None else layer.bias.double()
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return reference.masked_conv2d(x, layer.weight.double(), a, threshold.double(), bias, *geometry)
+        return reference.masked_conv2d(x, layer.weight.to(x.dtype), a, threshold.double(), bias, *geometry)
 
     assert_matches(ours, wanted, (x, logits), dtype)
 
@@ -149,13 +149,16 @@ def test_half_precision():
         mask = found.mask(1)
         with hmf.use_backend("triton"):
             y, effective = found(x, mask), mask.effective
+        with hmf.use_backend("reference"):
+            plain = hmf.TaskMask(1, found.layout, mask.logits, mask.thresholds, tuple(found.weights()))
+            peer, peers = found(x, plain), plain.effective
         found.double()
         wide = (mask.logits.double(), mask.thresholds.double(), tuple(w.detach() for w in found.weights()))
         expected = hmf.TaskMask(1, found.layout, *wide)
         assert y.dtype == effective[0].dtype == torch.float16
-        assert_close("output", y, found(x.double(), expected), torch.float16)
-        for ours, theirs in zip(effective, expected.effective, strict=True):
-            assert_close("W * m", ours, theirs, torch.float16)
+        assert_close("output", y, found(x.double(), expected), peer)
+        for ours, theirs, half in zip(effective, expected.effective, peers, strict=True):
+            assert_close("W * m", ours, theirs, half)
 
 
 # -- many tasks -------------------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def test_one_task_per_sample(name, as_on_a_gpu, monkeypatch):
     monkeypatch.undo()
     expected = found(x, tasks)  # group by group
     assert_same(found, y, expected)
-    assert_close("two samples", few, expected[:2].double(), torch.float32)
+    assert_close("two samples", few, expected[:2].double())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -202,7 +205,7 @@ def test_every_task(name, as_on_a_gpu, monkeypatch):
     monkeypatch.undo()
     expected = found.forward_all_tasks(x)
     assert_same(found, y, expected)
-    assert_close("a part of the tasks", part, expected[1:].double(), torch.float32)
+    assert_close("a part of the tasks", part, expected[1:].double())
     assert empty.shape == (3, 0, *y.shape[2:])
     assert torch.equal(predicted.task, reference.entropy_select(expected))
     assert torch.equal(predicted.label, found(x, predicted.task).argmax(-1))
