@@ -20,6 +20,12 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "weight_drift_backward(Tensor grad, Tensor norms, Tensor[] weights, Tensor previous, int[] offsets, int norm,"
       " Tensor? logits, Tensor? thresholds) -> (Tensor[], Tensor)");
+  m.def(
+      "masked_weights_drift(Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets, Tensor previous,"
+      " int norm) -> (Tensor[], Tensor)");
+  m.def(
+      "masked_weights_drift_backward(Tensor[] grads, Tensor grad, Tensor norms, Tensor[] weights, Tensor logits,"
+      " Tensor thresholds, int[] offsets, Tensor previous, int norm) -> (Tensor[], Tensor)");
   m.def("output_drift(Tensor hidden, Tensor weight, Tensor bias, Tensor targets) -> Tensor");
   m.def(
       "output_drift_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor bias, Tensor targets)"
@@ -47,6 +53,8 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("masked_weights_backward", TORCH_BOX(&hypermask::masked_weights_backward_##device)); \
   m.impl("weight_drift", TORCH_BOX(&hypermask::weight_drift_##device));                     \
   m.impl("weight_drift_backward", TORCH_BOX(&hypermask::weight_drift_backward_##device));   \
+  m.impl("masked_weights_drift", TORCH_BOX(&hypermask::masked_weights_drift_##device));     \
+  m.impl("masked_weights_drift_backward", TORCH_BOX(&hypermask::masked_weights_drift_backward_##device)); \
   m.impl("output_drift", TORCH_BOX(&hypermask::output_drift_##device));                     \
   m.impl("output_drift_backward", TORCH_BOX(&hypermask::output_drift_backward_##device));   \
   m.impl("hypernet_logits", TORCH_BOX(&hypermask::hypernet_logits_##device));               \

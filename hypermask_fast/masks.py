@@ -57,6 +57,8 @@ class TaskMask(Made):
         thresholds: (S,) thresholds on |a|.
         weights: the target network's Parameters, one per segment.
         output_drift: R, where the same pass over the output layer gives it (see `optim.Adam`); None otherwise.
+        drift_from: (N,) weights as the task began, and the norm, where the pass that makes `effective` for a training
+            step is to give the weight drift with it; None otherwise.
     """
 
     task: int | Tensor
@@ -65,6 +67,7 @@ class TaskMask(Made):
     thresholds: Tensor
     weights: tuple[Tensor, ...]
     output_drift: Tensor | None = None
+    drift_from: tuple[Tensor, int] | None = None
     _made: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -78,8 +81,20 @@ class TaskMask(Made):
 
     def _effective(self) -> tuple[Tensor, ...]:
         applied = self.layout.num_applied
+        if self.drift_from is not None and torch.is_grad_enabled():
+            masked, drift = ops.masked_weights_drift(
+                self.weights, self.logits, self.thresholds, self.layout.offsets, *self.drift_from
+            )
+            self._once("weight drift", lambda: drift)
+            return (*masked[:applied], *self.weights[applied:])
         masked = ops.masked_weights(self.weights[:applied], self.logits, self.thresholds, self.layout.offsets)
         return (*masked, *self.weights[applied:])
+
+    def weight_drift(self, previous: Tensor) -> Tensor | None:
+        """D from `previous` where it came with `effective`; None otherwise."""
+        if self.drift_from is None or self.drift_from[0] is not previous or not self._has("weight drift"):
+            return None
+        return self._made["weight drift", torch.is_grad_enabled()]
 
     def _biases(self) -> dict[int, Tensor]:
         """Segment number -> masked bias of all layers, in one launch: what fused layers need besides their op."""

@@ -58,6 +58,14 @@ _FAKES = {
     ),
     "weight_drift": lambda weights, previous, offsets, norm, logits, thresholds: previous.new_empty(len(weights)),
     "weight_drift_backward": _fake_weight_drift_backward,
+    "masked_weights_drift": lambda weights, logits, thresholds, offsets, previous, norm: (
+        [torch.empty_like(w) for w in weights],
+        logits.new_empty(len(weights)),
+    ),
+    "masked_weights_drift_backward": lambda grads, grad, norms, weights, logits, *rest: (
+        [torch.empty_like(w) for w in weights],
+        torch.empty_like(logits),
+    ),
     "output_drift": lambda hidden, weight, bias, targets: weight.new_empty(()),
     "output_drift_backward": lambda grad, hidden, weight, bias, targets: (
         torch.empty_like(hidden),
@@ -111,6 +119,21 @@ def _weight_drift_backward(ctx, grad):
     return grad_weights, None, None, None, grad_logits if ctx.masked else None, None
 
 
+def _masked_weights_drift_setup(ctx, inputs, output):
+    weights, logits, thresholds, ctx.offsets, previous, ctx.norm = inputs
+    ctx.save_for_backward(output[1], *weights, logits, thresholds, previous)
+
+
+def _masked_weights_drift_backward(ctx, grads, grad):
+    norms, *weights, logits, thresholds, previous = ctx.saved_tensors
+    grads = [torch.zeros_like(w) if g is None else g.contiguous() for g, w in zip(grads, weights, strict=True)]
+    grad = torch.zeros_like(norms) if grad is None else grad.contiguous()
+    grad_weights, grad_logits = torch.ops.hypermask_fast.masked_weights_drift_backward(
+        grads, grad, norms, weights, logits, thresholds, ctx.offsets, previous, ctx.norm
+    )
+    return grad_weights, grad_logits, None, None, None, None
+
+
 def _output_drift_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -138,6 +161,7 @@ _GRADIENTS = {
     "semi_binary_mask": (_mask_backward, _mask_setup),
     "masked_weights": (_masked_weights_backward, _masked_weights_setup),
     "weight_drift": (_weight_drift_backward, _weight_drift_setup),
+    "masked_weights_drift": (_masked_weights_drift_backward, _masked_weights_drift_setup),
     "output_drift": (_output_drift_backward, _output_drift_setup),
     "hypernet_logits": (_hypernet_logits_backward, _hypernet_logits_setup),
 }
@@ -184,6 +208,18 @@ def _weight_drift(weights, previous, offsets, norm=1, logits=None, thresholds=No
     return torch.ops.hypermask_fast.weight_drift(
         _contiguous(weights), previous.detach().contiguous(), offsets, norm, logits, thresholds
     ).sum()
+
+
+def _masked_weights_drift(weights, logits, thresholds, offsets, previous, norm=1):
+    masked, norms = torch.ops.hypermask_fast.masked_weights_drift(
+        _contiguous(weights),
+        logits.contiguous(),
+        thresholds.detach().contiguous(),
+        offsets,
+        previous.detach().contiguous(),
+        norm,
+    )
+    return masked, norms.sum()
 
 
 def _output_drift(hidden, weight, bias, targets):
@@ -266,6 +302,7 @@ _CALLS = {
     "semi_binary_mask": (_semi_binary_mask, _semi_binary_mask_condition),
     "masked_weights": (_masked_weights, lambda weights, logits, *rest: _same_dtype(weights, logits)),
     "weight_drift": (_weight_drift, lambda weights, previous, *rest: _same_dtype(weights, previous)),
+    "masked_weights_drift": (_masked_weights_drift, lambda weights, logits, *rest: _same_dtype(weights, logits)),
     "output_drift": (_output_drift, _output_drift_condition),
     "hypernet_logits": (_hypernet_logits, _hypernet_logits_condition),
     "hypernet_adam": (_hypernet_adam, lambda hidden, *rest: _shared_memory_problem(hidden, hidden.shape[0])),

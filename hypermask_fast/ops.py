@@ -25,6 +25,7 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "masked_weights",
+    "masked_weights_drift",
     "output_drift",
     "semi_binary_mask",
     "task_batched_linear",
@@ -198,6 +199,21 @@ def weight_drift(
     """Scalar D, masked or not; see `reference.weight_drift`."""
     args = (weights, previous, offsets, norm, logits, thresholds)
     return backends.choose("weight_drift", backend, previous, args, {})(*args)
+
+
+def masked_weights_drift(
+    weights: Sequence[Tensor],
+    logits: Tensor,
+    thresholds: Tensor,
+    offsets: Sequence[int],
+    previous: Tensor,
+    norm: int = 1,
+    *,
+    backend: str | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """W_s * m_s of all segments and the scalar D in one pass; see `reference.masked_weights_drift`."""
+    args = (weights, logits, thresholds, offsets, previous, norm)
+    return backends.choose("masked_weights_drift", backend, logits, args, {})(*args)
 
 
 def entropy_select(logits: Tensor, *, backend: str | None = None) -> Tensor:

@@ -367,6 +367,27 @@ def weight_drift(
     return total
 
 
+def masked_weights_drift(
+    weights: Sequence[Tensor],
+    logits: Tensor,
+    thresholds: Tensor,
+    offsets: Sequence[int],
+    previous: Tensor,
+    norm: int = 1,
+) -> tuple[list[Tensor], Tensor]:
+    """W_s * m_s and D = sum_s || (W_s - W_prev_s) * m_s ||_norm: what a training step needs of the mask, in one pass.
+
+    Args:
+        weights: S tensors, one per segment; logits: (N,); thresholds: (S,); offsets: S + 1 borders.
+        previous: (N,) flat weights as the task began; norm: 1 or 2.
+
+    Returns:
+        `masked_weights` of all S segments, and `weight_drift` with the mask.
+    """
+    drift = weight_drift(weights, previous, offsets, norm, logits, thresholds)
+    return masked_weights(weights, logits, thresholds, offsets), drift
+
+
 def entropy_select(logits: Tensor) -> Tensor:
     """argmin over tasks of the softmax entropy -sum_c p log p; the lowest index among equals, NaN counts as Inf.
 

@@ -141,6 +141,15 @@ def test_weight_drift(norm, masked):
     assert gradcheck(drift, (*weights, logits) if masked else tuple(weights))
 
 
+def test_masked_weights_drift():
+    weights = [logits_of(3, 4, seed=1), logits_of(5, seed=2)]
+    rest = logits_of(17, seed=4), torch.tensor([0.5, 0.0], dtype=torch.float64), [0, 12, 17]
+    masked, drift = reference.masked_weights_drift(weights, *rest, logits_of(17, seed=3), 2)
+    for one, other in zip(masked, reference.masked_weights(weights, *rest), strict=True):
+        assert torch.equal(one, other)
+    assert drift == reference.weight_drift(weights, logits_of(17, seed=3), rest[2], 2, *rest[:2])
+
+
 def test_weight_drift_at_the_start_of_a_task_has_no_gradient():
     weight = logits_of(4).requires_grad_()
     for norm in (1, 2):

@@ -140,6 +140,23 @@ inline void check_drift(const char* op, const std::vector<Tensor>& weights, cons
   }
 }
 
+inline void check_grads(const char* op, const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                        const std::vector<int64_t>& offsets, Place place) {
+  if (grads.size() != weights.size()) fail(op, "got ", grads.size(), " grads for ", weights.size(), " weights");
+  check_weights(op, "grads", grads, offsets, place);
+}
+
+inline void check_drift_backward(const char* op, const Tensor& grad, const Tensor& norms,
+                                 const std::vector<Tensor>& weights, const Tensor& previous,
+                                 const std::vector<int64_t>& offsets, int64_t norm,
+                                 const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds,
+                                 Place place) {
+  check_drift(op, weights, previous, offsets, norm, logits, thresholds, place);
+  const Shape shape = {static_cast<int64_t>(weights.size())};
+  check_float(op, "grad", grad, place, shape);
+  check_float(op, "norms", norms, place, shape);
+}
+
 inline void check_dense(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias, Place place) {
   check_float(op, "hidden", hidden, place);
   check_float(op, "weight", weight, place);

@@ -27,6 +27,14 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cpu(const Tensor& grad, const 
                                                       const Tensor& previous, const Offsets& offsets, int64_t norm,
                                                       const std::optional<Tensor>& logits,
                                                       const std::optional<Tensor>& thresholds);
+std::tuple<Tensors, Tensor> masked_weights_drift_cpu(const Tensors& weights, const Tensor& logits,
+                                                     const Tensor& thresholds, const Offsets& offsets,
+                                                     const Tensor& previous, int64_t norm);
+std::tuple<Tensors, Tensor> masked_weights_drift_backward_cpu(const Tensors& grads, const Tensor& grad,
+                                                              const Tensor& norms, const Tensors& weights,
+                                                              const Tensor& logits, const Tensor& thresholds,
+                                                              const Offsets& offsets, const Tensor& previous,
+                                                              int64_t norm);
 Tensor output_drift_cpu(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets);
 std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cpu(const Tensor& grad, const Tensor& hidden,
                                                              const Tensor& weight, const Tensor& bias,

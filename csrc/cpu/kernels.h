@@ -45,12 +45,14 @@ struct Kernels {
   void (*weights_forward)(const float* weight, const float* logits, float threshold, float* out, int64_t n);
   void (*weights_backward)(const float* weight, const float* logits, float threshold, const float* grad,
                            float* grad_weight, float* grad_logits, int64_t n);
-  // Sum of |x| (norm 1) or x^2 (norm 2), x = (weight - previous) mask; logits null: no mask.
+  // Sum of |x| (norm 1) or x^2 (norm 2), x = (weight - previous) mask; logits null: no mask. Writes weight * mask to
+  // `masked` where that is not null.
   double (*drift_forward)(const float* weight, const float* previous, const float* logits, float threshold, int norm,
-                          int64_t n);
-  // grad_weight and grad_logits of scale * sum |x| (norm 1) or scale * sum x^2 / 2 (norm 2).
+                          float* masked, int64_t n);
+  // grad_weight and grad_logits of scale * sum |x| (norm 1) or scale * sum x^2 / 2 (norm 2), plus those of
+  // <grad, weight * mask> where grad is not null.
   void (*drift_backward)(const float* weight, const float* previous, const float* logits, float threshold, int norm,
-                         float scale, float* grad_weight, float* grad_logits, int64_t n);
+                         float scale, const float* grad, float* grad_weight, float* grad_logits, int64_t n);
   // a[row] = W h + b for one hidden vector.
   void (*dense_logits)(const DenseLayer& layer, int64_t begin, int64_t end, float* logits);
   // Sum of squared residuals over rows begin to end and all drift tasks.

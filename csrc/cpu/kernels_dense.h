@@ -14,10 +14,13 @@ namespace {
 // Tiles are sized so that accumulators and operands fit the registers (32 with AVX-512, else 16), with eight sums or
 // more side by side, which is what hides a multiply-add's latency.
 constexpr int kDotTasks = kLanes == 16 ? 5 : 3;      // of 4 rows each
-constexpr int kHiddenTasks = kLanes == 16 ? 5 : 4;
-constexpr int kHiddenColumns = kLanes == 16 ? 4 : 3;  // vectors
-constexpr int kOuterColumns = kLanes == 16 ? 7 : 4;   // vectors, of 2 rows each
+constexpr int kHiddenTasks = kLanes == 16 ? 5 : 6;
+constexpr int hidden_columns(int tasks) { return kLanes == 16 ? 4 : tasks == 1 ? 7 : 12 / tasks; }  // vectors
+constexpr int kOuterColumns = kLanes == 16 ? 7 : 4;  // vectors, of 2 rows each
 constexpr int kAdamWork = 12;  // Adam on an entry takes about as long as this many multiply-adds
+
+// For lambdas in the inner loops: as calls they would cost as much as a narrow layer's whole product.
+#define HM_LAMBDA __attribute__((always_inline))
 
 // Calls f(integral_constant<int, n>) for 1 <= n <= kMax.
 template <int kN>
@@ -55,7 +58,7 @@ HM_INLINE void for_tiles(const Tiles<kMax>& tiles, const F& f) {
   int64_t begin = 0;
   for (int64_t k = 0; k < tiles.count; ++k) {
     const int64_t size = tiles.size + (k < tiles.larger);
-    with_size<kMax>(static_cast<int>(size), [&](auto n) { f(n, begin); });
+    with_size<kMax>(static_cast<int>(size), [&](auto n) HM_LAMBDA { f(n, begin); });
     begin += size;
   }
 }
@@ -65,13 +68,12 @@ struct Cut {
   int64_t vectors;  // of a row
   Tiles<kDotTasks> dot_tasks;
   Tiles<kHiddenTasks> hidden_tasks;
-  Tiles<kHiddenColumns> hidden_columns;
   Tiles<kOuterColumns> outer_columns;
 
   static Cut of(const DenseLayer& d) {
     const int64_t vectors = (d.width + kLanes - 1) / kLanes;
     return {vectors, Tiles<kDotTasks>::of(d.drift_tasks), Tiles<kHiddenTasks>::of(d.tasks),
-            Tiles<kHiddenColumns>::of(vectors), Tiles<kOuterColumns>::of(vectors)};
+            Tiles<kOuterColumns>::of(vectors)};
   }
 };
 
@@ -110,7 +112,7 @@ class Ahead {
 template <int kRows, int kTasks>
 HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padded, float* out) {
   Vec sum[kTasks][kRows] = {};
-  const auto step = [&](int64_t k, auto load_w) __attribute__((always_inline)) {
+  const auto step = [&](int64_t k, auto load_w) HM_LAMBDA {
     Vec row[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) row[r] = load_w(w + r * width + k);
@@ -140,7 +142,7 @@ HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padde
 HM_INLINE void block_dots(const DenseLayer& d, const Cut& cut, const float* w, int rows, float* factors, Ahead& ahead) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    for_tiles(cut.dot_tasks, [&](auto tasks, int64_t j) {
+    for_tiles(cut.dot_tasks, [&](auto tasks, int64_t j) HM_LAMBDA {
       dots<4, tasks.value>(w + r * d.width, d.width, d.hidden + j * d.padded, d.padded, factors + j * kBlockRows + r);
     });
     Ahead::advance(ahead, 4 * d.drift_tasks);
@@ -173,22 +175,36 @@ HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* fa
 }
 
 // grad_hidden[j] += sum_r g[j][r] W_r for kTasks tasks and kColumns vectors; the last one has `rest` lanes if kPart.
+// Held in registers beside the sums: whichever is less, a row's vectors or its factors; the others pass one by one.
 template <int kTasks, int kColumns, bool kPart>
 HM_INLINE void hidden_tile(const float* w, int64_t width, int rows, const float* factors, float* grad_hidden,
                            int64_t padded, int rest) {
   Vec sum[kTasks][kColumns] = {};
   for (int r = 0; r < rows; ++r) {
-    Vec row[kColumns];
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) {
+    const auto column = [&](int c) HM_LAMBDA {
       const float* p = w + r * width + c * kLanes;
-      row[c] = kPart && c == kColumns - 1 ? load_part(p, rest) : load(p);
-    }
+      return kPart && c == kColumns - 1 ? load_part(p, rest) : load(p);
+    };
+    if constexpr (kTasks < kColumns) {
+      Vec g[kTasks];
 #pragma GCC unroll 8
-    for (int j = 0; j < kTasks; ++j) {
-      const float g = factors[j * kBlockRows + r];
+      for (int j = 0; j < kTasks; ++j) g[j] = broadcast(factors[j * kBlockRows + r]);
 #pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) sum[j][c] += row[c] * g;
+      for (int c = 0; c < kColumns; ++c) {
+        const Vec row = column(c);
+#pragma GCC unroll 8
+        for (int j = 0; j < kTasks; ++j) sum[j][c] += row * g[j];
+      }
+    } else {
+      Vec row[kColumns];
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) row[c] = column(c);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTasks; ++j) {
+        const float g = factors[j * kBlockRows + r];
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; ++c) sum[j][c] += row[c] * g;
+      }
     }
   }
 #pragma GCC unroll 8
@@ -204,8 +220,8 @@ HM_INLINE void hidden_tile(const float* w, int64_t width, int rows, const float*
 HM_INLINE void hidden_gradient(const DenseLayer& d, const Cut& cut, const float* w, int rows, const float* factors,
                                float* grad_hidden, Ahead& ahead) {
   const int rest = static_cast<int>(d.width % kLanes);
-  for_tiles(cut.hidden_tasks, [&](auto tasks, int64_t j) {
-    for_tiles(cut.hidden_columns, [&](auto columns, int64_t c) {
+  for_tiles(cut.hidden_tasks, [&](auto tasks, int64_t j) HM_LAMBDA {
+    for_tiles(Tiles<hidden_columns(tasks.value)>::of(cut.vectors), [&](auto columns, int64_t c) HM_LAMBDA {
       float* out = grad_hidden + j * d.padded + c * kLanes;
       const float* g = factors + j * kBlockRows;
       if (rest && c + columns.value == cut.vectors) {
@@ -265,7 +281,7 @@ HM_INLINE void outer_tile(const float* factors, int64_t tasks, const float* h, i
 
 template <int kRows, class To>
 HM_INLINE void weight_gradient_rows(const DenseLayer& d, const Cut& cut, const float* factors, To to, int64_t row) {
-  for_tiles(cut.outer_columns, [&](auto columns, int64_t c) {
+  for_tiles(cut.outer_columns, [&](auto columns, int64_t c) HM_LAMBDA {
     const int64_t last = d.width - (c + columns.value - 1) * kLanes;
     outer_tile<kRows, columns.value>(factors, d.tasks, d.hidden + c * kLanes, d.padded, to, row * d.width + c * kLanes,
                                      d.width, last);

@@ -43,9 +43,10 @@ void weights_backward(const float* weight, const float* logits, float threshold,
   }
 }
 
-// Vectors are added in float over a short run only, runs in double.
+// Vectors are added in float over a short run only, runs in double. masked null: only the sum.
 template <bool kMasked, int kNorm>
-double drift_sum(const float* weight, const float* previous, const float* logits, float threshold, int64_t n) {
+double drift_sum(const float* weight, const float* previous, const float* logits, float threshold, float* masked,
+                 int64_t n) {
   constexpr int64_t kRun = 64 * kLanes;
   const Vec limit = broadcast(threshold);
   double total = 0;
@@ -53,8 +54,13 @@ double drift_sum(const float* weight, const float* previous, const float* logits
     const int64_t end = start + kRun < n ? start + kRun : n;
     Vec sum{};
     for (int64_t i = start; i < end; i += kLanes) {
-      Vec x = load_up_to(weight + i, end - i) - load_up_to(previous + i, end - i);
-      if (kMasked) x = x * mask_value(load_up_to(logits + i, end - i), limit);
+      const Vec w = load_up_to(weight + i, end - i);
+      Vec x = w - load_up_to(previous + i, end - i);
+      if (kMasked) {
+        const Vec mask = mask_value(load_up_to(logits + i, end - i), limit);
+        x = x * mask;
+        if (masked) store_up_to(masked + i, w * mask, end - i);
+      }
       sum = sum + (kNorm == 1 ? magnitude(x) : x * x);
     }
     total += sum_lanes(sum);
@@ -63,13 +69,10 @@ double drift_sum(const float* weight, const float* previous, const float* logits
 }
 
 double drift_forward(const float* weight, const float* previous, const float* logits, float threshold, int norm,
-                     int64_t n) {
-  if (logits) {
-    return norm == 1 ? drift_sum<true, 1>(weight, previous, logits, threshold, n)
-                     : drift_sum<true, 2>(weight, previous, logits, threshold, n);
-  }
-  return norm == 1 ? drift_sum<false, 1>(weight, previous, logits, threshold, n)
-                   : drift_sum<false, 2>(weight, previous, logits, threshold, n);
+                     float* masked, int64_t n) {
+  const auto run = logits ? (norm == 1 ? drift_sum<true, 1> : drift_sum<true, 2>)
+                          : (norm == 1 ? drift_sum<false, 1> : drift_sum<false, 2>);
+  return run(weight, previous, logits, threshold, masked, n);
 }
 
 // sign(x), NaN for NaN.
@@ -79,26 +82,28 @@ HM_INLINE Vec sign(Vec x) {
   return Lane<Vec>::select(x == zero, zero, Lane<Vec>::select(x == x, signed_one, x));
 }
 
+// grad null: of the drift alone.
 template <bool kMasked, int kNorm>
 void drift_gradient(const float* weight, const float* previous, const float* logits, float threshold, float scale,
-                    float* grad_weight, float* grad_logits, int64_t n) {
+                    const float* grad, float* grad_weight, float* grad_logits, int64_t n) {
   const Vec limit = broadcast(threshold);
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec change = load_up_to(weight + i, n - i) - load_up_to(previous + i, n - i);
+    const Vec w = load_up_to(weight + i, n - i), change = w - load_up_to(previous + i, n - i);
     Vec mask = broadcast(1.0f), slope{};
     if (kMasked) mask_and_slope(load_up_to(logits + i, n - i), limit, mask, slope);
     const Vec x = change * mask;
     const Vec outer = scale * (kNorm == 1 ? sign(x) : x);
-    store_up_to(grad_weight + i, outer * mask, n - i);
-    if (kMasked) store_up_to(grad_logits + i, outer * change * slope, n - i);
+    const Vec g = grad ? load_up_to(grad + i, n - i) : Vec{};
+    store_up_to(grad_weight + i, (outer + g) * mask, n - i);
+    if (kMasked) store_up_to(grad_logits + i, (outer * change + g * w) * slope, n - i);
   }
 }
 
 void drift_backward(const float* weight, const float* previous, const float* logits, float threshold, int norm,
-                    float scale, float* grad_weight, float* grad_logits, int64_t n) {
+                    float scale, const float* grad, float* grad_weight, float* grad_logits, int64_t n) {
   const auto run = logits ? (norm == 1 ? drift_gradient<true, 1> : drift_gradient<true, 2>)
                           : (norm == 1 ? drift_gradient<false, 1> : drift_gradient<false, 2>);
-  run(weight, previous, logits, threshold, scale, grad_weight, grad_logits, n);
+  run(weight, previous, logits, threshold, scale, grad, grad_weight, grad_logits, n);
 }
 
 // Four tables in turn, so that equal digits in a row do not wait for each other's increment; 16 bits keep them in L1.

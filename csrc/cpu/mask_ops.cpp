@@ -89,8 +89,7 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cpu(const Tensors& grads, co
                                                         const Offsets& offsets) {
   const char* op = "masked_weights_backward";
   check_masked(op, weights, logits, thresholds, offsets, Place::kCpu);
-  if (grads.size() != weights.size()) fail(op, "got ", grads.size(), " grads for ", weights.size(), " weights");
-  check_weights(op, "grads", grads, offsets, Place::kCpu);
+  check_grads(op, grads, weights, offsets, Place::kCpu);
   Tensors grad_weights = empty_like_all(weights);
   Tensor grad_logits = empty_float(logits, shape_of(logits));
   const auto w = pointers(weights), g = pointers(grads);
@@ -107,10 +106,14 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cpu(const Tensors& grads, co
   return {grad_weights, grad_logits};
 }
 
-Tensor weight_drift_cpu(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
-                        const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
-  check_drift("weight_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
+namespace {
+
+// The drift's norm per segment; also writes weight * mask to `masked`, a tensor per weight, unless that is empty.
+Tensor drift_norms(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
+                   const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds,
+                   const Tensors& masked) {
   const auto w = pointers(weights);
+  const auto out = mutable_pointers(masked);
   const float* before = data(previous);
   const float* a = logits ? data(*logits) : nullptr;
   const float* limit = thresholds ? data(*thresholds) : nullptr;
@@ -120,30 +123,27 @@ Tensor weight_drift_cpu(const Tensors& weights, const Tensor& previous, const Of
   for_parts(parts, [&](const Part& part, int64_t i) {
     const int64_t s = part.item, flat = offsets[s] + part.begin;
     sums[i] = k.drift_forward(w[s] + part.begin, before + flat, a ? a + flat : nullptr, a ? limit[s] : 0.0f,
-                              static_cast<int>(norm), part.end - part.begin);
+                              static_cast<int>(norm), out.empty() ? nullptr : out[s] + part.begin,
+                              part.end - part.begin);
   });
   Tensor norms = empty_float(previous, {static_cast<int64_t>(weights.size())});
   std::vector<double> total(weights.size());
   for (size_t i = 0; i < parts.size(); ++i) total[parts[i].item] += sums[i];
-  float* out = mutable_data(norms);
+  float* result = mutable_data(norms);
   for (size_t s = 0; s < total.size(); ++s) {
-    out[s] = static_cast<float>(norm == 1 ? total[s] : std::sqrt(total[s]));
+    result[s] = static_cast<float>(norm == 1 ? total[s] : std::sqrt(total[s]));
   }
   return norms;
 }
 
-std::tuple<Tensors, Tensor> weight_drift_backward_cpu(const Tensor& grad, const Tensor& norms, const Tensors& weights,
-                                                      const Tensor& previous, const Offsets& offsets, int64_t norm,
-                                                      const std::optional<Tensor>& logits,
-                                                      const std::optional<Tensor>& thresholds) {
-  const char* op = "weight_drift_backward";
-  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
-  const Shape shape = {static_cast<int64_t>(weights.size())};
-  check_float(op, "grad", grad, Place::kCpu, shape);
-  check_float(op, "norms", norms, Place::kCpu, shape);
+// Gradients of sum_s grad_s norm_s and, unless `grads` is empty, of sum_s <grads_s, weight_s * mask_s> with it.
+std::tuple<Tensors, Tensor> drift_gradients(const Tensor& grad, const Tensor& norms, const Tensors& grads,
+                                            const Tensors& weights, const Tensor& previous, const Offsets& offsets,
+                                            int64_t norm, const std::optional<Tensor>& logits,
+                                            const std::optional<Tensor>& thresholds) {
   Tensors grad_weights = empty_like_all(weights);
   Tensor grad_logits = empty_float(previous, logits ? shape_of(*logits) : Shape{0});
-  const auto w = pointers(weights);
+  const auto w = pointers(weights), from_above = pointers(grads);
   const auto dw = mutable_pointers(grad_weights);
   const float *before = data(previous), *g = data(grad), *value = data(norms);
   const float* a = logits ? data(*logits) : nullptr;
@@ -152,13 +152,50 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cpu(const Tensor& grad, const 
   if (a) clear_outside(da, logits->numel(), offsets, weights.size());
   const Kernels& k = kernels();
   for_parts(cut(segment_sizes(offsets, weights.size())), [&](const Part& part, int64_t) {
-    const int64_t s = part.item, flat = offsets[s] + part.begin;
+    const int64_t s = part.item, at = part.begin, flat = offsets[s] + at;
     const float scale = norm == 1 ? g[s] : value[s] == 0 ? 0.0f : g[s] / value[s];  // the 2-norm's gradient at 0 is 0
-    k.drift_backward(w[s] + part.begin, before + flat, a ? a + flat : nullptr, a ? limit[s] : 0.0f,
-                     static_cast<int>(norm), scale, dw[s] + part.begin, a ? da + flat : nullptr,
-                     part.end - part.begin);
+    k.drift_backward(w[s] + at, before + flat, a ? a + flat : nullptr, a ? limit[s] : 0.0f, static_cast<int>(norm),
+                     scale, from_above.empty() ? nullptr : from_above[s] + at, dw[s] + at, a ? da + flat : nullptr,
+                     part.end - at);
   });
   return {grad_weights, grad_logits};
+}
+
+}  // namespace
+
+Tensor weight_drift_cpu(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
+                        const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
+  check_drift("weight_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
+  return drift_norms(weights, previous, offsets, norm, logits, thresholds, {});
+}
+
+std::tuple<Tensors, Tensor> weight_drift_backward_cpu(const Tensor& grad, const Tensor& norms, const Tensors& weights,
+                                                      const Tensor& previous, const Offsets& offsets, int64_t norm,
+                                                      const std::optional<Tensor>& logits,
+                                                      const std::optional<Tensor>& thresholds) {
+  const char* op = "weight_drift_backward";
+  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
+  return drift_gradients(grad, norms, {}, weights, previous, offsets, norm, logits, thresholds);
+}
+
+std::tuple<Tensors, Tensor> masked_weights_drift_cpu(const Tensors& weights, const Tensor& logits,
+                                                     const Tensor& thresholds, const Offsets& offsets,
+                                                     const Tensor& previous, int64_t norm) {
+  check_drift("masked_weights_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
+  Tensors masked = empty_like_all(weights);
+  Tensor norms = drift_norms(weights, previous, offsets, norm, logits, thresholds, masked);
+  return {masked, norms};
+}
+
+std::tuple<Tensors, Tensor> masked_weights_drift_backward_cpu(const Tensors& grads, const Tensor& grad,
+                                                              const Tensor& norms, const Tensors& weights,
+                                                              const Tensor& logits, const Tensor& thresholds,
+                                                              const Offsets& offsets, const Tensor& previous,
+                                                              int64_t norm) {
+  const char* op = "masked_weights_drift_backward";
+  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
+  check_grads(op, grads, weights, offsets, Place::kCpu);
+  return drift_gradients(grad, norms, grads, weights, previous, offsets, norm, logits, thresholds);
 }
 
 }  // namespace hypermask

@@ -29,6 +29,11 @@ def arguments(grad=False):
         "masked_weights_backward": (plain, plain, logits.detach(), thresholds, OFFSETS),
         "weight_drift": (weights, previous, OFFSETS, 1, logits, thresholds),
         "weight_drift_backward": (norms, norms, plain, previous, OFFSETS, 2, logits.detach(), thresholds),
+        "masked_weights_drift": (weights, logits, thresholds, OFFSETS, previous, 1),
+        "masked_weights_drift_backward": (
+            *(plain, norms, norms, plain, logits.detach(), thresholds),
+            *(OFFSETS, previous, 2),
+        ),
         "output_drift": (hidden, weight, bias, targets),
         "output_drift_backward": (one, hidden.detach(), weight.detach(), bias.detach(), targets),
         "hypernet_logits": (hidden.detach()[0, 0], weight, bias),
@@ -109,6 +114,8 @@ def test_bad_offsets_are_refused(offsets, message):
         op("masked_weights")([], logits, torch.zeros(count), offsets)
     with pytest.raises(RuntimeError, match=message):
         op("weight_drift")([], logits, offsets, 1, None, None)
+    with pytest.raises(RuntimeError, match=message):
+        op("masked_weights_drift")([], logits, torch.zeros(count), offsets, logits, 1)
 
 
 def test_other_bad_arguments_are_refused():
@@ -164,14 +171,15 @@ def large_results(cpu):
     thresholds = cpu.mask_thresholds(logits, offsets, torch.tensor([30_000, 20_000]))
     masked = cpu.masked_weights([w[:100_000], w[100_000:]], logits, thresholds, offsets)
     drift = cpu.weight_drift([w[:100_000], w[100_000:]], g, offsets, 1, logits, thresholds)
-    (sum((m * m).sum() for m in masked) + drift).backward()
+    both, drift_too = cpu.masked_weights_drift([w[:100_000], w[100_000:]], logits, thresholds, offsets, g, 2)
+    (sum((m * m).sum() for m in (*masked, *both)) + drift + drift_too).backward()
     state = [torch.randn(rows, width), torch.randn(rows), *(torch.rand(s) for s in [(rows, width)] * 2 + [(rows,)] * 2)]
     hidden, targets = torch.randn(tasks + 1, width), torch.randn(tasks, rows)
     one = torch.tensor(1.0)
     value = cpu.output_drift(hidden[:-1, None], *state[:2], targets)
     logits_now = cpu.hypernet_logits(hidden[:1, None], *state[:2], rows)
     results = cpu.hypernet_adam(hidden, torch.randn(rows), targets, one, *state, one, one * 1e-3)
-    return [thresholds, *masked, drift, logits.grad, w.grad, value, logits_now, *results, *state]
+    return [thresholds, *masked, drift, drift_too, logits.grad, w.grad, value, logits_now, *results, *state]
 
 
 def test_any_number_of_threads_gives_the_same_bits(cpu, isa):

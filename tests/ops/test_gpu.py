@@ -81,6 +81,19 @@ def test_weight_drift(target, norm, masked):
     check("weight_drift", [*weights, logits] if masked else weights, build)
 
 
+@pytest.mark.parametrize("norm", [1, 2])
+def test_masked_weights_drift(target, norm):
+    weights, logits, previous, limits, offsets = target
+    count = len(weights)
+
+    def build(m, t):
+        arguments = t[:count], t[-1], limits.to(t[-1]), offsets, previous.to(t[0]), norm
+        masked, drift = m.masked_weights_drift(*arguments)
+        return [*masked, drift]
+
+    check("masked_weights_drift", [*weights, logits], build)
+
+
 @pytest.mark.parametrize(("size", "width", "tasks"), [(1, 1, 1), (101, 25, 4), (3000, 100, 9), (515, 64, 39)])
 def test_dense_layer(size, width, tasks):
     hidden, weight, bias = torch.randn(tasks, 1, width), torch.randn(size, width), torch.randn(size)

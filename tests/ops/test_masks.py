@@ -1,4 +1,4 @@
-"""semi_binary_mask, masked_weights and weight_drift on the cpu backend against the float64 reference."""
+"""semi_binary_mask, masked weights and weight drift on the cpu backend against the float64 reference."""
 
 import pytest
 import torch
@@ -119,3 +119,34 @@ def test_weight_drift(cpu, isa, norm, masked):
         assert_close(w.grad, w2.grad, "sum", f"gradient {s}")
     if masked:
         assert_close(logits.grad, a64.grad, "sum", "gradient of logits")
+
+
+def masked_weights_drift(module, dtype, norm, loss):
+    """Results and gradients of `loss(masked, drift)` from the same values, in one backend and dtype."""
+    torch.manual_seed(1)
+    weights, logits, thresholds, offsets = layers()
+    previous = torch.randn(offsets[-1])
+    previous[offsets[2] : offsets[3]] = weights[2].detach().flatten()  # the 2-norm's corner
+    outers = [torch.randn(w.shape).to(dtype) for w in weights]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (*weights, logits)]
+    arguments = leaves[:-1], leaves[-1], thresholds.to(dtype), offsets, previous.to(dtype), norm
+    masked, drift = module.masked_weights_drift(*arguments)
+    loss(masked, drift, outers).backward()
+    return [*masked, drift, *(leaf.grad for leaf in leaves)]
+
+
+LOSSES = {
+    "both": lambda masked, drift, outers: sum((m * o).sum() for m, o in zip(masked, outers, strict=True)) + 0.7 * drift,
+    "some weights": lambda masked, drift, outers: (masked[0] * outers[0]).sum() + 0.7 * drift,
+    "no drift": lambda masked, drift, outers: sum((m * o).sum() for m, o in zip(masked, outers, strict=True)),
+    "drift alone": lambda masked, drift, outers: 0.7 * drift,
+}
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_masked_weights_drift(cpu, isa, norm, loss):
+    actual = masked_weights_drift(cpu, torch.float32, norm, LOSSES[loss])
+    expected = masked_weights_drift(reference, torch.float64, norm, LOSSES[loss])
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(a, torch.zeros_like(a).double() if e is None else e, "sum", f"result {i}")
