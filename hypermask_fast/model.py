@@ -37,9 +37,8 @@ class HyperMask(nn.Module):
         beta, lam: weights of the output drift and of the weight drift in `regularizer`, both from the second task on.
         drift_norm: 1 or 2, the weight drift's norm; drift_masked: whether it is weighed with the mask.
         include, exclude: shell patterns of parameter names to mask and to leave out; see `MaskLayout.of`.
-        fidelity: "official" reproduces the authors' code: output drift divided by t twice, weight drift in the first
-            task too, and batch norm that always uses the batch's own statistics. "default": once, from the second
-            task on, and running statistics per task.
+        fidelity: "official" reproduces the authors' code: output drift divided by t twice, batch norm that always uses
+            the batch's own statistics. "default": once, and running statistics per task.
 
     Raises:
         InputError: an argument outside of its range, or nothing to mask.
@@ -132,10 +131,10 @@ class HyperMask(nn.Module):
         ids = self._task_ids(task)
         optimizer = self._optimizer() if self._optimizer is not None and torch.is_grad_enabled() else None
         if optimizer is None or isinstance(task, Tensor):
-            return self._mask_of(task, self.hypernet(ids)[0], sparsity, ranks)
+            return self._mask_of(task, self.hypernet(ids)[0], sparsity, ranks, drift_from=self._drift_from(task))
         hidden = self.hypernet.hidden(range(task + 1))[:, 0]
         logits, drift = optimizer.output_layer(hidden, self._anchor_of(task))
-        return self._mask_of(task, logits, sparsity, ranks, drift)
+        return self._mask_of(task, logits, sparsity, ranks, drift, self._drift_from(task))
 
     def _mask_of(
         self,
@@ -143,10 +142,18 @@ class HyperMask(nn.Module):
         logits: Tensor,
         sparsity: float | None = None,
         ranks: Tensor | None = None,
-        drift: Tensor | None = None,
+        output_drift: Tensor | None = None,
+        drift_from: tuple[Tensor, int] | None = None,
     ) -> TaskMask:
         thresholds = self._thresholds(logits, sparsity, ranks)
-        return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), drift)
+        return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), output_drift, drift_from)
+
+    def _drift_from(self, task: int | Tensor) -> tuple[Tensor, int] | None:
+        """`TaskMask.drift_from` for a task that is being trained and whose masked weight drift counts."""
+        anchor = self.anchor
+        if not self.drift.masked or anchor is None or isinstance(task, Tensor) or anchor.task != task:
+            return None
+        return (anchor.weights, self.drift.norm) if self.drift.weight_scale(task) > 0 else None
 
     def _masks_of(self, tasks: range | Tensor) -> TaskMasks:
         logits = self.hypernet(tasks)
@@ -306,11 +313,13 @@ class HyperMask(nn.Module):
         anchor = self._anchor_of(int(mask.task) if mask else task)
         if mask is None and self.drift.masked:
             mask = self.mask(task)
-        logits, thresholds = (mask.logits, mask.thresholds) if self.drift.masked else (None, None)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.drift.weight_scale(anchor.task) > 0):
-            weight = ops.weight_drift(
-                self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
-            )
+        weight = None if mask is None else mask.weight_drift(anchor.weights)
+        if weight is None:
+            logits, thresholds = (mask.logits, mask.thresholds) if self.drift.masked else (None, None)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.drift.weight_scale(anchor.task) > 0):
+                weight = ops.weight_drift(
+                    self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
+                )
         if mask is not None and mask.output_drift is not None:
             return Drifts(mask.output_drift, weight)
         return Drifts(regularizers.output_drift(self.hypernet, anchor), weight)

@@ -22,8 +22,7 @@ class DriftConfig:
         lam: weight of the weight drift D, from the second task on.
         norm: D's norm, 1 or 2.
         masked: whether D weighs each entry's change with the current mask.
-        fidelity: "official" divides the output drift by t once more, beta R / t^2, and counts the weight drift in the
-            first task too, from the initial weights.
+        fidelity: "official" divides the output drift by t once more, beta R / t^2.
     """
 
     beta: float = 0.01
@@ -48,8 +47,8 @@ class DriftConfig:
         return self.beta / (task * task if self.fidelity == "official" else task)
 
     def weight_scale(self, task: int) -> float:
-        """Factor of D in the loss of task `task`: lam; by default 0 for the first task, which has none to protect."""
-        return 0.0 if task == 0 and self.fidelity == "default" else self.lam
+        """Factor of D in the loss of task `task`: lam; 0 for the first task, which has none to protect."""
+        return 0.0 if task == 0 else self.lam
 
     def loss(self, drifts: "Drifts", task: int) -> Tensor:
         """output_scale(task) R + weight_scale(task) D: what task `task` adds to its cross-entropy; a scalar."""

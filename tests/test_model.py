@@ -175,19 +175,58 @@ def test_regularizer(fidelity, masked):
     assert ("hypernet.embeddings.2" in touched) == masked  # the current task's mask is not detached
 
 
-@pytest.mark.parametrize(("fidelity", "scale"), [("default", 0.0), ("official", 0.25)])
-def test_weight_drift_in_the_first_task(fidelity, scale):
-    """By default there is nothing to protect yet; the official code counts it from the initial weights."""
+@pytest.mark.parametrize("fidelity", ["default", "official"])
+def test_weight_drift_does_not_count_in_the_first_task(fidelity):
     model = blob_model(2, lam=0.25, fidelity=fidelity)
-    model.begin_task(0)
+    for task in (0, 1):
+        model.begin_task(task)
+        with torch.no_grad():
+            for weight in model.weights():
+                weight += 0.1
+        drift = model.drifts(task).weight
+        assert drift > 0
+        torch.testing.assert_close(model.regularizer(task), task * 0.25 * drift)
+        gradients = torch.autograd.grad(
+            model.regularizer(task) + 0 * model(torch.ones(4, 8), task).sum(), model.weights()
+        )
+        assert all((grad != 0).any() for grad in gradients) == (task > 0)
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_weight_drift_comes_with_the_masked_weights(norm):
+    """In a training step one pass makes both; the numbers are those of two."""
+    model = blob_model(2, lam=0.25, drift_norm=norm).eval()
+    model.begin_task(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(4, 8)
+
+    def step(apart):
+        mask = model.mask(1)
+        drift = model.drifts(mask).weight if apart else None
+        y = model(x, mask)
+        assert mask.weight_drift(model.anchor.weights) is not None
+        drift = drift if apart else model.drifts(mask).weight
+        return [y, drift, *torch.autograd.grad(y.square().sum() + drift, model.parameters(), allow_unused=True)]
+
+    for one, two in zip(step(apart=False), step(apart=True), strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two)
+
+
+def test_a_mask_answers_for_its_own_anchor_only():
+    model = blob_model(2, lam=0.25)
+    model.begin_task(1)
     with torch.no_grad():
         for weight in model.weights():
             weight += 0.1
-    drift = model.drifts(0).weight
-    assert drift > 0
-    torch.testing.assert_close(model.regularizer(0), scale * drift)
-    gradients = torch.autograd.grad(model.regularizer(0) + 0 * model(torch.ones(4, 8), 0).sum(), model.weights())
-    assert all((grad != 0).any() for grad in gradients) == (scale > 0)
+    mask = model.mask(1)
+    model(torch.randn(4, 8), mask)
+    assert model.drifts(mask).weight > 0
+    model.begin_task(1)
+    assert model.drifts(mask).weight == 0
 
 
 def test_drift_targets_of_the_first_task_are_none():

@@ -129,9 +129,10 @@ class BatchedTorch:
         effective = [flat.view(shape) for flat, shape in zip(effective, self.shapes[:-1], strict=True)]
         effective.append(self.weight[self.offsets[-2] :].view(self.shapes[-1]))
         loss = F.cross_entropy(self.forward(effective, x), y)
-        if self.task > 0:
-            loss = loss + self.beta / self.task**2 * (logits[:-1] - self.targets).square().sum()
-        return loss + self.lam * self._weight_drift(mask)
+        if self.task == 0:
+            return loss
+        output_drift = (logits[:-1] - self.targets).square().sum()
+        return loss + self.beta / self.task**2 * output_drift + self.lam * self._weight_drift(mask)
 
     def _weight_drift(self, mask: Tensor) -> Tensor:
         change = self.weight - self.previous

@@ -85,8 +85,7 @@ class HypnettorchLoop:
         loss = F.cross_entropy(self.forward(effective, x), y)
         if self.task > 0:
             drift = calc_fix_target_reg(self.hypernet, self.task, targets=self.targets)
-            loss = loss + self.beta * drift / max(1, self.task)
-        loss = loss + self.lam * self._weight_drift(masks)
+            loss = loss + self.beta * drift / self.task + self.lam * self._weight_drift(masks)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
