@@ -1,5 +1,5 @@
-// What kernels share: shared memory of a size chosen at launch, the sum over a block. For device code only, which the
-// tests also compile for the CPU (tests/ops/cuda_emulation).
+// What kernels share: shared memory of a size chosen at launch, accesses of 16 bytes, the sum over a block. For device code
+// only, which the tests also compile for the CPU (tests/ops/cuda_emulation).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,6 +21,26 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 #endif
+
+// Floats that are read and written together.
+template <int kPack>
+struct alignas(4 * kPack) Pack {
+  float x[kPack];
+};
+
+template <int kPack>
+__device__ __forceinline__ Pack<kPack>& pack_at(float* p) {
+  return *reinterpret_cast<Pack<kPack>*>(p);
+}
+template <int kPack>
+__device__ __forceinline__ const Pack<kPack>& pack_at(const float* p) {
+  return *reinterpret_cast<const Pack<kPack>*>(p);
+}
+
+template <class... P>
+__host__ __device__ __forceinline__ bool on_16_bytes(const P*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
+}
 
 // Internal linkage: `warps` belongs to the kernels of one file.
 namespace {
