@@ -45,11 +45,10 @@ __host__ __device__ __forceinline__ bool on_16_bytes(const P*... pointers) {
 // Internal linkage: `warps` belongs to the kernels of one file.
 namespace {
 
-// The sum over the block's threads, in the same order each time; valid in thread 0.
+// The sum over the block's threads, in the same order each time; valid in thread 0. For one call in a kernel.
 __device__ __forceinline__ double block_sum(double x) {
   __shared__ double warps[kThreads / 32];
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_down_sync(0xffffffffu, x, distance);
-  __syncthreads();  // of an earlier use
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   if (threadIdx.x == 0) {

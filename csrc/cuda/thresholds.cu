@@ -32,9 +32,10 @@ __global__ void start_kernel(Selections s, const int64_t* ranks, State* states, 
   const int64_t item = s.item(blockIdx.x);
   for (int bin = threadIdx.x; bin < kRadixBins; bin += kThreads) counts[item * kRadixBins + bin] = 0;
   if (threadIdx.x == 0) {
-    const int64_t size = s.size[blockIdx.x], rank = ranks[s.first + blockIdx.x];
-    states[item] = {size == 0 || rank <= 0 ? -1 : rank < size ? rank : size - 1, 0, 0};
-    thresholds[item] = 0.0f;
+    const int64_t rank = ranks[s.first + blockIdx.x];
+    const bool exists = rank >= 0 && rank < max(s.size[blockIdx.x], int64_t{1});
+    states[item] = {exists && rank > 0 ? rank : -1, 0, 0};
+    thresholds[item] = exists ? 0.0f : magnitude_from_key(kMagnitudeBits);  // NaN: nobody waits for an error here
   }
 }
 

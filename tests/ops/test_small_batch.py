@@ -76,7 +76,7 @@ def special_logits(*shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threshold", [0.0, 0.3, NAN])
-def test_masked_linear_is_accurate(small, dtype, threshold):
+def test_masked_linear_is_accurate(small, instruction_errors, dtype, threshold):
     threshold = torch.tensor(threshold, dtype=dtype)
     args = (torch.randn(16, 200), torch.randn(40, 200), special_logits(40, 200), threshold, torch.randn(40))
     args = [a.to(dtype) for a in args]
@@ -125,7 +125,7 @@ def test_chunk_masked_linear_takes_every_entry_once(small, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_chunk_masked_linear_is_accurate(small, dtype):
+def test_chunk_masked_linear_is_accurate(small, instruction_errors, dtype):
     args = chunked(16, 90, 100, 250, 20, 77, dtype, make=torch.randn)
     args[3], args[4], args[6] = args[3] / 64, args[4] / 64, torch.tensor(0.0)  # no logit jumps over the threshold
     check_close(small.small_chunk_masked_linear(*args), reference.chunk_masked_linear(*double(args)))
