@@ -29,6 +29,7 @@ from .small_batch import MAX_ROWS
 FUSED, MASK_FIRST = "fused", "mask first"
 FUSED_BACKENDS = ("cuda", "triton")  # those with layers in one kernel
 LAYERS = ("masked_linear", "masked_conv2d", "chunk_masked_linear", "chunk_masked_conv2d")
+_UNMEASURED = f"; cuda before triton, unmeasured: up to {MAX_ROWS} rows W's bytes decide, and its kernel is for that"
 LAUNCH = 2e-6  # seconds; W * m of all layers is one launch, so a layer must save more than that to go alone
 _FAR = 3.0  # a measured shape further away than this, in powers of 2 summed over its sizes, says nothing
 
@@ -178,13 +179,12 @@ def _decide(*key) -> Choice:
             by = f" by {entry.backend}"
             order = (entry.backend, *(other for other in FUSED_BACKENDS if other != entry.backend))
     else:
-        fused, first = estimate(call, gpu_of(name))
-        source = f"estimated for {gpu_of(name).name}" + ("" if table else f": no table of {name}")
-        if "conv2d" not in call.op and call.rows <= MAX_ROWS:
-            source += f"; cuda before triton: W's bytes decide, and its kernel is for up to {MAX_ROWS} rows"
+        about_order = _UNMEASURED if "conv2d" not in call.op and call.rows <= MAX_ROWS else ""
         if call.op.startswith("chunk"):
             why = "no logits in memory; with many rows the op itself makes W * m once"
-            return Choice(FUSED, f"fused: {call}: {why}, {source}", order)
+            return Choice(FUSED, f"fused: {call}: {why}{about_order}")
+        fused, first = estimate(call, gpu_of(name))
+        source = f"estimated for {gpu_of(name).name}" + ("" if table else f": no table of {name}") + about_order
     path = FUSED if fused + LAUNCH < first else MASK_FIRST
     times = f"fused {fused * 1e6:.3g} us{by}, mask first {first * 1e6:.3g} us"
     return Choice(path, f"{path}: {call}: {times}, {source}", order)

@@ -47,7 +47,7 @@ __device__ __forceinline__ void stage_hidden(const Chunks& c, int64_t chunk, int
     const T* from = static_cast<const T*>(c.hidden) + (chunk + i * c.chunks_per_period) * c.width;
     for (int h = lane; h < columns; h += 32) {
       const bool inside = i < outputs && h < c.width;
-      shared[i * stride + h] = inside ? from[h] : Element<T>::from_float(i < outputs && h == c.width ? 1.0f : 0.0f);
+      shared[i * stride + h] = inside ? from[h] : Element<T>::from_float(h == c.width ? 1.0f : 0.0f);
     }
   }
 }
@@ -58,7 +58,7 @@ __device__ __forceinline__ void stage_layer(const Chunks& c, int64_t first, T* s
   const int lane = threadIdx.x % 32, stride = stride_of(c.width);
   const T zero = Element<T>::from_float(0.0f);
   const auto* layer = static_cast<const T*>(c.output_weight) + first * c.width;
-  __syncwarp();  // the step before is done with it
+  __syncwarp();  // all lanes have read the step before: its mma had to wait for that, but orders no memory
   if (c.vectors && first >= 0 && first + kStep <= c.chunk_size) {
     for (int h = 4 * lane; h < c.width; h += 4 * 32) {
 #pragma unroll 8

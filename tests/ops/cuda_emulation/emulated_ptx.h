@@ -47,15 +47,18 @@ inline void adam_update(float grad, float& weight, float& first, float& second, 
   second = v.x;
 }
 
+// Each lane reads its row when it comes: meeting the others does not order their writes before that.
 inline void emulated_ldmatrix(uint32_t (&r)[4], const void* shared, bool transposed, emulation::Place place) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16) emulation::stop("ldmatrix of a row that is not aligned to 16 bytes");
+  uint16_t mine[8];
+  std::memcpy(mine, shared, sizeof mine);
   unsigned char all[emulation::kWarp][emulation::kExchanged];
-  emulation::exchange(emulation::kEveryLane, place, &shared, sizeof shared, all);
+  emulation::exchange(emulation::kEveryLane, place, mine, sizeof mine, all);
   const unsigned major = emulation::lane() / 4, minor = emulation::lane() % 4 * 2;
   const auto entry = [&](int matrix, unsigned row, unsigned column) -> uint32_t {
-    const uint16_t* address;
-    std::memcpy(&address, all[matrix * 8 + row], sizeof address);
-    if (reinterpret_cast<uintptr_t>(address) % 16) emulation::stop("ldmatrix of a row that is not aligned to 16 bytes");
-    return address[column];
+    uint16_t value;
+    std::memcpy(&value, all[matrix * 8 + row] + sizeof value * column, sizeof value);
+    return value;
   };
   for (int i = 0; i < 4; ++i) {
     r[i] = transposed ? entry(i, minor, major) | entry(i, minor + 1, major) << 16
