@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kern
   const int stride = stride_of(c.width);
   const int64_t residue = blockIdx.x / c.tiles, first_row = blockIdx.x % c.tiles * kBlockOutputs;
   const int64_t first_output = residue + first_row * c.period, row_distance = c.period * s.inputs;
-  const int outputs = static_cast<int>(
-      min(static_cast<int64_t>(kBlockOutputs), max(ceil_div(s.outputs - first_output, c.period), int64_t{0})));
+  const int outputs = static_cast<int>(  // 0 or less: none
+      min(static_cast<int64_t>(kBlockOutputs), ceil_div(s.outputs - first_output, c.period)));
   const int tiles = (outputs + kTileOutputs - 1) / kTileOutputs;
   T* hidden = dynamic_shared<T>();
   T* layer = hidden + (kBlockOutputs + warp * kStep) * stride;

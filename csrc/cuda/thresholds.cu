@@ -19,11 +19,13 @@ struct Selections {
   int64_t entries;
   int64_t first, total;  // of the segments in this launch, of all segments
 
-  __device__ __forceinline__ int64_t item(int segment) const { return static_cast<int64_t>(blockIdx.y) * total + first + segment; }
+  __device__ __forceinline__ int64_t item(int segment) const {
+    return static_cast<int64_t>(blockIdx.y) * total + first + segment;
+  }
 };
 
 struct State {
-  int64_t left;     // the wanted rank among the entries that share the digits found so far; -1: nothing to select
+  int64_t left;      // the wanted rank among the entries that share the digits found so far; -1: nothing to select
   uint32_t prefix;   // these digits
   uint32_t counted;  // blocks that are done in this pass
 };

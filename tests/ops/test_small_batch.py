@@ -131,9 +131,10 @@ def test_chunk_masked_linear_is_accurate(small, instruction_errors, dtype):
     check_close(small.small_chunk_masked_linear(*args), reference.chunk_masked_linear(*double(args)))
 
 
-def test_a_step_across_a_chunks_end_keeps_infinity(small):
+@pytest.mark.parametrize("k, position", [(70, 247), (80, 7)])  # row 1 crosses from one chunk to the next at k = 73
+def test_a_step_across_a_chunks_end_keeps_infinity(small, k, position):
     args = chunked(3, 60, 100, 250, 13, 77, torch.float16)
-    args[1][1, 70], args[0][:, 70], args[4][247] = INF, 1.0, 2048.0  # entry 247 of the output; the chunk ends at 250
+    args[1][1, k], args[0][:, k], args[4][position] = INF, 1.0, 2048.0
     y = small.small_chunk_masked_linear(*args)
     assert (y[:, 1] == INF).all() and y[:, 2:].isfinite().all()
 
