@@ -42,8 +42,8 @@ __device__ __forceinline__ void for_row_tiles(int64_t rows, int64_t columns, con
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) mask_forward_kernel(const float* logits, const float* threshold, float* mask, int64_t rows,
-                                    int64_t columns) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    mask_forward_kernel(const float* logits, const float* threshold, float* mask, int64_t rows, int64_t columns) {
   for_row_tiles(rows, columns, [&](int64_t first, int count, int64_t row) {
     const float *a = logits + first, limit = threshold[row];
     float* out = mask + first;
@@ -54,8 +54,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) mask_forward_kernel(const f
   });
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) mask_backward_kernel(const float* logits, const float* threshold, const float* grad, float* grad_logits,
-                                     int64_t rows, int64_t columns) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    mask_backward_kernel(const float* logits, const float* threshold, const float* grad, float* grad_logits,
+                         int64_t rows, int64_t columns) {
   for_row_tiles(rows, columns, [&](int64_t first, int count, int64_t row) {
     const float *a = logits + first, *g = grad + first, limit = threshold[row];
     float* da = grad_logits + first;
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) mask_backward_kernel(const 
   });
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) weights_forward_kernel(Segments s, const float* logits, const float* thresholds) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    weights_forward_kernel(Segments s, const float* logits, const float* thresholds) {
   const Tile t(s);
   const float *w = s.weight[t.segment] + t.begin, *a = logits + t.flat, limit = thresholds[t.segment];
   float* out = s.out[t.segment] + t.begin;
@@ -80,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) weights_forward_kernel(Segm
   });
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) weights_backward_kernel(Segments s, const float* logits, const float* thresholds, float* grad_logits) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    weights_backward_kernel(Segments s, const float* logits, const float* thresholds, float* grad_logits) {
   const Tile t(s);
   const float *w = s.weight[t.segment] + t.begin, *a = logits + t.flat, limit = thresholds[t.segment];
   const float* g = s.grad[t.segment] + t.begin;
@@ -99,8 +102,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) weights_backward_kernel(Seg
 }
 
 // partial[block] = the tile's sum of |x| or x^2, x = (weight - previous) mask.
-__global__ void __launch_bounds__(kThreads, kBlocks) drift_forward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds,
-                                     int norm, double* partial) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    drift_forward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds, int norm,
+                         double* partial) {
   const Tile t(s);
   const float *w = s.weight[t.segment] + t.begin, *p = previous + t.flat, *a = logits ? logits + t.flat : nullptr;
   const float limit = logits ? thresholds[t.segment] : 0.0f;
@@ -131,8 +135,9 @@ __global__ void drift_finish_kernel(BlockTable blocks, const double* partial, in
 
 __device__ __forceinline__ float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) drift_backward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds,
-                                      int norm, const float* grad, const float* norms, float* grad_logits) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    drift_backward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds, int norm,
+                          const float* grad, const float* norms, float* grad_logits) {
   const Tile t(s);
   const float *w = s.weight[t.segment] + t.begin, *p = previous + t.flat, *a = logits ? logits + t.flat : nullptr;
   float *dw = s.out[t.segment] + t.begin, *da = logits ? grad_logits + t.flat : nullptr;
@@ -217,8 +222,8 @@ Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, 
   if (total == 0) return result;
   const Launcher gpu(op, logits);
   const int64_t columns = total / rows;
-  gpu.launch(mask_backward_kernel, row_blocks(gpu, rows, columns), kThreads, 0, data(logits), data(threshold), data(grad),
-             mutable_data(result), rows, columns);
+  gpu.launch(mask_backward_kernel, row_blocks(gpu, rows, columns), kThreads, 0, data(logits), data(threshold),
+             data(grad), mutable_data(result), rows, columns);
   return result;
 }
 

@@ -1,5 +1,5 @@
-// A run of entries dealt to a block's threads four at a time: one access of 16 bytes each where all arrays lie on 16 bytes,
-// else four single ones, kThreads apart, so that as many bytes are under way. Offsets of segments decide which it is.
+// A run of entries dealt to a block's threads four at a time: one access of 16 bytes where all arrays begin on 16, else
+// four single ones, kThreads apart, so that as many bytes are under way. The offsets of segments decide which it is.
 #pragma once
 
 #include "device.h"

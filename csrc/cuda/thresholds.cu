@@ -1,5 +1,5 @@
-// mask_thresholds on the GPU: radix selection over all rows and segments, no host sync. Four launches: a start, and three
-// passes that count the entries by digit; the block that is the last to count a selection finds its digit.
+// mask_thresholds on the GPU: radix selection over all rows and segments, no host sync. Four launches: a start, and
+// three passes that count the entries by digit; the block that is the last to count a selection finds its digit.
 #include "../common/mask_math.h"
 #include "cuda_ops.h"
 #include "launcher.h"

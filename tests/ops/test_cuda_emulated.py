@@ -40,7 +40,7 @@ def check_thresholds(emulated, logits, offsets, ranks):
     assert torch.equal(actual.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
 
 
-@pytest.mark.parametrize("size", [1, 2, 255, 1000, 4096, 4097, 20_011])
+@pytest.mark.parametrize("size", [1, 2, 255, 1000, 4096, 4097, 12_300, 20_011])
 def test_thresholds(emulated, size):
     for sparsity in (0, 0.1, 50, 100):
         check_thresholds(emulated, torch.randn(size), [0, size], [kept_rank(sparsity, size)])
@@ -107,10 +107,12 @@ def test_mask_with_a_threshold_per_row(emulated):
 
 
 def layers(count):
-    """Weights of odd sizes, every fifth empty, with logits before and behind them."""
+    """Weights of odd sizes, every fifth empty, with logits before and behind them; the first one's logits begin on 16
+    bytes like itself where `count` is even."""
     sizes = [(13 * i) % 31 * (i % 5 != 4) for i in range(count)]
     sizes[0], sizes[count // 2] = 9001, 4096
-    offsets = [*sized_offsets(sizes), 3 + sum(sizes) + 8]
+    offsets = sized_offsets(sizes, 3 if count % 2 else 4)
+    offsets.append(offsets[-1] + 8)
     weights = [torch.randn(size) for size in sizes]
     logits = special_logits(offsets[-1] + 5)
     logits[~logits.isfinite()] = 1.0

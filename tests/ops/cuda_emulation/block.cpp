@@ -142,8 +142,8 @@ bool release_warp(unsigned t) {
 
 void insert_block();
 
-// Runs a warp on its own for as long as it can: until each of its threads has ended, waits for the block, or waits for a
-// lane that will not come.
+// Runs a warp on its own for as long as it can: until each of its threads has ended, waits for the block, or waits for
+// a lane that will not come.
 void run_warp(unsigned first) {
   const auto end = std::min(first + kWarp, static_cast<unsigned>(fibers.size()));
   bool going = true;

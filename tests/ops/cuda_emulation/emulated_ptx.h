@@ -20,7 +20,7 @@ inline void cp_async_wait() { emulation::finish_copies(kPending); }
 // PTX ISA, tanh.approx.f32: relative error 2^-11.
 inline float tanh_approx(float x) { return std::tanh(x) * (1 + emulation::error_direction / 2048.0f); }
 
-// Adam's arithmetic of csrc/common with the GPU's square root and quotient, which portable.h leaves to the device compiler.
+// Adam's arithmetic of csrc/common with the GPU's square root and quotient, which portable.h has for device code only.
 struct Approximate { float x; };
 inline Approximate operator+(Approximate a, Approximate b) { return {a.x + b.x}; }
 inline Approximate operator-(Approximate a, Approximate b) { return {a.x - b.x}; }

@@ -6,7 +6,7 @@
 
 namespace emulation {
 
-// While on, a new CPU tensor ends at a protected page, or begins behind one; what is left of its own pages is full of NaN.
+// While on, a new CPU tensor ends at a protected page, or begins behind one; the rest of its own pages is full of NaN.
 enum class Guard { kOff, kBehind, kBefore };
 void set_guard(Guard where);
 std::shared_ptr<void> allocate(size_t bytes);  // as for a tensor
