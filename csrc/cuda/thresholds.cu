@@ -36,8 +36,8 @@ __global__ void start_kernel(Selections s, const int64_t* ranks, State* states, 
   if (threadIdx.x == 0) {
     const int64_t rank = ranks[s.first + blockIdx.x];
     const bool exists = rank >= 0 && rank < max(s.size[blockIdx.x], int64_t{1});
-    states[item] = {exists && rank > 0 ? rank : -1, 0, 0};
-    thresholds[item] = exists ? 0.0f : magnitude_from_key(kMagnitudeBits);  // NaN: nobody waits for an error here
+    states[item] = {rank > 0 ? rank : -1, 0, 0};
+    thresholds[item] = exists ? 0.0f : magnitude_from_key(kMagnitudeBits);  // NaN stays: nobody waits for an error
   }
 }
 
