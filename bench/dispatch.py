@@ -3,9 +3,9 @@
     python -m bench.dispatch                       writes hypermask_fast/tables/GPU.json
     python -m bench.dispatch --out F --seconds 60  another file, and no longer than that
 
-Needs an NVIDIA GPU. Both paths are replayed from a CUDA graph over sets of inputs that no cache holds; a pair whose
-results differ is reported and left out. The file is written anew after every shape, so that a run which is cut off
-keeps what it has.
+Needs an NVIDIA GPU. Mask first and the fused kernel of every backend that serves the call are replayed from a CUDA
+graph over sets of inputs that no cache holds; a kernel whose result differs is reported and left out. The file is
+written anew after every shape, so that a run which is cut off keeps what it has.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -119,32 +120,44 @@ def agree(one: Results, other: Results, dtype: torch.dtype) -> bool:
     return all(near(one[name], other[name]) for name in other)
 
 
-def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[float, float]:
-    """Microseconds of a call, (fused, mask first).
+def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[str, float, float]:
+    """The backend with the fastest fused kernel, and microseconds of a call, (backend, fused, mask first).
+
+    A kernel whose result differs from mask first's is reported and left out.
 
     Raises:
-        Unavailable: no backend has the fused kernel, it can't be captured, or the two results differ.
+        Unavailable: no backend has a fused kernel that is right, or one can't be captured.
     """
     count = 1 if shape.gradient else sets(2 * shape.dtype.itemsize * prod(shape.weight), device)
     arguments = [inputs(shape, seed, device) for seed in range(count)]
-    name = backends.fused_backend(shape.op, *arguments[0])
-    if not name:
+    if not (names := backends.fused_backends(shape.op, *arguments[0])):
         raise Unavailable(f"no backend runs {shape.op} fused here")
-
-    def fused(*args: object) -> Tensor:
-        return getattr(ops, shape.op)(*args, backend=name)
-
-    paths = [fused, getattr(mask_first, shape.op)]
-    if not agree(*(call(path, arguments[0], shape.gradient)() for path in paths), shape.dtype):
-        raise Unavailable(f"WRONG: {name} differs from mask first")
-    runs = [OpRun([call(path, args, shape.gradient) for args in arguments], graph=True) for path in paths]
-    for run in runs:
+    first = getattr(mask_first, shape.op)
+    expected = call(first, arguments[0], shape.gradient)()
+    paths = {}
+    for name in names:
+        fused = partial(getattr(ops, shape.op), backend=name)
+        if agree(call(fused, arguments[0], shape.gradient)(), expected, shape.dtype):
+            paths[name] = fused
+        else:
+            print(f"{shape}: WRONG: {name} differs from mask first", file=sys.stderr)
+    if not paths:
+        raise Unavailable(f"WRONG: {' and '.join(names)} differ from mask first")
+    paths[dispatch.MASK_FIRST] = first
+    runs = {
+        name: OpRun([call(path, args, shape.gradient) for args in arguments], graph=True)
+        for name, path in paths.items()
+    }
+    for run in runs.values():
         run.result()
-    times = [[], []]
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(5):  # taking turns
-        for run, found in zip(runs, times, strict=True):
-            found.append(_microseconds(run, device, seconds / 10))
-    return median(times[0]), median(times[1])
+        for name, run in runs.items():
+            times[name].append(_microseconds(run, device, seconds / 10))
+    found = {name: median(values) for name, values in times.items()}
+    mask_first_us = found.pop(dispatch.MASK_FIRST)
+    fastest = min(found, key=found.get)
+    return fastest, found[fastest], mask_first_us
 
 
 def _microseconds(run: OpRun, device: torch.device, seconds: float) -> float:
@@ -168,16 +181,16 @@ def _microseconds(run: OpRun, device: torch.device, seconds: float) -> float:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-def entries(shapes: Iterable[Shape], timer: Callable[[Shape], tuple[float, float]]) -> Iterator[Entry]:
+def entries(shapes: Iterable[Shape], timer: Callable[[Shape], tuple[str, float, float]]) -> Iterator[Entry]:
     """An entry per shape that can be measured; what is left out is said on stderr."""
     for shape in shapes:
         try:
-            fused, first = timer(shape)
+            backend, fused, first = timer(shape)
         except (Unavailable, torch.OutOfMemoryError) as error:
             print(f"{shape} is left out: {error}", file=sys.stderr)
             continue
         dtype = str(shape.dtype).removeprefix("torch.")
-        yield Entry(shape.op, *shape.sizes, dtype, shape.gradient, round(fused, 2), round(first, 2))
+        yield Entry(shape.op, *shape.sizes, dtype, shape.gradient, round(fused, 2), round(first, 2), backend)
 
 
 def write(path: Path, gpu: str, found: list[Entry]) -> None:
@@ -212,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         found.append(entry)
         write(path, gpu, found)
         print(f"{entry.op} {entry.rows} x {entry.reduced} -> {entry.outputs} {entry.dtype} gradient={entry.gradient}: "
-              f"fused {entry.fused_us} us, mask first {entry.mask_first_us} us")  # fmt: skip
+              f"fused {entry.fused_us} us by {entry.backend}, mask first {entry.mask_first_us} us")  # fmt: skip
         if time.monotonic() - began > arguments.seconds:
             print(f"stopped after {arguments.seconds:.0f} s")
             break

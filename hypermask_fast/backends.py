@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .dispatch import MASK_FIRST
+from .dispatch import FUSED_BACKENDS, MASK_FIRST
 from .errors import InputError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-_FUSED = ("cuda", "triton")  # those with layers in one kernel
-_DEVICE = {"cpu": ("cpu",), "cuda": _FUSED}  # what auto tries on a device, the fastest first
+_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what auto tries on a device, the fastest first
 
 
 class Offer(NamedTuple):
@@ -184,32 +183,34 @@ def _automatic(op: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[tupl
     choice = dispatch.choose(op, args, kwargs)
     if choice is None or tensor.device.type == "cpu":  # the CPU's own offers mask first
         return (*fused, MASK_FIRST), choice.why if choice else ""
-    return (MASK_FIRST,) if choice.path == MASK_FIRST else (*fused, MASK_FIRST), choice.why
+    return (MASK_FIRST,) if choice.path == MASK_FIRST else (*choice.order, MASK_FIRST), choice.why
 
 
 def may_fuse(x: Tensor) -> bool:
     """False where no layer runs fused anyway: without a GPU, unless such a backend is asked for by name."""
     wanted = requested()
-    return wanted in _FUSED or (wanted == "auto" and x.device.type != "cpu")
+    return wanted in FUSED_BACKENDS or (wanted == "auto" and x.device.type != "cpu")
 
 
 def fused_function(op: str, *args) -> Callable | None:
     """The fused kernel that a layer should call, None where it should rather multiply with W * m.
 
-    By name: that of the backend asked for, if it serves the call. Automatically: the first backend's that does,
-    where `dispatch` says so.
+    By name: that of the backend asked for, if it serves the call. Automatically: that of the first backend that does,
+    in the order that `dispatch` gives, where it says so.
     """
     wanted = requested()
     if wanted == "auto":
-        name = fused_backend(op, *args) if dispatch.choose(op, args, {}).path == dispatch.FUSED else ""
+        choice = dispatch.choose(op, args, {})
+        names = choice.order if choice.path == dispatch.FUSED else ()
     else:
-        name = wanted if wanted in _FUSED and not _refusal(op, wanted, args[0], args, {}) else ""
-    return _offers[op, name].function if name else None
+        names = (wanted,) if wanted in FUSED_BACKENDS else ()
+    served = fused_backends(op, *args, among=names)
+    return _offers[op, served[0]].function if served else None
 
 
-def fused_backend(op: str, *args) -> str:
-    """The first backend whose fused kernel serves this call of a layer op; "" where none does."""
-    return next((name for name in _FUSED if not _refusal(op, name, args[0], args, {})), "")
+def fused_backends(op: str, *args, among: tuple[str, ...] = FUSED_BACKENDS) -> list[str]:
+    """The backends whose fused kernel serves this call of a layer op."""
+    return [name for name in among if not _refusal(op, name, args[0], args, {})]
 
 
 def _say_once(device: str) -> None:

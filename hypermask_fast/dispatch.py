@@ -5,6 +5,8 @@ used often (many rows), making W * m once and multiplying with the vendor's libr
 the shape alone: by the table measured on this kind of GPU (`tables/GPU.json`, made by `python -m bench.dispatch`),
 and by `estimate` where there is none; the chunk forms, whose kernels make W * m once by themselves where rows are
 many, are then always fused. On the CPU it is always "mask first".
+
+The table also says which backend's fused kernel was the faster; without it that of `FUSED_BACKENDS` order which serves.
 """
 
 import functools
@@ -22,18 +24,22 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .small_batch import MAX_ROWS
 
 FUSED, MASK_FIRST = "fused", "mask first"
+FUSED_BACKENDS = ("cuda", "triton")  # those with layers in one kernel
 LAYERS = ("masked_linear", "masked_conv2d", "chunk_masked_linear", "chunk_masked_conv2d")
+_UNMEASURED = f"; cuda before triton, unmeasured: up to {MAX_ROWS} rows W's bytes decide, and its kernel is for that"
 LAUNCH = 2e-6  # seconds; W * m of all layers is one launch, so a layer must save more than that to go alone
 _FAR = 3.0  # a measured shape further away than this, in powers of 2 summed over its sizes, says nothing
 
 
 class Choice(NamedTuple):
-    """path: "fused" or "mask first"; why: one line that says so with its reason."""
+    """path: "fused" or "mask first"; why: one line that says so with its reason; order: of backends, if fused."""
 
     path: str
     why: str
+    order: tuple[str, ...] = FUSED_BACKENDS
 
 
 @dataclass(frozen=True)
@@ -165,16 +171,23 @@ def _decide(*key) -> Choice:
         return Choice(MASK_FIRST, "mask first: the layer is empty")
     table = tables(Path(folder) if folder else Path(__file__).parent / "tables").get(name)
     entry = table.nearest(call) if table else None
+    by, order = "", FUSED_BACKENDS
     if entry is not None:
         fused, first = entry.fused_us * 1e-6, entry.mask_first_us * 1e-6
         source = f"by the table of {name}, measured at {entry.rows} x {entry.reduced} -> {entry.outputs}"
-    elif call.op.startswith("chunk"):
-        return Choice(FUSED, f"fused: {call}: no logits in memory; with many rows the op itself makes W * m once")
+        if entry.backend:
+            by = f" by {entry.backend}"
+            order = (entry.backend, *(other for other in FUSED_BACKENDS if other != entry.backend))
     else:
+        about_order = _UNMEASURED if "conv2d" not in call.op and call.rows <= MAX_ROWS else ""
+        if call.op.startswith("chunk"):
+            why = "no logits in memory; with many rows the op itself makes W * m once"
+            return Choice(FUSED, f"fused: {call}: {why}{about_order}")
         fused, first = estimate(call, gpu_of(name))
-        source = f"estimated for {gpu_of(name).name}" + ("" if table else f": no table of {name}")
+        source = f"estimated for {gpu_of(name).name}" + ("" if table else f": no table of {name}") + about_order
     path = FUSED if fused + LAUNCH < first else MASK_FIRST
-    return Choice(path, f"{path}: {call}: fused {fused * 1e6:.3g} us, mask first {first * 1e6:.3g} us, {source}")
+    times = f"fused {fused * 1e6:.3g} us{by}, mask first {first * 1e6:.3g} us"
+    return Choice(path, f"{path}: {call}: {times}, {source}", order)
 
 
 def gpu_of(name: str) -> Gpu:
@@ -225,7 +238,11 @@ def estimate(call: Call, gpu: Gpu) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Entry:
-    """Microseconds of both paths for one shape; the other fields are `Call`'s."""
+    """Microseconds of both paths for one shape; the other fields are `Call`'s.
+
+    Attributes:
+        backend: whose fused kernel took `fused_us`, the fastest there is; "" for a table that doesn't say.
+    """
 
     op: str
     rows: int
@@ -235,6 +252,7 @@ class Entry:
     gradient: bool
     fused_us: float
     mask_first_us: float
+    backend: str = ""
 
     def __post_init__(self) -> None:
         sizes = (self.rows, self.outputs, self.reduced)
@@ -243,6 +261,8 @@ class Entry:
             raise ValueError(f"rows, outputs and reduced must be positive integers, not {sizes}")
         if not all(isinstance(time, float | int) and 0 < time < math.inf for time in times):
             raise ValueError(f"times must be positive microseconds, not {times}")
+        if self.backend not in ("", *FUSED_BACKENDS):
+            raise ValueError(f"backend must be one of {', '.join(FUSED_BACKENDS)}, not {self.backend!r}")
 
     def distance(self, call: Call) -> float:
         """How many doublings lie between the shapes."""

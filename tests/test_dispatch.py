@@ -66,10 +66,14 @@ def test_the_estimate_without_a_table(gpu):
     assert path("masked_conv2d", conv(1, 2048, 2048, 7, 3)) == "fused"
     choice = dispatch.choose("masked_linear", linear(16), {})
     assert choice.why.startswith("fused: 16 rows of 4096 -> 4096 in bfloat16: fused 18.4 us, mask first 31.3 us")
-    assert choice.why.endswith("estimated for H200: no table of NVIDIA H200")
+    assert "mask first 31.3 us, estimated for H200: no table of NVIDIA H200; " in choice.why
+    assert "; cuda before triton, unmeasured: up to 16 rows W's bytes decide" in choice.why
+    assert choice.order == ("cuda", "triton")
+    assert "before" not in dispatch.choose("masked_linear", linear(17), {}).why
     x, weight = linear(5)[:2]
     hidden, layer, shift = torch.empty(10, 4), torch.empty(100, 4), torch.empty(100)
-    assert path("chunk_masked_linear", (x, weight, hidden, layer, shift, 0, torch.zeros(1))) == "fused"
+    choice = dispatch.choose("chunk_masked_linear", (x, weight, hidden, layer, shift, 0, torch.zeros(1)), {})
+    assert choice.path == "fused" and "cuda before triton" in choice.why
     assert dispatch.choose("entropy_select", (x,), {}) is None
 
 
@@ -96,6 +100,7 @@ def test_a_table_decides(gpu):
         "mask first",
         "mask first: 16 rows of 4096 -> 4096 in bfloat16: fused 90 us, mask first 50 us, by the table of NVIDIA H200, "
         "measured at 16 x 4096 -> 4096",
+        ("cuda", "triton"),
     )
     assert path("masked_linear", linear(20, 4096, 4000)) == "mask first"  # near enough
     assert path("masked_linear", linear(700)) == "fused"
@@ -103,6 +108,27 @@ def test_a_table_decides(gpu):
     assert "no table" not in dispatch.choose("masked_linear", linear(16, dtype=torch.float32), {}).why
     assert "estimated" in dispatch.choose("masked_linear", linear(16, dtype=torch.float32), {}).why
     assert "estimated" in dispatch.choose("masked_linear", linear(16, 400, 784), {}).why  # far from what was measured
+
+
+def test_a_table_names_the_fused_backend(gpu, monkeypatch):
+    """The layer and `explain` follow it; where it can't serve the call, the other one does."""
+    write(gpu, entry(fused_us=9.0, backend="triton"), entry(rows=4, fused_us=9.0, backend="cuda"), entry(rows=256))
+    choice = dispatch.choose("masked_linear", linear(16), {})
+    assert choice.order == ("triton", "cuda") and "fused 9 us by triton, mask first 50 us, by the table" in choice.why
+    assert dispatch.choose("masked_linear", linear(4), {}).order == ("cuda", "triton")
+    assert " by cuda" not in dispatch.choose("masked_linear", linear(256), {}).why
+    monkeypatch.setitem(backends._DEVICE, "meta", ("cuda", "triton"))
+    monkeypatch.setattr(dispatch, "_product_dtype", lambda x: "bfloat16")
+    refused = {"triton": "", "cuda": ""}
+    monkeypatch.setattr(backends, "_refusal", lambda op, name, *args: refused.get(name, ""))
+    for name in refused:
+        monkeypatch.setitem(backends._offers, ("masked_linear", name), backends.Offer(name, None, ()))
+    args = [t.to("meta") for t in linear(16)]
+    assert backends.fused_function("masked_linear", *args) == "triton"
+    assert hmf.explain("masked_linear", *args).startswith("masked_linear: triton (chosen")
+    refused["triton"] = "broken"
+    assert backends.fused_function("masked_linear", *args) == "cuda"
+    assert hmf.explain("masked_linear", *args).splitlines()[0] == "masked_linear: cuda (chosen automatically)"
 
 
 def test_another_gpus_table_says_nothing(gpu):
@@ -119,6 +145,7 @@ def test_another_gpus_table_says_nothing(gpu):
         (json.dumps({"gpu": GPU, "entries": [entry(fused_us=0)]}), "positive microseconds"),
         (json.dumps({"gpu": GPU, "entries": [entry(rows="16")]}), "positive integers"),
         (json.dumps({"gpu": GPU, "entries": [entry() | {"colour": 1}]}), "unexpected keyword argument"),
+        (json.dumps({"gpu": GPU, "entries": [entry(backend="cpu")]}), "backend must be one of cuda, triton"),
         (b"\xff\xfe", "UnicodeDecodeError"),
     ],
 )

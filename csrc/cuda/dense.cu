@@ -32,13 +32,9 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
   gpu.launch(finish_kernel, finish_blocks, kThreads, 0, d.partial, d.partial_drift, blocks, outputs, grad_hidden, drift);
 }
 
-bool on_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 template <Mode kMode>
 void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
-  const bool aligned = on_16_bytes(d.weight) && on_16_bytes(d.weight_m) &&
-                       on_16_bytes(d.weight_v) && on_16_bytes(d.grad_weight);
-  d.layout = dense_layout(d.tasks, d.width, aligned);
+  d.layout = dense_layout(d.tasks, d.width, on_16_bytes(d.weight, d.weight_m, d.weight_v, d.grad_weight));
   const auto run_with = d.layout.pack == 4 ? d.layout.chunk == 4 ? run<4, 4, kMode> : run<4, 8, kMode>
                         : d.layout.chunk == 4 ? run<1, 4, kMode> : run<1, 8, kMode>;
   run_with(op, d, like, grad_hidden, drift);

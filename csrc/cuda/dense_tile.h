@@ -27,20 +27,6 @@ struct Dense {
   double* partial_drift;   // [blocks]
 };
 
-template <int kPack>
-struct alignas(4 * kPack) Pack {
-  float x[kPack];
-};
-
-template <int kPack>
-__device__ __forceinline__ Pack<kPack>& pack_at(float* p) {
-  return *reinterpret_cast<Pack<kPack>*>(p);
-}
-template <int kPack>
-__device__ __forceinline__ const Pack<kPack>& pack_at(const float* p) {
-  return *reinterpret_cast<const Pack<kPack>*>(p);
-}
-
 // sum += a x
 template <int kPack>
 __device__ __forceinline__ void multiply_add(Pack<kPack>& sum, float a, const Pack<kPack>& x) {

@@ -1,8 +1,8 @@
 // Masks, masked weights and weight drift on the GPU, all segments in one launch (per 64 of them).
 #include "../common/mask_math.h"
 #include "cuda_ops.h"
-#include "device.h"
 #include "launcher.h"
+#include "quads.h"
 
 namespace hypermask {
 namespace {
@@ -17,72 +17,107 @@ struct Segments {
 };
 static_assert(sizeof(Segments) + 10 * sizeof(void*) <= 4096, "kernel arguments are limited to 4 KiB");
 
+// What one block works on: entries begin to begin + count of a segment.
 struct Tile {
-  int segment;
-  int64_t begin, end;  // within the segment
+  int segment, count;
+  int64_t begin, flat;  // flat: the place of its first entry in the flat mask
+
+  __device__ __forceinline__ explicit Tile(const Segments& s) {
+    segment = BlockTable::find(s.blocks, blockIdx.x);
+    begin = (blockIdx.x - s.blocks.first_block[segment]) * kTileEntries;
+    flat = s.offset[segment] + begin;
+    count = static_cast<int>(min(kTileEntries, s.offset[segment + 1] - flat));
+  }
 };
 
-__device__ __forceinline__ Tile tile_of_block(const Segments& s) {
-  Tile t;
-  t.segment = BlockTable::find(s.blocks, blockIdx.x);
-  t.begin = (blockIdx.x - s.blocks.first_block[t.segment]) * kTileEntries;
-  t.end = min(t.begin + kTileEntries, s.offset[t.segment + 1] - s.offset[t.segment]);
-  return t;
-}
+constexpr int kBlocks = 4;  // on a multiprocessor: up to 64 registers a thread, and 32 kB of loads and more under way
 
-__global__ void mask_forward_kernel(const float* logits, const float* threshold, float* mask, int64_t columns,
-                                    int64_t total) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += step) {
-    mask[i] = mask_value(logits[i], threshold[i / columns]);
+// f(first, count, row) for this block's tiles of a matrix [rows, columns], whose rows have a threshold each.
+template <class F>
+__device__ __forceinline__ void for_row_tiles(int64_t rows, int64_t columns, const F& f) {
+  const int64_t of_row = ceil_div(columns, kTileEntries);
+  for (int64_t tile = blockIdx.x; tile < rows * of_row; tile += gridDim.x) {
+    const int64_t row = tile / of_row, begin = (tile - row * of_row) * kTileEntries;
+    f(row * columns + begin, static_cast<int>(min(kTileEntries, columns - begin)), row);
   }
 }
 
-__global__ void mask_backward_kernel(const float* logits, const float* threshold, const float* grad, float* out,
-                                     int64_t columns, int64_t total) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += step) {
-    float mask, slope;
-    mask_and_slope(logits[i], threshold[i / columns], mask, slope);
-    out[i] = grad[i] * slope;
-  }
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    mask_forward_kernel(const float* logits, const float* threshold, float* mask, int64_t rows, int64_t columns) {
+  for_row_tiles(rows, columns, [&](int64_t first, int count, int64_t row) {
+    const float *a = logits + first, limit = threshold[row];
+    float* out = mask + first;
+    for_quads(count, on_16_bytes(a, out), [&](const auto& quad) {
+      const Pack<4> logit = quad.load(a);
+      quad.store(out, each_of([&](int n) { return mask_value(logit.x[n], limit); }));
+    });
+  });
 }
 
-__global__ void weights_forward_kernel(Segments s, const float* logits, const float* thresholds) {
-  const Tile t = tile_of_block(s);
-  const float* a = logits + s.offset[t.segment];
-  const float limit = thresholds[t.segment];
-  for (int64_t i = t.begin + threadIdx.x; i < t.end; i += kThreads) {
-    s.out[t.segment][i] = s.weight[t.segment][i] * mask_value(a[i], limit);
-  }
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    mask_backward_kernel(const float* logits, const float* threshold, const float* grad, float* grad_logits,
+                         int64_t rows, int64_t columns) {
+  for_row_tiles(rows, columns, [&](int64_t first, int count, int64_t row) {
+    const float *a = logits + first, *g = grad + first, limit = threshold[row];
+    float* da = grad_logits + first;
+    for_quads(count, on_16_bytes(a, g, da), [&](const auto& quad) {
+      const Pack<4> logit = quad.load(a), outer = quad.load(g);
+      quad.store(da, each_of([&](int n) {
+        float mask, slope;
+        mask_and_slope(logit.x[n], limit, mask, slope);
+        return outer.x[n] * slope;
+      }));
+    });
+  });
 }
 
-__global__ void weights_backward_kernel(Segments s, const float* logits, const float* thresholds, float* grad_logits) {
-  const Tile t = tile_of_block(s);
-  const float* a = logits + s.offset[t.segment];
-  float* da = grad_logits + s.offset[t.segment];
-  const float limit = thresholds[t.segment];
-  for (int64_t i = t.begin + threadIdx.x; i < t.end; i += kThreads) {
-    float mask, slope;
-    mask_and_slope(a[i], limit, mask, slope);
-    const float g = s.grad[t.segment][i];
-    s.out[t.segment][i] = g * mask;
-    da[i] = g * s.weight[t.segment][i] * slope;
-  }
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    weights_forward_kernel(Segments s, const float* logits, const float* thresholds) {
+  const Tile t(s);
+  const float *w = s.weight[t.segment] + t.begin, *a = logits + t.flat, limit = thresholds[t.segment];
+  float* out = s.out[t.segment] + t.begin;
+  for_quads(t.count, on_16_bytes(w, a, out), [&](const auto& quad) {
+    const Pack<4> weight = quad.load(w), logit = quad.load(a);
+    quad.store(out, each_of([&](int n) { return weight.x[n] * mask_value(logit.x[n], limit); }));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    weights_backward_kernel(Segments s, const float* logits, const float* thresholds, float* grad_logits) {
+  const Tile t(s);
+  const float *w = s.weight[t.segment] + t.begin, *a = logits + t.flat, limit = thresholds[t.segment];
+  const float* g = s.grad[t.segment] + t.begin;
+  float *dw = s.out[t.segment] + t.begin, *da = grad_logits + t.flat;
+  for_quads(t.count, on_16_bytes(w, a, g, dw, da), [&](const auto& quad) {
+    const Pack<4> weight = quad.load(w), logit = quad.load(a), outer = quad.load(g);
+    Pack<4> grad_logit;
+    quad.store(dw, each_of([&](int n) {
+      float mask, slope;
+      mask_and_slope(logit.x[n], limit, mask, slope);
+      grad_logit.x[n] = outer.x[n] * weight.x[n] * slope;
+      return outer.x[n] * mask;
+    }));
+    quad.store(da, grad_logit);
+  });
 }
 
 // partial[block] = the tile's sum of |x| or x^2, x = (weight - previous) mask.
-__global__ void drift_forward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds,
-                                     int norm, double* partial) {
-  const Tile t = tile_of_block(s);
-  const int64_t base = s.offset[t.segment];
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    drift_forward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds, int norm,
+                         double* partial) {
+  const Tile t(s);
+  const float *w = s.weight[t.segment] + t.begin, *p = previous + t.flat, *a = logits ? logits + t.flat : nullptr;
   const float limit = logits ? thresholds[t.segment] : 0.0f;
   double sum = 0;
-  for (int64_t i = t.begin + threadIdx.x; i < t.end; i += kThreads) {
-    float x = s.weight[t.segment][i] - previous[base + i];
-    if (logits) x *= mask_value(logits[base + i], limit);
-    sum += norm == 1 ? fabsf(x) : x * x;
-  }
+  for_quads(t.count, on_16_bytes(w, p, a), [&](const auto& quad) {
+    const Pack<4> weight = quad.load(w), before = quad.load(p), logit = a ? quad.load(a) : Pack<4>{};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      float x = weight.x[n] - before.x[n];
+      if (a) x *= mask_value(logit.x[n], limit);
+      sum += norm == 1 ? fabsf(x) : x * x;
+    }
+  });
   sum = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
@@ -100,22 +135,29 @@ __global__ void drift_finish_kernel(BlockTable blocks, const double* partial, in
 
 __device__ __forceinline__ float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
 
-__global__ void drift_backward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds,
-                                      int norm, const float* grad, const float* norms, float* grad_logits) {
-  const Tile t = tile_of_block(s);
-  const int64_t base = s.offset[t.segment];
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    drift_backward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds, int norm,
+                          const float* grad, const float* norms, float* grad_logits) {
+  const Tile t(s);
+  const float *w = s.weight[t.segment] + t.begin, *p = previous + t.flat, *a = logits ? logits + t.flat : nullptr;
+  float *dw = s.out[t.segment] + t.begin, *da = logits ? grad_logits + t.flat : nullptr;
   const float limit = logits ? thresholds[t.segment] : 0.0f;
   const float value = norms[t.segment];
   const float scale = norm == 1 ? grad[t.segment] : value == 0 ? 0.0f : grad[t.segment] / value;
-  for (int64_t i = t.begin + threadIdx.x; i < t.end; i += kThreads) {
-    const float change = s.weight[t.segment][i] - previous[base + i];
-    float mask = 1.0f, slope = 0.0f;
-    if (logits) mask_and_slope(logits[base + i], limit, mask, slope);
-    const float x = change * mask;
-    const float outer = scale * (norm == 1 ? sign(x) : x);
-    s.out[t.segment][i] = outer * mask;
-    if (logits) grad_logits[base + i] = outer * change * slope;
-  }
+  for_quads(t.count, on_16_bytes(w, p, a, dw, da), [&](const auto& quad) {
+    const Pack<4> weight = quad.load(w), before = quad.load(p), logit = a ? quad.load(a) : Pack<4>{};
+    Pack<4> grad_logit;
+    quad.store(dw, each_of([&](int n) {
+      const float change = weight.x[n] - before.x[n];
+      float mask = 1.0f, slope = 0.0f;
+      if (a) mask_and_slope(logit.x[n], limit, mask, slope);
+      const float x = change * mask;
+      const float outer = scale * (norm == 1 ? sign(x) : x);
+      grad_logit.x[n] = outer * change * slope;
+      return outer * mask;
+    }));
+    if (a) quad.store(da, grad_logit);
+  });
 }
 
 Tensors empty_like_all(const Tensors& tensors) {
@@ -152,7 +194,11 @@ void clear_outside(const Launcher& gpu, float* flat, int64_t size, const Offsets
   gpu.clear(flat + offsets[weights], (size - offsets[weights]) * kBytes);
 }
 
-unsigned flat_blocks(int64_t entries) { return static_cast<unsigned>(std::min<int64_t>(ceil_div(entries, kThreads), 65536)); }
+// Blocks for [rows, columns]: a tile each, or several where there are more than the GPU holds at a time.
+unsigned row_blocks(const Launcher& gpu, int64_t rows, int64_t columns) {
+  const int64_t held = gpu.attribute(cudaDevAttrMultiProcessorCount) * int64_t{16};
+  return static_cast<unsigned>(std::min(rows * ceil_div(columns, kTileEntries), held));
+}
 
 }  // namespace
 
@@ -162,8 +208,9 @@ Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
   Tensor mask = empty_float(logits, shape_of(logits));
   if (total == 0) return mask;
   const Launcher gpu(op, logits);
-  gpu.launch(mask_forward_kernel, flat_blocks(total), kThreads, 0, data(logits), data(threshold), mutable_data(mask),
-             total / rows, total);
+  const int64_t columns = total / rows;
+  gpu.launch(mask_forward_kernel, row_blocks(gpu, rows, columns), kThreads, 0, data(logits), data(threshold),
+             mutable_data(mask), rows, columns);
   return mask;
 }
 
@@ -174,8 +221,9 @@ Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, 
   Tensor result = empty_float(logits, shape_of(logits));
   if (total == 0) return result;
   const Launcher gpu(op, logits);
-  gpu.launch(mask_backward_kernel, flat_blocks(total), kThreads, 0, data(logits), data(threshold), data(grad),
-             mutable_data(result), total / rows, total);
+  const int64_t columns = total / rows;
+  gpu.launch(mask_backward_kernel, row_blocks(gpu, rows, columns), kThreads, 0, data(logits), data(threshold),
+             data(grad), mutable_data(result), rows, columns);
   return result;
 }
 

@@ -47,7 +47,7 @@ __device__ __forceinline__ void stage_hidden(const Chunks& c, int64_t chunk, int
     const T* from = static_cast<const T*>(c.hidden) + (chunk + i * c.chunks_per_period) * c.width;
     for (int h = lane; h < columns; h += 32) {
       const bool inside = i < outputs && h < c.width;
-      shared[i * stride + h] = inside ? from[h] : Element<T>::from_float(i < outputs && h == c.width ? 1.0f : 0.0f);
+      shared[i * stride + h] = inside ? from[h] : Element<T>::from_float(h == c.width ? 1.0f : 0.0f);
     }
   }
 }
@@ -58,7 +58,7 @@ __device__ __forceinline__ void stage_layer(const Chunks& c, int64_t first, T* s
   const int lane = threadIdx.x % 32, stride = stride_of(c.width);
   const T zero = Element<T>::from_float(0.0f);
   const auto* layer = static_cast<const T*>(c.output_weight) + first * c.width;
-  __syncwarp();  // the step before is done with it
+  __syncwarp();  // all lanes have read the step before: its mma had to wait for that, but orders no memory
   if (c.vectors && first >= 0 && first + kStep <= c.chunk_size) {
     for (int h = 4 * lane; h < c.width; h += 4 * 32) {
 #pragma unroll 8
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kern
   const int stride = stride_of(c.width);
   const int64_t residue = blockIdx.x / c.tiles, first_row = blockIdx.x % c.tiles * kBlockOutputs;
   const int64_t first_output = residue + first_row * c.period, row_distance = c.period * s.inputs;
-  const int outputs = static_cast<int>(
-      min(static_cast<int64_t>(kBlockOutputs), max(ceil_div(s.outputs - first_output, c.period), int64_t{0})));
+  const int outputs = static_cast<int>(  // 0 or less: none
+      min(static_cast<int64_t>(kBlockOutputs), ceil_div(s.outputs - first_output, c.period)));
   const int tiles = (outputs + kTileOutputs - 1) / kTileOutputs;
   T* hidden = dynamic_shared<T>();
   T* layer = hidden + (kBlockOutputs + warp * kStep) * stride;

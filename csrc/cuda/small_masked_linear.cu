@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(32 * kWarps) small_masked_linear_kernel(SmallL
   sums.clear();
   const int64_t begin = blockIdx.y * s.steps, end = min(begin + s.steps, ceil_div(s.inputs, kStep));
   Loaded now, next;  // one step ahead where a load is an instruction, not eight
-  if (kAligned && begin + warp < end) load(begin + warp, next);
+  if (kAligned) load(begin + warp, next);
   for (int64_t step = begin + warp; step < end; step += kWarps) {
     if constexpr (kAligned) {
       now = next;
-      if (step + kWarps < end) load(step + kWarps, next);
+      if (step + kWarps < end) load(step + kWarps, next);  // what another split has is not loaded twice
     } else {
       load(step, now);
     }

@@ -5,7 +5,7 @@ import torch
 
 from bench import dispatch as table
 from bench.case import Unavailable
-from hypermask_fast import backends, dispatch, mask_first
+from hypermask_fast import backends, dispatch, mask_first, ops
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -25,12 +25,26 @@ def test_the_grid_asks_for_each_shape_once():
 def test_both_paths_are_run_and_compared(shape, monkeypatch):
     with pytest.raises(Unavailable, match="no backend runs"):
         table.measure(shape, CPU)
-    monkeypatch.setattr(backends, "fused_backend", lambda op, *args: "reference")
-    assert min(table.measure(shape, CPU, seconds=1e-4)) > 0
+    monkeypatch.setattr(backends, "fused_backends", lambda op, *args: ["reference"])
+    backend, *times = table.measure(shape, CPU, seconds=1e-4)
+    assert backend == "reference" and min(times) > 0
     right = getattr(mask_first, shape.op)
     monkeypatch.setattr(mask_first, shape.op, lambda *args: right(*args) * 1.01)
-    with pytest.raises(Unavailable, match="WRONG"):
+    with pytest.raises(Unavailable, match="WRONG: reference"):
         table.measure(shape, CPU)
+
+
+def test_the_fastest_backend_that_is_right_is_noted(monkeypatch, capsys):
+    shape = SMALL[0]
+    right = ops.masked_linear
+    wrong = {"wrong": 1.01, "slow": 1.0, "fast": 1.0}
+    monkeypatch.setattr(backends, "fused_backends", lambda op, *args: list(wrong))
+    monkeypatch.setattr(ops, "masked_linear", lambda *args, backend: right(*args) * wrong[backend])
+    names = iter(["slow", "fast", "mask first"] * 5)
+    time = {"slow": 7.0, "fast": 3.0, "mask first": 5.0}
+    monkeypatch.setattr(table, "_microseconds", lambda run, device, seconds: time[next(names)])
+    assert table.measure(shape, CPU) == ("fast", 3.0, 5.0)
+    assert "WRONG: wrong differs" in capsys.readouterr().err
 
 
 def test_rows_are_counted_as_the_dispatcher_counts_them(monkeypatch):
@@ -49,7 +63,7 @@ def test_what_is_written_decides(tmp_path, capsys, monkeypatch):
     def timer(shape):
         if shape.geometry:
             raise Unavailable("not today")
-        return (1.0, 9.0) if shape.gradient else (9.0, 1.0)
+        return ("triton", 1.0, 9.0) if shape.gradient else ("cuda", 9.0, 1.0)
 
     found = list(table.entries(SMALL, timer))
     assert "masked_conv2d" in capsys.readouterr().err
@@ -60,7 +74,8 @@ def test_what_is_written_decides(tmp_path, capsys, monkeypatch):
     assert list(read.entries) == found
     monkeypatch.setattr(dispatch, "gpu_name", lambda device: read.gpu)
     monkeypatch.setenv("HYPERMASK_TABLES", str(tmp_path))
-    assert dispatch.decide("masked_linear", 4, 4, 5, "float32", 4, True, 0).path == "fused"
+    choice = dispatch.decide("masked_linear", 4, 4, 5, "float32", 4, True, 0)
+    assert (choice.path, choice.order) == ("fused", ("triton", "cuda"))
 
 
 def test_without_a_gpu_nothing_is_written(capsys, tmp_path):

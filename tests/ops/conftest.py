@@ -63,3 +63,11 @@ def emulated(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # shared by the processes of this run, and new in each
     return emulation.Emulation(emulation.build(folder))
+
+
+@pytest.fixture(params=[1, -1], ids=["larger", "smaller"])
+def instruction_errors(request, emulated):
+    """The GPU's approximate instructions are as far off as documented: all towards larger results, or smaller ones."""
+    emulated.library.emulation_set_error_direction(request.param)
+    yield
+    emulated.library.emulation_set_error_direction(1)

@@ -1,4 +1,4 @@
-"""csrc/cuda compiled for the CPU: its ops on CPU tensors, each call with a block's threads in two orders."""
+"""csrc/cuda compiled for the CPU: its ops on CPU tensors, each call in two orders of threads, in guarded memory."""
 
 import ctypes
 import fcntl
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 EMULATION = ROOT / "tests/ops/cuda_emulation"
 PROBLEM = "" if shutil.which("g++") else "no g++"
 TORCH = Path(torch.__file__).parent
-LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
+LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def flags() -> list[str]:
@@ -51,25 +51,50 @@ def run(command: list[str]) -> None:
 
 
 class Emulation:
-    """`emulation.hypernet_adam(*args)` is the op of csrc/cuda, run in ascending and in descending order of threads."""
+    """`emulation.hypernet_adam(*args)` is the op of csrc/cuda on copies of the tensors, run in ascending and in
+    descending order of threads; what it writes in place is in the arguments afterwards.
+
+    The ascending run's tensors, outputs and scratch memory included, end at a protected page, the descending run's
+    begin behind one: an access beyond an end is an error.
+    """
 
     def __init__(self, library: Path) -> None:
         torch.ops.load_library(library)
         self.library = ctypes.CDLL(str(library))
+        self.library.emulation_end.restype = ctypes.c_char_p
 
     def __getattr__(self, op: str):
         def call(*args):
-            copies = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, args)
-            runs = []
-            for order, arguments in enumerate((copies, args)):
-                self.library.emulation_set_descending(order)
-                result = getattr(torch.ops.hypermask_emulated, op)(*arguments)
-                runs.append((result, tree_flatten((result, arguments))[0]))
-            for x, y in zip(runs[0][1], runs[1][1], strict=True):
+            runs = [self.run(op, args, order) for order in (0, 1)]
+            for x, y in zip(*(tree_flatten(run)[0] for run in runs), strict=True):
                 assert not isinstance(x, Tensor) or torch.equal(bits(x), bits(y)), f"{op} depends on the order"
-            return runs[1][0]
+            result, written = runs[1]
+            for x, y in zip(tree_flatten(args)[0], tree_flatten(written)[0], strict=True):
+                if isinstance(x, Tensor):
+                    x.detach().copy_(y)
+            return result
 
         return call
+
+    def run(self, op: str, args: tuple, order: int) -> tuple:
+        self.library.emulation_begin(order)
+        try:
+            copies = tree_map(same_place, args)
+            result = getattr(torch.ops.hypermask_emulated, op)(*copies)
+        finally:
+            damage = self.library.emulation_end().decode()
+        assert not damage, f"{op}: {damage}"
+        return result, copies
+
+
+def same_place(x: object) -> object:
+    """A copy of a tensor, at an address of the same alignment, up to 16 bytes."""
+    if not isinstance(x, Tensor) or x.is_meta or not x.is_contiguous():
+        return x
+    x = x.detach()
+    offset = x.data_ptr() % 16
+    memory = torch.empty(offset + x.nbytes, dtype=torch.uint8)
+    return memory[offset:].view(x.dtype).view(x.shape).copy_(x)
 
 
 def bits(x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""The CUDA sources compile for every architecture, without spills; the arithmetic of launches is right."""
+"""The CUDA sources compile for every architecture, to what they are meant to be; launches are laid out right."""
 
 import os
 import re
 import shutil
 import subprocess
+from collections import Counter
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -19,18 +21,66 @@ REGISTERS = {
     "small_masked_linear.cu": 128,  # one block of 512: W and logits of a step ahead are on their way into registers
     "small_chunk_masked_linear.cu": 168,  # one block of 384: a warp has the logits and weights of 48 x 32 entries
 }
+# What a kernel reads and writes in bulk goes by 16 bytes: (part of the mangled name, loads, stores) at least, in the
+# code for aligned rows and segments. ILi4: packs of 4 floats, ModeE2: Adam; Lb1: aligned rows.
+STREAMS = {
+    "masks.cu": [
+        ("mask_forward_kernel", 1, 1), ("mask_backward_kernel", 2, 1),
+        ("weights_forward_kernel", 2, 1), ("weights_backward_kernel", 3, 2),
+        ("drift_forward_kernel", 3, 0), ("drift_backward_kernel", 3, 2),
+    ],
+    "thresholds.cu": [("count_kernel", 1, 0)],
+    "dense.cu": [  # a tile has 4 packs a thread; W of two tiles, m and v of two more
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE2E", 24, 12), (r"dense_kernelILi4ELi[48]ELN\w+ModeE1E", 8, 4),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE0E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE2E", 6, 3),
+        (r"dense_kernelILi1ELi[48]ELN\w+ModeE1E", 2, 1), (r"dense_kernelILi1ELi[48]ELN\w+ModeE0E", 2, 0),
+    ],
+    "small_masked_linear.cu": [(r"small_masked_linear_kernelI\w+Li[12]ELb1E", 16, 0)],  # 4 of W, 4 of logits, two steps
+    "small_chunk_masked_linear.cu": [(r"small_chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],
+}  # fmt: skip
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def cuobjdump() -> str | None:
+    """CUDA's, or the one that comes with Triton."""
+    triton = util.find_spec("triton")
+    folder = Path(triton.origin).parent / "backends/nvidia/bin" if triton else None
+    return shutil.which("cuobjdump") or (folder and shutil.which(str(folder / "cuobjdump")))
+
+
+def instructions(sass: str) -> dict[str, Counter]:
+    """Kernel -> how often each instruction appears in it."""
+    found: dict[str, Counter] = {}
+    for line in sass.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            count = found[match[1]] = Counter()
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
+            count[match[1]] += 1
+    return found
+
+
+def check_streams(source: str, sass: str) -> None:
+    kernels = instructions(sass)
+    for part, loads, stores in STREAMS[source]:
+        matching = {name: count for name, count in kernels.items() if re.search(part, name)}
+        assert matching, part
+        for name, count in matching.items():
+            wide = Counter({op: n for op, n in count.items() if ".128" in op})
+            assert sum(n for op, n in wide.items() if op.startswith("LDG")) >= loads, f"{name}: {wide}"
+            assert sum(n for op, n in wide.items() if op.startswith("STG")) >= stores, f"{name}: {wide}"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_spills_on_any_architecture(source, tmp_path):
+def test_what_is_compiled_for_each_architecture(source, tmp_path):
+    """No spills; registers and shared memory for the blocks that a multiprocessor is to hold; accesses of 16 bytes."""
     include = Path(torch.__file__).parent / "include"
     command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "--expt-relaxed-constexpr", "--threads=0", "-DUSE_CUDA"]
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem={include}", "-Werror=all-warnings"]
     command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    built = tmp_path / "out.o"
     done = subprocess.run(
-        [*command, "-c", str(ROOT / "csrc/cuda" / source), "-o", str(tmp_path / "out.o")],
+        [*command, "-c", str(ROOT / "csrc/cuda" / source), "-o", str(built)],
         capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -40,6 +90,14 @@ def test_no_spills_on_any_architecture(source, tmp_path):
     assert spills and all(pair == ("0", "0") for pair in spills)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
     assert registers and max(registers) <= REGISTERS.get(source, 64)
+    # Static; what a launch asks for itself is checked against the GPU's limit there.
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
+    assert max(shared, default=0) <= 16 * 1024  # four blocks on an A100's multiprocessor with room for a cache
+    if not (tool := cuobjdump()):
+        pytest.skip("no cuobjdump to look at the instructions with")
+    for arch in ARCHITECTURES:
+        sass = subprocess.run([tool, "-sass", "-arch", f"sm_{arch}", built], capture_output=True, text=True, check=True)
+        check_streams(source, sass.stdout)
 
 
 LAUNCH_TEST = r"""

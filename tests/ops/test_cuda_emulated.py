@@ -40,7 +40,7 @@ def check_thresholds(emulated, logits, offsets, ranks):
     assert torch.equal(actual.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
 
 
-@pytest.mark.parametrize("size", [1, 2, 255, 1000, 4096, 4097, 20_011])
+@pytest.mark.parametrize("size", [1, 2, 255, 1000, 4096, 4097, 12_300, 20_011])
 def test_thresholds(emulated, size):
     for sparsity in (0, 0.1, 50, 100):
         check_thresholds(emulated, torch.randn(size), [0, size], [kept_rank(sparsity, size)])
@@ -66,6 +66,12 @@ def test_thresholds_of_many_segments_and_rows(emulated, count):
     check_thresholds(emulated, torch.randn(0, offsets[-1]), offsets, ranks)
 
 
+def test_a_rank_that_does_not_exist_gives_nan(emulated):
+    """The CPU raises; a GPU is not waited for."""
+    thresholds = emulated.mask_thresholds(torch.randn(30), [0, 10, 20, 30, 30, 30], torch.tensor([-1, 10, 9, 1, 0]))
+    assert thresholds.isnan().tolist() == [True, True, False, True, False] and thresholds[4] == 0
+
+
 # Masks
 
 
@@ -88,8 +94,8 @@ def test_mask_and_gradient(emulated, size, threshold):
 
 
 def test_mask_with_a_threshold_per_row(emulated):
-    for columns in (1, 5, 8, 300):
-        a, threshold, outer = torch.randn(3, 7, columns), torch.rand(3, 1, 1), torch.randn(3, 7, columns)
+    for rows, columns in ((3, 1), (3, 5), (60, 8), (3, 300)):  # 60 rows are more than the blocks that run at a time
+        a, threshold, outer = torch.randn(rows, 7, columns), torch.rand(rows, 1, 1), torch.randn(rows, 7, columns)
         a64 = double(a)
         expected = reference.semi_binary_mask(a64, threshold.double())
         expected.backward(outer.double())
@@ -101,10 +107,12 @@ def test_mask_with_a_threshold_per_row(emulated):
 
 
 def layers(count):
-    """Weights of odd sizes, every fifth empty, with logits before and behind them."""
+    """Weights of odd sizes, every fifth empty, with logits before and behind them; the first one's logits begin on 16
+    bytes like itself where `count` is even."""
     sizes = [(13 * i) % 31 * (i % 5 != 4) for i in range(count)]
     sizes[0], sizes[count // 2] = 9001, 4096
-    offsets = [*sized_offsets(sizes), 3 + sum(sizes) + 8]
+    offsets = sized_offsets(sizes, 3 if count % 2 else 4)
+    offsets.append(offsets[-1] + 8)
     weights = [torch.randn(size) for size in sizes]
     logits = special_logits(offsets[-1] + 5)
     logits[~logits.isfinite()] = 1.0
@@ -212,6 +220,29 @@ def test_hypernet_adam(emulated, rows, width, tasks):
     expected = reference.hypernet_adam(*(x.double() for x in rest), *state64, *(x.double() for x in tail))
     assert_all_close(results, expected, "sum", "result")
     assert_all_close(state, state64, "sum", "state")
+
+
+@pytest.mark.parametrize("tasks", [0, 3])
+def test_a_hundred_steps_are_those_of_torch_adam(emulated, instruction_errors, tasks):
+    """Roots too small and quotients too large in each step, or the other way round: as far as they can be off."""
+    rows, width = 61, 12
+    hidden, targets, weight, bias, _ = dense_problem(rows, width, tasks)
+    weight[5] = 0  # and with one task a row that never gets a gradient: 0 / (0 + eps)
+    state = [weight.clone(), bias.clone(), *(torch.zeros_like(x) for x in (weight, weight, bias, bias))]
+    layer = [double(weight), double(bias)]
+    optimizer = torch.optim.Adam(layer, lr=1e-2)
+    for step in range(1, 101):
+        hidden, grad_logits = torch.randn(tasks + 1, width), torch.randn(rows)
+        grad_logits[5] = 0 if tasks == 0 else 1
+        args = hidden, grad_logits, targets, torch.tensor(0.01), *state
+        emulated.hypernet_adam(*args, torch.tensor(float(step)), torch.tensor(1e-2), 0.9, 0.999, 1e-8)
+        predictions = hidden.double() @ layer[0].t() + layer[1]
+        drift = (predictions[:-1] - targets.double()).square().sum()
+        optimizer.zero_grad()
+        (0.01 * drift + (predictions[-1] * grad_logits.double()).sum()).backward()
+        optimizer.step()
+    assert_close(state[0], layer[0], "adam100", "weight")
+    assert_close(state[1], layer[1], "adam100", "bias")
 
 
 @pytest.mark.parametrize("rows, width", [(63, 7), (301, 100)])

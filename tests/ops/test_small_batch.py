@@ -76,7 +76,7 @@ def special_logits(*shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threshold", [0.0, 0.3, NAN])
-def test_masked_linear_is_accurate(small, dtype, threshold):
+def test_masked_linear_is_accurate(small, instruction_errors, dtype, threshold):
     threshold = torch.tensor(threshold, dtype=dtype)
     args = (torch.randn(16, 200), torch.randn(40, 200), special_logits(40, 200), threshold, torch.randn(40))
     args = [a.to(dtype) for a in args]
@@ -125,15 +125,16 @@ def test_chunk_masked_linear_takes_every_entry_once(small, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_chunk_masked_linear_is_accurate(small, dtype):
+def test_chunk_masked_linear_is_accurate(small, instruction_errors, dtype):
     args = chunked(16, 90, 100, 250, 20, 77, dtype, make=torch.randn)
     args[3], args[4], args[6] = args[3] / 64, args[4] / 64, torch.tensor(0.0)  # no logit jumps over the threshold
     check_close(small.small_chunk_masked_linear(*args), reference.chunk_masked_linear(*double(args)))
 
 
-def test_a_step_across_a_chunks_end_keeps_infinity(small):
+@pytest.mark.parametrize("k, position", [(70, 247), (80, 7)])  # row 1 crosses from one chunk to the next at k = 73
+def test_a_step_across_a_chunks_end_keeps_infinity(small, k, position):
     args = chunked(3, 60, 100, 250, 13, 77, torch.float16)
-    args[1][1, 70], args[0][:, 70], args[4][247] = INF, 1.0, 2048.0  # entry 247 of the output; the chunk ends at 250
+    args[1][1, k], args[0][:, k], args[4][position] = INF, 1.0, 2048.0
     y = small.small_chunk_masked_linear(*args)
     assert (y[:, 1] == INF).all() and y[:, 2:].isfinite().all()
 

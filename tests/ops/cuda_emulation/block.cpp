@@ -1,12 +1,14 @@
 #include "block.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -48,6 +50,9 @@ const std::function<void()>* kernel;
 std::string error;
 std::vector<unsigned char> shared;
 unsigned char* shared_begin;
+size_t shared_bytes;
+uint64_t next_block, block_count;
+bool inserted;  // whether the block that runs does so while another one waits
 
 void make_copies(const std::vector<Copy>& group) {
   for (const Copy& c : group) std::memcpy(c.to, c.from, c.bytes);
@@ -74,8 +79,10 @@ void thread_main() {
 }
 
 unsigned char* stacks(size_t count) {
-  static unsigned char* memory = nullptr;
-  static size_t there = 0;
+  static unsigned char* memories[2];
+  static size_t sizes[2];
+  unsigned char*& memory = memories[inserted];
+  size_t& there = sizes[inserted];
   if (count > there) {
     if (memory) munmap(memory, there * kStack);
     const int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -133,18 +140,32 @@ bool release_warp(unsigned t) {
   return true;
 }
 
-// After all ready threads have run: lets those go on that wait together. False when the block is done.
-bool release() {
-  const auto count = static_cast<unsigned>(fibers.size());
-  unsigned ended = 0;
-  bool going = false;
-  for (unsigned t = 0; t < count; ++t) {
-    ended += fibers[t].state == State::kEnded;
-    if (fibers[t].state == State::kInWarp) going |= release_warp(t);
-    going |= fibers[t].state == State::kReady;
+void insert_block();
+
+// Runs a warp on its own for as long as it can: until each of its threads has ended, waits for the block, or waits for
+// a lane that will not come.
+void run_warp(unsigned first) {
+  const auto end = std::min(first + kWarp, static_cast<unsigned>(fibers.size()));
+  bool going = true;
+  while (going && error.empty()) {
+    for (unsigned i = first; i < end && error.empty(); ++i) {
+      const unsigned t = order_descending ? end - 1 - (i - first) : i;
+      if (fibers[t].state != State::kReady) continue;
+      to_fiber(t);
+      const bool first_of_block = t == (order_descending ? fibers.size() - 1 : 0);
+      if (first_of_block && fibers[t].state == State::kAtBarrier) insert_block();
+    }
+    going = false;
+    for (unsigned t = first; t < end; ++t) going |= fibers[t].state == State::kInWarp && release_warp(t);
   }
-  if (going || ended == count) return going;
-  for (unsigned t = 1; t < count; ++t) {
+}
+
+// After all warps have run: lets the block go on if all its threads wait together. False when it is done.
+bool release_block() {
+  const auto count = static_cast<unsigned>(fibers.size());
+  const auto ended = [](const Fiber& f) { return f.state == State::kEnded; };
+  if (std::all_of(fibers.begin(), fibers.end(), ended)) return false;
+  for (unsigned t = 0; t < count; ++t) {
     if (!same_wait(fibers[t], fibers[0]) || fibers[t].state != State::kAtBarrier) {
       error = "threads part ways: " + describe(0) + ", " + describe(t);
       return false;
@@ -154,24 +175,59 @@ bool release() {
   return true;
 }
 
-void run_block(dim3 block, size_t shared_bytes) {
+void run_next_block() {
+  const uint64_t b = order_descending ? block_count - 1 - next_block : next_block;
+  ++next_block;
+  blockIdx = dim3(b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y);
   if (__start_cuda_shared) std::memset(__start_cuda_shared, kPoison, __stop_cuda_shared - __start_cuda_shared);
   shared.assign(16 + shared_bytes + kBeyond, kPoison);
   shared_begin = shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16;
-  start_fibers(block);
-  const auto count = static_cast<unsigned>(fibers.size());
+  start_fibers(blockDim);
+  const auto warps = (static_cast<unsigned>(fibers.size()) + kWarp - 1) / kWarp;
   do {
-    for (unsigned i = 0; i < count && error.empty(); ++i) {
-      const unsigned t = order_descending ? count - 1 - i : i;
-      if (fibers[t].state == State::kReady) to_fiber(t);
-    }
-  } while (error.empty() && release());
+    for (unsigned w = 0; w < warps && error.empty(); ++w) run_warp((order_descending ? warps - 1 - w : w) * kWarp);
+  } while (error.empty() && release_block());
   const unsigned char* end = shared_begin + shared_bytes;
   if (error.empty() && !std::all_of(end, end + kBeyond - 16, [](unsigned char c) { return c == kPoison; })) {
     error = "block " + std::to_string(blockIdx.x) + " writes beyond its dynamic shared memory";
   }
   if (!error.empty()) throw std::runtime_error("emulation: " + error);
 }
+
+// Runs another block from beginning to end, while this one's first thread has come further than all others.
+void insert_block() {
+  if (inserted || next_block == block_count) return;
+  inserted = true;
+  std::vector<Fiber> my_fibers;
+  std::vector<unsigned char> my_shared, my_section(__start_cuda_shared, __stop_cuda_shared);
+  const auto mine = std::tuple(current, blockIdx, shared_begin);
+  my_fibers.swap(fibers);
+  my_shared.swap(shared);
+  run_next_block();
+  std::copy(my_section.begin(), my_section.end(), __start_cuda_shared);
+  my_fibers.swap(fibers);
+  my_shared.swap(shared);
+  std::tie(current, blockIdx, shared_begin) = mine;
+  inserted = false;
+}
+
+// While it lives, an access that the memory does not allow ends the block instead of the process.
+class CatchAccesses {
+ public:
+  CatchAccesses() {
+    struct sigaction mine {};
+    mine.sa_sigaction = [](int, siginfo_t*, void*) {
+      stop("thread " + std::to_string(current) + " of block " + std::to_string(blockIdx.x) +
+           " accesses memory outside of all tensors, or not aligned to the access's size");
+    };
+    mine.sa_flags = SA_SIGINFO | SA_NODEFER;  // the handler is left for good by a jump
+    sigaction(SIGSEGV, &mine, &before_);
+  }
+  ~CatchAccesses() { sigaction(SIGSEGV, &before_, nullptr); }
+
+ private:
+  struct sigaction before_ {};
+};
 
 void wait(State state, unsigned mask, Place place) {
   Fiber& f = fibers[current];
@@ -183,17 +239,16 @@ void wait(State state, unsigned mask, Place place) {
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& run) {
+void run_grid(dim3 blocks, dim3 block, size_t bytes, const std::function<void()>& run) {
   kernel = &run;
   error.clear();
+  inserted = false;
+  gridDim = blocks;
   blockDim = block;
-  gridDim = grid;
-  const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < count; ++i) {
-    const uint64_t b = order_descending ? count - 1 - i : i;
-    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-    run_block(block, shared_bytes);
-  }
+  shared_bytes = bytes;
+  block_count = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+  const CatchAccesses catching;
+  for (next_block = 0; next_block < block_count;) run_next_block();
 }
 
 void* dynamic_memory() { return shared_begin; }
@@ -240,7 +295,6 @@ void finish_copies(size_t pending) {
   }
 }
 
-bool descending() { return order_descending; }
 void set_descending(bool on) { order_descending = on; }
 
 }  // namespace emulation

@@ -1,5 +1,7 @@
-// A block of CUDA threads on the CPU: each thread is a fiber that runs until it waits for others. Since one runs at a
-// time, in ascending or in descending order, a barrier that is missing gives a wrong result in one of the two.
+// A block of CUDA threads on the CPU: each thread is a fiber that runs until it waits for others, and each warp runs
+// until it waits for the block. So of two accesses that no barrier orders, either comes first: one in ascending, the
+// other in descending order of threads and warps, and a barrier that is missing gives a wrong result in one of the two.
+// Blocks run one after another, but whenever the first thread of one reaches a barrier, another block runs in between.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +28,9 @@ struct Place {
   int line;
 };
 
-// Runs a grid's blocks one after another, their shared memory full of NaN each time. Throws std::runtime_error where
-// threads wait for one that has ended or waits elsewhere, or where shared memory is written beyond its end.
+// Runs a grid's blocks, their shared memory full of NaN each time. Throws std::runtime_error where threads wait for one
+// that has ended or waits elsewhere, where shared memory is written beyond its end, and where memory is touched that is
+// protected (memory.h).
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 // For threads of a running block.
@@ -46,7 +49,6 @@ void copy_later(void* to, const void* from, size_t bytes);
 void close_copies();
 void finish_copies(size_t pending);
 
-bool descending();
 void set_descending(bool on);
 
 }  // namespace emulation

@@ -36,10 +36,29 @@ inline T min(T a, T b) { return b < a ? b : a; }
 template <class T>
 inline T max(T a, T b) { return a < b ? b : a; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float __expf(float x) { return expf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned x) { float f; std::memcpy(&f, &x, sizeof f); return f; }
 inline unsigned __float_as_uint(float f) { unsigned x; std::memcpy(&x, &f, sizeof x); return x; }
+
+// Approximate instructions are as far off as documented, all towards larger results or all towards smaller ones.
+namespace emulation {
+inline int error_direction = 1;  // or -1
+
+// x's magnitude changed by that many units in the last place; what is exact stays.
+inline float off_by(float x, int ulps) {
+  if (x == 0 || !std::isfinite(x)) return x;
+  const unsigned sign = __float_as_uint(x) & 0x80000000u;
+  const int magnitude = static_cast<int>(__float_as_uint(x) & 0x7fffffffu) + error_direction * ulps;
+  return __uint_as_float(sign | static_cast<unsigned>(max(magnitude, 0)));
+}
+}  // namespace emulation
+
+// PTX ISA, div.approx.f32: 2 ulp for |b| of 2^-126 to 2^126; beyond, 0, or NaN for infinite a.
+inline float __fdividef(float a, float b) {
+  if (std::isfinite(b) && fabsf(b) > 0x1p126f) return std::isinf(a) ? NAN : copysignf(0, a) * copysignf(1, b);
+  return emulation::off_by(a / b, 2);
+}
+// CUDA C++ Programming Guide, intrinsic functions: 2 + floor(|1.173 x|) ulp.
+inline float __expf(float x) { return emulation::off_by(expf(x), 2 + static_cast<int>(min(fabsf(1.173f * x), 1e6f))); }
 
 template <class T>
 inline const T& aligned(const T* p) {
@@ -54,8 +73,11 @@ template <class T>
 inline T __ldcg(const T* p) { return aligned(p); }
 template <class T>
 inline void __stcs(T* p, T value) { const_cast<T&>(aligned(p)) = value; }
+template <class T>
+inline void __stcg(T* p, T value) { const_cast<T&>(aligned(p)) = value; }
 
-// One thread runs at a time: nothing else can come in between.
+// One thread runs at a time: nothing else can come in between, and all see the same memory.
+inline void __threadfence() {}
 template <class T>
 inline T atomicAdd(T* p, T value) { const T before = *p; *p += value; return before; }
 template <class T>

@@ -3,6 +3,8 @@
 
 #include "block.h"
 #include "cuda/cuda_ops.h"
+#include "cuda_runtime.h"
+#include "memory.h"
 #include "ops.h"
 
 // This library's own answers to what csrc/ asks torch about devices: the CPU's memory is the GPU's.
@@ -18,7 +20,19 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return 0;
 }
 
-AOTI_TORCH_EXPORT void emulation_set_descending(int on) { emulation::set_descending(on); }
+// An op's call begins, in one of the two orders and with tensors guarded on one of their sides, and ends: "" or what it
+// damaged.
+AOTI_TORCH_EXPORT void emulation_begin(int descending) {
+  emulation::damage();
+  emulation::set_descending(descending);
+  emulation::set_guard(descending ? emulation::Guard::kBefore : emulation::Guard::kBehind);
+}
+AOTI_TORCH_EXPORT const char* emulation_end() {
+  emulation::set_guard(emulation::Guard::kOff);
+  return emulation::damage();
+}
+
+AOTI_TORCH_EXPORT void emulation_set_error_direction(int direction) { emulation::error_direction = direction; }
 }
 
 STABLE_TORCH_LIBRARY(hypermask_emulated, m) { hypermask::define_ops(m); }

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/adam.h"
+
 namespace hypermask {
 
 template <class T>
@@ -15,18 +17,48 @@ inline void cp_async_commit() { emulation::close_copies(); }
 template <int kPending>
 inline void cp_async_wait() { emulation::finish_copies(kPending); }
 
-// As far off as the instruction may be: 2^-11 of the value, away from 0.
-inline float tanh_approx(float x) { return std::tanh(x) * (1 + 1.0f / 2048); }
+// PTX ISA, tanh.approx.f32: relative error 2^-11.
+inline float tanh_approx(float x) { return std::tanh(x) * (1 + emulation::error_direction / 2048.0f); }
 
+// Adam's arithmetic of csrc/common with the GPU's square root and quotient, which portable.h has for device code only.
+struct Approximate { float x; };
+inline Approximate operator+(Approximate a, Approximate b) { return {a.x + b.x}; }
+inline Approximate operator-(Approximate a, Approximate b) { return {a.x - b.x}; }
+inline Approximate operator*(Approximate a, Approximate b) { return {a.x * b.x}; }
+inline Approximate operator+(Approximate a, float b) { return {a.x + b}; }
+inline Approximate operator*(Approximate a, float b) { return {a.x * b}; }
+inline Approximate operator*(float a, Approximate b) { return {a * b.x}; }
+
+template <>
+struct Lane<Approximate> {
+  // PTX ISA, sqrt.approx.f32: relative error 2^-23.
+  static Approximate sqrt(Approximate a) {
+    return {static_cast<float>(std::sqrt(static_cast<double>(a.x)) * (1 - emulation::error_direction * 0x1p-23))};
+  }
+  static Approximate divide(Approximate a, Approximate b) { return {__fdividef(a.x, b.x)}; }
+};
+
+// Preferred to the template: a step that is as much too long as it can be, or too short.
+inline void adam_update(float grad, float& weight, float& first, float& second, const AdamStep& s) {
+  Approximate w{weight}, m{first}, v{second};
+  adam_update(Approximate{grad}, w, m, v, s);
+  weight = w.x;
+  first = m.x;
+  second = v.x;
+}
+
+// Each lane reads its row when it comes: meeting the others does not order their writes before that.
 inline void emulated_ldmatrix(uint32_t (&r)[4], const void* shared, bool transposed, emulation::Place place) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16) emulation::stop("ldmatrix of a row that is not aligned to 16 bytes");
+  uint16_t mine[8];
+  std::memcpy(mine, shared, sizeof mine);
   unsigned char all[emulation::kWarp][emulation::kExchanged];
-  emulation::exchange(emulation::kEveryLane, place, &shared, sizeof shared, all);
+  emulation::exchange(emulation::kEveryLane, place, mine, sizeof mine, all);
   const unsigned major = emulation::lane() / 4, minor = emulation::lane() % 4 * 2;
   const auto entry = [&](int matrix, unsigned row, unsigned column) -> uint32_t {
-    const uint16_t* address;
-    std::memcpy(&address, all[matrix * 8 + row], sizeof address);
-    if (reinterpret_cast<uintptr_t>(address) % 16) emulation::stop("ldmatrix of a row that is not aligned to 16 bytes");
-    return address[column];
+    uint16_t value;
+    std::memcpy(&value, all[matrix * 8 + row] + sizeof value * column, sizeof value);
+    return value;
   };
   for (int i = 0; i < 4; ++i) {
     r[i] = transposed ? entry(i, minor, major) | entry(i, minor + 1, major) << 16

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "memory.h"
 
 namespace hypermask {
 namespace {
@@ -20,9 +21,11 @@ std::string outcome(void (*kernel)(P...), unsigned threads, size_t shared_bytes,
   }
 }
 
+// Warps meet in the middle, which orders nothing between them.
 __global__ void neighbour_kernel(bool barrier, float* out) {
   __shared__ float values[64];
   values[threadIdx.x] = static_cast<float>(threadIdx.x);
+  __syncwarp();
   if (barrier) __syncthreads();
   out[threadIdx.x] = values[(threadIdx.x + 1) % 64];
 }
@@ -54,6 +57,10 @@ __global__ void copy_kernel(bool wait, const float* in, float* out) {
   __syncthreads();
   out[threadIdx.x] = buffer[threadIdx.x];
 }
+
+__global__ void read_kernel(const float* in, int at, float* out) { *out = in[at]; }
+
+__global__ void write_kernel(float* out, int at) { out[at] = 1; }
 
 // d = A B, with A and B^T in shared memory as bfloat16: A by ldmatrix, B by ldmatrix of its transpose.
 __global__ void mma_kernel(const uint16_t* a, const uint16_t* b_transposed, float* d) {
@@ -108,6 +115,20 @@ bool mma_right() {
   return true;
 }
 
+// What reading and writing entry `at` of a tensor of `size` floats leads to.
+std::string access(emulation::Guard guard, int size, int at) {
+  emulation::set_guard(guard);
+  const auto memory = emulation::allocate(size * sizeof(float));
+  emulation::set_guard(emulation::Guard::kOff);
+  auto* tensor = static_cast<float*>(memory.get());
+  float value = 0;
+  emulation::damage();
+  std::string result = outcome(read_kernel, 1, 0, tensor, at, &value);
+  if (value == value) result += "a number";
+  result += outcome(write_kernel, 1, 0, tensor, at);
+  return result + emulation::damage();
+}
+
 // Holds in one order of threads only: the mistake shows in the other.
 bool in_one_order(bool (*right)(bool), bool correct) {
   int holds = 0;
@@ -140,6 +161,16 @@ extern "C" __attribute__((visibility("default"))) const char* emulation_self_tes
   expect(contains(outcome(beyond_kernel, 32, 128), "beyond its dynamic shared memory"), "a write beyond the end");
   expect(outcome(beyond_kernel, 2000, 0) == "refused", "a block that is too large");
   expect(outcome(beyond_kernel, 32, 100 * 1024) == "refused", "shared memory not asked for");
+  for (const int at : {0, 6}) {
+    expect(access(emulation::Guard::kBehind, 7, at).empty(), "an access to a tensor");
+    expect(access(emulation::Guard::kBefore, 7, at).empty(), "an access to a tensor");
+  }
+  const auto outside = [&](emulation::Guard guard, int at) {
+    return contains(access(guard, 7, at), "outside of all tensors");
+  };
+  expect(outside(emulation::Guard::kBehind, 8) && outside(emulation::Guard::kBefore, -1), "an access far off");
+  expect(access(emulation::Guard::kBehind, 7, 7) == "memory beside a tensor was written", "an access just beyond");
+  expect(access(emulation::Guard::kBefore, 7, 7) == "memory beside a tensor was written", "an access just beyond");
   expect(mma_right(), "mma");
   return result.c_str();
 }
