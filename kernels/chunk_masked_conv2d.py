@@ -154,7 +154,7 @@ def chunk_masked_conv2d(
             threshold: one entry, on |a|; bias: (out,), used as it is. All float32, float16 or bfloat16.
 
     Returns:
-        (batch, out, height', width'), dtype of x.
+        (batch, out, height', width'), dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, entries beyond the last chunk, other dtypes, mixed devices, CPU tensors

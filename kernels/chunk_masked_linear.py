@@ -200,7 +200,7 @@ def chunk_masked_linear(
         bias: (out,), used as it is. All float32, float16 or bfloat16, any strides.
 
     Returns:
-        (..., out), dtype of x.
+        (..., out), dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, entries beyond the last chunk, other dtypes, mixed devices, CPU tensors

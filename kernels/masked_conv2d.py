@@ -376,7 +376,7 @@ def masked_conv2d(
             bias: (out,), used as it is. float32, float16 or bfloat16, any strides.
 
     Returns:
-        (batch, out, height', width'), dtype of x.
+        (batch, out, height', width'), dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.

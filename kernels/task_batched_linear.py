@@ -318,7 +318,7 @@ def task_batched_linear(
         bias: (out,) used as it is, or (T, out) with each task's mask already applied.
 
     Returns:
-        (B, out), without task_ids (T, B, out); dtype of x.
+        (B, out), without task_ids (T, B, out); dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.
