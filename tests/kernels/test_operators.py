@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from hypermask_fast import kernels
 from hypermask_fast.kernels import host
+from hypermask_fast.task_rows import TaskRows
 
 F32 = torch.float32
 THRESHOLD = torch.tensor(0.4, device=DEVICE)
@@ -52,10 +53,11 @@ CASES = {
         (1, 1), (1, 1), (1, 1), 2, [True] * 5,
     ),
     "task_batched_linear": lambda: (
-        grad(3, 5), grad(4, 5), grad(2, 4, 5), THRESHOLD.expand(2), torch.tensor([1, 0, 1], device=DEVICE), grad(2, 4),
+        grad(3, 5), grad(4, 5), grad(2, 4, 5), THRESHOLD.expand(2),
+        *TaskRows.of(torch.tensor([1, 0, 1], device=DEVICE), 2), grad(2, 4),
     ),
     "task_batched_linear_backward": lambda: (
-        plain(2, 3, 4), plain(3, 5), plain(4, 5), plain(2, 4, 5), THRESHOLD.expand(2), None, [True] * 3,
+        plain(2, 3, 4), plain(3, 5), plain(4, 5), plain(2, 4, 5), THRESHOLD.expand(2), None, None, [True] * 3,
     ),
     "triton_semi_binary_mask": lambda: (grad(3, 5), THRESHOLD),
     "triton_semi_binary_mask_with_slope": lambda: (plain(3, 5), THRESHOLD),
