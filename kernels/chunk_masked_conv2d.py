@@ -22,6 +22,7 @@ def _check(
     )  # fmt: skip
     shape = Conv2dShape.of(weight, stride, padding, dilation, groups)
     shape.check(x, weight, bias)
+    host.check(weight.shape[0] > 0, "weight must have an output channel")
     check_chunks(weight, hidden, output_weight, output_bias, start, threshold)
     return shape
 

@@ -320,5 +320,5 @@ def task_batched_linear(
     rows = (None, None, None)
     if task_ids is not None:
         _check_ids(x, task_ids.ids if isinstance(task_ids, TaskRows) else task_ids)
-        rows = TaskRows.of(task_ids, len(logits))
+        rows = TaskRows.of(task_ids, logits.shape[0] if logits.dim() else 0)
     return torch.ops.hypermask_fast.task_batched_linear(host.autocast(x), weight, logits, thresholds, *rows, bias)

@@ -95,6 +95,7 @@ def test_ids_sorted_beforehand():
         ({"x": torch.ones(6, 4)}, "x must be"),
         ({"x": torch.ones(2, 6, 3)}, "x must be"),
         ({"logits": torch.ones(4, 3)}, "logits must be"),
+        ({"logits": torch.ones(())}, "logits must be"),
         ({"thresholds": torch.ones(3)}, "thresholds must be"),
         ({"task_ids": torch.zeros(6).int()}, "task_ids must be"),
         ({"task_ids": torch.zeros(5).long()}, "task_ids must be"),
