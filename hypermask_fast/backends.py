@@ -1,8 +1,11 @@
 """Which backend serves an op: reference | cpu | triton | cuda.
 
 Chosen by, in this order: the op's argument `backend`, `with use_backend("...")`, the environment's HYPERMASK_BACKEND,
-and otherwise automatically, the fastest that can serve. A backend asked for by name that can't serve raises and
-says why.
+and otherwise automatically, the fastest that can serve.
+
+An argument is strict: a backend that can't run this op on these tensors raises and says why. A block or the
+environment asks for all ops at once, so an op that the backend doesn't have at all is chosen automatically; one that
+it has but can't run on these tensors raises, and every op does where there is no such backend.
 
 Each accelerated backend offers an op as a function with the reference's signature and a condition: a function of the
 same arguments that returns "" or why it can't serve them.
@@ -116,7 +119,7 @@ def offer(
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the block, and in this thread, ops run on the named backend, or "auto"."""
+    """Within the block, and in this thread, ops run on the named backend where it has them, or "auto"."""
     _check_name(backend)
     before = getattr(_scope, "backend", None)
     _scope.backend = backend
@@ -139,15 +142,22 @@ def requested(backend: str | None = None) -> str:
     return wanted
 
 
+def wanted_for(op: str, backend: str | None = None) -> str:
+    """`requested` for one op: "auto" too where scope or environment ask for a backend that doesn't have it."""
+    wanted = requested(backend)
+    known = wanted in ("auto", "reference") or (op, wanted) in _offers
+    return wanted if backend or known or problem(wanted) else "auto"
+
+
 def _refusal(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -> str:
     """Why `backend` can't serve this call, "" if it can."""
     if backend == "reference":
         return ""
+    if why := problem(backend):
+        return why
     entry = _offers.get((op, backend))
     if entry is None:
         return f"{backend} has no {op}"
-    if why := problem(backend):
-        return why
     if backend in ("triton", MASK_FIRST):
         return entry.condition(*args, **kwargs)
     if tensor.device.type != backend:
@@ -164,7 +174,7 @@ def choose(op: str, backend: str | None, tensor: Tensor, args: tuple, kwargs: di
     Raises:
         InputError: the backend named by argument, scope or environment can't serve the call; the message says why.
     """
-    wanted = requested(backend)
+    wanted = wanted_for(op, backend)
     if wanted != "auto":
         if why := _refusal(op, wanted, tensor, args, kwargs):
             raise InputError(f"backend {wanted!r} can't run {op}: {why}")
@@ -198,7 +208,7 @@ def fused_function(op: str, *args) -> Callable | None:
     By name: that of the backend asked for, if it serves the call. Automatically: that of the first backend that does,
     in the order that `dispatch` gives, where it says so.
     """
-    wanted = requested()
+    wanted = wanted_for(op)
     if wanted == "auto":
         choice = dispatch.choose(op, args, {})
         names = choice.order if choice.path == dispatch.FUSED else ()
@@ -234,11 +244,13 @@ def explain(op: str, *args, backend: str | None = None, **kwargs) -> str:
     tensor = next(tensors((*args, *kwargs.values())), None)
     if tensor is None:
         raise InputError("explain needs the op's arguments, to see their device and dtype")
-    wanted = requested(backend)
+    wanted, asked = wanted_for(op, backend), requested(backend)
     names, why = _automatic(op, tensor, args, kwargs) if wanted == "auto" else ((wanted,), "")
     refusals = {name: _refusal(op, name, tensor, args, kwargs) for name in names}
     chosen = next((name for name in names if not refusals[name]), "reference" if wanted == "auto" else "nothing")
-    lines = [f"{op}: {chosen} ({'chosen automatically' if wanted == 'auto' else 'asked for'})"]
+    how = "asked for" if wanted != "auto" else "chosen automatically"
+    how += f": {asked} has no {op}" if asked != wanted else ""
+    lines = [f"{op}: {chosen} ({how})"]
     lines += [f"  {why}"] if why else []
     return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why and name != MASK_FIRST])
 

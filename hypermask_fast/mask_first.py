@@ -10,6 +10,7 @@ from torch import Tensor
 from . import backends, reference
 from .dispatch import MASK_FIRST
 from .errors import InputError
+from .task_rows import TaskRows
 
 
 def register() -> None:
@@ -61,25 +62,24 @@ def task_batched_linear(x, weight, logits, thresholds, task_ids=None, bias=None)
     In a compiled graph nobody knows how many that are: there every task meets every row, and each row keeps its own.
 
     Raises:
-        InputError: a task id is not one of 0 to T - 1 (looked at outside of a compiled graph).
+        InputError: a task id is not one of 0 to T - 1 (in a compiled graph its row is NaN).
     """
     tasks = len(logits)
     if task_ids is None:
         rows = x.expand(tasks, *x.shape) if x.dim() == 2 else x
         return _stacked([_of_task(x_t, weight, logits, thresholds, bias, t) for t, x_t in enumerate(rows)], x, weight)
     if torch.compiler.is_compiling():
-        every = task_batched_linear(x, weight, logits, thresholds, None, bias)
-        return every[task_ids, torch.arange(len(task_ids), device=x.device)]
-    if len(task_ids) == 0:
+        ids = task_ids.ids if isinstance(task_ids, TaskRows) else task_ids
+        return reference.rows_of_tasks(task_batched_linear(x, weight, logits, thresholds, None, bias), ids)
+    if len(x) == 0:
         return F.linear(x, weight)
-    order = task_ids.argsort(stable=True)
-    present, counts = task_ids[order].unique_consecutive(return_counts=True)
-    ids = present.tolist()
-    if ids[0] < 0 or ids[-1] >= tasks:
+    rows = TaskRows.of(task_ids, tasks)
+    *counts, unknown = rows.begins.diff().tolist()
+    if unknown:
         raise InputError(f"task ids must be 0 to {tasks - 1}")
-    groups = zip(ids, x[order].split(counts.tolist()), strict=True)
-    outputs = torch.cat([_of_task(rows, weight, logits, thresholds, bias, t) for t, rows in groups])
-    return outputs[order.argsort()]
+    groups = [(t, group) for t, group in enumerate(x[rows.order].split(counts)) if len(group) > 0]
+    outputs = torch.cat([_of_task(group, weight, logits, thresholds, bias, t) for t, group in groups])
+    return outputs[rows.order.argsort()]
 
 
 def _of_task(x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, bias: Tensor | None, task: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import backends, chunked, mask_first, native, triton_backend
 from .reference import kept_rank
+from .task_rows import TaskRows
 
 __all__ = [
     "chunk_masked_conv2d",
@@ -138,7 +139,7 @@ def task_batched_linear(
     weight: Tensor,
     logits: Tensor,
     thresholds: Tensor,
-    task_ids: Tensor | None = None,
+    task_ids: Tensor | TaskRows | None = None,
     bias: Tensor | None = None,
     *,
     backend: str | None = None,
@@ -151,6 +152,8 @@ def task_batched_linear(
 def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int, *, backend: str | None = None) -> Tensor:
     """(T, N) logits of hidden (T, chunks, H); see `reference.hypernet_logits`."""
     args = (hidden, weight, bias, size)
+    if backend is None and hidden.shape[:2] != (1, 1) and backends.requested() != "reference":
+        backend = "auto"  # more rows than one are a matrix product, for which no backend has a kernel
     if hidden.shape[1] > 1 and backends.requested(backend) == "auto":
         return chunked.hypernet_logits(*args)
     return backends.choose("hypernet_logits", backend, hidden, args, {})(*args)
@@ -181,7 +184,7 @@ def chunked_output_drift(
     grow with N, and it is more accurate.
     """
     args = (hidden, weight, bias, old_hidden, old_weight, old_bias, size)
-    if backends.requested(backend) == "auto":
+    if backends.wanted_for("chunked_output_drift", backend) == "auto":
         return chunked.output_drift(*args)
     return backends.choose("chunked_output_drift", backend, hidden, args, {})(*args)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
+from .task_rows import TaskRows
 
 
 def kept_rank(sparsity: float, size: int) -> int:
@@ -52,9 +53,15 @@ def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> Te
     """
     magnitude = logits.detach().abs()
     thresholds = magnitude.new_zeros(*logits.shape[:-1], len(offsets) - 1)
-    for s, rank in enumerate(ranks.tolist()):
+    compiling = torch.compiler.is_compiling()  # where ranks have no values yet: kthvalue needs them, a sort does not
+    for s, rank in enumerate(ranks if compiling else ranks.tolist()):
         segment = magnitude[..., offsets[s] : offsets[s + 1]]
-        if rank > 0 and segment.shape[-1] > 0:
+        if segment.shape[-1] == 0:
+            continue
+        if compiling:
+            ranked = segment.sort(dim=-1).values.index_select(-1, rank[None])[..., 0]
+            thresholds[..., s] = torch.where(rank > 0, ranked, 0.0)
+        elif rank > 0:
             thresholds[..., s] = segment.kthvalue(rank + 1, dim=-1).values
     return thresholds
 
@@ -225,21 +232,21 @@ def task_batched_linear(
     weight: Tensor,
     logits: Tensor,
     thresholds: Tensor,
-    task_ids: Tensor | None = None,
+    task_ids: Tensor | TaskRows | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """y_b = x_b (W * m_t)^T + b_t with t = task_ids[b]; without task_ids every task over every row.
 
     Args:
         x: (B, in), or (T, B, in) without task_ids where each task has its own rows; weight: (out, in), shared.
-        logits: (T, out, in); thresholds: (T,); task_ids: (B,) int64, any order.
+        logits: (T, out, in); thresholds: (T,); task_ids: (B,) int64, any order, or `TaskRows`.
         bias: (out,) used as it is, or (T, out) with each task's mask already applied.
 
     Returns:
         (B, out); without task_ids (T, B, out).
 
     Raises:
-        InputError: a task id is not one of 0 to T - 1.
+        InputError: a task id is not one of 0 to T - 1 (in a compiled graph, which can't look at ids, its row is NaN).
     """
     masked = weight * semi_binary_mask(logits, thresholds[:, None, None])
     y = x @ masked.transpose(1, 2)
@@ -247,10 +254,16 @@ def task_batched_linear(
         y = y + (bias if bias.dim() == 1 else bias[:, None])
     if task_ids is None:
         return y
-    tasks = logits.shape[0]
-    if ((task_ids < 0) | (task_ids >= tasks)).any():
-        raise InputError(f"task ids must be 0 to {tasks - 1}")
-    return y[task_ids, torch.arange(len(task_ids), device=x.device)]
+    return rows_of_tasks(y, task_ids.ids if isinstance(task_ids, TaskRows) else task_ids)
+
+
+def rows_of_tasks(y: Tensor, task_ids: Tensor) -> Tensor:
+    """Row b of task task_ids[b] out of every task's, y (T, B, out): (B, out). See `task_batched_linear`."""
+    known = (task_ids >= 0) & (task_ids < len(y))
+    if not torch.compiler.is_compiling() and not known.all():
+        raise InputError(f"task ids must be 0 to {len(y) - 1}")
+    mine = y[task_ids.where(known, 0), torch.arange(len(task_ids), device=y.device)]
+    return mine.where(known[:, None], math.nan)
 
 
 def output_drift(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from . import ops
 from .errors import InputError
 from .layout import MaskLayout
 from .masks import Made, TaskMask, use_mask
+from .task_rows import TaskRows
 
 # Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
 # GPU task by task, by cuBLAS and cuDNN, and so many images under all tasks would not fit beside each other.
@@ -84,20 +85,21 @@ class TaskBatch:
 
     Attributes:
         masks: of T tasks.
-        rows: (B,) int64, which mask each sample runs under; None: every sample runs under every mask, as T blocks
+        rows: which mask each of B samples runs under; None: every sample runs under every mask, as T blocks
             of samples one after another.
         count: rows that a layer sees, B or T * B.
         shared: without `rows`, the samples (B, ...) and the same repeated (T * B, ...), which the network is given.
     """
 
     masks: TaskMasks
-    rows: Tensor | None
+    rows: TaskRows | None
     count: int
     shared: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def mixed(cls, masks: TaskMasks, rows: Tensor) -> "TaskBatch":
-        return cls(masks, rows, rows.shape[0])
+        """Each sample under the mask whose number `rows` (B,) says; they are sorted here, once for all layers."""
+        return cls(masks, TaskRows.of(rows, len(masks)), rows.shape[0])
 
     @classmethod
     def every(cls, masks: TaskMasks, x: Tensor) -> "TaskBatch":
@@ -147,24 +149,22 @@ class TaskBatch:
             rows = rows.unflatten(0, (len(self.masks), rows.shape[0] // len(self.masks)))
             y = ops.task_batched_linear(rows, weight, logits, thresholds, None, bias)
         else:
-            ids = self._of_rows(prod(x.shape[1:-1]))
-            y = ops.task_batched_linear(rows, weight, logits, thresholds, ids, bias)
+            mine = self.rows.repeated(prod(x.shape[1:-1]))
+            y = ops.task_batched_linear(rows, weight, logits, thresholds, mine, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def _of_rows(self, each: int) -> Tensor:
         """Which mask each row runs under, for `each` rows per sample; int64."""
-        rows = self.rows
-        if rows is None:
-            tasks = len(self.masks)
-            rows = torch.arange(tasks, device=self.masks.logits.device)
-            each *= self.count // tasks
-        return rows if each == 1 else rows[:, None].expand(-1, each).flatten()
+        if self.rows is not None:
+            return self.rows.repeated(each).ids
+        tasks = len(self.masks)
+        return torch.arange(tasks, device=self.masks.logits.device).repeat_interleave(each * (self.count // tasks))
 
     def _grouped(self, layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
         logits, thresholds = self.masks.of(layer)
         weight = layer.weight * ops.semi_binary_mask(logits, thresholds[:, None, None, None, None])
         if self.rows is not None:
-            weight = weight.index_select(0, self.rows)
+            weight = weight.index_select(0, self.rows.ids)
         sets = weight.shape[0]  # of weights, each for as many rows as there are per set
         if sets == 0:
             return layer._conv_forward(x, layer.weight, layer.bias)

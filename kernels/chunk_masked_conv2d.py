@@ -22,6 +22,7 @@ def _check(
     )  # fmt: skip
     shape = Conv2dShape.of(weight, stride, padding, dilation, groups)
     shape.check(x, weight, bias)
+    host.check(weight.shape[0] > 0, "weight must have an output channel")
     check_chunks(weight, hidden, output_weight, output_bias, start, threshold)
     return shape
 
@@ -154,7 +155,7 @@ def chunk_masked_conv2d(
             threshold: one entry, on |a|; bias: (out,), used as it is. All float32, float16 or bfloat16.
 
     Returns:
-        (batch, out, height', width'), dtype of x.
+        (batch, out, height', width'), dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, entries beyond the last chunk, other dtypes, mixed devices, CPU tensors

@@ -11,8 +11,8 @@ from torch import Tensor
 from triton import cdiv
 
 from . import host, settings
-from .chunk_weights import check_chunks, chunk_tile, launch_gradients, launch_masked_weight
-from .device import masked_tile
+from .chunk_weights import check_chunks, chunk_tile, launch_gradients, launch_masked_weight, layer_factor
+from .device import masked_tile, multiple
 from .masked_linear import check_linear, sum_splits
 
 FUSED_ROWS = 64  # up to here bytes count, and one tile of rows means that each weight tile is made once
@@ -23,12 +23,13 @@ def _chunk_product(
     x_ptr, w_ptr, hidden_ptr, ow_ptr, ob_ptr, threshold_ptr, bias_ptr, y_ptr,
     rows, outputs, inputs, steps, start, chunks, chunk_size, residues, chunks_per_step,
     x_row, x_in, w_out, w_in, h_chunk, h_width, o_position, o_width, o_bias, y_split, y_row, y_out,
-    HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr, LAYER_BY: tl.constexpr, ROWS_BY: tl.constexpr, BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr, LOGITS_PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows out = residue + t * residues of W begin at the same position of their chunks, chunks_per_step apart:
     so a tile of them is hidden[chunk of t] output_weight[position of k]^T, one tl.dot."""
+    inputs, x_row, w_out = multiple(inputs, ROWS_BY), multiple(x_row, ROWS_BY), multiple(w_out, ROWS_BY)
     tiles = tl.cdiv(tl.cdiv(outputs, residues), BLOCK_M)
     residue = tl.program_id(1) // tiles
     t = (tl.program_id(1) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -44,7 +45,7 @@ def _chunk_product(
         position = (first % chunk_size).to(tl.int32) + tl.arange(0, BLOCK_K)
         logits = chunk_tile(
             hidden_ptr, ow_ptr, ob_ptr, chunk, chunks, position, chunk_size,
-            h_chunk, h_width, o_position, o_width, o_bias, WIDTH, BLOCK_H, LOGITS_PRECISION,
+            h_chunk, h_width, o_position, o_width, o_bias, WIDTH, LAYER_BY, BLOCK_H, LOGITS_PRECISION,
         )  # fmt: skip
         inside = (out < outputs)[:, None] & (k < inputs)[None, :]
         w = tl.load(w_ptr + out[:, None] * w_out + k[None, :] * w_in, mask=inside, other=0)
@@ -95,7 +96,9 @@ def launch_fused(
         start, len(hidden), chunk_size, residues, residues * inputs // chunk_size,
         *x.stride(), *weight.stride(), *hidden.stride(), *output_weight.stride(), *output_bias.stride(),
         *target.stride(), HAS_BIAS=bias is not None and not split,
-        WIDTH=width, BLOCK_H=settings.width_block(width), PRECISION=host.matmul_precision(x.dtype),
+        WIDTH=width, LAYER_BY=layer_factor(hidden, output_weight),
+        ROWS_BY=host.common_factor(inputs, x.stride(0), weight.stride(0)),
+        BLOCK_H=settings.width_block(width), PRECISION=host.matmul_precision(x.dtype),
         LOGITS_PRECISION=host.matmul_precision(output_weight.dtype),
         APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=index, **tiles.launch(x.dtype),
     )  # fmt: skip
@@ -200,7 +203,7 @@ def chunk_masked_linear(
         bias: (out,), used as it is. All float32, float16 or bfloat16, any strides.
 
     Returns:
-        (..., out), dtype of x.
+        (..., out), dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, entries beyond the last chunk, other dtypes, mixed devices, CPU tensors

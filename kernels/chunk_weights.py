@@ -12,16 +12,18 @@ from torch import Tensor
 from triton import cdiv
 
 from . import host, settings
-from .device import gradient_of_logits, mask_of, masked_tile
+from .device import gradient_of_logits, mask_of, masked_tile, multiple
 from .host import check
 
 
 @triton.jit
 def chunk_tile(
     hidden_ptr, ow_ptr, ob_ptr, chunk, chunks, position, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
-    WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, LAYER_BY: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of (chunk, position) in float32; both are vectors of indices, outside ones give the bias or 0."""
+    """Logits of (chunk, position) in float32; both are vectors of indices, outside ones give the bias or 0.
+    Rows of the layer and hidden vectors begin at multiples of LAYER_BY entries."""
+    h_chunk, o_position = multiple(h_chunk, LAYER_BY), multiple(o_position, LAYER_BY)
     bias = tl.load(ob_ptr + position * o_bias, mask=position < chunk_size, other=0).to(tl.float32)
     logits = tl.zeros((chunk.shape[0], position.shape[0]), tl.float32) + bias[None, :]
     for start in range(0, WIDTH, BLOCK_H):
@@ -38,15 +40,16 @@ def chunk_tile(
 def _masked_weight(
     w_ptr, hidden_ptr, ow_ptr, ob_ptr, threshold_ptr, out_ptr,
     start, first_chunk, weights, chunks, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
-    WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, LAYER_BY: tl.constexpr, FLAT_BY: tl.constexpr, BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """W * m for one tile of (chunk, position)."""
+    start, chunk_size, weights = multiple(start, FLAT_BY), multiple(chunk_size, FLAT_BY), multiple(weights, FLAT_BY)
     chunk = (first_chunk + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     position = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = chunk_tile(
         hidden_ptr, ow_ptr, ob_ptr, chunk, chunks, position, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
-        WIDTH, BLOCK_H, PRECISION,
+        WIDTH, LAYER_BY, BLOCK_H, PRECISION,
     )  # fmt: skip
     entry = chunk[:, None] * chunk_size + position[None, :] - start
     inside = (position < chunk_size)[None, :] & (entry >= 0) & (entry < weights)
@@ -59,16 +62,17 @@ def _masked_weight(
 def _gradients(
     g_ptr, w_ptr, hidden_ptr, ow_ptr, ob_ptr, threshold_ptr, dw_ptr, da_ptr,
     start, first_chunk, weights, chunks, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
-    WANT_W: tl.constexpr, WANT_A: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WANT_W: tl.constexpr, WANT_A: tl.constexpr, WIDTH: tl.constexpr, LAYER_BY: tl.constexpr, FLAT_BY: tl.constexpr,
+    BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dW = G m and da = G W dm/da for one tile of (chunk, position); da is 0 outside this weight."""
+    start, chunk_size, weights = multiple(start, FLAT_BY), multiple(chunk_size, FLAT_BY), multiple(weights, FLAT_BY)
     local = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     chunk = (first_chunk + local).to(tl.int64)
     position = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = chunk_tile(
         hidden_ptr, ow_ptr, ob_ptr, chunk, chunks, position, chunk_size, h_chunk, h_width, o_position, o_width, o_bias,
-        WIDTH, BLOCK_H, PRECISION,
+        WIDTH, LAYER_BY, BLOCK_H, PRECISION,
     )  # fmt: skip
     entry = chunk[:, None] * chunk_size + position[None, :] - start
     inside = (position < chunk_size)[None, :] & (entry >= 0) & (entry < weights)
@@ -98,6 +102,11 @@ def _arguments(hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start
     return start, first, weights, len(hidden), len(output_weight), *strides
 
 
+def layer_factor(hidden: Tensor, output_weight: Tensor) -> int:
+    """LAYER_BY of `chunk_tile`."""
+    return host.common_factor(hidden.stride(0), output_weight.stride(0))
+
+
 def launch_masked_weight(
     weight: Tensor, hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, threshold: Tensor,
     dtype: torch.dtype,
@@ -112,8 +121,10 @@ def launch_masked_weight(
     _masked_weight[grid](
         weight.contiguous(), hidden, output_weight, output_bias, threshold, out,
         *_arguments(hidden, output_weight, output_bias, start, weight.numel()),
-        WIDTH=hidden.shape[1], PRECISION=host.matmul_precision(output_weight.dtype),
-        APPROXIMATE=host.approximate_tanh(dtype), **tiles.launch_chunks(output_weight.dtype),
+        WIDTH=hidden.shape[1], LAYER_BY=layer_factor(hidden, output_weight),
+        FLAT_BY=host.common_factor(start, len(output_weight), weight.numel()),
+        PRECISION=host.matmul_precision(output_weight.dtype), APPROXIMATE=host.approximate_tanh(dtype),
+        **tiles.launch_chunks(output_weight.dtype),
     )  # fmt: skip
     return out
 
@@ -137,6 +148,8 @@ def launch_gradients(
             gradient.contiguous(), weight.contiguous(), hidden, output_weight, output_bias, threshold, dw, da,
             *_arguments(hidden, output_weight, output_bias, start, weight.numel()),
             WANT_W=want_weight, WANT_A=any(want_layer), WIDTH=hidden.shape[1],
+            LAYER_BY=layer_factor(hidden, output_weight),
+            FLAT_BY=host.common_factor(start, len(output_weight), weight.numel()),
             PRECISION=host.matmul_precision(output_weight.dtype), **tiles.launch_chunks(output_weight.dtype),
         )  # fmt: skip
     return dw, *_layer_gradients(da, hidden, output_weight, output_bias, first, want_layer)

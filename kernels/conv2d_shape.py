@@ -11,6 +11,7 @@ Pair = tuple[int, int]
 
 
 def pair(value: int | tuple[int, int]) -> Pair:
+    check(not isinstance(value, str), f"padding must be a number or two, not {value!r}")
     return (value, value) if isinstance(value, int) else tuple(value)
 
 

@@ -6,11 +6,17 @@ import triton.language as tl
 
 @triton.jit
 def times8(value, KNOWN: tl.constexpr):
-    """value, which the host knows to be a multiple of 8, in a form that the compiler sees it too.
+    """value, which the host knows to be a multiple of 8 if KNOWN; see `multiple`."""
+    return multiple(value, 8 if KNOWN else 1)
+
+
+@triton.jit
+def multiple(value, OF: tl.constexpr):
+    """value, which the host knows to be a multiple of OF, in a form that the compiler sees it too.
 
     Triton itself only tells multiples of 16 apart; a layer 1000 wide would else be loaded entry by entry."""
-    if KNOWN:
-        value = value // 8 * 8
+    if OF > 1:
+        value = value // OF * OF
     return value
 
 

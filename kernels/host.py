@@ -115,6 +115,11 @@ def multiples_of_8(*values: int) -> int:
     return sum(1 << i for i, value in enumerate(values) if value % 16 == 8)
 
 
+def common_factor(*values: int) -> int:
+    """The largest of 1, 2, 4 and 8 that divides all values, for device.multiple."""
+    return math.gcd(8, *values)
+
+
 def index_type(size: int) -> tl.dtype:
     """Type for offsets up to size: 32 bits where they do, for 64-bit divisions are calls."""
     return tl.int64 if size >= 2**31 - 2**16 else tl.int32

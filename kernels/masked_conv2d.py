@@ -24,13 +24,14 @@ def _tap(k, channels, KW: tl.constexpr, TAPS: tl.constexpr, CHANNELS_LAST: tl.co
 
 
 @triton.jit
-def _block_of_tap(index, blocks, KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr):
-    """Block `index` of the reduction, `blocks` to a tap, as (channels, kernel row, kernel column)."""
+def _block_of_tap(index, KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr):
+    """Block `index` of the reduction as (channels, kernel row, kernel column), all taps of the same channels in turn:
+    they lie side by side in a contiguous weight, and in x they are neighbours, so that the later ones are at hand."""
     if KH * KW == 1:  # as constants, so that the compiler sees how the weight is aligned
         return index * BLOCK + tl.arange(0, BLOCK), 0, 0
     else:
-        tap = index // blocks
-        return index % blocks * BLOCK + tl.arange(0, BLOCK), tap // KW, tap % KW
+        tap = index % (KH * KW)
+        return index // (KH * KW) * BLOCK + tl.arange(0, BLOCK), tap // KW, tap % KW
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def _masked_convolution(
     blocks = tl.cdiv(in_channels, BLOCK_K)
     for step in range(KH * KW * blocks if BY_TAP else tl.cdiv(reduced, BLOCK_K)):
         if BY_TAP:  # one tap and a block of channels: pixels are located once for all of them
-            c, r, s = _block_of_tap(step, blocks, KH, KW, BLOCK_K)
+            c, r, s = _block_of_tap(step, KH, KW, BLOCK_K)
             known = c < in_channels
             h, h_valid = _source(row, r, in_height, STRIDE_H, PAD_H, DILATION_H, TRANSPOSED)
             q, q_valid = _source(col, s, in_width, STRIDE_W, PAD_W, DILATION_W, TRANSPOSED)
@@ -144,8 +145,7 @@ def _weight_gradient(
     split = tl.program_id(2)
     reduced = in_channels * KH * KW
     if BY_TAP:  # a block of channels at one tap: pixels are located once for all of them
-        blocks = tl.cdiv(in_channels, BLOCK_N)
-        c, r, s = _block_of_tap(tl.program_id(0), blocks, KH, KW, BLOCK_N)
+        c, r, s = _block_of_tap(tl.program_id(0), KH, KW, BLOCK_N)
         known = c < in_channels
     else:
         k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -376,7 +376,7 @@ def masked_conv2d(
             bias: (out,), used as it is. float32, float16 or bfloat16, any strides.
 
     Returns:
-        (batch, out, height', width'), dtype of x.
+        (batch, out, height', width'), dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.

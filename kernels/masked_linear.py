@@ -279,16 +279,16 @@ host.register_autograd("masked_linear", _setup_context, _autograd)
 def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x (W * m)^T + b, m = |tanh a| where not |a| < threshold, else 0.
 
-    Differentiable in x, weight, logits and bias. Products are in x's dtype (under autocast: autocast's), float32
-    as IEEE or TF32 by torch.backends.cuda.matmul.allow_tf32; sums are in float32, the mask is applied in float32
-    to the weight as stored.
+    Differentiable in x, weight, logits and bias, each gradient in its tensor's own dtype. Products are in x's dtype
+    (under autocast: autocast's), float32 as IEEE or TF32 by torch.backends.cuda.matmul.allow_tf32; sums are in
+    float32, the mask is applied in float32 to the weight as stored.
 
     Args:
         x: (..., in); weight, logits: (out, in); threshold: one entry, on |a|; bias: (out,), used as it is.
             float32, float16 or bfloat16, each its own, any strides.
 
     Returns:
-        (..., out), dtype of x.
+        (..., out), dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.

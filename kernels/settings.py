@@ -162,7 +162,7 @@ def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: t
 
 def width_block(width: int) -> int:
     """Step over the hypernetwork's width inside a product's own loop: one step where registers allow, short ones
-    where rows of such a width are not aligned to 16 bytes and their entries pass through registers one by one."""
+    for a width like 100, of which longer ones would pad more and, in float32, spill."""
     return _clip(width, 16, 16 if width % 8 else 64)
 
 

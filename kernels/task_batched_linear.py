@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
+from ..errors import InputError
+from ..task_rows import TaskRows
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import check
@@ -130,28 +132,15 @@ def _task_weight_gradient(
         tl.store(dw_ptr + entry, dw.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
-def task_table(task_ids: Tensor | None, tasks: int) -> tuple[Tensor | None, Tensor | None]:
-    """Rows sorted by task (B,) and where each task's begin (tasks + 2,), all on the device; ids that are no
-    task's come last. (None, None) without ids."""
-    if task_ids is None:
-        return None, None
-    known = (task_ids >= 0) & (task_ids < tasks)
-    if host.debug():
-        check(bool(known.all()), f"task_ids must be 0 to {tasks - 1}")
-    sorted_ids, order = torch.sort(torch.where(known, task_ids, tasks), stable=True)
-    buckets = torch.arange(tasks + 2, device=task_ids.device, dtype=sorted_ids.dtype)
-    return order, torch.searchsorted(sorted_ids, buckets)
-
-
 def _strides3(x: Tensor) -> tuple[int, int, int]:
     return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 
 def launch_task_product(
     x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, bias: Tensor | None, y: Tensor,
-    order: Tensor | None, offsets: Tensor | None, tiles: Tiles | None = None,
+    order: Tensor | None = None, begins: Tensor | None = None, tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fill and return y: (B, out) for sorted rows (`task_table`), else (T, B, out). Weight (out, red), any strides."""
+    """Fill and return y: (B, out) for sorted rows (`TaskRows`), else (T, B, out). Weight (out, red), any strides."""
     if y.numel() == 0:
         return y
     (outputs, reduced), tasks, rows = weight.shape, len(logits), y.shape[-2]
@@ -164,7 +153,7 @@ def launch_task_product(
     grid = (row_tiles + tasks + 1 if grouped else row_tiles * tasks, cdiv(outputs, tiles.block_m))
     bias_strides = (0, 0) if bias is None else (0, *bias.stride())[-2:]
     _task_product[grid](
-        x, weight, logits, thresholds, bias, y, order, offsets, rows, outputs, reduced, tasks,
+        x, weight, logits, thresholds, bias, y, order, begins, rows, outputs, reduced, tasks,
         *_strides3(x), *weight.stride(), *logits.stride(), *bias_strides, *_strides3(y),
         GROUPED=grouped, BUCKETS=next_power_of_2(tasks + 1), HAS_BIAS=bias is not None,
         PRECISION=host.matmul_precision(x.dtype), APPROXIMATE=host.approximate_tanh(x.dtype),
@@ -175,8 +164,8 @@ def launch_task_product(
 
 
 def launch_task_weight_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, order: Tensor | None,
-    offsets: Tensor | None, want_weight: bool = True, want_logits: bool = True, tiles: Tiles | None = None,
+    grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, order: Tensor | None = None,
+    begins: Tensor | None = None, want_weight: bool = True, want_logits: bool = True, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dW (out, in) summed over the tasks and dlogits (T, out, in); an unwanted one comes back empty."""
     dw = weight.new_empty(weight.shape if want_weight else 0)
@@ -187,7 +176,7 @@ def launch_task_weight_gradient(
     tiles = tiles or settings.task_weight_gradient(outputs, inputs, rows, x.dtype)
     grid = (cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m))
     _task_weight_gradient[grid](
-        grad, x, weight, logits, thresholds, dw, da, order, offsets, rows, outputs, inputs, len(logits),
+        grad, x, weight, logits, thresholds, dw, da, order, begins, rows, outputs, inputs, len(logits),
         *_strides3(grad), *_strides3(x), *weight.stride(), *logits.stride(),
         GROUPED=order is not None, WANT_W=want_weight, WANT_A=want_logits,
         PRECISION=host.matmul_precision(x.dtype),
@@ -213,12 +202,6 @@ def _check(x, weight, logits, thresholds, task_ids, bias) -> None:
         rows_ok and x.shape[-1] == inputs,
         f"x must be (batch, {inputs}), or ({tasks}, batch, {inputs}) without task_ids, not {tuple(x.shape)}",
     )
-    if task_ids is not None:
-        check(
-            task_ids.shape == x.shape[:1] and task_ids.dtype == torch.int64 and task_ids.device == x.device,
-            f"task_ids must be ({x.shape[0]},) int64 on {x.device}, "
-            f"not {tuple(task_ids.shape)} {task_ids.dtype} on {task_ids.device}",
-        )
     if bias is not None:
         check(
             bias.shape in ((outputs,), (tasks, outputs)),
@@ -226,25 +209,35 @@ def _check(x, weight, logits, thresholds, task_ids, bias) -> None:
         )
 
 
-def _forward(x, weight, logits, thresholds, task_ids=None, bias=None) -> Tensor:
+def _check_ids(x: Tensor, ids: Tensor) -> None:
+    if x.dim() == 2 and (ids.dtype != torch.int64 or ids.shape != x.shape[:1] or ids.device != x.device):
+        raise InputError(
+            f"task_ids must be ({len(x)},) int64 on {x.device}, not {tuple(ids.shape)} {ids.dtype} on {ids.device}"
+        )
+
+
+def _forward(x, weight, logits, thresholds, task_ids=None, order=None, begins=None, bias=None) -> Tensor:
     host.check_runnable(x)
-    y = _forward_shapes(x, weight, logits, thresholds, task_ids, bias)
-    return launch_task_product(x, weight, logits, thresholds.contiguous(), bias, y, *task_table(task_ids, len(logits)))
+    y = _forward_shapes(x, weight, logits, thresholds, task_ids, order, begins, bias)
+    if task_ids is not None and host.debug():
+        known = (task_ids >= 0) & (task_ids < len(logits))
+        check(bool(known.all()), f"task_ids must be 0 to {len(logits) - 1}")
+    return launch_task_product(x, weight, logits, thresholds.contiguous(), bias, y, order, begins)
 
 
-def _forward_shapes(x, weight, logits, thresholds, task_ids=None, bias=None) -> Tensor:
+def _forward_shapes(x, weight, logits, thresholds, task_ids=None, order=None, begins=None, bias=None) -> Tensor:
     _check(x, weight, logits, thresholds, task_ids, bias)
     tasks = () if task_ids is not None else (logits.shape[0],)
     return x.new_empty((*tasks, x.shape[-2], weight.shape[0]))
 
 
-def _backward(grad, x, weight, logits, thresholds, task_ids, needed) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad, x, weight, logits, thresholds, order, begins, needed) -> tuple[Tensor, Tensor, Tensor]:
     host.check_runnable(grad)
     want_x, want_weight, want_logits = needed
-    thresholds, table = thresholds.contiguous(), task_table(task_ids, len(logits))
+    thresholds, table = thresholds.contiguous(), (order, begins)
     dx = x.new_empty(0)
     if want_x:
-        shared = task_ids is None and x.dim() == 2  # every task reads the same rows: their gradients add up
+        shared = order is None and x.dim() == 2  # every task reads the same rows: their gradients add up
         dx = grad.new_empty((*grad.shape[:-1], x.shape[-1]), dtype=torch.float32 if shared else x.dtype)
         launch_task_product(grad, weight.t(), logits.transpose(1, 2), thresholds, None, dx, *table)
         dx = dx.sum(0).to(x.dtype) if shared else dx
@@ -252,14 +245,14 @@ def _backward(grad, x, weight, logits, thresholds, task_ids, needed) -> tuple[Te
     return dx, *gradients
 
 
-def _backward_shapes(grad, x, weight, logits, thresholds, task_ids, needed):
+def _backward_shapes(grad, x, weight, logits, thresholds, order, begins, needed):
     tensors = (x, weight, logits)
     return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(tensors, needed, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, logits, thresholds, task_ids, bias = inputs
-    ctx.save_for_backward(x, weight, logits, thresholds, task_ids)
+    *tensors, bias = inputs
+    ctx.save_for_backward(*tensors)
     ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
 
 
@@ -275,23 +268,23 @@ def _bias_gradient(grad: Tensor, task_ids: Tensor | None, tasks: int, dims: int,
 
 
 def _autograd(ctx, grad: Tensor):
-    *needed, _, _, needs_bias = ctx.needs_input_grad
-    x, weight, logits, thresholds, task_ids = ctx.saved_tensors
+    *needed, _, _, _, _, needs_bias = ctx.needs_input_grad
+    x, weight, logits, thresholds, task_ids, order, begins = ctx.saved_tensors
     gradients = torch.ops.hypermask_fast.task_batched_linear_backward(
-        grad, x, weight, logits, thresholds, task_ids, needed
+        grad, x, weight, logits, thresholds, order, begins, needed
     )
     bias = _bias_gradient(grad, task_ids, len(logits), *ctx.bias) if needs_bias else None
-    return *host.none_if_unneeded(gradients, tuple(needed)), None, None, bias
+    return *host.none_if_unneeded(gradients, tuple(needed)), None, None, None, None, bias
 
 
 host.register(
     "task_batched_linear(Tensor x, Tensor weight, Tensor logits, Tensor thresholds, Tensor? task_ids, "
-    "Tensor? bias) -> Tensor",
+    "Tensor? order, Tensor? begins, Tensor? bias) -> Tensor",
     _forward, _forward_shapes,
 )  # fmt: skip
 host.register(
     "task_batched_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor logits, Tensor thresholds, "
-    "Tensor? task_ids, bool[3] needed) -> (Tensor, Tensor, Tensor)",
+    "Tensor? order, Tensor? begins, bool[3] needed) -> (Tensor, Tensor, Tensor)",
     _backward, _backward_shapes,
 )  # fmt: skip
 host.register_autograd("task_batched_linear", _setup_context, _autograd)
@@ -302,7 +295,7 @@ def task_batched_linear(
     weight: Tensor,
     logits: Tensor,
     thresholds: Tensor,
-    task_ids: Tensor | None = None,
+    task_ids: Tensor | TaskRows | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """y_b = x_b (W * m_t)^T + b_t with t = task_ids[b]; without task_ids every task over every row.
@@ -313,14 +306,19 @@ def task_batched_linear(
     Args:
         x: (B, in), or (T, B, in) without task_ids where each task has its own rows; weight: (out, in), shared.
         logits: (T, out, in); thresholds: (T,), on |a|.
-        task_ids: (B,) int64, any order. A row whose id is not one of 0 to T - 1 gives NaN and no gradient to
-            weight and logits; with HYPERMASK_DEBUG=1 it raises, at the price of a synchronisation.
+        task_ids: (B,) int64, any order, or `TaskRows`, sorted once for several layers. A row whose id is not one of
+            0 to T - 1 gives NaN and no gradient to weight and logits; with HYPERMASK_DEBUG=1 it raises, at the price
+            of a synchronisation.
         bias: (out,) used as it is, or (T, out) with each task's mask already applied.
 
     Returns:
-        (B, out), without task_ids (T, B, out); dtype of x.
+        (B, out), without task_ids (T, B, out); dtype of the products.
 
     Raises:
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.
     """
-    return torch.ops.hypermask_fast.task_batched_linear(host.autocast(x), weight, logits, thresholds, task_ids, bias)
+    rows = (None, None, None)
+    if task_ids is not None:
+        _check_ids(x, task_ids.ids if isinstance(task_ids, TaskRows) else task_ids)
+        rows = TaskRows.of(task_ids, logits.shape[0] if logits.dim() else 0)
+    return torch.ops.hypermask_fast.task_batched_linear(host.autocast(x), weight, logits, thresholds, *rows, bias)

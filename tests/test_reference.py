@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch.autograd import gradcheck
 
 from hypermask_fast import InputError, reference
@@ -72,6 +73,18 @@ def test_nan_ranks_above_inf_and_shows():
     assert thresholds[2].isnan()
     mask = reference.semi_binary_mask(logits, thresholds[1])
     assert mask[1].isnan() and mask[2] == 1 and mask[0] == 0 and mask[3] == 0
+
+
+def test_thresholds_in_a_compiled_graph():
+    """Ranks are values that only the running graph knows: one graph for all of them, and the same thresholds."""
+    compiled = torch.compile(reference.mask_thresholds, fullgraph=True, backend="eager")
+    logits = logits_of(2, 10)
+    logits[0, :3] = torch.tensor([math.nan, -math.inf, 0.0])
+    counters.clear()
+    for ranks in ([1, 0, 3], [3, 0, 0], [2, 0, 5]):
+        given = logits, [0, 4, 4, 10], torch.tensor(ranks)
+        torch.testing.assert_close(compiled(*given), reference.mask_thresholds(*given), rtol=0, atol=0, equal_nan=True)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_mask_gradient():

@@ -9,6 +9,7 @@ import hypermask_fast as hmf
 from hypermask_fast import InputError, backends, mask_first, reference
 from hypermask_fast.masks import use_mask
 from hypermask_fast.task_batch import TaskBatch, serves
+from hypermask_fast.task_rows import TaskRows
 
 from .conftest import blob_model, small_convnet
 
@@ -48,6 +49,14 @@ def test_task_batched_linear_mask_first(ids, bias_shape):
         results.append((y, *grads))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("op", [mask_first.task_batched_linear, reference.task_batched_linear])
+def test_ids_sorted_beforehand(op):
+    x, weight, logits = torch.randn(4, 7), torch.randn(4, 7), torch.randn(3, 4, 7)
+    ids = torch.tensor([2, 0, 0, 2])
+    args = (x, weight, logits, torch.zeros(3))
+    assert torch.equal(op(*args, TaskRows.of(ids, 3)), op(*args, ids))
 
 
 def test_rows_of_their_own_and_no_tasks():
@@ -231,6 +240,28 @@ def test_another_task_is_the_same_graph(convnet_model, backend):
     unknown = compiled(images(), torch.tensor([2, 0, 5, 2, -1, 0]))  # values are not looked at
     assert unknown[[2, 4]].isnan().all() and unknown[[0, 1, 3, 5]].isfinite().all()
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("op", [mask_first.task_batched_linear, reference.task_batched_linear])
+def test_ids_that_are_no_tasks_in_a_compiled_graph(op):
+    """Nobody looks at them: their rows are NaN, and no other task's."""
+    x, weight, logits = torch.randn(4, 7), torch.randn(4, 7), torch.randn(3, 4, 7)
+    compiled = torch.compile(op, fullgraph=True, backend="eager")
+    y = compiled(x, weight, logits, torch.zeros(3), torch.tensor([2, 3, -1, 0]))
+    assert y[1:3].isnan().all()
+    known = op(x[::3], weight, logits, torch.zeros(3), torch.tensor([2, 0]))
+    torch.testing.assert_close(y[::3], known)
+
+
+def test_a_compiled_graph_of_the_reference(convnet_model):
+    """As where no extension is built: nothing asks for a value."""
+    model = trained(convnet_model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with hmf.use_backend("reference"):
+        for call in ((images(), torch.tensor([2, 0, 0, 2, 1, 0])), (images(), torch.tensor(1))):
+            expected = [*torch.autograd.grad(model(*call).square().sum(), model.weights())]
+            found = [*torch.autograd.grad(compiled(*call).square().sum(), model.weights())]
+            torch.testing.assert_close(found, expected)
 
 
 def test_gradients_through_a_compiled_graph():

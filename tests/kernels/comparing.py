@@ -50,22 +50,30 @@ def output_and_gradients(
 
 
 def assert_matches(
-    op: Callable[..., Tensor], reference: Callable[..., Tensor], tensors: Sequence[Tensor], dtype: torch.dtype
+    op: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+    peer: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """op(*tensors) against reference(*tensors in float64), outputs and gradients; returns op's output.
 
-    Each tensor keeps its strides; dtype is the one that the products are in.
+    Each tensor keeps its strides; dtype is the one that the products are in. In half precision the yardstick is
+    peer(*tensors), without one the reference on tensors in dtype.
     """
     shape = op(*tensors).shape
     grad = torch.randn(shape, device=DEVICE).to(dtype)
     found = output_and_gradients(op, tensors, grad)
     expected = output_and_gradients(reference, [t.double() for t in tensors], grad)
-    peers = in_half(dtype, lambda *halves: output_and_gradients(reference, halves, grad), *tensors)
+    if peer is None:
+        peers = in_half(dtype, lambda *halves: output_and_gradients(reference, halves, grad), *tensors)
+    else:
+        peers = output_and_gradients(peer, tensors, grad)
     dtypes = dtype, *(t.dtype for t in tensors)
     names = "output", *(f"gradient of argument {position}" for position in range(len(tensors)))
-    for name, got, wanted, peer, stored in zip(names, found, expected, peers, dtypes, strict=False):
-        assert got.dtype == stored
-        assert_close(name, got, wanted, peer)
+    for name, got, wanted, half, stored in zip(names, found, expected, peers, dtypes, strict=False):
+        assert got.dtype == stored, f"{name}: {got.dtype}, not {stored}"
+        assert_close(name, got, wanted, half)
     return found[0]
 
 

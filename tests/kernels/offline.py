@@ -24,10 +24,12 @@ from triton.runtime.jit import JITFunction
 import hypermask_fast.kernels  # noqa: F401 (fills sys.modules)
 from hypermask_fast.kernels import host
 from hypermask_fast.kernels.conv2d_shape import Conv2dShape
+from hypermask_fast.task_rows import TaskRows
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SOURCES = {file.name: file.read_text().splitlines() for file in Path(host.__file__).parent.glob("*.py")}
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -67,6 +69,29 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
 
 
+def loads(ptx: str) -> dict[str, int]:
+    """The fewest bytes that a thread takes at once, by the pointer's name ("" where the compiler lost it).
+
+    Tiles and vectors are loaded under a mask, so with a predicate; numbers like the threshold are not."""
+    found: dict[str, int] = {}
+    name = ""
+    for line in ptx.splitlines():
+        if place := re.search(r"\.loc\s.*// (\w+\.py):(\d+):", line):
+            file, number = place.groups()
+            text = _SOURCES[file][int(number) - 1] if file in _SOURCES else ""
+            pointer = re.search(r"tl\.load\((\w+?)(?:_ptr|_at)\b", text)
+            name = pointer[1] if pointer else ""
+        elif plain := re.search(r"@!?%p\d+ ld\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)", line):
+            size = int(plain[1] or 1) * int(plain[2]) // 8
+        elif copied := re.search(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x\w+)", line):
+            size = int(copied[1], 16)
+        else:
+            continue
+        if not place:
+            found[name] = min(size, found.get(name, size))
+    return found
+
+
 @functools.cache  # launches of one variant share their kernel
 def facts(kernel) -> dict:
     """What the tests assert on: resources, and which matrix instructions the PTX holds."""
@@ -79,8 +104,7 @@ def facts(kernel) -> dict:
         "tcgen05": "tcgen05.mma" in ptx,
         # wgmma's left operand: four registers in braces, or the descriptor of a tile in shared memory
         "left from registers": re.search(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx) is not None,
-        "copies of 16 bytes": len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10", ptx)),
-        "loads": len(re.findall(r"ld\.global", ptx)),
+        "loads": loads(ptx),
         **resources(kernel.asm["cubin"]),
     }
 
@@ -122,10 +146,10 @@ def linear(dtype: torch.dtype) -> None:
 def convolution(dtype: torch.dtype) -> None:
     op = module("masked_conv2d")
     threshold, bias = empty((), dtype=dtype), empty(64, dtype=dtype)
-    for memory_format, kernel in ((torch.contiguous_format, 3), (torch.channels_last, 3), (torch.channels_last, 1)):
+    weight, shape = empty(64, 64, 3, 3, dtype=dtype), Conv2dShape((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
         x = empty(32, 64, 32, 32, dtype=dtype, memory_format=memory_format)
-        weight, y = empty(64, 64, kernel, kernel, dtype=dtype), torch.empty_like(x)
-        shape = Conv2dShape((kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+        y = torch.empty_like(x)
         op.launch_convolution(x, weight, weight, threshold, bias, y, shape)
         if memory_format is torch.contiguous_format:
             op.launch_convolution(y, weight, weight, threshold, None, x, shape, transposed=True)
@@ -133,6 +157,15 @@ def convolution(dtype: torch.dtype) -> None:
     wide = empty(1024, 512, 3, 3, dtype=dtype)  # enough tiles of its own: the epilogue writes dW and da
     x, y = empty(8, 512, 7, 7, dtype=dtype), empty(8, 1024, 7, 7, dtype=dtype)
     op.launch_weight_gradient(y, x, wide, wide, threshold, Conv2dShape((3, 3), (1, 1), (1, 1), (1, 1), 1))
+
+
+def pointwise(dtype: torch.dtype) -> None:
+    op, shape = module("masked_conv2d"), Conv2dShape((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    x = empty(32, 64, 32, 32, dtype=dtype, memory_format=torch.channels_last)
+    weight, y, threshold = empty(64, 64, 1, 1, dtype=dtype), torch.empty_like(x), empty((), dtype=dtype)
+    op.launch_convolution(x, weight, weight, threshold, empty(64, dtype=dtype), y, shape)
+    op.launch_convolution(y, weight, weight, threshold, None, x, shape, transposed=True)
+    op.launch_weight_gradient(y, x, weight, weight, threshold, shape)
 
 
 def chunks(dtype: torch.dtype) -> None:
@@ -153,7 +186,7 @@ def tasks(dtype: torch.dtype) -> None:
     logits, bias = empty(10, 1000, 1024, dtype=dtype), empty(10, 1000, dtype=dtype)
     for ids in (None, torch.zeros(256, dtype=torch.int64)):
         y = empty(*(() if ids is not None else (10,)), 256, 1000, dtype=dtype)
-        table = op.task_table(ids, 10)
+        table = () if ids is None else TaskRows.of(ids, 10)[1:]
         op.launch_task_product(x, weight, logits, thresholds, bias, y, *table)
         op.launch_task_weight_gradient(y, x, weight, logits, thresholds, *table)
 
@@ -212,7 +245,7 @@ def _target_tasks(dtype: torch.dtype) -> None:
     for outputs, inputs in MLP:
         weight, logits = empty(outputs, inputs, dtype=dtype), empty(10, outputs, inputs, dtype=dtype)
         for rows, ids in ((1000, None), (256, torch.zeros(256, dtype=torch.int64))):
-            table, every = op.task_table(ids, 10), () if ids is not None else (10,)
+            table, every = ((), (10,)) if ids is None else (TaskRows.of(ids, 10)[1:], ())
             x, y = empty(rows, inputs, dtype=dtype), empty(*every, rows, outputs, dtype=dtype)
             op.launch_task_product(x, weight, logits, thresholds, weight[:, 0], y, *table)
             dx = empty(*every, rows, inputs, dtype=torch.float32 if ids is None else dtype)
@@ -238,7 +271,7 @@ def compile_everything(capability: int) -> dict[str, list[dict]]:
     found = {}
     for precision, dtype in PRECISIONS.items():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        for group in (linear, convolution, chunks, tasks, elementwise, targets):
+        for group in (linear, convolution, pointwise, chunks, tasks, elementwise, targets):
             if (group is elementwise and precision == "tf32") or (group is targets and precision != "bfloat16"):
                 continue
             with compiling(capability) as compiled:

@@ -115,3 +115,11 @@ def test_bad_input(change, message):
     given |= {"x": torch.ones(1, 5, 4, 4, device=DEVICE), "weight": torch.ones(3, 5, 1, 1, device=DEVICE)}
     with pytest.raises(InputError, match=message):
         chunk_masked_conv2d(**given)
+
+
+def test_a_convolution_without_outputs_is_refused():
+    """As by PyTorch, whose convolution of W * m it is."""
+    source = (torch.ones(n, device=DEVICE) for n in ((10, 4), (10, 4), (10,)))
+    x, weight = torch.ones(1, 5, 4, 4, device=DEVICE), torch.ones(0, 5, 1, 1, device=DEVICE)
+    with pytest.raises(InputError, match="an output channel"):
+        chunk_masked_conv2d(x, weight, *source, 0, torch.ones((), device=DEVICE))

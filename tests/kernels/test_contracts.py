@@ -1,23 +1,26 @@
-"""What every product promises alike: gradients one by one, any strides, any threshold, nothing in a dimension."""
+"""What every product promises alike: gradients one by one, strides, thresholds, empty dimensions, autocast."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from comparing import DEVICE, assert_close, assert_matches, randn
+from comparing import DEVICE, DTYPES, assert_close, assert_matches, in_half, output_and_gradients, randn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hypermask_fast import kernels, reference
+from hypermask_fast import kernels, mask_first, reference
 
 F32 = torch.float32
 
 
 @dataclass(frozen=True)
 class Product:
-    """An op and its reference as functions of (threshold, *tensors); `shapes` of the tensors, logits' source last."""
+    """An op and its definition as functions of (threshold, *tensors), and W * m before PyTorch's own product; `shapes`
+    of the tensors, logits' source last."""
 
     op: Callable
     reference: Callable
+    mask_first: Callable
     shapes: dict[str, tuple[int, ...]]
 
     def tensors(self, dtype: torch.dtype = F32) -> list[torch.Tensor]:
@@ -50,7 +53,7 @@ def every_task(op):
 
 
 def product(name: str, wrap: Callable, **shapes: tuple[int, ...]) -> Product:
-    return Product(wrap(getattr(kernels, name)), wrap(getattr(reference, name)), shapes)
+    return Product(*(wrap(getattr(module, name)) for module in (kernels, reference, mask_first)), shapes)
 
 
 PRODUCTS = {
@@ -69,6 +72,7 @@ PRODUCTS = {
     "every task": product("task_batched_linear", every_task, x=(5, 16), w=(12, 16), b=(12,), a=(3, 12, 16)),
 }  # fmt: skip
 each_product = pytest.mark.parametrize("case", PRODUCTS.values(), ids=PRODUCTS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 SMALL = torch.tensor(0.4, device=DEVICE)
 
 
@@ -90,15 +94,20 @@ def test_each_gradient_alone(case):
 
 
 @each_product
+@each_dtype
 @pytest.mark.parametrize("reduce", [torch.sum, torch.mean])
-def test_expanded_gradient(case, reduce):
+def test_expanded_gradient(case, reduce, dtype):
     """The gradient of a sum is one number with strides of 0."""
-    ours = [t.requires_grad_() for t in case.tensors()]
-    theirs = [t.detach().double().requires_grad_() for t in ours]
-    got = torch.autograd.grad(reduce(case.op(SMALL, *ours)), ours)
-    wanted = torch.autograd.grad(reduce(case.reference(SMALL.double(), *theirs)), theirs)
-    for name, g, e in zip(case.shapes, got, wanted, strict=True):
-        assert_close(name, g, e)
+
+    def gradients(op, threshold, tensors):
+        one = torch.ones((), dtype=tensors[0].dtype, device=DEVICE)
+        return output_and_gradients(lambda *t: reduce(op(threshold, *t)), tensors, one)[1:]
+
+    tensors = case.tensors(dtype)
+    wanted = gradients(case.reference, SMALL.double(), [t.double() for t in tensors])
+    peers = in_half(dtype, lambda *halves: gradients(case.reference, SMALL, halves), *tensors)
+    for name, g, e, p in zip(case.shapes, gradients(case.op, SMALL, tensors), wanted, peers, strict=False):
+        assert_close(name, g, e, p)
 
 
 def reversed_strides(t: torch.Tensor) -> torch.Tensor:
@@ -113,20 +122,22 @@ def every_other(t: torch.Tensor) -> torch.Tensor:
 
 
 @each_product
+@each_dtype
 @pytest.mark.parametrize("layout", [reversed_strides, every_other])
-def test_any_strides(case, layout):
-    tensors = [layout(t) for t in case.tensors()]
+def test_any_strides(case, layout, dtype):
+    tensors = [layout(t) for t in case.tensors(dtype)]
     threshold = torch.full((2, 2), 0.4, device=DEVICE)[::2, ::2].view(())
     assert_matches(
-        lambda *t: case.op(threshold, *t), lambda *t: case.reference(threshold.double(), *t), tensors, F32
+        lambda *t: case.op(threshold, *t), lambda *t: case.reference(threshold.double(), *t), tensors, dtype
     )  # fmt: skip
 
 
 @each_product
+@each_dtype
 @pytest.mark.parametrize("threshold", [0.0, 1e9, float("inf")])
-def test_threshold_that_drops_nothing_or_all(case, threshold):
-    t, tensors = torch.tensor(threshold, device=DEVICE), case.tensors()
-    assert_matches(lambda *z: case.op(t, *z), lambda *z: case.reference(t.double(), *z), tensors, F32)
+def test_threshold_that_drops_nothing_or_all(case, threshold, dtype):
+    t, tensors = torch.tensor(threshold, device=DEVICE), case.tensors(dtype)
+    assert_matches(lambda *z: case.op(t, *z), lambda *z: case.reference(t.double(), *z), tensors, dtype)
     if threshold > 0:  # exactly nothing is left of the weight, in the output and in its gradients
         leaves = [z.requires_grad_() for z in tensors]
         gradients = torch.autograd.grad(case.op(t, *leaves).sum(), leaves)
@@ -134,15 +145,48 @@ def test_threshold_that_drops_nothing_or_all(case, threshold):
 
 
 @each_product
+@each_dtype
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_stay_in_their_outputs(case, value):
+def test_logits_that_are_not_finite_stay_in_their_outputs(case, value, dtype):
     """NaN is kept and shows, infinite ones are a mask of 1; nothing else is touched."""
-    tensors = case.tensors()
+    tensors = case.tensors(dtype)
     tensors[-1].view(-1)[3] = value
     y = case.op(SMALL, *tensors)
     expected = case.reference(SMALL.double(), *(t.double() for t in tensors))
     assert torch.equal(y.isnan(), expected.isnan())
-    assert_close("finite part", y.nan_to_num(), expected.nan_to_num())
+    peer = None if dtype == F32 else case.reference(SMALL, *tensors).nan_to_num()
+    assert_close("finite part", y.nan_to_num(), expected.nan_to_num(), peer)
+
+
+def under_autocast(op: Callable, dtype: torch.dtype) -> Callable:
+    def call(*tensors):
+        with torch.autocast(DEVICE, dtype):
+            return op(SMALL, *tensors)
+
+    return call
+
+
+@each_product
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_autocast(case, dtype):
+    """As PyTorch's own layers on W * m: output in autocast's dtype, each gradient in its tensor's own."""
+    assert_matches(
+        under_autocast(case.op, dtype),
+        lambda *t: case.reference(SMALL.double(), *t),
+        case.tensors(),
+        dtype,
+        peer=under_autocast(case.mask_first, dtype),
+    )
+
+
+@each_product
+def test_autocast_dtypes_of_bfloat16(case):
+    """The same by the shape functions alone, for bfloat16's values can't be had in the interpreter."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        leaves = [t.requires_grad_() for t in case.tensors()]
+        y = under_autocast(case.op, torch.bfloat16)(*leaves)
+        gradients = torch.autograd.grad(y.float().sum(), leaves)
+    assert y.dtype == torch.bfloat16 and {g.dtype for g in gradients} == {F32}
 
 
 EMPTY = {  # op, shapes with a 0 in each place that may hold one
@@ -165,9 +209,10 @@ EMPTY = {  # op, shapes with a 0 in each place that may hold one
 }  # fmt: skip
 
 
+@each_dtype
 @pytest.mark.parametrize("name", EMPTY)
-def test_nothing_in_a_dimension(name):
+def test_nothing_in_a_dimension(name, dtype):
     op, wrap, shapes = EMPTY[name]
     ours, theirs = wrap(getattr(kernels, op)), wrap(getattr(reference, op))
-    tensors = [randn(*shape, dtype=F32) for shape in shapes]
-    assert_matches(lambda *t: ours(SMALL, *t), lambda *t: theirs(SMALL.double(), *t), tensors, F32)
+    tensors = [randn(*shape, dtype=dtype) for shape in shapes]
+    assert_matches(lambda *t: ours(SMALL, *t), lambda *t: theirs(SMALL.double(), *t), tensors, dtype)

@@ -194,6 +194,16 @@ def test_one_task_per_sample(name, as_on_a_gpu, monkeypatch):
     assert_close("two samples", few, expected[:2].double())
 
 
+def test_task_ids_are_sorted_once(as_on_a_gpu, monkeypatch):
+    """For all layers, forward and backward, whether they see a row per sample or one per pixel."""
+    found, x = made("convnet")
+    sort, sorted_ids = torch.sort, []
+    monkeypatch.setattr(torch, "sort", lambda ids, **how: sorted_ids.append(ids) or sort(ids, **how))
+    y = found(x, torch.tensor([2, 0, 0, 2, 2, 0, 2], device=DEVICE))
+    gradients(found, y)
+    assert len(sorted_ids) == 1
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_task(name, as_on_a_gpu, monkeypatch):
     found, x = made(name)
@@ -237,3 +247,13 @@ def test_compiled_without_recompilation(as_on_a_gpu):
         ids = torch.tensor(tasks, device=DEVICE)
         assert_same(found, compiled(x, ids), found(x, ids))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_block_on_triton_runs_a_whole_model():
+    """Thresholds and the hypernetwork's output, which Triton doesn't have, are chosen automatically."""
+    found, x = made("mlp")
+    expected = found(x, 1)
+    with hmf.use_backend("triton"):
+        y, drift = found(x, task=1), found.regularizer(1)
+    assert_same(found, y, expected)
+    assert drift.isfinite()

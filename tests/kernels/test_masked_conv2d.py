@@ -90,6 +90,7 @@ def test_tiles_that_do_not_divide(splits):
         ({}, {"groups": 5}, "groups must divide"),
         ({}, {"stride": 0}, "stride"),
         ({}, {"padding": (1, -1)}, "padding"),
+        ({}, {"padding": "same"}, "padding must be a number or two, not 'same'"),
         ({"x": torch.ones(1, 4, 5, 5).bool()}, {}, "bool"),
     ],
 )

@@ -90,15 +90,6 @@ def test_weight_and_logits_of_other_dtypes():
     assert y.dtype == torch.float16
 
 
-def test_autocast():
-    x, w, a = (randn(*s, dtype=torch.float32) for s in ((3, 8), (4, 8), (4, 8)))
-    threshold = exact_threshold(a)
-    with torch.autocast(DEVICE, torch.float16):
-        y, peer = masked_linear(x, w, a, threshold), reference.masked_linear(x, w, a, threshold)
-    assert y.dtype == torch.float16
-    assert_close("y", y, reference.masked_linear(*(t.double() for t in (x, w, a, threshold))), peer)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

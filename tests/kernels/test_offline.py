@@ -17,8 +17,13 @@ PRODUCTS = {
     "_task_product", "_task_weight_gradient",
 }  # fmt: skip
 MASKED_LEFT = {"_masked_product", "_masked_convolution", "_chunk_product", "_task_product"}
-GROUPS = {"linear", "convolution", "chunks", "tasks", "elementwise", "targets"}
+GROUPS = {"linear", "convolution", "pointwise", "chunks", "tasks", "elementwise", "targets"}
 PRECISIONS = {"float32", "tf32", "float16", "bfloat16"}
+# Bytes that every load of a tile has at least where all is contiguous and aligned. Rows of 100 halves allow 8 at a
+# time, and so does a tile of x of 8 rows. (As operands in TF32 Hopper takes what is not transposed only.)
+WIDTHS = {"linear": 16, "pointwise": 16, "tasks": 16, "chunks": 8}
+WIDE_KERNELS = PRODUCTS | {"_gradients"}
+VECTORS = {"bias", "ob", "order", "offsets"}  # one entry per row or column: not tiles
 TENSOR_CORE_PRECISIONS = PRECISIONS - {"float32"}
 HERE = Path(__file__).parent
 
@@ -42,7 +47,14 @@ def compile_all_at_once() -> None:
             list(pool.map(compiled, SHARED_LIMIT))
 
 
-def faults(kernel: dict, capability: int, precision: str) -> list[str]:
+def narrow(kernel: dict, group: str) -> bool:
+    """Whether some tile is loaded in pieces smaller than its alignment allows."""
+    tiles = {name: size for name, size in kernel["loads"].items() if name not in VECTORS}
+    weights = [tiles.get(name, 16) for name in ("w", "a", "g")]
+    return min(tiles.values(), default=0) < WIDTHS[group] or min(weights) < 16
+
+
+def faults(kernel: dict, capability: int, group: str, precision: str) -> list[str]:
     name, on_tensor_cores = kernel["kernel"], precision in TENSOR_CORE_PRECISIONS
     instruction = MATRIX_INSTRUCTION[capability] if kernel["block_m"] >= 64 else "mma"  # wgmma's and tcgen05's least
     found = {
@@ -53,6 +65,7 @@ def faults(kernel: dict, capability: int, precision: str) -> list[str]:
         and on_tensor_cores
         and instruction == "wgmma"
         and not kernel["left from registers"],
+        "narrow loads": group in WIDTHS and name in WIDE_KERNELS and precision != "tf32" and narrow(kernel, group),
     }
     return [fault for fault, there in found.items() if there]
 
@@ -68,23 +81,27 @@ def test_compiles_well(capability):
         (name, json.dumps(kernel)): why
         for name, kernels in found.items()
         for kernel in kernels
-        if (why := faults(kernel, capability, name.split()[1]))
+        if (why := faults(kernel, capability, *name.split()))
     }
     assert not wrong
 
 
-def test_the_asserts_see_a_spill():
-    """Tiles too large for the registers must fail the assert above, or it would prove nothing."""
+def test_the_asserts_see_spills_and_narrow_loads():
+    """Tiles too large for the registers, and rows of odd length, must fail the assert above; else it proves nothing."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import offline, torch\n"
+        "import json, offline, torch\n"
         "from hypermask_fast.kernels.settings import Tiles\n"
-        "e = torch.empty(256, 256)\n"
+        "e, odd = torch.empty(256, 256), torch.empty(64, 1001)\n"
         "with offline.compiling(80) as found:\n"
         "    offline.module('masked_linear').launch_weight_gradient(e, e, e, e, e[0, 0], tiles=Tiles(128, 128, 32))\n"
-        "print(found[0]['spilled'])"
+        "    offline.module('masked_linear').launch_product(odd, odd, odd, e[0, 0], None, Tiles(64, 64, 32, 8))\n"
+        "print(json.dumps(found))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     answer = subprocess.run([sys.executable, "-c", program, str(HERE)], capture_output=True, text=True, env=environment)
-    assert int(answer.stdout.split()[-1]) > 0, answer.stderr
+    assert answer.returncode == 0, answer.stderr
+    large, odd = json.loads(answer.stdout.splitlines()[-1])
+    assert faults(large, 80, "linear", "float32") == ["spills"]
+    assert faults(odd, 80, "linear", "float32") == ["narrow loads"]

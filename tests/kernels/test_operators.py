@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from hypermask_fast import kernels
 from hypermask_fast.kernels import host
+from hypermask_fast.task_rows import TaskRows
 
 F32 = torch.float32
 THRESHOLD = torch.tensor(0.4, device=DEVICE)
@@ -52,10 +53,11 @@ CASES = {
         (1, 1), (1, 1), (1, 1), 2, [True] * 5,
     ),
     "task_batched_linear": lambda: (
-        grad(3, 5), grad(4, 5), grad(2, 4, 5), THRESHOLD.expand(2), torch.tensor([1, 0, 1], device=DEVICE), grad(2, 4),
+        grad(3, 5), grad(4, 5), grad(2, 4, 5), THRESHOLD.expand(2),
+        *TaskRows.of(torch.tensor([1, 0, 1], device=DEVICE), 2), grad(2, 4),
     ),
     "task_batched_linear_backward": lambda: (
-        plain(2, 3, 4), plain(3, 5), plain(4, 5), plain(2, 4, 5), THRESHOLD.expand(2), None, [True] * 3,
+        plain(2, 3, 4), plain(3, 5), plain(4, 5), plain(2, 4, 5), THRESHOLD.expand(2), None, None, [True] * 3,
     ),
     "triton_semi_binary_mask": lambda: (grad(3, 5), THRESHOLD),
     "triton_semi_binary_mask_with_slope": lambda: (plain(3, 5), THRESHOLD),
@@ -80,39 +82,72 @@ def test_every_op_is_checked():
     assert ours == set(CASES)
 
 
-def network(x, weights, logits, thresholds, task_ids, hidden, layer, layer_bias):
-    """One call of each op."""
-    y = kernels.masked_conv2d(x, weights[0], logits[0], thresholds[0], padding=1)
-    y = kernels.chunk_masked_conv2d(y, weights[0], hidden, layer, layer_bias, 3, thresholds[0], padding=(1, 1))
-    y = kernels.masked_linear(y.flatten(1), weights[1], logits[1], thresholds[0])
-    y = kernels.chunk_masked_linear(y, weights[2], hidden, layer, layer_bias, 5, thresholds[0])
-    every = kernels.task_batched_linear(y, weights[2], logits[2], thresholds)
-    y = kernels.task_batched_linear(y, weights[2], logits[2], thresholds, task_ids)
-    mask = kernels.semi_binary_mask(logits[0], thresholds[0])
-    drift = kernels.weight_drift(
-        weights[:2], torch.cat([logits[0].flatten(), logits[1].flatten()]).detach(), [0, 36, 108]
-    )
-    return y.square().sum() + mask.sum() + drift + every.sum(), kernels.entropy_select(every)
+def own(values, task):
+    """Those of one task, whose id is a tensor (1,)."""
+    return values.index_select(0, task)[0]
 
 
-def test_compile_without_graph_breaks_or_recompilation():
-    weights = [grad(2, 2, 3, 3), grad(4, 18), grad(4, 4)]
-    logits = [grad(2, 2, 3, 3), grad(4, 18), grad(2, 4, 4)]
-    hidden, layer, layer_bias = grad(8, 3), grad(6, 3), grad(6)
-    leaves = [*weights, *logits, hidden, layer, layer_bias]
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+# An op under a task that is a tensor, as a compiled model calls it, and the shapes of what it differentiates; what each
+# of the two tasks has of its own comes first.
+COMPILED = {
+    "masked_linear": (
+        lambda task, limits, a, x, w, b: kernels.masked_linear(x, w, own(a, task), own(limits, task), b),
+        ((2, 4, 5), (3, 5), (4, 5), (4,)),
+    ),
+    "masked_conv2d": (
+        lambda task, limits, a, x, w, b: kernels.masked_conv2d(x, w, own(a, task), own(limits, task), b, 2, 1, 1, 2),
+        ((2, 6, 2, 3, 3), (2, 4, 5, 5), (6, 2, 3, 3), (6,)),
+    ),
+    "chunk_masked_linear": (
+        lambda task, limits, h, x, w, *layer: kernels.chunk_masked_linear(
+            x, w, own(h, task), *layer, 2, own(limits, task)
+        ),
+        ((2, 4, 3), (3, 5), (4, 5), (6, 3), (6,)),
+    ),
+    "chunk_masked_conv2d": (
+        lambda task, limits, h, x, w, *layer: kernels.chunk_masked_conv2d(
+            x, w, own(h, task), *layer, 2, own(limits, task)
+        ),
+        ((2, 4, 3), (2, 1, 5, 5), (2, 1, 3, 3), (6, 3), (6,)),
+    ),
+    "task_batched_linear": (
+        lambda task, limits, a, x, w, b: kernels.task_batched_linear(x, w, a, limits, task.expand(3), b),
+        ((2, 4, 5), (3, 5), (4, 5), (2, 4)),
+    ),
+    "task_batched_linear, every task": (
+        lambda task, limits, a, x, w, b: kernels.task_batched_linear(x, w, a, limits, None, b),
+        ((2, 4, 5), (3, 5), (4, 5), (2, 4)),
+    ),
+    "semi_binary_mask": (
+        lambda task, limits, a: kernels.semi_binary_mask(own(a, task), own(limits, task)),
+        ((2, 3, 5),),
+    ),
+    "entropy_select": (lambda task, limits, x: kernels.entropy_select(x * own(limits, task)), ((3, 4, 5),)),
+    "weight_drift": (
+        lambda task, limits, a, v, w: kernels.weight_drift(
+            (v, w), own(a, 1 - task), (0, 6, 10), 2, own(a, task), limits
+        ),
+        ((2, 10), (2, 3), (4,)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_to_one_graph_for_all_tasks(name):
+    """Forward and backward without a graph break, the eager numbers, and no other code for another task."""
+    op, shapes = COMPILED[name]
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     counters.clear()
-    for thresholds, ids in [((0.3, 0.4), (0, 1, 1)), ((0.5, 0.2), (1, 0, 0))]:
-        arguments = (
-            plain(3, 2, 3, 3), weights, [logits[0][:, :, :3, :3], *logits[1:]],
-            torch.tensor(thresholds, device=DEVICE), torch.tensor(ids, device=DEVICE), hidden, layer, layer_bias,
-        )  # fmt: skip
-        (loss, task), (expected, expected_task) = compiled(*arguments), network(*arguments)
-        torch.testing.assert_close(loss, expected)
-        assert torch.equal(task, expected_task)
-        wanted = torch.autograd.grad(expected, leaves)
-        torch.testing.assert_close(torch.autograd.grad(loss, leaves), wanted)
-    assert counters["stats"]["unique_graphs"] == 1  # other tasks and thresholds are other tensors, not other code
+    for task, limits in ((0, (0.3, 0.4)), (1, (0.5, 0.2))):
+        leaves = [grad(*shape) for shape in shapes]
+        call = torch.tensor([task], device=DEVICE), torch.tensor(limits, device=DEVICE), *leaves
+        y, expected = compiled(*call), op(*call)
+        assert torch.equal(y, expected)
+        if y.is_floating_point():
+            seed = torch.randn_like(y)
+            ours, theirs = (torch.autograd.grad(found, leaves, seed) for found in (y, expected))
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_repeats_bit_for_bit():

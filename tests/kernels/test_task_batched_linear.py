@@ -5,6 +5,7 @@ from comparing import DEVICE, DTYPES, assert_close, assert_matches, exact_thresh
 from hypermask_fast import reference
 from hypermask_fast.errors import InputError
 from hypermask_fast.kernels import task_batched_linear
+from hypermask_fast.task_rows import TaskRows
 
 CASES = [  # tasks, batch, in, out, how the rows meet the tasks
     (1, 1, 1, 1, "ids"),
@@ -72,12 +73,29 @@ def test_debug_mode_refuses_ids_that_are_no_tasks(monkeypatch):
         task_batched_linear(*(a.to(DEVICE) for a in arguments))
 
 
+def test_ids_sorted_beforehand():
+    """`TaskRows` in place of the ids, also of several rows for each; sorted for another number of tasks they raise."""
+    x, weight, logits = (randn(*s, dtype=torch.float32) for s in ((10, 6), (5, 6), (3, 5, 6)))
+    thresholds, ids = torch.zeros(3, device=DEVICE), torch.tensor([2, 0, 7, 0, -1], device=DEVICE)
+    rows = TaskRows.of(ids, 3)
+    assert rows.order.tolist() == [1, 3, 0, 2, 4] and rows.begins.tolist() == [0, 2, 2, 3, 5]
+    twice = TaskRows.of(rows, 3).repeated(2)
+    for found, wanted in zip(twice, TaskRows.of(ids.repeat_interleave(2), 3), strict=True):
+        assert torch.equal(found, wanted)
+    y = task_batched_linear(x, weight, logits, thresholds, twice)
+    expected = task_batched_linear(x, weight, logits, thresholds, ids.repeat_interleave(2))
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(InputError, match="these rows are sorted for 3 tasks, not for 2"):
+        task_batched_linear(x, weight, logits[:2], thresholds[:2], twice)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": torch.ones(6, 4)}, "x must be"),
         ({"x": torch.ones(2, 6, 3)}, "x must be"),
         ({"logits": torch.ones(4, 3)}, "logits must be"),
+        ({"logits": torch.ones(())}, "logits must be"),
         ({"thresholds": torch.ones(3)}, "thresholds must be"),
         ({"task_ids": torch.zeros(6).int()}, "task_ids must be"),
         ({"task_ids": torch.zeros(5).long()}, "task_ids must be"),
