@@ -12,6 +12,7 @@ Source of the method: HyperMask, arXiv 2310.00113.
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ def kept_rank(sparsity: float, size: int) -> int:
     Raises:
         InputError: sparsity is not a number from 0 to 100.
     """
-    if not 0 <= sparsity <= 100:
+    number = isinstance(sparsity, Real) and not isinstance(sparsity, bool)
+    if not number or not 0 <= sparsity <= 100:
         raise InputError(f"sparsity is a percentage from 0 to 100, not {sparsity!r}")
     return math.ceil(sparsity * max(size - 1, 0) / 100)
 
