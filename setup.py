@@ -31,6 +31,7 @@ OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000", "-std=c++17"]
 CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+LIBRARY = "_native.abi3.so"
 ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mbmi"],
     "kernels_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mbmi"],
@@ -159,8 +160,8 @@ class Build(build_ext):
             list(pool.map(run, commands))
         output = Path(self.get_ext_fullpath("hypermask_fast._native")).resolve()
         if self.inplace:
-            output = Path(self.build_lib).resolve() / "hypermask_fast" / "_native.abi3.so"
-        output = output.with_name("_native.abi3.so")
+            output = Path(self.build_lib).resolve() / "hypermask_fast" / LIBRARY
+        output = output.with_name(LIBRARY)
         output.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
         if nvcc:  # which knows where its static runtime lies
@@ -188,6 +189,8 @@ def write_record(record: dict, folders: list[Path]) -> None:
             print(f"hypermask_fast: left out {part}: {why}", file=sys.stderr)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
+        if record["native"]:  # an earlier build's library, which may not fit these sources
+            (folder / LIBRARY).unlink(missing_ok=True)
         (folder / "_build.json").write_text(json.dumps(record))
 
 

@@ -95,6 +95,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _presets(arguments: argparse.Namespace) -> int:
+    if arguments.name is not None:
+        print(load_preset(arguments.name).to_toml(), end="")
+        return 0
     known = presets()
     width = max(map(len, known))
     for name, config in known.items():
@@ -193,8 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", type=Path, required=True, metavar="FILE", help="a new .safetensors file")
     _add_data_dir(command)
 
-    _command(commands, "presets", _presets, "what there is to train")
-    _command(commands, "env", _env, "versions, devices and threads")
+    command = _command(commands, "presets", _presets, "what there is to train, or one preset's settings")
+    command.add_argument("name", nargs="?", metavar="PRESET", help="show its settings, as a configuration file")
+    _command(commands, "env", _env, "versions, devices, threads and backends")
     return parser
 
 

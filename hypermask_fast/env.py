@@ -54,8 +54,10 @@ def _backends() -> dict[str, str]:
 
 
 def _remedy(backend: str) -> str:
-    """What to type for a backend that is not there; nothing where all that it lacks is a GPU."""
-    return "" if backends.problem(backend).startswith(_NO_DEVICE) else f"; for it: {_REMEDY[backend]}"
+    """What to type for a backend that is not there, unless its problem says it or all that it lacks is a GPU."""
+    problem = backends.problem(backend)
+    told = problem.startswith(_NO_DEVICE) or "pip install" in problem
+    return "" if told else f"; for it: {_REMEDY[backend]}"
 
 
 def _built_for() -> str:

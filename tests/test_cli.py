@@ -358,6 +358,13 @@ def test_presets_lists_every_preset(capsys):
     assert all(config.title in line for line, config in zip(lines, presets().values(), strict=True))
 
 
+def test_presets_shows_a_preset_as_a_configuration_file(tmp_path, capsys, refused):
+    assert cli.main(["presets", "split-mnist"]) == 0
+    (tmp_path / "mine.toml").write_text(capsys.readouterr().out)
+    assert RunConfig.load(tmp_path / "mine.toml") == load_preset("split-mnist")
+    assert "unknown preset" in refused("presets", "nothing")
+
+
 def test_env_tells_versions_and_threads(capsys):
     assert cli.main(["env"]) == 0
     shown = capsys.readouterr().out

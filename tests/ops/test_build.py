@@ -31,6 +31,15 @@ def record_of(tmp_path: Path, **environment: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux only")
+def test_a_failed_build_does_not_ship_an_earlier_one(tmp_path):
+    library = tmp_path / "lib" / "hypermask_fast" / "_native.abi3.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"of other sources")
+    assert record_of(tmp_path, CXX="false")["native"]
+    assert not library.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux only")
 @pytest.mark.parametrize("kind", ["missing", "silent", "broken"])
 def test_a_compiler_that_does_not_work(tmp_path, kind):
     compiler, reason = {
