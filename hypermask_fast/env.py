@@ -40,7 +40,10 @@ def _backends() -> dict[str, str]:
     """Each backend's ops, or why it is not there and what brings it."""
     lines = {}
     if wanted := os.environ.get("HYPERMASK_BACKEND"):
-        lines["HYPERMASK_BACKEND"] = wanted
+        known = wanted in ("auto", *backends.BACKENDS)
+        lines["HYPERMASK_BACKEND"] = (
+            wanted if known else f"{wanted}, which is none of auto, {', '.join(backends.BACKENDS)}"
+        )
     ready = [name for name in backends.BACKENDS[1:] if not backends.problem(name)]
     for name in backends.BACKENDS[1:]:
         kind = f" ({_ISA[torch.ops.hypermask_fast.cpu_isa(-1)]})" if name == "cpu" and name in ready else ""
