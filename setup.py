@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,21 +31,24 @@ OLDEST_NVCC = (12, 8)  # the first that knows sm_100
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000", "-std=c++17"]
 CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+LIBRARY = "_native.abi3.so"
 ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mbmi"],
     "kernels_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mbmi"],
 }
 
 
-def compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+def compiler() -> list[str]:
+    """The C++ compiler's command, such as ["ccache", "g++"]; [] where there is none."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    return shlex.split(found) if found else []
 
 
 def nvcc_problem() -> tuple[str | None, str]:
     """The nvcc to use and "", or None and why there is none."""
     wanted = os.environ.get("HYPERMASK_CUDA", "auto")
     if wanted == "0":
-        return None, "HYPERMASK_CUDA=0"
+        return None, "left out by HYPERMASK_CUDA=0"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(str(Path(home, "bin", "nvcc")))
     if not nvcc:
@@ -62,7 +66,7 @@ def nvcc_problem() -> tuple[str | None, str]:
 def native_problem() -> str:
     """Why the extension is not tried, "" if it is."""
     if os.environ.get("HYPERMASK_NATIVE") == "0":
-        return "HYPERMASK_NATIVE=0"
+        return "left out by HYPERMASK_NATIVE=0"
     if sys.platform != "linux":
         return f"the extension is built on Linux only, not on {sys.platform}"
     if not compiler():
@@ -89,9 +93,16 @@ def run(command: list[str]) -> None:
         newest = max(p.stat().st_mtime for p in [*ROOT.glob("csrc/**/*.*"), ROOT / "setup.py"])
         if output.stat().st_mtime > newest:
             return
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} does not run: {error.strerror}") from error
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:1])} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+        text = (done.stderr or done.stdout).strip()
+        print(text, file=sys.stderr)
+        lines = text.splitlines() or ["without a message"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise RuntimeError(f"{command[0]} failed with exit code {done.returncode}: {reason[:300]}")
     if done.stderr:
         print(done.stderr, file=sys.stderr)
 
@@ -138,7 +149,7 @@ class Build(build_ext):
                 continue
             objects.append(temp / f"{source.stem}{'_cuda' if nvcc else ''}.o")
             flags = [*CXX_FLAGS, *ISA_FLAGS.get(source.stem, [])]
-            commands.append([compiler(), *flags, *defines, *includes, "-c", str(source), "-o", str(objects[-1])])
+            commands.append([*compiler(), *flags, *defines, *includes, "-c", str(source), "-o", str(objects[-1])])
         for source in sorted(Path("csrc/cuda").glob("*.cu")) if nvcc else []:
             objects.append(temp / f"{source.stem}.cu.o")
             commands.append([nvcc, "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0",
@@ -149,14 +160,14 @@ class Build(build_ext):
             list(pool.map(run, commands))
         output = Path(self.get_ext_fullpath("hypermask_fast._native")).resolve()
         if self.inplace:
-            output = Path(self.build_lib).resolve() / "hypermask_fast" / "_native.abi3.so"
-        output = output.with_name("_native.abi3.so")
+            output = Path(self.build_lib).resolve() / "hypermask_fast" / LIBRARY
+        output = output.with_name(LIBRARY)
         output.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
         if nvcc:  # which knows where its static runtime lies
             link = [nvcc, "-shared", "--cudart=static", "-Xlinker", "--no-as-needed,-s"]
         else:
-            link = [compiler(), "-shared", "-Wl,--no-as-needed,-s"]
+            link = [*compiler(), "-shared", "-Wl,--no-as-needed,-s"]
         link += [*map(str, objects), *libraries, "-o", str(output)]
         run(link)
 
@@ -178,6 +189,8 @@ def write_record(record: dict, folders: list[Path]) -> None:
             print(f"hypermask_fast: left out {part}: {why}", file=sys.stderr)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
+        if record["native"]:  # an earlier build's library, which may not fit these sources
+            (folder / LIBRARY).unlink(missing_ok=True)
         (folder / "_build.json").write_text(json.dumps(record))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,28 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     tune_allocator()
     try:
-        return arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return arguments.run(arguments)
     except InputError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return EXIT_INPUT
+        return _refuse(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}")  # a folder without permission, ...
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from the last checkpoint" if arguments.run is _train else ""
         print(f"\n{PROGRAM}: interrupted{hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _refuse(message: str) -> int:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return EXIT_INPUT
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -80,6 +95,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _presets(arguments: argparse.Namespace) -> int:
+    if arguments.name is not None:
+        print(load_preset(arguments.name).to_toml(), end="")
+        return 0
     known = presets()
     width = max(map(len, known))
     for name, config in known.items():
@@ -148,8 +166,15 @@ def _table(names: list[str], columns: dict[str, list[float]]) -> str:
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(EXIT_INPUT, f"{PROGRAM}: error: {message}; `{self.prog} --help` says more\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Continual learning with hypernetwork-made masks.")
+    parser = _Parser(prog=PROGRAM, description="Continual learning with hypernetwork-made masks.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
@@ -171,8 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", type=Path, required=True, metavar="FILE", help="a new .safetensors file")
     _add_data_dir(command)
 
-    _command(commands, "presets", _presets, "what there is to train")
-    _command(commands, "env", _env, "versions, devices and threads")
+    command = _command(commands, "presets", _presets, "what there is to train, or one preset's settings")
+    command.add_argument("name", nargs="?", metavar="PRESET", help="show its settings, as a configuration file")
+    _command(commands, "env", _env, "versions, devices, threads and backends")
     return parser
 
 

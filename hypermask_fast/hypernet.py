@@ -29,7 +29,8 @@ class HypernetConfig:
     chunk_embedding: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        hidden = self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,)
+        object.__setattr__(self, "hidden", tuple(hidden))
         for name in ("embedding", "chunk_embedding", "chunk_size"):
             value = getattr(self, name)
             if name == "chunk_size" and value is None:

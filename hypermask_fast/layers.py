@@ -35,6 +35,13 @@ class _Masked:
     bias_segment: int | None = None
 
     def _check_mask(self, mask: LayerMask) -> None:
+        if not isinstance(mask, LayerMask):
+            raise InputError(f"a layer on its own takes a LayerMask(logits, threshold), not {type(mask).__name__}")
+        if (mask.bias_logits is None) != (mask.bias_threshold is None):
+            raise InputError("a mask's bias_logits and bias_threshold go together, one is missing")
+        if mask.bias_logits is not None and self.bias is not None and mask.bias_logits.shape != self.bias.shape:
+            shape = tuple(mask.bias_logits.shape)
+            raise InputError(f"bias_logits must have the bias's shape {tuple(self.bias.shape)}, not {shape}")
         if mask.logits.shape != self.weight.shape:
             raise InputError(
                 f"mask logits must have the weight's shape {tuple(self.weight.shape)}, not {tuple(mask.logits.shape)}"

@@ -59,16 +59,22 @@ class MaskLayout:
         """Layout over the weights and biases of every nn.Linear and nn.Conv2d in `net`.
 
         Args:
-            net: the target network. Other parameters (normalisation, embeddings, ...) are shared by all tasks.
+            net: the target network. Other parameters (normalisation, embeddings, subclasses of Linear, ...) are
+                shared by all tasks.
             include: shell patterns of parameter names, such as "features.*"; only matching ones are masked.
             exclude: shell patterns of parameter names left out.
 
         Raises:
-            InputError: nothing is left to mask, a pattern matches nothing, or a parameter is not materialised.
+            InputError: not a module, one that a HyperMask model has already, nothing is left to mask, a pattern
+                matches nothing, or a parameter is not materialised.
         """
+        if not isinstance(net, nn.Module):
+            raise InputError(f"the target network must be an nn.Module, not {net!r}")
         candidates = _maskable(net)
         if not candidates:
-            raise InputError("the network has nothing to mask: no parameter of an nn.Linear or nn.Conv2d")
+            raise InputError(
+                "the network has nothing to mask: no parameter of an nn.Linear or nn.Conv2d (subclasses don't count)"
+            )
         chosen = _filtered([name for name, _ in candidates], include, exclude)
         last_name, last_parameter = candidates[-1]
         output_bias = last_name if last_parameter.dim() == 1 else None
@@ -118,6 +124,8 @@ class MaskLayout:
 
 def _maskable(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters of Linear and Conv2d in the network's order, a shared one once."""
+    if any(getattr(m, name, None) is not None for m in net.modules() for name in ("weight_segment", "bias_segment")):
+        raise InputError("the network is a HyperMask model's already: give each model a network of its own")
     owners = {
         id(parameter)
         for module in net.modules()
@@ -133,13 +141,17 @@ def _maskable(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _filtered(names: list[str], include: Iterable[str] | None, exclude: Iterable[str] | None) -> set[str]:
     chosen = set(names) if include is None else set()
-    for pattern in include or ():
+    for pattern in _patterns(include):
         chosen |= _matches(names, pattern, "include")
-    for pattern in exclude or ():
+    for pattern in _patterns(exclude):
         chosen -= _matches(names, pattern, "exclude")
     if not chosen:
         raise InputError("the network has nothing to mask: include and exclude leave no parameter")
     return chosen
+
+
+def _patterns(given: Iterable[str] | None) -> Iterable[str]:
+    return [given] if isinstance(given, str) else given or ()
 
 
 def _matches(names: list[str], pattern: str, which: str) -> set[str]:

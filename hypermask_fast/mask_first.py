@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends, reference
 from .dispatch import MASK_FIRST
 from .errors import InputError
-from .task_rows import TaskRows
+from .task_rows import TaskRows, rows_of_tasks
 
 
 def register() -> None:
@@ -70,7 +70,7 @@ def task_batched_linear(x, weight, logits, thresholds, task_ids=None, bias=None)
         return _stacked([_of_task(x_t, weight, logits, thresholds, bias, t) for t, x_t in enumerate(rows)], x, weight)
     if torch.compiler.is_compiling():
         ids = task_ids.ids if isinstance(task_ids, TaskRows) else task_ids
-        return reference.rows_of_tasks(task_batched_linear(x, weight, logits, thresholds, None, bias), ids)
+        return rows_of_tasks(task_batched_linear(x, weight, logits, thresholds, None, bias), ids)
     if len(x) == 0:
         return F.linear(x, weight)
     rows = TaskRows.of(task_ids, tasks)

@@ -5,12 +5,12 @@ Contiguous float32 tensors are accelerated; other strides are made contiguous, o
 Where no backend is named, masked layers run fused or mask first, as `dispatch` says for their shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import backends, chunked, mask_first, native, triton_backend
+from . import backends, checks, chunked, mask_first, native, reference, triton_backend
 from .reference import kept_rank
 from .task_rows import TaskRows
 
@@ -37,17 +37,34 @@ mask_first.register()
 native.register()
 triton_backend.register()
 
+_PLAIN = (reference.__name__, mask_first.__name__, chunked.__name__)
+
+
+def _run(op: str, backend: str | None, tensor: Tensor, args: tuple):
+    """The op by the backend that serves the call; `tensor` stands for device and dtype."""
+    if not torch.compiler.is_compiling():
+        checks.one_device(op, tensor, args)
+    function = backends.choose(op, backend, tensor, args, {})
+    return _checked(op, function, args)(*args)
+
+
+def _checked(op: str, function: Callable, args: tuple) -> Callable:
+    """`function`, once the arguments are what it needs to be given where it does not look itself."""
+    if function.__module__ in _PLAIN and op in checks.CHECKS:
+        checks.CHECKS[op](*args)
+    return function
+
 
 def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor, *, backend: str | None = None) -> Tensor:
     """(..., S) thresholds of logits (..., N); see `reference.mask_thresholds`."""
     args = (logits, offsets, ranks)
-    return backends.choose("mask_thresholds", backend, logits, args, {})(*args)
+    return _run("mask_thresholds", backend, logits, args)
 
 
 def semi_binary_mask(logits: Tensor, threshold: Tensor, *, backend: str | None = None) -> Tensor:
     """Mask of the shape of logits; see `reference.semi_binary_mask`."""
     args = (logits, threshold)
-    return backends.choose("semi_binary_mask", backend, logits, args, {})(*args)
+    return _run("semi_binary_mask", backend, logits, args)
 
 
 def masked_weights(
@@ -60,7 +77,7 @@ def masked_weights(
 ) -> list[Tensor]:
     """W_s * m_s of all layers in one call; see `reference.masked_weights`."""
     args = (weights, logits, thresholds, offsets)
-    return backends.choose("masked_weights", backend, logits, args, {})(*args)
+    return _run("masked_weights", backend, logits, args)
 
 
 def masked_linear(
@@ -74,7 +91,7 @@ def masked_linear(
 ) -> Tensor:
     """y = x (W * m)^T + b; see `reference.masked_linear`."""
     args = (x, weight, logits, threshold, bias)
-    return backends.choose("masked_linear", backend, x, args, {})(*args)
+    return _run("masked_linear", backend, x, args)
 
 
 def masked_conv2d(
@@ -92,7 +109,7 @@ def masked_conv2d(
 ) -> Tensor:
     """y = conv2d(x, W * m) + b; see `reference.masked_conv2d`."""
     args = (x, weight, logits, threshold, bias, stride, padding, dilation, groups)
-    return backends.choose("masked_conv2d", backend, x, args, {})(*args)
+    return _run("masked_conv2d", backend, x, args)
 
 
 def chunk_masked_linear(
@@ -109,7 +126,7 @@ def chunk_masked_linear(
 ) -> Tensor:
     """`masked_linear` with logits generated from a chunked hypernetwork; see `reference.chunk_masked_linear`."""
     args = (x, weight, hidden, output_weight, output_bias, start, threshold, bias)
-    return backends.choose("chunk_masked_linear", backend, x, args, {})(*args)
+    return _run("chunk_masked_linear", backend, x, args)
 
 
 def chunk_masked_conv2d(
@@ -131,7 +148,7 @@ def chunk_masked_conv2d(
     """`masked_conv2d` with logits generated from a chunked hypernetwork; see `reference.chunk_masked_conv2d`."""
     layer = (x, weight, hidden, output_weight, output_bias, start, threshold, bias)
     args = (*layer, stride, padding, dilation, groups)
-    return backends.choose("chunk_masked_conv2d", backend, x, args, {})(*args)
+    return _run("chunk_masked_conv2d", backend, x, args)
 
 
 def task_batched_linear(
@@ -146,7 +163,7 @@ def task_batched_linear(
 ) -> Tensor:
     """Each row of x under its own task's mask, or all tasks over one batch; see `reference.task_batched_linear`."""
     args = (x, weight, logits, thresholds, task_ids, bias)
-    return backends.choose("task_batched_linear", backend, x, args, {})(*args)
+    return _run("task_batched_linear", backend, x, args)
 
 
 def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int, *, backend: str | None = None) -> Tensor:
@@ -155,8 +172,8 @@ def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int, *, 
     if backend is None and hidden.shape[:2] != (1, 1) and backends.requested() != "reference":
         backend = "auto"  # more rows than one are a matrix product, for which no backend has a kernel
     if hidden.shape[1] > 1 and backends.requested(backend) == "auto":
-        return chunked.hypernet_logits(*args)
-    return backends.choose("hypernet_logits", backend, hidden, args, {})(*args)
+        return _checked("hypernet_logits", chunked.hypernet_logits, args)(*args)
+    return _run("hypernet_logits", backend, hidden, args)
 
 
 def output_drift(
@@ -164,7 +181,7 @@ def output_drift(
 ) -> Tensor:
     """Scalar R against targets (T, N); see `reference.output_drift`."""
     args = (hidden, weight, bias, targets)
-    return backends.choose("output_drift", backend, hidden, args, {})(*args)
+    return _run("output_drift", backend, hidden, args)
 
 
 def chunked_output_drift(
@@ -185,8 +202,8 @@ def chunked_output_drift(
     """
     args = (hidden, weight, bias, old_hidden, old_weight, old_bias, size)
     if backends.wanted_for("chunked_output_drift", backend) == "auto":
-        return chunked.output_drift(*args)
-    return backends.choose("chunked_output_drift", backend, hidden, args, {})(*args)
+        return _checked("chunked_output_drift", chunked.output_drift, args)(*args)
+    return _run("chunked_output_drift", backend, hidden, args)
 
 
 def weight_drift(
@@ -201,7 +218,7 @@ def weight_drift(
 ) -> Tensor:
     """Scalar D, masked or not; see `reference.weight_drift`."""
     args = (weights, previous, offsets, norm, logits, thresholds)
-    return backends.choose("weight_drift", backend, previous, args, {})(*args)
+    return _run("weight_drift", backend, previous, args)
 
 
 def masked_weights_drift(
@@ -216,12 +233,12 @@ def masked_weights_drift(
 ) -> tuple[list[Tensor], Tensor]:
     """W_s * m_s of all segments and the scalar D in one pass; see `reference.masked_weights_drift`."""
     args = (weights, logits, thresholds, offsets, previous, norm)
-    return backends.choose("masked_weights_drift", backend, logits, args, {})(*args)
+    return _run("masked_weights_drift", backend, logits, args)
 
 
 def entropy_select(logits: Tensor, *, backend: str | None = None) -> Tensor:
     """(batch,) task of lowest entropy; see `reference.entropy_select`."""
-    return backends.choose("entropy_select", backend, logits, (logits,), {})(logits)
+    return _run("entropy_select", backend, logits, (logits,))
 
 
 @torch.no_grad()
@@ -247,4 +264,4 @@ def hypernet_adam(
     """Backward of the dense output layer and its Adam step; (hidden_grad, R). See `reference.hypernet_adam`."""
     args = (hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m, bias_v, step, lr)
     args = (*args, beta1, beta2, eps)
-    return backends.choose("hypernet_adam", backend, hidden, args, {})(*args)
+    return _run("hypernet_adam", backend, hidden, args)

@@ -12,13 +12,14 @@ Source of the method: HyperMask, arXiv 2310.00113.
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError
-from .task_rows import TaskRows
+from .task_rows import TaskRows, rows_of_tasks
 
 
 def kept_rank(sparsity: float, size: int) -> int:
@@ -33,7 +34,8 @@ def kept_rank(sparsity: float, size: int) -> int:
     Raises:
         InputError: sparsity is not a number from 0 to 100.
     """
-    if not 0 <= sparsity <= 100:
+    number = isinstance(sparsity, Real) and not isinstance(sparsity, bool)
+    if not number or not 0 <= sparsity <= 100:
         raise InputError(f"sparsity is a percentage from 0 to 100, not {sparsity!r}")
     return math.ceil(sparsity * max(size - 1, 0) / 100)
 
@@ -252,18 +254,7 @@ def task_batched_linear(
     y = x @ masked.transpose(1, 2)
     if bias is not None:
         y = y + (bias if bias.dim() == 1 else bias[:, None])
-    if task_ids is None:
-        return y
-    return rows_of_tasks(y, task_ids.ids if isinstance(task_ids, TaskRows) else task_ids)
-
-
-def rows_of_tasks(y: Tensor, task_ids: Tensor) -> Tensor:
-    """Row b of task task_ids[b] out of every task's, y (T, B, out): (B, out). See `task_batched_linear`."""
-    known = (task_ids >= 0) & (task_ids < len(y))
-    if not torch.compiler.is_compiling() and not known.all():
-        raise InputError(f"task ids must be 0 to {len(y) - 1}")
-    mine = y[task_ids.where(known, 0), torch.arange(len(task_ids), device=y.device)]
-    return mine.where(known[:, None], math.nan)
+    return y if task_ids is None else rows_of_tasks(y, task_ids)
 
 
 def output_drift(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -391,14 +382,13 @@ def masked_weights_drift(
     """W_s * m_s and D = sum_s || (W_s - W_prev_s) * m_s ||_norm: what a training step needs of the mask, in one pass.
 
     Args:
-        weights: S tensors, one per segment; logits: (N,); thresholds: (S,); offsets: S + 1 borders.
-        previous: (N,) flat weights as the task began; norm: 1 or 2.
+        as those of `masked_weights`, here one weight per segment, and of `weight_drift`.
 
     Returns:
-        `masked_weights` of all S segments, and `weight_drift` with the mask.
+        What `masked_weights` and `weight_drift` return.
     """
-    drift = weight_drift(weights, previous, offsets, norm, logits, thresholds)
-    return masked_weights(weights, logits, thresholds, offsets), drift
+    masked = masked_weights(weights, logits, thresholds, offsets)
+    return masked, weight_drift(weights, previous, offsets, norm, logits, thresholds)
 
 
 def entropy_select(logits: Tensor) -> Tensor:

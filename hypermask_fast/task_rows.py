@@ -1,5 +1,6 @@
 """Which task each row of a batch has, sorted once for all layers of a pass."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,3 +45,13 @@ class TaskRows(NamedTuple):
         within = torch.arange(times, device=self.order.device)
         ids = self.ids[:, None].expand(-1, times).flatten()
         return TaskRows(ids, (self.order[:, None] * times + within).flatten(), self.begins * times)
+
+
+def rows_of_tasks(y: Tensor, ids: Tensor | TaskRows) -> Tensor:
+    """Row b of task ids[b] out of every task's, y (T, B, out): (B, out). See `task_batched_linear`."""
+    task_ids = ids.ids if isinstance(ids, TaskRows) else ids
+    known = (task_ids >= 0) & (task_ids < len(y))
+    if not torch.compiler.is_compiling() and not known.all():
+        raise InputError(f"task ids must be 0 to {len(y) - 1}")
+    mine = y[task_ids.where(known, 0), torch.arange(len(task_ids), device=y.device)]
+    return mine.where(known[:, None], math.nan)

@@ -94,7 +94,10 @@ def test_folders_in_other_use_are_refused(tmp_path, refused):
     [
         (["split-digit"], "did you mean 'split-digits'"),
         (["nothing.toml"], "cannot read configuration nothing.toml"),
-        (["split-digits", "--set", "training.batchsize=1"], "'training.batchsize' (did you mean 'batch_size'?)"),
+        (
+            ["split-digits", "--set", "training.batchsize=1"],
+            "'training.batchsize' (did you mean 'training.batch_size'?)",
+        ),
         (["split-digits", "--set", "training.lr"], "--set takes key=value"),
         (["split-digits", "--set", "method.sparsity=101"], "from 0 to 100, not 101"),
         (["split-digits", "--set", "data.scenario=split-digit"], "split-digits"),
@@ -297,7 +300,52 @@ def test_a_checkpoint_of_another_network_is_refused(finished, tmp_path, refused)
 
 def test_a_run_without_a_learned_task(finished, tmp_path, refused):
     (tmp_path / "config.toml").write_bytes((finished / "config.toml").read_bytes())
-    assert "no checkpoint" in refused("evaluate", tmp_path)
+    assert "not learned its first task yet" in refused("evaluate", tmp_path)
+
+
+def test_resume_refuses_a_run_that_is_not_what_it_was(finished, tmp_path, refused):
+    resume = ["train", "split-digits", "--out", tmp_path, "--resume"]
+    for name, content in contents(finished).items():
+        (tmp_path / name).write_bytes(content)
+    config = (tmp_path / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(config.replace("iterations = 8", "iterations = 9"))
+    assert "other settings" in refused(*resume)
+    assert "other settings" in refused("evaluate", tmp_path)
+    (tmp_path / "config.toml").write_text(config)
+    (tmp_path / "checkpoint.json").unlink()
+    before = contents(tmp_path)
+    assert "checkpoint.json is missing" in refused(*resume)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_goes_on_from_another_data_folder(finished, tmp_path):
+    for name, content in contents(finished).items():
+        (tmp_path / name).write_bytes(content)
+    assert cli.main(["train", "split-digits", "--out", str(tmp_path), "--data-dir", str(tmp_path), "--resume"]) == 0
+
+
+def test_folders_that_can_t_be_made_are_named(tmp_path, finished, refused):
+    (tmp_path / "file").write_text("mine")
+    assert "file/run: Not a directory" in refused("train", "split-digits", "--out", tmp_path / "file" / "run", *TINY)
+    assert "/proc/net.safetensors" in refused("export", finished, "--task", 0, "--to", "/proc/net.safetensors")
+
+
+def test_folders_without_permission_are_named(tmp_path, monkeypatch, refused):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    assert "config.toml: Permission denied" in refused("evaluate", tmp_path)
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, 2**45])
+def test_large_seeds(tmp_path, seed):
+    assert train(tmp_path / "run", "--seed", str(seed)) == 0
+
+
+def test_warnings_take_one_line(tmp_path, capsys):
+    assert train(tmp_path / "run", "--set", "method.sparsity=0.3") == 0
+    assert "hypermask-fast: warning: sparsity is in percent: 0.3" in capsys.readouterr().err.splitlines()[0]
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------
@@ -308,6 +356,13 @@ def test_presets_lists_every_preset(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(presets())
     assert all(config.title in line for line, config in zip(lines, presets().values(), strict=True))
+
+
+def test_presets_shows_a_preset_as_a_configuration_file(tmp_path, capsys, refused):
+    assert cli.main(["presets", "split-mnist"]) == 0
+    (tmp_path / "mine.toml").write_text(capsys.readouterr().out)
+    assert RunConfig.load(tmp_path / "mine.toml") == load_preset("split-mnist")
+    assert "unknown preset" in refused("presets", "nothing")
 
 
 def test_env_tells_versions_and_threads(capsys):
@@ -329,10 +384,13 @@ def test_env_runs_as_a_module():
     assert torch.__version__ in done.stdout
 
 
-def test_wrong_usage_exits_with_2(capsys):
+@pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["evaluate", "somewhere", "--task-id", "guess"]])
+def test_wrong_usage_exits_with_2_in_one_line(capsys, words):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["evaluate", "somewhere", "--task-id", "guess"])
+        cli.main(words)
     assert caught.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("hypermask-fast: error: ") and line.count("\n") == 1
 
 
 def test_other_exceptions_keep_their_traceback(monkeypatch):

@@ -47,6 +47,13 @@ def test_wrong_shape_and_dtype():
         conv(torch.randn(1, 3, 8, 8))
     with pytest.raises(InputError, match=r"mask logits must have the weight's shape \(3, 5\), not \(5, 3\)"):
         linear(torch.randn(2, 5), LayerMask(torch.randn(5, 3), torch.tensor(0.0)))
+    threshold, logits = torch.tensor(0.0), torch.randn(3, 5)
+    with pytest.raises(InputError, match="takes a LayerMask.*, not Tensor"):
+        linear(torch.randn(2, 5), logits)
+    with pytest.raises(InputError, match="go together, one is missing"):
+        linear(torch.randn(2, 5), LayerMask(logits, threshold, torch.randn(3)))
+    with pytest.raises(InputError, match=r"bias_logits must have the bias's shape \(3,\), not \(5,\)"):
+        linear(torch.randn(2, 5), LayerMask(logits, threshold, torch.randn(5), threshold))
 
 
 def test_autocast_may_mix_dtypes():

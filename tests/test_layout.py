@@ -42,6 +42,18 @@ def test_include_and_exclude():
         MaskLayout.of(net, include=["conv*"])
     with pytest.raises(InputError, match="nothing to mask"):
         MaskLayout.of(net, exclude=["*"])
+    assert MaskLayout.of(net, include="5.*").names == ("5.weight", "5.bias")  # one pattern, not its letters
+
+
+def test_what_can_t_be_a_target_network():
+    with pytest.raises(InputError, match=r"must be an nn\.Module, not None"):
+        hmf.HyperMask(None, 2)
+    net = small_convnet()
+    model = hmf.HyperMask(net, 2)
+    for taken in (net, model):  # a second model would take the first one's layers away
+        with pytest.raises(InputError, match="a HyperMask model's already"):
+            hmf.HyperMask(taken, 2)
+    hmf.HyperMask(model.export(0), 2)
 
 
 def test_nothing_to_mask():

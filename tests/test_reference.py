@@ -44,7 +44,7 @@ def test_number_kept(sparsity, kept):
     assert (mask > 0).sum() == kept
 
 
-@pytest.mark.parametrize("sparsity", [-1, 100.1, math.nan, math.inf])
+@pytest.mark.parametrize("sparsity", [-1, 100.1, math.nan, math.inf, "30", None, True])
 def test_sparsity_outside_of_0_to_100(sparsity):
     with pytest.raises(InputError, match="percentage from 0 to 100"):
         reference.kept_rank(sparsity, 10)

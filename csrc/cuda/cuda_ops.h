@@ -28,6 +28,14 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const
                                                        const std::optional<Tensor>& logits,
                                                        const std::optional<Tensor>& thresholds);
 Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias);
+std::tuple<Tensors, Tensor> masked_weights_drift_cuda(const Tensors& weights, const Tensor& logits,
+                                                      const Tensor& thresholds, const Offsets& offsets,
+                                                      const Tensor& previous, int64_t norm);
+std::tuple<Tensors, Tensor> masked_weights_drift_backward_cuda(const Tensors& grads, const Tensor& grad,
+                                                               const Tensor& norms, const Tensors& weights,
+                                                               const Tensor& logits, const Tensor& thresholds,
+                                                               const Offsets& offsets, const Tensor& previous,
+                                                               int64_t norm);
 Tensor output_drift_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets);
 std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cuda(const Tensor& grad, const Tensor& hidden,
                                                               const Tensor& weight, const Tensor& bias,

@@ -101,22 +101,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   });
 }
 
-// partial[block] = the tile's sum of |x| or x^2, x = (weight - previous) mask.
+// partial[block] = the tile's sum of |x| or x^2, x = (weight - previous) mask; writes weight mask too where there are outs.
 __global__ void __launch_bounds__(kThreads, kBlocks)
     drift_forward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds, int norm,
                          double* partial) {
   const Tile t(s);
   const float *w = s.weight[t.segment] + t.begin, *p = previous + t.flat, *a = logits ? logits + t.flat : nullptr;
+  float* out = s.out[t.segment] ? s.out[t.segment] + t.begin : nullptr;
   const float limit = logits ? thresholds[t.segment] : 0.0f;
   double sum = 0;
-  for_quads(t.count, on_16_bytes(w, p, a), [&](const auto& quad) {
+  for_quads(t.count, on_16_bytes(w, p, a, out), [&](const auto& quad) {
     const Pack<4> weight = quad.load(w), before = quad.load(p), logit = a ? quad.load(a) : Pack<4>{};
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      float x = weight.x[n] - before.x[n];
-      if (a) x *= mask_value(logit.x[n], limit);
+    const Pack<4> masked = each_of([&](int n) {
+      const float mask = a ? mask_value(logit.x[n], limit) : 1.0f, x = (weight.x[n] - before.x[n]) * mask;
       sum += norm == 1 ? fabsf(x) : x * x;
-    }
+      return weight.x[n] * mask;
+    });
+    if (out) quad.store(out, masked);
   });
   sum = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
@@ -135,17 +136,20 @@ __global__ void drift_finish_kernel(BlockTable blocks, const double* partial, in
 
 __device__ __forceinline__ float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
 
+// Gradients of sum_s grad_s norm_s, with those of sum_s <grad_s, weight_s mask_s> where segments have a grad.
 __global__ void __launch_bounds__(kThreads, kBlocks)
     drift_backward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds, int norm,
                           const float* grad, const float* norms, float* grad_logits) {
   const Tile t(s);
   const float *w = s.weight[t.segment] + t.begin, *p = previous + t.flat, *a = logits ? logits + t.flat : nullptr;
+  const float* g = s.grad[t.segment] ? s.grad[t.segment] + t.begin : nullptr;
   float *dw = s.out[t.segment] + t.begin, *da = logits ? grad_logits + t.flat : nullptr;
   const float limit = logits ? thresholds[t.segment] : 0.0f;
   const float value = norms[t.segment];
   const float scale = norm == 1 ? grad[t.segment] : value == 0 ? 0.0f : grad[t.segment] / value;
-  for_quads(t.count, on_16_bytes(w, p, a, dw, da), [&](const auto& quad) {
+  for_quads(t.count, on_16_bytes(w, p, a, g, dw, da), [&](const auto& quad) {
     const Pack<4> weight = quad.load(w), before = quad.load(p), logit = a ? quad.load(a) : Pack<4>{};
+    const Pack<4> from_above = g ? quad.load(g) : Pack<4>{};
     Pack<4> grad_logit;
     quad.store(dw, each_of([&](int n) {
       const float change = weight.x[n] - before.x[n];
@@ -153,8 +157,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       if (a) mask_and_slope(logit.x[n], limit, mask, slope);
       const float x = change * mask;
       const float outer = scale * (norm == 1 ? sign(x) : x);
-      grad_logit.x[n] = outer * change * slope;
-      return outer * mask;
+      grad_logit.x[n] = (outer * change + from_above.x[n] * weight.x[n]) * slope;
+      return (outer + from_above.x[n]) * mask;
     }));
     if (a) quad.store(da, grad_logit);
   });
@@ -245,8 +249,7 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, c
                                                          const Offsets& offsets) {
   const char* op = "masked_weights_backward";
   check_masked(op, weights, logits, thresholds, offsets, Place::kCuda);
-  if (grads.size() != weights.size()) fail(op, "got ", grads.size(), " grads for ", weights.size(), " weights");
-  check_weights(op, "grads", grads, offsets, Place::kCuda);
+  check_grads(op, grads, weights, offsets, Place::kCuda);
   Tensors grad_weights = empty_like_all(weights);
   Tensor grad_logits = empty_float(logits, shape_of(logits));
   const Launcher gpu(op, logits);
@@ -261,14 +264,16 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, c
   return {grad_weights, grad_logits};
 }
 
-Tensor weight_drift_cuda(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
-                         const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
-  const char* op = "weight_drift";
-  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+namespace {
+
+// The drift's norm per segment; also writes weight * mask to `masked`, a tensor per weight, unless that is null.
+Tensor drift_norms(const char* op, const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
+                   const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds,
+                   const Tensors* masked) {
   Tensor norms = empty_float(previous, {static_cast<int64_t>(weights.size())});
   const Launcher gpu(op, previous);
   const float* a = logits ? data(*logits) : nullptr;
-  for_segments(weights, nullptr, nullptr, offsets, [&](const Segments& s, int64_t first) {
+  for_segments(weights, nullptr, masked, offsets, [&](const Segments& s, int64_t first) {
     const auto blocks = static_cast<unsigned>(s.blocks.first_block[s.blocks.count]);
     Tensor partial = empty_of(previous, {blocks}, ScalarType::Double);
     auto* sums = partial.mutable_data_ptr<double>();
@@ -282,22 +287,18 @@ Tensor weight_drift_cuda(const Tensors& weights, const Tensor& previous, const O
   return norms;
 }
 
-std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const Tensor& norms, const Tensors& weights,
-                                                       const Tensor& previous, const Offsets& offsets, int64_t norm,
-                                                       const std::optional<Tensor>& logits,
-                                                       const std::optional<Tensor>& thresholds) {
-  const char* op = "weight_drift_backward";
-  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
-  const Shape shape = {static_cast<int64_t>(weights.size())};
-  check_float(op, "grad", grad, Place::kCuda, shape);
-  check_float(op, "norms", norms, Place::kCuda, shape);
+// Gradients of the drift and, unless `grads` is null, of the masked weights with it.
+std::tuple<Tensors, Tensor> drift_gradients(const char* op, const Tensor& grad, const Tensor& norms,
+                                            const Tensors* grads, const Tensors& weights, const Tensor& previous,
+                                            const Offsets& offsets, int64_t norm, const std::optional<Tensor>& logits,
+                                            const std::optional<Tensor>& thresholds) {
   Tensors grad_weights = empty_like_all(weights);
   Tensor grad_logits = empty_float(previous, logits ? shape_of(*logits) : Shape{0});
   const Launcher gpu(op, previous);
   const float* a = logits ? data(*logits) : nullptr;
   float* da = mutable_data(grad_logits);
   if (a) clear_outside(gpu, da, logits->numel(), offsets, weights.size());
-  for_segments(weights, nullptr, &grad_weights, offsets, [&](const Segments& s, int64_t first) {
+  for_segments(weights, grads, &grad_weights, offsets, [&](const Segments& s, int64_t first) {
     const auto blocks = static_cast<unsigned>(s.blocks.first_block[s.blocks.count]);
     if (!blocks) return;
     gpu.launch(drift_backward_kernel, blocks, kThreads, 0, s, data(previous), a,
@@ -305,6 +306,45 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const
                da);
   });
   return {grad_weights, grad_logits};
+}
+
+}  // namespace
+
+Tensor weight_drift_cuda(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
+                         const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
+  const char* op = "weight_drift";
+  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  return drift_norms(op, weights, previous, offsets, norm, logits, thresholds, nullptr);
+}
+
+std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const Tensor& norms, const Tensors& weights,
+                                                       const Tensor& previous, const Offsets& offsets, int64_t norm,
+                                                       const std::optional<Tensor>& logits,
+                                                       const std::optional<Tensor>& thresholds) {
+  const char* op = "weight_drift_backward";
+  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  return drift_gradients(op, grad, norms, nullptr, weights, previous, offsets, norm, logits, thresholds);
+}
+
+std::tuple<Tensors, Tensor> masked_weights_drift_cuda(const Tensors& weights, const Tensor& logits,
+                                                      const Tensor& thresholds, const Offsets& offsets,
+                                                      const Tensor& previous, int64_t norm) {
+  const char* op = "masked_weights_drift";
+  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  Tensors masked = empty_like_all(weights);
+  Tensor norms = drift_norms(op, weights, previous, offsets, norm, logits, thresholds, &masked);
+  return {masked, norms};
+}
+
+std::tuple<Tensors, Tensor> masked_weights_drift_backward_cuda(const Tensors& grads, const Tensor& grad,
+                                                               const Tensor& norms, const Tensors& weights,
+                                                               const Tensor& logits, const Tensor& thresholds,
+                                                               const Offsets& offsets, const Tensor& previous,
+                                                               int64_t norm) {
+  const char* op = "masked_weights_drift_backward";
+  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  check_grads(op, grads, weights, offsets, Place::kCuda);
+  return drift_gradients(op, grad, norms, &grads, weights, previous, offsets, norm, logits, thresholds);
 }
 
 }  // namespace hypermask

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .checks import check_whole
 from .items import stack_items
 from .scenario import Scenario, TaskData
 from .splits import DatasetSplit, Split, TensorSplit
@@ -101,8 +102,7 @@ def _common_classes(tasks: list[TaskData], num_classes: int | None) -> int:
             0 .. C - 1.
     """
     if num_classes is not None:
-        if num_classes < 1:
-            raise InputError(f"num_classes must be 1 or more, not {num_classes}")
+        check_whole("num_classes", num_classes, 1)
         return num_classes
     found = []
     for t, task in enumerate(tasks):

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import InputError
+from .files import writing
 
 MANIFEST = "checkpoint.json"
+_SCRATCH = ".checkpoint"
 _FORMAT = 1
+_REMEDY = ": restore it, or start a new run in another folder"
 _MODEL = "model."
 _OPTIMIZER = "optimizer."
 
@@ -33,8 +36,16 @@ def save(run_dir: Path, name: str, tensors: dict[str, Tensor], state: dict[str, 
         run_dir: the run's folder, which exists.
         name: tells checkpoints of one run apart, such as "003-0001000".
         tensors: by name; state: JSON values (floats survive exactly).
+
+    Raises:
+        InputError: it can't be written; the one before is still there.
     """
     target = run_dir / f"checkpoint-{name}.safetensors"
+    with writing(target):
+        _save(run_dir, target, tensors, state)
+
+
+def _save(run_dir: Path, target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     partial = _scratch(run_dir) / target.name
     save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
     digest = _file_digest(partial)
@@ -53,7 +64,7 @@ def save(run_dir: Path, name: str, tensors: dict[str, Tensor], state: dict[str, 
 def _scratch(run_dir: Path) -> Path:
     """An empty folder for files that are not whole yet, safetensors' own temporary ones among them, which a kill may
     leave there until the next checkpoint."""
-    folder = run_dir / ".checkpoint"
+    folder = run_dir / _SCRATCH
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
@@ -61,7 +72,18 @@ def _scratch(run_dir: Path) -> Path:
 
 
 def exists(run_dir: Path) -> bool:
-    return (run_dir / MANIFEST).exists()
+    """Whether the run has saved a checkpoint.
+
+    Raises:
+        InputError: it has, but checkpoint.json was taken away. A kill while the first one is saved leaves tensors
+            without it as well, but then with the scratch folder.
+    """
+    if (run_dir / MANIFEST).exists():
+        return True
+    orphan = next(run_dir.glob("checkpoint-*"), None)
+    if orphan is not None and not (run_dir / _SCRATCH).exists():
+        raise InputError(f"{run_dir / MANIFEST} is missing: restore it, or remove {orphan.name} to start the run over")
+    return False
 
 
 def load(run_dir: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,13 +95,13 @@ def load(run_dir: Path, device: torch.device | str = "cpu") -> tuple[dict[str, T
     manifest = _read_manifest(run_dir / MANIFEST)
     path = run_dir / manifest["file"]
     if not path.is_file():
-        raise InputError(f"{run_dir / MANIFEST} names {path.name}, which is missing: restore it or start a new run")
+        raise InputError(f"{run_dir / MANIFEST} names {path.name}, which is missing{_REMEDY}")
     if _file_digest(path) != manifest["sha256"]:
-        raise InputError(f"{path} is cut off or was altered (its SHA-256 differs from the one in {MANIFEST})")
+        raise InputError(f"{path} is cut off or was altered (its SHA-256 is not the one in {MANIFEST}){_REMEDY}")
     try:
         return load_file(path, device=str(device)), manifest["state"]
     except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file: {error}") from error
+        raise InputError(f"{path} is not a safetensors file: {error}{_REMEDY}") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -88,12 +110,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint in {path.parent}: {path.name} is missing") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is cut off or was altered: {error}") from error
+        raise InputError(f"{path} is cut off or was altered ({error}){_REMEDY}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise InputError(f"{path} is not a checkpoint of format {_FORMAT}")
+        raise InputError(f"{path} is not a checkpoint of format {_FORMAT}{_REMEDY}")
     digest = manifest.pop("manifest_sha256", None)
     if digest != _manifest_digest(manifest) or Path(manifest["file"]).name != manifest["file"]:
-        raise InputError(f"{path} was altered: its own checksum does not match")
+        raise InputError(f"{path} was altered (its own checksum does not match){_REMEDY}")
     return manifest
 
 
@@ -124,10 +146,20 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _M
     model.load_state_dict(stored)
 
 
-def load_model(run_dir: Path, model: nn.Module) -> int:
+def check_settings(run_dir: Path, state: dict[str, Any], settings: str) -> None:
+    """Raises InputError unless the checkpoint was saved under these settings, see `RunConfig.digest`."""
+    if state.get("settings") != settings:
+        raise InputError(
+            f"the checkpoint in {run_dir} was saved under other settings than its config.toml has: restore that file, "
+            "or start a new run in another folder"
+        )
+
+
+def load_model(run_dir: Path, model: nn.Module, settings: str) -> int:
     """Loads the run's newest weights into `model`; returns how many tasks are learned to the end."""
     tensors, state = load(run_dir)
     restore_model(model, tensors)
+    check_settings(run_dir, state, settings)
     return state["task"]
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import sys
 import types
 import typing
@@ -96,8 +98,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"training.{name} must be at least 1, not {value}")
-        if not self.lr > 0:
-            raise InputError(f"training.lr must be positive, not {self.lr}")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"training.lr must be a positive number, not {self.lr}")
         if self.checkpoint_every < 0:
             raise InputError(f"training.checkpoint_every must be 0 or more, not {self.checkpoint_every}")
         _choice("training.keep", self.keep, ("last", "best"))
@@ -129,6 +131,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _choice("fidelity", self.fidelity, FIDELITIES)
         kept_rank(self.method.sparsity, 1)
+        if self.training.gradient == "factored" and self.hypernet.chunk_size is not None:
+            raise InputError("training.gradient = factored needs a dense hypernetwork: take dense or auto with chunks")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -141,13 +145,16 @@ class RunConfig:
             return cls.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"{source} is not valid TOML: {error}") from error
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> "RunConfig":
         try:
             return cls.from_toml(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read configuration {path}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read configuration {path}: {reason}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Nested tables without the keys that are None (TOML has no null)."""
@@ -156,12 +163,21 @@ class RunConfig:
     def to_toml(self) -> str:
         return tomli_w.dumps(self.to_dict())
 
+    def digest(self) -> str:
+        """SHA-256 of all settings but where the data lie: equal for equal runs."""
+        values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
     def with_values(self, assignments: dict[str, Any]) -> "RunConfig":
         """A copy with dotted keys replaced, such as {"training.lr": 0.01}; strings are read as TOML values.
 
-        Setting training.iterations unsets training.epochs, and the other way round.
+        Setting one of training.iterations and training.epochs unsets the other.
         """
         values = self.to_dict()
+        lengths = {"training.iterations", "training.epochs"}
+        if len(lengths & assignments.keys()) == 1:
+            (unset,) = lengths - assignments.keys()
+            values["training"].pop(unset.removeprefix("training."), None)
         for key, value in assignments.items():
             *tables, last = key.split(".")
             table = values
@@ -170,9 +186,6 @@ class RunConfig:
                 if not isinstance(table, dict):
                     raise InputError(f"unknown setting {key!r}: {name} is not a table")
             table[last] = _parse(value) if isinstance(value, str) else value
-            for one, other in (("iterations", "epochs"), ("epochs", "iterations")):
-                if key == f"training.{one}":
-                    table.pop(other, None)
         return self.from_dict(values)
 
 
@@ -209,7 +222,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in fields:
             raise InputError(
-                f"unknown setting {prefix + key!r}{_closest(key, fields)}; "
+                f"unknown setting {prefix + key!r}{_meant(prefix + key)}; "
                 f"{where or 'the top level'} has {', '.join(fields)}"
             )
     for name, f in fields.items():
@@ -245,7 +258,18 @@ def _without_none(value: Any) -> Any:
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise InputError(f"{name} must be {' or '.join(choices)}, not {value!r}")
+        raise InputError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
+
+
+def _meant(key: str) -> str:
+    """A hint at the setting that an unknown one stands for: with its table left out or another, or misspelt."""
+    known = []
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        inner = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+        known += [name, *(f"{name}.{f.name}" for f in inner)]
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    return f" (did you mean {same[0]!r}?)" if same else _closest(key, known)
 
 
 def _closest(name: str, known: typing.Iterable[str]) -> str:

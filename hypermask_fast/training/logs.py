@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from .report import write_atomic
+from .files import write_atomic, writing
 
 COLUMNS = (
     "task",
@@ -63,11 +63,12 @@ class CsvLog:
             self._unsettled = False
 
     def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8", newline="")
         row = {"task": task, "iteration": iteration, **values}
-        csv.DictWriter(self._file, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(row)
-        self._file.flush()
+        with writing(self.path):
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8", newline="")
+            csv.DictWriter(self._file, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(row)
+            self._file.flush()
 
     def advance(self, iterations: int) -> None:
         pass
@@ -76,9 +77,10 @@ class CsvLog:
         pass
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with writing(self.path):  # what could not be written before is tried again
+                file.close()
 
     def _drop_after(self, position: tuple[int, int]) -> None:
         text = self.path.read_text(encoding="utf-8", errors="replace")

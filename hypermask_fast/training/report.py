@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import RunConfig
+from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
 
 if TYPE_CHECKING:
@@ -22,20 +22,6 @@ if TYPE_CHECKING:
 METRICS, TIMING = "metrics.json", "timing.json"
 MATRIX_TABLE, MATRIX_PICTURE = "accuracy_matrix.csv", "accuracy_matrix.png"
 _WIDE = 10  # tasks up to which accuracies are shown with a decimal
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replaces `path` by a file of that content; a reader, or a kill, at any moment sees the old one or the new one."""
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_reports(run_dir: Path, config: RunConfig, result: "Result", device: torch.device | str) -> None:

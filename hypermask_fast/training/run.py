@@ -20,6 +20,7 @@ from ..model import HyperMask
 from ..targets import build_target
 from . import checkpoint, report
 from .config import RunConfig, TargetConfig
+from .files import write_atomic, writing
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
 from .trainer import Result, Trainer
 
@@ -86,6 +87,7 @@ def train(
     """
     if resume:
         stored_config(run_dir)
+        checkpoint.exists(run_dir)  # or was lost
     else:
         check_free(run_dir)
     scenario = read_scenario(config)
@@ -104,13 +106,15 @@ def train(
         seed=config.seed,
         device=device,
         run_dir=run_dir,
+        settings=config.digest(),
         logger=loggers,
         on_task_end=on_task_end,
     )
     # All that can be checked has been: from here on the folder is a run.
     if not resume:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        report.write_atomic(run_dir / CONFIG, config.to_toml())
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / CONFIG, config.to_toml())
     loggers.loggers = tuple(_loggers(run_dir, resume, logger))
     try:
         return trainer.fit(resume=resume)
@@ -131,7 +135,7 @@ def check_free(run_dir: Path) -> None:
 def stored_config(run_dir: Path) -> RunConfig:
     """The configuration that a run's folder holds. Raises InputError where it holds no run."""
     if not (run_dir / CONFIG).is_file():
-        raise InputError(f"{run_dir} holds no run: it has no {CONFIG}")
+        raise InputError(f"{run_dir} holds no run (no {CONFIG}): give a folder that `hypermask-fast train` has made")
     return RunConfig.load(run_dir / CONFIG)
 
 
@@ -156,7 +160,7 @@ def load_run(
         config = with_data_dir(config, data_dir)
     scenario = read_scenario(config)
     model = build_model(config, scenario)
-    learned = checkpoint.load_model(run_dir, model)
+    learned = checkpoint.load_model(run_dir, model, config.digest()) if checkpoint.exists(run_dir) else 0
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)
@@ -195,7 +199,7 @@ def export_task(run_dir: Path, task: int, path: Path, data_dir: Path | str | Non
         "num_classes": str(scenario.num_classes),
     }
     tensors = {name: tensor.contiguous() for name, tensor in model.export(task).state_dict().items()}
-    report.write_atomic(path, save(tensors, metadata))
+    write_atomic(path, save(tensors, metadata))
 
 
 def load_exported(path: Path | str) -> nn.Module:

@@ -63,6 +63,7 @@ class Trainer:
         seed: of the batches' order and, through torch's default generators, of augmentation and dropout.
         device: where to train.
         run_dir: folder for checkpoints; None writes none.
+        settings: kept in checkpoints; one that was saved under others is refused. See `RunConfig.digest`.
         logger: is told of progress.
         on_task_end: called with the result so far after each task, and at once when a run is resumed.
 
@@ -80,6 +81,7 @@ class Trainer:
         seed: int = 0,
         device: torch.device | str = "cpu",
         run_dir: Path | None = None,
+        settings: str = "",
         logger: Logger | None = None,
         on_task_end: Callable[[Result], None] | None = None,
     ) -> None:
@@ -92,7 +94,7 @@ class Trainer:
         self.model = model.to(self.device)
         self.scenario = scenario.to(self.device)
         self.config, self.ramp, self.seed = config, ramp, seed
-        self.run_dir = run_dir
+        self.run_dir, self.settings = run_dir, settings
         self.logger = logger or Loggers([])
         self.on_task_end = on_task_end or (lambda result: None)
         tasks = len(scenario.tasks)
@@ -231,6 +233,7 @@ class Trainer:
         tensors = checkpoint.model_tensors(self.model) | checkpoint.generator_tensors(self.device)
         tensors |= {"result.matrix": self.result.matrix, "result.baseline": self.result.baseline}
         state: dict[str, Any] = {
+            "settings": self.settings,
             "task": at.task,
             "iteration": at.iteration,
             "best_accuracy": at.best_accuracy,
@@ -257,6 +260,7 @@ class Trainer:
                 f"the checkpoint in {self.run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
                 f"not {len(self.result.matrix)}"
             )
+        checkpoint.check_settings(self.run_dir, state, self.settings)
         checkpoint.restore_generators(tensors, self.device)
         self.result = Result(
             tensors["result.matrix"].cpu(),
@@ -289,7 +293,7 @@ def batch_rows(samples: int, batch_size: int, iterations: int, seed: int, task: 
 
     A batch may span two passes. The order depends on seed and task alone, so a position in it is an iteration.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + task)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + task) % 2**63)
     passes = -(-iterations * batch_size // samples)
     stream = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
     return stream[: iterations * batch_size].view(iterations, batch_size)

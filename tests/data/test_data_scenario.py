@@ -233,7 +233,7 @@ def test_given_num_classes_is_taken():
         assert made.num_classes == 5
     with pytest.raises(InputError, match=r"training set: labels must be 0 .. 0, found 1"):
         from_datasets([(GOOD, None, GOOD)], num_classes=1)
-    with pytest.raises(InputError, match="num_classes must be 1 or more"):
+    with pytest.raises(InputError, match="num_classes must be a whole number, 1 or more, not"):
         from_datasets([(GOOD, None, GOOD)], num_classes=0)
 
 

@@ -174,6 +174,28 @@ def test_weight_drift(emulated, count, norm, masked):
         assert_close(actual[1], grad_logits, "sum", "gradient of logits")
 
 
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("count", COUNTS)
+def test_masked_weights_drift(emulated, count, norm):
+    weights, logits, thresholds, offsets = layers(count)
+    previous = torch.randn(len(logits))
+    w64, a64 = [double(w) for w in weights], double(logits)
+    *masked, drift = outputs = [
+        *reference.masked_weights(w64, a64, thresholds.double(), offsets),
+        reference.weight_drift(w64, previous.double(), offsets, norm, a64, thresholds.double()),
+    ]
+    outers = [torch.randn(w.shape) for w in weights]
+    gradients = [o.double() for o in (*outers, torch.tensor(0.7))]
+    *grad_weights, grad_logits = backward_of(outputs, gradients, [*w64, a64])
+    actual, norms = emulated.masked_weights_drift(weights, logits, thresholds, offsets, previous, norm)
+    assert_all_close(actual, masked, "elementwise", "weight")
+    assert_close(norms.double().sum(), drift, "sum", "drift")
+    common = norms, weights, logits, thresholds, offsets, previous, norm
+    actual = emulated.masked_weights_drift_backward(outers, torch.full((count,), 0.7), *common)
+    assert_all_close(actual[0], grad_weights, "sum", "gradient")
+    assert_close(actual[1], grad_logits, "sum", "gradient of logits")
+
+
 # The dense output layer
 
 # The last two have more strips of columns and tasks than a block has threads.

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hypermask_fast import InputError
@@ -124,6 +125,37 @@ def test_a_manifest_cannot_lead_out_of_its_folder(run_dir):
         checkpoint.load(run_dir)
 
 
+def test_a_manifest_taken_away(run_dir):
+    (run_dir / checkpoint.MANIFEST).unlink()
+    with pytest.raises(InputError, match=r"checkpoint.json is missing: .*remove checkpoint-000-0000001.safetensors"):
+        checkpoint.exists(run_dir)
+    (run_dir / ".checkpoint").mkdir()  # as a kill within the first save leaves it
+    assert not checkpoint.exists(run_dir)
+
+
+@pytest.mark.parametrize("failing", ["save_file", "replace", "write_text"])
+def test_a_full_disk_leaves_the_checkpoint_before(run_dir, monkeypatch, failing):
+    def fails(*_, **__):
+        raise SafetensorError("I/O error: disk full") if failing == "save_file" else OSError(28, "disk full")
+
+    owner = {"save_file": checkpoint, "replace": checkpoint.os, "write_text": checkpoint.Path}[failing]
+    monkeypatch.setattr(owner, failing, fails)
+    with pytest.raises(
+        InputError, match=r"cannot write .*000-0000002.safetensors: .*disk full; nothing on disk was lost"
+    ):
+        checkpoint.save(run_dir, "000-0000002", TENSORS, {"task": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(run_dir)[1] == STATE
+
+
+def test_other_settings(tmp_path):
+    net = nn.Linear(3, 2)
+    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(net), {"task": 2, "settings": "a"})
+    assert checkpoint.load_model(tmp_path, net, "a") == 2
+    with pytest.raises(InputError, match="other settings than its config.toml has"):
+        checkpoint.load_model(tmp_path, net, "b")
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -134,8 +166,8 @@ def test_a_manifest_cannot_lead_out_of_its_folder(run_dir):
     ],
 )
 def test_another_network(tmp_path, other, message):
-    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(nn.Linear(3, 2)), {"task": 0})
+    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(nn.Linear(3, 2)), {"task": 0, "settings": "a"})
     before = [parameter.clone() for parameter in other.parameters()]
     with pytest.raises(InputError, match=message):
-        checkpoint.load_model(tmp_path, other)
+        checkpoint.load_model(tmp_path, other, "a")
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))

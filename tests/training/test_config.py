@@ -114,7 +114,9 @@ def test_lengths_count_the_last_partial_batch():
     ("values", "message"),
     [
         ({"training.sparsty": "1"}, "unknown setting 'training.sparsty'"),
-        ({"method.sparsty": "1"}, "did you mean 'sparsity'"),
+        ({"method.sparsty": "1"}, "did you mean 'method.sparsity'"),
+        ({"sparsity": "1"}, "did you mean 'method.sparsity'"),
+        ({"training.beta": "1"}, "did you mean 'method.beta'"),
         ({"metod.sparsity": "1"}, "unknown setting 'metod' .did you mean 'method'"),
         ({"seed.value": "1"}, "seed is not a table"),
         ({"method.sparsity": "130"}, "percentage from 0 to 100, not 130"),
@@ -124,7 +126,10 @@ def test_lengths_count_the_last_partial_batch():
         ({"method.ramp": "1"}, "'method.ramp' must be true or false, not 1"),
         ({"training.batch_size": "1.5"}, "'training.batch_size' must be .*an integer.*, not 1.5"),
         ({"training.batch_size": "0"}, "training.batch_size must be at least 1"),
-        ({"training.lr": "0"}, "training.lr must be positive"),
+        ({"training.lr": "0"}, "training.lr must be a positive number, not 0"),
+        ({"training.lr": "inf"}, "training.lr must be a positive number, not inf"),
+        ({"training.gradient": "factored", "hypernet.chunk_size": "10"}, "needs a dense hypernetwork"),
+        ({"training.gradient": "sparse"}, "must be auto, factored or dense, not 'sparse'"),
         ({"training.keep": "first"}, "training.keep must be last or best, not 'first'"),
         ({"training.schedule": "cosine"}, "constant or plateau"),
         ({"training.checkpoint_every": "-1"}, "0 or more, not -1"),
@@ -147,6 +152,8 @@ def test_missing_settings_and_both_lengths_are_refused():
         RunConfig.from_dict({**MINIMAL, "training": {"iterations": 1, "epochs": 1}})
     with pytest.raises(InputError, match="one of the two"):
         RunConfig.from_dict({**MINIMAL, "training": {}})
+    with pytest.raises(InputError, match="one of the two"):
+        RunConfig.from_dict(MINIMAL).with_values({"training.iterations": "1", "training.epochs": "1"})
 
 
 def test_unknown_preset_names_the_closest():
@@ -157,6 +164,9 @@ def test_unknown_preset_names_the_closest():
 def test_files_that_are_no_configuration(tmp_path):
     path = tmp_path / "config.toml"
     with pytest.raises(InputError, match="cannot read configuration"):
+        RunConfig.load(path)
+    path.write_text("title = 'mine'")
+    with pytest.raises(InputError, match=r"config\.toml: setting 'data' is missing"):
         RunConfig.load(path)
     path.write_text("title = ")
     with pytest.raises(InputError, match="not valid TOML"):

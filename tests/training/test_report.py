@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from hypermask_fast import InputError
 from hypermask_fast.training import report
 from hypermask_fast.training.config import load_preset
+from hypermask_fast.training.files import write_atomic
 from hypermask_fast.training.trainer import Result
 
 CONFIG = load_preset("split-digits")
@@ -96,14 +98,14 @@ def test_text_matrix():
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
-    report.write_atomic(path, "old")
+    write_atomic(path, "old")
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        report.write_atomic(path, "new")
+    with pytest.raises(InputError, match=r"cannot write .*metrics\.json: disk full"):
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -64,6 +64,8 @@ def read_jpeg_npz(path: str | Path, num_classes: int) -> tuple[Tensor, Tensor]:
         InputError: the file cannot be read or is not that; a label is not 0 .. num_classes - 1.
     """
     path = Path(path)
+    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
+        raise InputError(f"{path} is not an .npz file, or is cut off: get it anew")
     try:
         with np.load(path, allow_pickle=False) as file:
             jpeg, offsets, labels = (file[key] for key in ("jpeg", "offsets", "labels"))

@@ -38,7 +38,8 @@ def find(directory: str | Path, subfolders: Sequence[str], names: Sequence[str],
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"data directory {directory} does not exist; it should hold {what} ({names[0]})")
+        wrong = "is not a folder" if directory.exists() else "does not exist"
+        raise InputError(f"data directory {directory} {wrong}; it should hold {what} ({names[0]})")
     for folder in (".", *subfolders):
         for name in names:
             if (directory / folder / name).is_file():
@@ -59,7 +60,7 @@ def decode_jpegs(files: Sequence[bytes], side: int, where: str) -> Tensor:
         InputError: Pillow is missing; a file is damaged or of another size.
     """
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise InputError("reading JPEG images needs Pillow: pip install pillow") from error
     pixels = np.empty((len(files), side, side, 3), dtype=np.uint8)
@@ -73,6 +74,8 @@ def decode_jpegs(files: Sequence[bytes], side: int, where: str) -> Tensor:
                 pixels[i] = np.asarray(image.convert("RGB"))
         except InputError:
             raise
+        except UnidentifiedImageError as error:  # its text names an object in memory
+            raise InputError(f"{where}: image {i} is not a JPEG") from error
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{where}: image {i} is not a readable JPEG ({error})") from error
 

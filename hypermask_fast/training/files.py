@@ -1,0 +1,42 @@
+"""Writing files: whole or not at all, and what can't be written is said in one line."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import InputError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write `path`, such as a full or read-only disk or a folder without permission, to InputError.
+
+    For writers that leave what was there before as it was.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors hides the system's own error in its text
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"cannot write {path}: {reason}; nothing on disk was lost") from error
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces `path` by a file of that content; a reader, or a kill, at any moment sees the old one or the new one.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
