@@ -46,7 +46,7 @@ void free_block(void* memory) {
 class Guarded : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (guard == Guard::kOff || bytes == 0) return c10::GetDefaultCPUAllocator()->allocate(bytes);
+    if (bytes == 0) return c10::GetDefaultCPUAllocator()->allocate(bytes);
     const size_t aligned = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     const size_t page_bytes = (bytes + kPage - 1) / kPage * kPage;
     void* memory = mmap(nullptr, page_bytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -67,8 +67,8 @@ class Guarded : public c10::Allocator {
 
 void set_guard(Guard where) {
   static Guarded allocator;
-  c10::SetCPUAllocator(&allocator, 1);
   guard = where;
+  c10::SetCPUAllocator(where == Guard::kOff ? c10::GetDefaultCPUAllocator() : &allocator, 1);
 }
 
 std::shared_ptr<void> allocate(size_t bytes) {
