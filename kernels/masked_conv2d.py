@@ -30,8 +30,8 @@ def _block_of_tap(index, KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr
     if KH * KW == 1:  # as constants, so that the compiler sees how the weight is aligned
         return index * BLOCK + tl.arange(0, BLOCK), 0, 0
     else:
-        tap = index % (KH * KW)
-        return index // (KH * KW) * BLOCK + tl.arange(0, BLOCK), tap // KW, tap % KW
+        line = index // KW
+        return line // KH * BLOCK + tl.arange(0, BLOCK), line % KH, index % KW
 
 
 @triton.jit
