@@ -64,5 +64,8 @@ def _task(row: Row) -> int:
 
 
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        print(table(latest(read(Path(path)))))
+    try:
+        for path in sys.argv[1:]:
+            print(table(latest(read(Path(path)))))
+    except OSError as error:
+        sys.exit(f"bench.table: {error.strerror}: {error.filename}")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .dispatch import FUSED_BACKENDS, MASK_FIRST
+from .dispatch import FUSED_BACKENDS, MASK_FIRST, constant_in_graphs
 from .errors import InputError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -79,7 +79,7 @@ NATIVE_PROBLEM = _load_native()
 _ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def problem(backend: str) -> str:
     """Why a backend is not to be had here at all, "" if it is. Found out once."""
     if backend not in _problems:

@@ -4,7 +4,8 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,10 @@ class HyperMask(nn.Module):
         self.sparsity = sparsity
         self.drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
         self.layout = MaskLayout.of(net, include, exclude)
-        self.hypernet = (hypernetwork or HypernetConfig()).build(self.layout.size, num_tasks)
+        hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
+        if not isinstance(hypernetwork, HypernetConfig):
+            raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
+        self.hypernet = hypernetwork.build(self.layout.size, num_tasks)
         layers.swap_in(net, num_tasks, batch_statistics=fidelity == "official")
         self.net = net
         self._owners = self._assign_segments()
@@ -91,6 +95,10 @@ class HyperMask(nn.Module):
                 if segment is not None:
                     owners[segment] = (module, name)
         return owners
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, which no optimiser holds yet: its output layer is its own."""
+        return {**self.__dict__, "_optimizer": None}
 
     @property
     def num_tasks(self) -> int:
@@ -176,9 +184,10 @@ class HyperMask(nn.Module):
     def _task_ids(self, task: int | Tensor) -> list[int] | Tensor:
         """One task as ids for the hypernetwork, checked where that costs no host sync."""
         if isinstance(task, Tensor):
-            if task.dtype != torch.int64 or task.dim() > 1:
+            if task.dtype != torch.int64 or task.dim() > 1 or task.numel() != 1:
                 raise InputError(
-                    f"a task tensor is int64, 0-dim or one id per sample, not {task.dtype} of {tuple(task.shape)}"
+                    "a task tensor is int64, 0-dim (or, for a forward pass, one id per sample), "
+                    f"not {task.dtype} of {tuple(task.shape)}"
                 )
             if _values_at_hand(task):
                 self._check_task(int(task))
@@ -187,7 +196,7 @@ class HyperMask(nn.Module):
         return [task]
 
     def _check_task(self, task: int) -> None:
-        if isinstance(task, bool) or not isinstance(task, int):
+        if isinstance(task, bool) or not isinstance(task, Integral):
             raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
         if not 0 <= task < self.num_tasks:
             raise InputError(

@@ -4,7 +4,8 @@ The extension (csrc/) registers schemas and kernels for CPU and CUDA; this file 
 and opcheck need, and offers them to `backends`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ def register() -> None:
     if backends.NATIVE_PROBLEM:
         return
     for name, fake in (_FAKES | small_batch.FAKES).items():
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", _without_values(fake))
     for name, (backward, setup) in (_GRADIENTS | small_batch.GRADIENTS).items():
         torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
     for op, function in _CPU_CALLS.items():
@@ -30,6 +31,19 @@ def register() -> None:
             backends.offer(op, backend, function, condition)
     for op, (function, condition, dtypes) in small_batch.CALLS.items():
         backends.offer(op, "cuda", function, condition, dtypes)
+
+
+def _without_values(fake: Callable) -> Callable:
+    """A shape function that refuses meta tensors beside others: one suffices for it to be called."""
+
+    @functools.wraps(fake)
+    def checked(*args):
+        devices = {tensor.device.type for tensor in backends.tensors(args)}
+        if "meta" in devices and len(devices) > 1:
+            raise RuntimeError(f"all tensors must be on one device, not on {' and '.join(sorted(devices))}")
+        return fake(*args)
+
+    return checked
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -46,7 +46,7 @@ class Adam(torch.optim.Adam):
         capturable: keep step counts on the device, for CUDA graphs.
 
     Raises:
-        InputError: a wrong `gradient`, or "factored" with a chunked hypernetwork.
+        InputError: no HyperMask model, a wrong `gradient`, or "factored" with a chunked hypernetwork.
     """
 
     def __init__(
@@ -60,6 +60,10 @@ class Adam(torch.optim.Adam):
         exact_loss: bool = True,
         capturable: bool = False,
     ) -> None:
+        if not isinstance(model, HyperMask):
+            raise InputError(
+                f"Adam takes the HyperMask model itself, all of whose Parameters it trains, not {type(model).__name__}"
+            )
         if gradient not in GRADIENTS:
             raise InputError(f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
         chunked = isinstance(model.hypernet, ChunkedHyperNetwork)

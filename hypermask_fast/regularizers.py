@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,9 +35,10 @@ class DriftConfig:
 
     def __post_init__(self) -> None:
         for name in ("beta", "lam"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must be a number >= 0, not {getattr(self, name)!r}")
-        if self.norm not in (1, 2):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < inf:
+                raise InputError(f"{name} must be a finite number >= 0, not {value!r}")
+        if self.norm not in (1, 2) or isinstance(self.norm, bool):
             raise InputError(f"the weight drift's norm must be 1 or 2, not {self.norm!r}")
         if self.fidelity not in FIDELITIES:
             raise InputError(f"fidelity must be one of {', '.join(FIDELITIES)}, not {self.fidelity!r}")

@@ -248,7 +248,7 @@ def test_drift_targets_of_the_first_task_are_none():
         (torch.tensor([0, 1]), r"int64 tensor \(6,\)"),
         (torch.tensor([0.0] * 6), r"int64 tensor \(6,\), not torch.float32"),
         (torch.tensor(1.0), "a task tensor is int64"),
-        (torch.zeros(6, 1, dtype=torch.int64), "a task tensor is int64, 0-dim or one id per sample"),
+        (torch.zeros(6, 1, dtype=torch.int64), r"a task tensor is int64, 0-dim \(or, for a forward pass, one id"),
     ],
 )
 def test_tasks_that_do_not_exist(convnet_model, task, message):
@@ -261,7 +261,10 @@ def test_tasks_that_do_not_exist(convnet_model, task, message):
     [
         ({"sparsity": 101}, "sparsity is a percentage from 0 to 100, not 101"),
         ({"sparsity": float("nan")}, "sparsity is a percentage"),
-        ({"beta": -1}, "beta must be a number >= 0, not -1"),
+        ({"beta": -1}, "beta must be a finite number >= 0, not -1"),
+        ({"lam": float("inf")}, "lam must be a finite number >= 0, not inf"),
+        ({"lam": "1"}, "lam must be a finite number"),
+        ({"hypernetwork": {"embedding": 3}}, "a HypernetConfig, not dict"),
         ({"drift_norm": 3}, "norm must be 1 or 2, not 3"),
         ({"fidelity": "exact"}, "fidelity must be one of default, official, not 'exact'"),
         ({"num_tasks": 0}, "num_tasks must be a positive integer"),

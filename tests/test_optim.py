@@ -1,6 +1,7 @@
 """Adam on factored gradients: the numbers of torch.optim.Adam, and refusals where it can't give them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -178,3 +179,19 @@ def test_chunked_takes_dense_gradients():
 def test_unknown_gradient():
     with pytest.raises(InputError, match="gradient must be one of auto, factored, dense, not 'sparse'"):
         hmf.optim.Adam(small_model(1), gradient="sparse")
+
+
+def test_a_copy_has_no_optimiser_of_the_original():
+    """The copy's masks come from its own output layer; it can be copied, pickled and trained."""
+    model = small_model(2)
+    optimizer = hmf.optim.Adam(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        model.hypernet.output.bias.add_(1)
+    torch.testing.assert_close(copied.mask(0).logits + 1, model.mask(0).logits)
+    assert optimizer.factored and pickle.loads(pickle.dumps(model)).num_tasks == 2
+
+
+def test_what_adam_takes_is_the_model():
+    with pytest.raises(InputError, match="the HyperMask model itself, .* not generator"):
+        hmf.optim.Adam(small_model(2).parameters())

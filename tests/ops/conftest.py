@@ -49,7 +49,7 @@ def isa(request):
 
 @pytest.fixture
 def cpu():
-    """The ops with the cpu backend asked for by name, so that a silent fall-back can't pass."""
+    """The ops with the cpu backend asked for; of what it doesn't have, `test_backends` keeps the list."""
     with backends.use_backend("cpu"):
         yield ops
 

@@ -106,3 +106,17 @@ def test_report():
     text = env.report()
     assert re.search(r"backend cpu: +ready \(.*\): hypernet_adam", text)
     assert "entropy_select" in text.splitlines()[-1]
+
+
+@pytest.mark.native
+def test_the_ops_that_the_cpu_has():
+    """Under `use_backend("cpu")` one that it lost would be chosen automatically, and no test of values would fail."""
+    missing = set(ops.__all__) - set(backends.served("cpu"))
+    assert missing == {
+        "chunk_masked_conv2d",
+        "chunk_masked_linear",
+        "chunked_output_drift",
+        "entropy_select",
+        "kept_rank",
+        "task_batched_linear",
+    }
