@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hypermask_fast import ops, reference
+from hypermask_fast.layout import kept_rank
 
 from .case import OURS, Case, Unavailable
 from .experiments import BLOCK, Experiment
@@ -31,7 +32,7 @@ def cases(experiments: dict[str, Experiment], quick: bool) -> list[Case]:
 
 def thresholds(size: int) -> Case:
     """Exact selection over one segment, p = 30."""
-    rank = reference.kept_rank(30, size)
+    rank = kept_rank(30, size)
 
     def build(contender: str, device: torch.device) -> OpRun:
         logits = uniform(size, low=-3, high=3).to(device)

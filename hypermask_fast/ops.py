@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, chunked, mask_first, native, reference, triton_backend
-from .reference import kept_rank
+from .layout import kept_rank
 from .task_rows import TaskRows
 
 __all__ = [

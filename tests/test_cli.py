@@ -365,23 +365,11 @@ def test_presets_shows_a_preset_as_a_configuration_file(tmp_path, capsys, refuse
     assert "unknown preset" in refused("presets", "nothing")
 
 
-def test_env_tells_versions_and_threads(capsys):
-    assert cli.main(["env"]) == 0
-    shown = capsys.readouterr().out
-    assert torch.__version__ in shown
-    assert f"{torch.get_num_threads()} threads" in shown
-
-
 @pytest.mark.parametrize("module", ["hypermask_fast", "hypermask_fast.cli"])
 def test_runs_as_a_module(module):
     done = subprocess.run([sys.executable, "-m", module, "train", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("hypermask-fast: error: unknown preset 'nothing'")
-
-
-def test_env_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "hypermask_fast.env"], capture_output=True, text=True, check=True)
-    assert torch.__version__ in done.stdout
 
 
 @pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["evaluate", "somewhere", "--task-id", "guess"]])

@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,6 +255,11 @@ def test_drift_targets_of_the_first_task_are_none():
 def test_tasks_that_do_not_exist(convnet_model, task, message):
     with pytest.raises(InputError, match=message):
         convnet_model(images(), task)
+
+
+def test_numpy_integers_are_tasks(convnet_model):
+    model = convnet_model.eval()
+    torch.testing.assert_close(model(images(), np.int64(1)), model(images(), 1))
 
 
 @pytest.mark.parametrize(

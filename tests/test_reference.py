@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.autograd import gradcheck
 
 from hypermask_fast import InputError, reference
+from hypermask_fast.layout import kept_rank
 
 
 def logits_of(*shape, seed=0):
@@ -27,7 +28,7 @@ def test_kept_set_is_the_percentiles(size, sparsity, seed):
     """|tanh a| >= numpy's percentile, the method's wording, keeps what rank selection by |a| keeps."""
     logits = logits_of(size, seed=seed)
     mask = logits.tanh().abs()
-    ranks = torch.tensor([reference.kept_rank(sparsity, size)])
+    ranks = torch.tensor([kept_rank(sparsity, size)])
     ours = reference.semi_binary_mask(logits, reference.mask_thresholds(logits, [0, size], ranks)[0])
     threshold = np.percentile(mask.numpy(), sparsity)
     # Where rounding puts the position within an ulp of a rank, both neighbours are right.
@@ -39,7 +40,7 @@ def test_kept_set_is_the_percentiles(size, sparsity, seed):
 @pytest.mark.parametrize(("sparsity", "kept"), [(0, 11), (30, 8), (50, 6), (99, 1), (100, 1)])
 def test_number_kept(sparsity, kept):
     logits = logits_of(11)
-    ranks = torch.tensor([reference.kept_rank(sparsity, 11)])
+    ranks = torch.tensor([kept_rank(sparsity, 11)])
     mask = reference.semi_binary_mask(logits, reference.mask_thresholds(logits, [0, 11], ranks)[0])
     assert (mask > 0).sum() == kept
 
@@ -47,7 +48,7 @@ def test_number_kept(sparsity, kept):
 @pytest.mark.parametrize("sparsity", [-1, 100.1, math.nan, math.inf, "30", None, True])
 def test_sparsity_outside_of_0_to_100(sparsity):
     with pytest.raises(InputError, match="percentage from 0 to 100"):
-        reference.kept_rank(sparsity, 10)
+        kept_rank(sparsity, 10)
 
 
 def test_thresholds_are_per_segment_and_row():

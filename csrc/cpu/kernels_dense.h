@@ -41,7 +41,8 @@ HM_INLINE void with_size(int n, const F& f) {
   }
 }
 
-// A total split into the fewest tiles of at most kMax, of nearly equal size. Made once: it takes a division.
+// A total split into the fewest tiles of at most kMax, of nearly equal size. Made once, or once a block: it takes a
+// division.
 template <int kMax>
 struct Tiles {
   int64_t count, size, larger;  // the first `larger` tiles have one more

@@ -16,8 +16,8 @@ import tomli_w
 
 from ..errors import InputError
 from ..hypernet import HypernetConfig
+from ..layout import kept_rank
 from ..optim import GRADIENTS
-from ..reference import kept_rank
 from ..regularizers import FIDELITIES
 
 if sys.version_info >= (3, 11):

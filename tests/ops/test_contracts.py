@@ -118,6 +118,14 @@ def test_bad_offsets_are_refused(offsets, message):
         op("masked_weights_drift")([], logits, torch.zeros(count), offsets, logits, 1)
 
 
+def test_meta_tensors_beside_others_are_refused():
+    """One suffices for the shape function to be called, whose result would be memory that nobody has written."""
+    hidden, weight, bias, targets = arguments()["output_drift"]
+    assert op("output_drift")(*(t.to("meta") for t in (hidden, weight, bias, targets))).is_meta
+    with pytest.raises(RuntimeError, match="one device, not on cpu and meta"):
+        op("output_drift")(hidden, weight, bias, targets.to("meta"))
+
+
 def test_other_bad_arguments_are_refused():
     valid = arguments()
     with pytest.raises(RuntimeError, match="outside segment 1"):

@@ -11,7 +11,7 @@ import torch
 from tolerances import assert_close
 
 from hypermask_fast import reference
-from hypermask_fast.reference import kept_rank
+from hypermask_fast.layout import kept_rank
 
 NAN, INF = float("nan"), float("inf")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hypermask_fast import reference
-from hypermask_fast.reference import kept_rank
+from hypermask_fast.layout import kept_rank
 
 pytestmark = pytest.mark.native
 
