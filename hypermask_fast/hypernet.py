@@ -106,7 +106,11 @@ class HyperNetwork(nn.Module):
 
     def forward(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, N) logits of task ids (T integers or an int64 tensor (T,)); the output layer is read once for all."""
-        return ops.hypernet_logits(self.hidden(tasks), self.output.weight, self.output.bias, self.size)
+        return self.logits(self.hidden(tasks))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, N) logits from the last hidden layer (T, chunks, H)."""
+        return ops.hypernet_logits(hidden, self.output.weight, self.output.bias, self.size)
 
     def earlier_hidden(self, task: int) -> Tensor:
         """(t, chunks, H) last hidden layer of tasks 0..t-1, to the bit as in a pass over tasks 0..t.
@@ -122,23 +126,22 @@ class HyperNetwork(nn.Module):
 
         Of two ways to compute them, the one that agrees with the drift's own arithmetic to the bit.
         """
-        hidden, layer = self.earlier_hidden(task), self.output
-        targets = ops.hypernet_logits(hidden, layer.weight, layer.bias, self.size)
-        if ops.output_drift(hidden, layer.weight, layer.bias, targets) != 0:
-            rows = [ops.hypernet_logits(row[None], layer.weight, layer.bias, self.size) for row in hidden]
-            targets = torch.cat(rows)
+        hidden = self.earlier_hidden(task)
+        targets = self.logits(hidden)
+        if self.output_drift(hidden, (targets,)) != 0:
+            targets = torch.cat([self.logits(row[None]) for row in hidden])
         return (targets,)
 
-    def output_drift(self, task: int, targets: tuple[Tensor, ...]) -> Tensor:
+    def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.
 
         Args:
-            task: t; targets: its `drift_targets`.
+            hidden: (t, chunks, H) `earlier_hidden` of task t; targets: its `drift_targets`.
 
         Returns:
             Scalar.
         """
-        return ops.output_drift(self.earlier_hidden(task), self.output.weight, self.output.bias, *targets)
+        return ops.output_drift(hidden, self.output.weight, self.output.bias, *targets)
 
 
 class ChunkedHyperNetwork(HyperNetwork):
@@ -181,7 +184,6 @@ class ChunkedHyperNetwork(HyperNetwork):
         """The output layer and its inputs as of now: smaller than the logits, and all that `output_drift` needs."""
         return (self.earlier_hidden(task), self.output.weight.clone(), self.output.bias.clone())
 
-    def output_drift(self, task: int, targets: tuple[Tensor, ...]) -> Tensor:
+    def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`."""
-        hidden = self.earlier_hidden(task)
         return ops.chunked_output_drift(hidden, self.output.weight, self.output.bias, *targets, self.size)

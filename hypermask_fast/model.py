@@ -137,12 +137,20 @@ class HyperMask(nn.Module):
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
         ids = self._task_ids(task)
-        optimizer = self._optimizer() if self._optimizer is not None and torch.is_grad_enabled() else None
-        if optimizer is None or isinstance(task, Tensor):
-            return self._mask_of(task, self.hypernet(ids)[0], sparsity, ranks, drift_from=self._drift_from(task))
-        hidden = self.hypernet.hidden(range(task + 1))[:, 0]
-        logits, drift = optimizer.output_layer(hidden, self._anchor_of(task))
-        return self._mask_of(task, logits, sparsity, ranks, drift, self._drift_from(task))
+        trainable = torch.is_grad_enabled() and not isinstance(task, Tensor)
+        optimizer = self._optimizer() if trainable and self._optimizer is not None else None
+        anchor = self._anchor_in_training(task) if optimizer is None else self._anchor_of(task)
+        if anchor is None:
+            return self._mask_of(task, self.hypernet(ids).squeeze(0), sparsity, ranks)
+        hidden = self.hypernet.hidden(range(task + 1))
+        for_drifts: dict[str, Any] = {}
+        if optimizer is None:
+            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[task:]).squeeze(0), hidden[:task]
+        else:
+            logits, for_drifts["output_drift"] = optimizer.output_layer(hidden[:, 0], anchor)
+        if self.drift.masked and self.drift.weight_scale(task) > 0:
+            for_drifts["drift_from"] = anchor.weights, self.drift.norm
+        return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
 
     def _mask_of(
         self,
@@ -150,18 +158,17 @@ class HyperMask(nn.Module):
         logits: Tensor,
         sparsity: float | None = None,
         ranks: Tensor | None = None,
-        output_drift: Tensor | None = None,
-        drift_from: tuple[Tensor, int] | None = None,
+        **for_drifts: Any,
     ) -> TaskMask:
         thresholds = self._thresholds(logits, sparsity, ranks)
-        return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), output_drift, drift_from)
+        return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
 
-    def _drift_from(self, task: int | Tensor) -> tuple[Tensor, int] | None:
-        """`TaskMask.drift_from` for a task that is being trained and whose masked weight drift counts."""
+    def _anchor_in_training(self, task: int | Tensor) -> Anchor | None:
+        """The anchor of a later task than the first that is being trained; None of any other."""
         anchor = self.anchor
-        if not self.drift.masked or anchor is None or isinstance(task, Tensor) or anchor.task != task:
+        if anchor is None or isinstance(task, Tensor) or anchor.task != task or task == 0:
             return None
-        return (anchor.weights, self.drift.norm) if self.drift.weight_scale(task) > 0 else None
+        return anchor if torch.is_grad_enabled() else None
 
     def _masks_of(self, tasks: range | Tensor) -> TaskMasks:
         logits = self.hypernet(tasks)
@@ -331,7 +338,8 @@ class HyperMask(nn.Module):
                 )
         if mask is not None and mask.output_drift is not None:
             return Drifts(mask.output_drift, weight)
-        return Drifts(regularizers.output_drift(self.hypernet, anchor), weight)
+        hidden = None if mask is None else mask.earlier_hidden
+        return Drifts(regularizers.output_drift(self.hypernet, anchor, hidden), weight)
 
     def regularizer(self, task: int | TaskMask) -> Tensor:
         """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.

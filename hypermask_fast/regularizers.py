@@ -89,8 +89,11 @@ def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: list[Tensor], ta
     return Anchor(task, layout.flatten([weight.detach() for weight in weights]), targets)
 
 
-def output_drift(hypernet: HyperNetwork, anchor: Anchor) -> Tensor:
-    """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, a scalar; 0 for the first task."""
+def output_drift(hypernet: HyperNetwork, anchor: Anchor, hidden: Tensor | None = None) -> Tensor:
+    """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, a scalar; 0 for the first task.
+
+    hidden: the hypernetwork's `earlier_hidden` of this task, where it is at hand.
+    """
     if anchor.task == 0:
         return anchor.weights.new_zeros(())
-    return hypernet.output_drift(anchor.task, anchor.targets)
+    return hypernet.output_drift(hypernet.earlier_hidden(anchor.task) if hidden is None else hidden, anchor.targets)

@@ -67,5 +67,6 @@ def blob_scenario(tasks: int = 3, samples: int = 200, seed: int = 0) -> Scenario
 def blob_model(tasks: int = 3, **settings) -> hmf.HyperMask:
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
-    settings = {"sparsity": 20, "beta": 0.01, "lam": 1e-3} | settings
-    return hmf.HyperMask(net, tasks, hypernetwork=hmf.HypernetConfig(embedding=8, hidden=(12,)), **settings)
+    hypernetwork = hmf.HypernetConfig(embedding=8, hidden=(12,))
+    settings = {"sparsity": 20, "beta": 0.01, "lam": 1e-3, "hypernetwork": hypernetwork} | settings
+    return hmf.HyperMask(net, tasks, **settings)

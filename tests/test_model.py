@@ -217,6 +217,30 @@ def test_weight_drift_comes_with_the_masked_weights(norm):
             torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 30])
+def test_a_training_steps_mask_and_drift_share_one_pass_of_the_trunk(chunk_size, monkeypatch):
+    """The numbers are those of a pass each."""
+    hypernetwork = hmf.HypernetConfig(6, (10, 10), chunk_size, 4)
+    model = blob_model(3, beta=0.5, hypernetwork=hypernetwork).double().eval()
+    model.begin_task(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    passes = []
+    hidden = model.hypernet.hidden
+    monkeypatch.setattr(model.hypernet, "hidden", lambda tasks: passes.append(tasks) or hidden(tasks))
+
+    def step(mask_for_drift):
+        mask = model.mask(2)
+        y = model(x, mask)
+        loss = y.square().sum() + model.regularizer(mask if mask_for_drift else 2)
+        return [y, *torch.autograd.grad(loss, model.parameters())]
+
+    torch.testing.assert_close(step(mask_for_drift=True), step(mask_for_drift=False))
+    assert passes == [range(3)] * 3
+
+
 def test_a_mask_answers_for_its_own_anchor_only():
     model = blob_model(2, lam=0.25)
     model.begin_task(1)
