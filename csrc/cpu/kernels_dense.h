@@ -109,19 +109,29 @@ class Ahead {
   int64_t lines_, work_, done_ = 0, asked_ = 0;
 };
 
-// out[j][r] = W_r . h_j for kRows (4 or 1) rows and kTasks tasks.
-template <int kRows, int kTasks>
+// W_r . h, still in the lanes of a vector.
+HM_INLINE Vec row_dot(const float* w, int64_t width, const float* h) {
+  const int64_t whole = width / kLanes * kLanes;
+  const int rest = static_cast<int>(width - whole);
+  Vec sum{};
+  for (int64_t k = 0; k < whole; k += kLanes) sum += load(w + k) * load(h + k);
+  if (rest) sum += load_part(w + whole, rest) * load(h + whole);
+  return sum;
+}
+
+// out[j][r] = W_r . h_j for 4 rows and kTasks tasks, added up in row_dot's order.
+template <int kTasks>
 HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padded, float* out) {
-  Vec sum[kTasks][kRows] = {};
+  Vec sum[kTasks][4] = {};
   const auto step = [&](int64_t k, auto load_w) HM_LAMBDA {
-    Vec row[kRows];
+    Vec row[4];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) row[r] = load_w(w + r * width + k);
+    for (int r = 0; r < 4; ++r) row[r] = load_w(w + r * width + k);
 #pragma GCC unroll 8
     for (int j = 0; j < kTasks; ++j) {
       const Vec hj = load(h + j * padded + k);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[j][r] += row[r] * hj;
+      for (int r = 0; r < 4; ++r) sum[j][r] += row[r] * hj;
     }
   };
   const int64_t whole = width / kLanes * kLanes;
@@ -130,12 +140,8 @@ HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padde
   if (rest) step(whole, [rest](const float* p) { return load_part(p, rest); });
 #pragma GCC unroll 8
   for (int j = 0; j < kTasks; ++j) {
-    if constexpr (kRows == 4) {
-      const Quad q = sum_lanes(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
-      std::memcpy(out + j * kBlockRows, &q, sizeof q);
-    } else {
-      out[j * kBlockRows] = sum_lanes(sum[j][0]);
-    }
+    const Quad q = sum_lanes(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
+    std::memcpy(out + j * kBlockRows, &q, sizeof q);
   }
 }
 
@@ -144,13 +150,13 @@ HM_INLINE void block_dots(const DenseLayer& d, const Cut& cut, const float* w, i
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
     for_tiles(cut.dot_tasks, [&](auto tasks, int64_t j) HM_LAMBDA {
-      dots<4, tasks.value>(w + r * d.width, d.width, d.hidden + j * d.padded, d.padded, factors + j * kBlockRows + r);
+      dots<tasks.value>(w + r * d.width, d.width, d.hidden + j * d.padded, d.padded, factors + j * kBlockRows + r);
     });
     Ahead::advance(ahead, 4 * d.drift_tasks);
   }
   for (; r < rows; ++r) {
     for (int64_t j = 0; j < d.drift_tasks; ++j) {
-      dots<1, 1>(w + r * d.width, d.width, d.hidden + j * d.padded, d.padded, factors + j * kBlockRows + r);
+      factors[j * kBlockRows + r] = sum_lanes(row_dot(w + r * d.width, d.width, d.hidden + j * d.padded));
     }
   }
 }
@@ -308,20 +314,18 @@ HM_INLINE void bias_gradient(const DenseLayer& d, int rows, const float* factors
   }
 }
 
+// Row after row, in the order of the memory: nothing but the layer is read, and the processor's own prefetching keeps up.
 void dense_logits(const DenseLayer& d, int64_t begin, int64_t end, float* logits) {
-  // The processor's own prefetching stops at every page's end, and the layer is all that is read.
-  constexpr int64_t kAhead = 2048;
+  const auto dot = [&](int64_t row) HM_LAMBDA { return row_dot(d.weight + row * d.width, d.width, d.hidden); };
   int64_t row = begin;
   for (; row + 4 <= end; row += 4) {
-    const float* rows = d.weight + row * d.width;
-    for (int64_t i = 0; i < 4 * d.width; i += 16) __builtin_prefetch(rows + kAhead + i, 0, 2);
-    dots<4, 1>(rows, d.width, d.hidden, d.padded, logits + row);
-    for (int r = 0; r < 4; ++r) logits[row + r] += d.bias[row + r];
+    const Vec a = dot(row), b = dot(row + 1), c = dot(row + 2), e = dot(row + 3);
+    Quad bias;
+    std::memcpy(&bias, d.bias + row, sizeof bias);
+    const Quad q = sum_lanes(a, b, c, e) + bias;
+    std::memcpy(logits + row, &q, sizeof q);
   }
-  for (; row < end; ++row) {
-    dots<1, 1>(d.weight + row * d.width, d.width, d.hidden, d.padded, logits + row);
-    logits[row] += d.bias[row];
-  }
+  for (; row < end; ++row) logits[row] = sum_lanes(dot(row)) + d.bias[row];
 }
 
 double dense_value(const DenseLayer& d, int64_t begin, int64_t end, float* scratch) {
