@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypermask_fast import InputError, cli
+from hypermask_fast import InputError, cli, targets
 from hypermask_fast.training import run
 from hypermask_fast.training.config import RunConfig, load_preset, presets
 
@@ -21,6 +21,8 @@ SETTINGS = {
     "hypernet.embedding": "3",
 }
 TINY = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+ROOT = Path(__file__).parents[1]
+RUN_COMMAND = "import sys, hypermask_fast_main as program; sys.exit(program.main())"  # as its script does
 FILES = {"config.toml", "metrics.json", "timing.json", "accuracy_matrix.csv", "accuracy_matrix.png", "log.csv"}
 
 
@@ -118,6 +120,12 @@ def test_missing_data_files_leave_no_folder(tmp_path, refused):
     (tmp_path / "data").mkdir()
     line = refused("train", "split-mnist", "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
     assert str(tmp_path / "data") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_an_output_per_class_leaves_no_folder(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(run, "build_target", lambda *_: targets.MLP(64, (), 1))
+    assert "has 2 classes per task" in refused("train", "split-digits", "--out", tmp_path / "run", *TINY)
     assert not (tmp_path / "run").exists()
 
 
@@ -365,11 +373,18 @@ def test_presets_shows_a_preset_as_a_configuration_file(tmp_path, capsys, refuse
     assert "unknown preset" in refused("presets", "nothing")
 
 
-@pytest.mark.parametrize("module", ["hypermask_fast", "hypermask_fast.cli"])
-def test_runs_as_a_module(module):
-    done = subprocess.run([sys.executable, "-m", module, "train", "nothing"], capture_output=True, text=True)
+@pytest.mark.parametrize("words", [["-m", "hypermask_fast"], ["-m", "hypermask_fast.cli"], ["-c", RUN_COMMAND]])
+def test_runs_as_a_module_and_as_the_installed_command(words):
+    done = subprocess.run([sys.executable, *words, "train", "nothing"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("hypermask-fast: error: unknown preset 'nothing'")
+
+
+def test_control_c_while_pytorch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {RUN_COMMAND}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nhypermask-fast: interrupted\n")
 
 
 @pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["evaluate", "somewhere", "--task-id", "guess"]])

@@ -17,7 +17,7 @@ from ..optim import Adam
 from ..regularizers import Anchor
 from . import checkpoint
 from .config import TrainingConfig
-from .evaluation import accuracy
+from .evaluation import accuracy, check_outputs
 from .logs import Logger, Loggers
 from .memory import peak_memory
 from .step import TaskWork
@@ -68,7 +68,8 @@ class Trainer:
         on_task_end: called with the result so far after each task, and at once when a run is resumed.
 
     Raises:
-        InputError: more tasks in the scenario than in the model, or no validation data where they are needed.
+        InputError: more tasks in the scenario than in the model, a network that does not take its inputs or has fewer
+            outputs than classes, or no validation data where they are needed.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Trainer:
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.scenario = scenario.to(self.device)
+        check_outputs(self.model, self.scenario)
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir, self.settings = run_dir, settings
         self.logger = logger or Loggers([])

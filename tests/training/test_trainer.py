@@ -1,5 +1,6 @@
 """The training loop: what it learns, what it keeps, and that a stopped run goes on as if never stopped."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -273,6 +274,30 @@ def test_too_many_tasks_or_no_validation():
     scenario = Scenario("blobs", (TaskData("t", task.train, empty, task.test),), (8,), 2)
     with pytest.raises(InputError, match="need validation data"):
         Trainer(blob_model(1), scenario, config(keep="best"))
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (nn.Linear(8, 1), r"has shape \(2, 1\): scenario blobs has 2 classes per task and needs \(2, 2 or more\)"),
+        (nn.Sequential(nn.Linear(8, 4), nn.Unflatten(1, (2, 2))), r"has shape \(2, 2, 2\)"),
+        (nn.Linear(9, 2), r"expects input \(..., 9\), not \(2, 8\)"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_before_training(net, message):
+    model = hmf.HyperMask(net, 3, hypernetwork=hmf.HypernetConfig(embedding=4, hidden=(4,)))
+    with pytest.raises(InputError, match=message):
+        Trainer(model, blob_scenario(), config())
+
+
+@pytest.mark.parametrize("fidelity", ["default", "official"])
+def test_looking_at_a_network_changes_nothing(fidelity):
+    model = blob_model(fidelity=fidelity)
+    before = copy.deepcopy(model.state_dict())
+    Trainer(model, blob_scenario(), config())
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_loss_falls_on_convolutions():
