@@ -23,7 +23,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     made.add_argument("--threads", type=_count, default=len(os.sched_getaffinity(0)), help="default: all cores")
     made.add_argument(
-        "--malloc", nargs="+", choices=tuple(machine.MALLOC), help="allocator settings; default: all (GPU: as shipped)"
+        "--malloc",
+        nargs="+",
+        choices=tuple(machine.MALLOC),
+        help="allocator settings; default: all (GPU: as shipped; --quick: tuned)",
     )
     made.add_argument("--without", nargs="+", default=[], metavar="CONTENDER", help="contenders to leave out")
     made.add_argument("--turns", type=_count, help="turns per contender")
@@ -43,7 +46,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = Plan(device, arguments.threads, arguments.quick)
     if arguments.quick:
-        plan = replace(plan, turns=2, seconds=0.02, most=5)
+        plan = replace(plan, turns=2, seconds=0.02, most=5, malloc=("tuned",))
     if arguments.malloc:
         plan = replace(plan, malloc=tuple(arguments.malloc))
     elif device.type == "cuda":

@@ -1,7 +1,5 @@
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +19,6 @@ SETTINGS = {
     "hypernet.embedding": "3",
 }
 TINY = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
-ROOT = Path(__file__).parents[1]
-RUN_COMMAND = "import sys, hypermask_fast_main as program; sys.exit(program.main())"  # as its script does
 FILES = {"config.toml", "metrics.json", "timing.json", "accuracy_matrix.csv", "accuracy_matrix.png", "log.csv"}
 
 
@@ -371,20 +367,6 @@ def test_presets_shows_a_preset_as_a_configuration_file(tmp_path, capsys, refuse
     (tmp_path / "mine.toml").write_text(capsys.readouterr().out)
     assert RunConfig.load(tmp_path / "mine.toml") == load_preset("split-mnist")
     assert "unknown preset" in refused("presets", "nothing")
-
-
-@pytest.mark.parametrize("words", [["-m", "hypermask_fast"], ["-m", "hypermask_fast.cli"], ["-c", RUN_COMMAND]])
-def test_runs_as_a_module_and_as_the_installed_command(words):
-    done = subprocess.run([sys.executable, *words, "train", "nothing"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stderr.startswith("hypermask-fast: error: unknown preset 'nothing'")
-
-
-def test_control_c_while_pytorch_is_imported(tmp_path):
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {RUN_COMMAND}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nhypermask-fast: interrupted\n")
 
 
 @pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["evaluate", "somewhere", "--task-id", "guess"]])
