@@ -110,6 +110,8 @@ def measure(arguments: argparse.Namespace, plan: Plan, cases: list[Case]) -> lis
     print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, backend {about['backend']}")
     rates = ", ".join(f"{name} {rate / 1e9:.4g} G/s" for name, rate in runner.rates.items())
     print("\n\n".join(filter(None, (f"measured rates: {rates}", table(rows), growth(rows)))))
+    if plan.quick:
+        print("\ntiny shapes: these times only show that everything runs")
     if path:
         print(f"\nappended to {path}")
     return rows

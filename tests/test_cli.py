@@ -258,7 +258,7 @@ def test_export_of_batch_norm_networks_of_both_kinds(tmp_path):
         }
     )
     for fidelity in ("default", "official"):
-        folder, path = tmp_path / fidelity, tmp_path / f"{fidelity}.safetensors"
+        folder, path = str(tmp_path / fidelity), str(tmp_path / f"{fidelity}.safetensors")  # names do as well as Paths
         run.train(config.with_values({"fidelity": fidelity}), folder)
         run.export_task(folder, 0, path)
         _, model, scenario = run.load_run(folder)

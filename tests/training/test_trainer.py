@@ -112,6 +112,18 @@ def test_resume_of_a_finished_run_trains_nothing(tmp_path):
     assert torch.equal(first.matrix, again.matrix) and recorder.tasks == []
 
 
+def test_checkpoints_go_to_a_new_folder_and_replace_no_other_run_s(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    Trainer(blob_model(), blob_scenario(), config(iterations=1), run_dir=str(folder)).fit()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=r"new holds a checkpoint: fit\(resume=True\) goes on from it"):
+        Trainer(blob_model(), blob_scenario(), config(iterations=1), run_dir=folder).fit()
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="cannot write .*file/run: Not a directory"):
+        Trainer(blob_model(), blob_scenario(), config(), run_dir=tmp_path / "file" / "run").fit()
+
+
 def test_best_model_is_kept(monkeypatch):
     """The model of the first best check, with both its networks; a later check that only equals it changes nothing."""
     scenario = blob_scenario(1)
@@ -266,7 +278,9 @@ def test_a_diverging_run_says_so():
         Trainer(blob_model(1), scenario, config()).fit()
 
 
-def test_too_many_tasks_or_no_validation():
+def test_what_a_trainer_can_t_use():
+    with pytest.raises(InputError, match="a HyperMask model and a Scenario, not Linear and list"):
+        Trainer(nn.Linear(8, 2), [], config())
     with pytest.raises(InputError, match="the scenario has 3 tasks, the model only 2"):
         Trainer(blob_model(2), blob_scenario(3), config())
     empty = TensorSplit(torch.empty(0, 8), torch.empty(0, dtype=torch.int64))
