@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import machine, registry, results
+from .case import Case
 from .runner import Plan, Runner
 from .table import growth, table
 
@@ -19,24 +20,33 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("names", nargs="*", metavar="NAME", help="an experiment, an op or a case; default: all")
     made.add_argument("--list", action="store_true", help="print the names there are")
     made.add_argument("--quick", action="store_true", help="tiny shapes: does everything run? Kept only with --csv")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    made.add_argument("--threads", type=_count, default=len(os.sched_getaffinity(0)), help="default: all cores")
     made.add_argument(
-        "--malloc", nargs="+", choices=tuple(machine.MALLOC), help="allocator settings; default: all (GPU: as shipped)"
+        "--malloc",
+        nargs="+",
+        choices=tuple(machine.MALLOC),
+        help="allocator settings; default: all (GPU: as shipped; --quick: tuned)",
     )
     made.add_argument("--without", nargs="+", default=[], metavar="CONTENDER", help="contenders to leave out")
-    made.add_argument("--turns", type=int, help="turns per contender")
+    made.add_argument("--turns", type=_count, help="turns per contender")
     made.add_argument("--seconds", type=float, help="length of a turn")
     made.add_argument("--json", type=Path, metavar="F", help="write this run's rows to F as well")
     made.add_argument("--csv", type=Path, metavar="F", help="append to F, not to the machine's file")
     return made
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return int(text)
+
+
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    device = torch.device(arguments.device)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = Plan(device, arguments.threads, arguments.quick)
     if arguments.quick:
-        plan = replace(plan, turns=2, seconds=0.02, most=5)
+        plan = replace(plan, turns=2, seconds=0.02, most=5, malloc=("tuned",))
     if arguments.malloc:
         plan = replace(plan, malloc=tuple(arguments.malloc))
     elif device.type == "cuda":
@@ -46,18 +56,46 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """0: something was measured; 1: nothing; 2: what was asked for cannot be done, said before anything is measured."""
     arguments = parser().parse_args(argv)
     plan = plan_of(arguments)
     try:
-        cases = registry.select(arguments.names, plan.device, plan.quick)
-    except KeyError as problem:
-        print(problem.args[0], file=sys.stderr)
-        return 2
+        cases = cases_of(arguments, plan)
+        if arguments.list:
+            print("\n".join(f"{case.name:32} {case.shapes}" for case in cases))
+            return 0
+        if arguments.json:
+            arguments.json.touch()
+        if arguments.csv:
+            results.append([], arguments.csv)
+    except (LookupError, ValueError) as problem:
+        return _refuse(problem.args[0])
+    except OSError as problem:
+        return _refuse(f"{problem.filename}: {problem.strerror}")
+    rows = measure(arguments, plan, cases)
+    return 0 if rows else 1
+
+
+def _refuse(message: str) -> int:
+    print(f"bench: {message}", file=sys.stderr)
+    return 2
+
+
+def cases_of(arguments: argparse.Namespace, plan: Plan) -> list[Case]:
+    """What was asked for. Raises LookupError where there is no such thing."""
+    if plan.device.type == "cuda" and not torch.cuda.is_available():
+        raise LookupError("--device cuda: PyTorch sees no GPU")
+    cases = registry.select(arguments.names, plan.device, plan.quick)
+    known = dict.fromkeys(contender for case in cases for contender in case.contenders)
+    for name in arguments.without:
+        if name not in known:
+            raise LookupError(f"--without {name!r}: no contender here is called so; there are {', '.join(known)}")
     without = set(arguments.without)
-    cases = [replace(case, contenders=tuple(c for c in case.contenders if c not in without)) for case in cases]
-    if arguments.list:
-        print("\n".join(f"{case.name:32} {case.shapes}" for case in cases))
-        return 0
+    return [replace(case, contenders=tuple(c for c in case.contenders if c not in without)) for case in cases]
+
+
+def measure(arguments: argparse.Namespace, plan: Plan, cases: list[Case]) -> list[results.Row]:
+    """Runs the cases, keeps each row as it comes and prints all of them as a table."""
     if plan.device.type != "cuda":
         print("GPU benchmarks are left out: no CUDA device", file=sys.stderr)
     runner, rows = Runner(plan), []
@@ -72,9 +110,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, backend {about['backend']}")
     rates = ", ".join(f"{name} {rate / 1e9:.4g} G/s" for name, rate in runner.rates.items())
     print("\n\n".join(filter(None, (f"measured rates: {rates}", table(rows), growth(rows)))))
+    if plan.quick:
+        print("\ntiny shapes: these times only show that everything runs")
     if path:
         print(f"\nappended to {path}")
-    return 0 if rows else 1
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The results file: one CSV per machine, one row per contender and case, appended to by every run."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -65,24 +65,28 @@ class Row:
 COLUMNS = [field.name for field in fields(Row)]
 
 
-def append(rows: Iterable[Row], path: Path) -> None:
-    """Adds rows to the file, which gets its header first where it is new.
+def append(rows: Sequence[Row], path: Path) -> None:
+    """Adds rows to the file, which gets its header before the first. No rows: sees that some can be added later.
 
     Raises:
         ValueError: the file has other columns, so that rows would not line up with those before.
+        OSError: it can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        if header != COLUMNS:
-            raise ValueError(f"{path} has columns {header}, not those of this version: move it away")
+            _check_header(path, next(csv.reader(file)))
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
+        if new and rows:
             writer.writeheader()
         writer.writerows({name: _text(value) for name, value in asdict(row).items()} for row in rows)
+
+
+def _check_header(path: Path, header: Sequence[str] | None) -> None:
+    if list(header or ()) != COLUMNS:
+        raise ValueError(f"{path} is no results file of this version: its columns are {', '.join(header or ())[:200]}")
 
 
 def _text(value: object) -> object:
@@ -90,9 +94,11 @@ def _text(value: object) -> object:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a results file, numbers as numbers."""
+    """All rows of a results file, numbers as numbers. Raises ValueError where its columns are others."""
     with path.open(newline="") as file:
-        return [Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in csv.DictReader(file)]
+        lines = csv.DictReader(file)
+        _check_header(path, lines.fieldnames)
+        return [Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in lines]
 
 
 _INTEGERS = {"cores", "threads", "task_index", "repeats", "peak_memory"}

@@ -1,5 +1,6 @@
 """Results as a table for people."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,9 +64,18 @@ def _task(row: Row) -> int:
     return int(row.task_index)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="CSV", help="a results file: its newest rows")
     try:
-        for path in sys.argv[1:]:
-            print(table(latest(read(Path(path)))))
+        for path in parser.parse_args(argv).files:
+            print(table(latest(read(path))))
     except OSError as error:
-        sys.exit(f"bench.table: {error.strerror}: {error.filename}")
+        parser.error(f"{error.filename}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,8 @@
 """The command line `hypermask-fast`: train, evaluate, export, presets, env."""
 
 import argparse
+import errno
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -16,27 +18,32 @@ from .training.logs import TerminalLog
 from .training.memory import tune_allocator
 
 PROGRAM = "hypermask-fast"
-EXIT_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_INPUT, EXIT_INTERRUPTED, EXIT_UNREAD = 2, 130, 141
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code.
 
-    0: done. 2: what was given is wrong, said in one line on standard error. 130: interrupted. Any other failure is
-    a bug and keeps its traceback.
+    0: done. 2: what was given is wrong, said in one line on standard error. 130: interrupted. 141: nobody reads the
+    output any more. Any other failure is a bug and keeps its traceback.
     """
     arguments = _parser().parse_args(argv)
     tune_allocator()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return arguments.run(arguments)
+            code = arguments.run(arguments)
+            sys.stdout.flush()  # here, where a failure is told
+            return code
     except InputError as error:
         return _refuse(str(error))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            return _refuse(f"{error.filename}: {error.strerror}")  # a folder without permission, ...
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        return _refuse(f"{error.filename}: {error.strerror}")  # a folder without permission, ...
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more as it ends
+        return EXIT_UNREAD if error.errno == errno.EPIPE else _refuse(f"standard output: {error.strerror}")
     except KeyboardInterrupt:
         hint = "; the same command with --resume goes on from the last checkpoint" if arguments.run is _train else ""
         print(f"\n{PROGRAM}: interrupted{hint}", file=sys.stderr)

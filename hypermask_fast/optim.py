@@ -32,7 +32,9 @@ class Adam(torch.optim.Adam):
         loss.backward()
         optimizer.step()
 
-    The optimiser holds for as long as it lives; a newer one for the same model takes its place.
+    The optimiser holds for as long as it lives; a newer one for the same model takes its place. Any backward pass
+    through a mask made meanwhile steps the layer, in evaluation mode too: for gradients of another kind, such as
+    saliency maps, take the network that `model.export(task)` gives. Tasks are added by `model.add_task(optimizer)`.
 
     Args:
         model: whose Parameters, both networks' and the embeddings', are trained.
@@ -73,6 +75,8 @@ class Adam(torch.optim.Adam):
         self.factored = not chunked and gradient != "dense"
         self.exact_loss = exact_loss
         self._layer: nn.Linear = model.hypernet.output
+        self._embeddings = model.hypernet.embeddings
+        self._task = -1  # whose embedding was last seen to be among the Parameters
         self._stepped = False
         model._optimizer = weakref.ref(self) if self.factored else None
 
@@ -109,6 +113,7 @@ class Adam(torch.optim.Adam):
                 "a second backward pass before optimizer.step(): make one mask per step, mask = model.mask(task), for "
                 "both model(x, mask) and model.regularizer(mask), or use gradient='dense' to accumulate"
             )
+        self._check_embedding(len(hidden) - 1)
         self._stepped = True
         weight, bias = self._layer.weight, self._layer.bias
         state, bias_state = self._state_of(weight), self._state_of(bias)
@@ -132,6 +137,17 @@ class Adam(torch.optim.Adam):
             *group["betas"],
             group["eps"],
         )
+
+    def _check_embedding(self, task: int) -> None:
+        """Raises InputError where the task was added without telling the optimiser."""
+        if task == self._task:
+            return
+        embedding = self._embeddings[task]
+        if embedding.requires_grad and not any(p is embedding for group in self.param_groups for p in group["params"]):
+            raise InputError(
+                f"the optimizer would not train task {task}, which is newer: add tasks by model.add_task(optimizer)"
+            )
+        self._task = task
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The same entries as torch.optim.Adam's, so that a state_dict serves either."""

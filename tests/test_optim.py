@@ -195,3 +195,19 @@ def test_a_copy_has_no_optimiser_of_the_original():
 def test_what_adam_takes_is_the_model():
     with pytest.raises(InputError, match="the HyperMask model itself, .* not generator"):
         hmf.optim.Adam(small_model(2).parameters())
+
+
+def test_a_task_that_the_optimiser_was_not_told_of_is_not_trained_in_silence():
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model)
+    task = model.add_task()
+    before = copy.deepcopy(model.state_dict())
+    loss = F.cross_entropy(model(X, model.mask(task)), Y)
+    with pytest.raises(InputError, match=r"would not train task 1, which is newer: .* model.add_task\(optimizer\)"):
+        loss.backward()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    optimizer.add_param_group({"params": [model.hypernet.embeddings[task]]})
+    F.cross_entropy(model(X, model.mask(task)), Y).backward()
+    optimizer.step()
+    assert not torch.equal(model.hypernet.embeddings[task], before["hypernet.embeddings.1"])

@@ -13,11 +13,9 @@ from torch import Tensor
 from ..errors import InputError
 from .checks import check_whole
 from .items import stack_items
-from .scenario import Scenario, TaskData
+from .scenario import PARTS, Scenario, TaskData, check_filled
 from .splits import DatasetSplit, Split, TensorSplit
 from .transforms import Transform
-
-_PARTS = ("training", "validation", "test")
 
 
 def from_datasets(
@@ -55,17 +53,16 @@ def from_datasets(
         if not isinstance(triple, (tuple, list)) or len(triple) != 3:
             raise InputError(f"task {t} must be (train, validation, test), validation None for none")
         splits = []
-        for part, dataset in zip(_PARTS, triple, strict=True):
+        for part, dataset in zip(PARTS, triple, strict=True):
             with _naming(t, part):
                 splits.append(_split(dataset, in_memory, num_workers))
         if in_memory:
             splits[0] = replace(splits[0], augment=augment)
         tasks.append(TaskData(str(t), *splits))
-    # What Scenario itself checks, tasks that are there and not empty, must hold before samples are looked at.
-    Scenario(name, tuple(tasks), (), 0)
+    check_filled(name, tasks)  # before samples are looked at
     shape = _common_shape(tasks)
     classes = _common_classes(tasks, num_classes)
-    return Scenario(name, tuple(_restrict(t, task, classes) for t, task in enumerate(tasks)), shape, classes)
+    return Scenario(name, tuple(_restricted(task, classes) for task in tasks), shape, classes)
 
 
 def _split(dataset: Any, in_memory: bool, num_workers: int) -> Split:
@@ -119,19 +116,12 @@ def _common_classes(tasks: list[TaskData], num_classes: int | None) -> int:
     return classes
 
 
-def _restrict(t: int, task: TaskData, classes: int) -> TaskData:
-    """The task with its labels checked to be 0 .. classes - 1, now in memory, else when they are read."""
-    splits = []
-    for part, split in zip(_PARTS, task.splits, strict=True):
-        if isinstance(split, DatasetSplit):
-            split = replace(split, num_classes=classes)
-        elif len(split):
-            low, high = split.labels.aminmax()
-            if low < 0 or high >= classes:
-                found = low.item() if low < 0 else high.item()
-                raise InputError(f"task {t}, {part} set: labels must be 0 .. {classes - 1}, found {found}")
-        splits.append(split)
-    return TaskData(task.name, *splits)
+def _restricted(task: TaskData, classes: int) -> TaskData:
+    """The task with labels checked as they are read to be 0 .. classes - 1; `Scenario` checks those in memory."""
+    return TaskData(
+        task.name,
+        *(replace(split, num_classes=classes) if isinstance(split, DatasetSplit) else split for split in task.splits),
+    )
 
 
 def _labels(split: Split) -> Tensor:
@@ -151,7 +141,7 @@ def _peek(split: Split) -> tuple[int, ...]:
 def _parts(tasks: list[TaskData]) -> Iterator[tuple[int, str, Split]]:
     """Every split with its task's number and its part's name."""
     for t, task in enumerate(tasks):
-        for part, split in zip(_PARTS, task.splits, strict=True):
+        for part, split in zip(PARTS, task.splits, strict=True):
             yield t, part, split
 
 

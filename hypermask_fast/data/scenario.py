@@ -13,6 +13,8 @@ from .checks import check_whole
 from .splits import Split, TensorSplit
 from .transforms import UNIT_SCALE, Transform
 
+PARTS = ("training", "validation", "test")
+
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
@@ -25,6 +27,7 @@ class TaskData:
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
+        """In the order of `PARTS`."""
         return self.train, self.validation, self.test
 
 
@@ -39,7 +42,8 @@ class Scenario:
         num_classes: classes per task, labelled 0 .. num_classes - 1 in every task.
 
     Raises:
-        InputError: no tasks; a task without training or test samples.
+        InputError: no tasks; a task without training or test samples; labels of a `TensorSplit` on the CPU outside of
+            0 .. num_classes - 1 (on a GPU looking at them would mean to wait for it).
     """
 
     name: str
@@ -48,12 +52,11 @@ class Scenario:
     num_classes: int
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise InputError(f"scenario {self.name} has no tasks: give it at least one")
+        check_filled(self.name, self.tasks)
         for task in self.tasks:
-            for part, split in (("training", task.train), ("test", task.test)):
-                if len(split) == 0:
-                    raise InputError(f"task {task.name} of {self.name} has no {part} samples; it needs some")
+            for part, split in zip(PARTS, task.splits, strict=True):
+                if isinstance(split, TensorSplit) and split.device.type == "cpu" and len(split):
+                    _check_labels(f"task {task.name}, {part} set", split.labels, self.num_classes)
 
     def to(self, device: torch.device | str) -> Scenario:
         """The scenario with every batch on `device`; tensors that tasks share stay shared."""
@@ -64,6 +67,23 @@ class Scenario:
 
         tasks = tuple(TaskData(task.name, *map(move_split, task.splits)) for task in self.tasks)
         return replace(self, tasks=tasks)
+
+
+def check_filled(name: str, tasks: Sequence[TaskData]) -> None:
+    """Raises InputError unless there are tasks, each with training and test samples."""
+    if not tasks:
+        raise InputError(f"scenario {name} has no tasks: give it at least one")
+    for task in tasks:
+        for part, split in zip(PARTS, task.splits, strict=True):
+            if len(split) == 0 and part != "validation":
+                raise InputError(f"task {task.name} of {name} has no {part} samples; it needs some")
+
+
+def _check_labels(where: str, labels: Tensor, classes: int) -> None:
+    low, high = labels.aminmax()
+    if low < 0 or high >= classes:
+        found = low.item() if low < 0 else high.item()
+        raise InputError(f"{where}: labels must be 0 .. {classes - 1}, found {found}")
 
 
 def split_by_class(

@@ -14,6 +14,7 @@ from typing import Any
 
 import tomli_w
 
+from ..data.checks import check_whole
 from ..errors import InputError
 from ..hypernet import HypernetConfig
 from ..layout import kept_rank
@@ -95,13 +96,11 @@ class TrainingConfig:
         if (self.iterations is None) == (self.epochs is None):
             raise InputError("training takes either iterations or epochs, one of the two")
         for name in ("iterations", "epochs", "batch_size", "validate_every", "log_every", "evaluation_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"training.{name} must be at least 1, not {value}")
+            if getattr(self, name) is not None:
+                check_whole(f"training.{name}", getattr(self, name), 1)
         if not 0 < self.lr < float("inf"):
             raise InputError(f"training.lr must be a positive number, not {self.lr}")
-        if self.checkpoint_every < 0:
-            raise InputError(f"training.checkpoint_every must be 0 or more, not {self.checkpoint_every}")
+        check_whole("training.checkpoint_every", self.checkpoint_every, 0)
         _choice("training.keep", self.keep, ("last", "best"))
         _choice("training.schedule", self.schedule, ("constant", "plateau"))
         _choice("training.precision", self.precision, ("float32", "bf16"))
@@ -149,9 +148,9 @@ class RunConfig:
             raise InputError(f"{source}: {error}") from error
 
     @classmethod
-    def load(cls, path: Path) -> "RunConfig":
+    def load(cls, path: Path | str) -> "RunConfig":
         try:
-            return cls.from_toml(path.read_text(encoding="utf-8"), str(path))
+            return cls.from_toml(Path(path).read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot read configuration {path}: {reason}") from error

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..data import Scenario, Split
+from ..errors import InputError
 from ..inference import predict
 from ..model import HyperMask
 
@@ -15,6 +16,25 @@ class EntropyAccuracy(NamedTuple):
 
     task: Tensor
     label: Tensor
+
+
+@torch.no_grad()
+def check_outputs(model: HyperMask, scenario: Scenario) -> None:
+    """Shows the network two test samples, in evaluation mode, so that nothing of it changes.
+
+    Raises:
+        InputError: it does not take them, or does not give (2, outputs) with an output for each of the classes.
+    """
+    was_training, split = model.training, scenario.tasks[0].test
+    samples = min(2, len(split))  # batch norm that uses a batch's own statistics needs more than one
+    model.eval()
+    given = tuple(model(split.batch(torch.arange(samples))[0], task=0).shape)
+    model.train(was_training)
+    if len(given) != 2 or given[0] != samples or given[1] < scenario.num_classes:
+        raise InputError(
+            f"the target network's output for {samples} samples has shape {given}: scenario {scenario.name} has "
+            f"{scenario.num_classes} classes per task and needs ({samples}, {scenario.num_classes} or more)"
+        )
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def build_model(config: RunConfig, scenario: Scenario, device: torch.device | st
 
 def train(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: Path | str,
     device: torch.device | str = "cpu",
     resume: bool = False,
     logger: Logger | None = None,
@@ -85,6 +85,7 @@ def train(
         InputError: the folder is in use, data or settings are wrong. Nothing was written then, unless the run itself
             fails later.
     """
+    run_dir = Path(run_dir)
     if resume:
         stored_config(run_dir)
         checkpoint.exists(run_dir)  # or was lost
@@ -140,7 +141,7 @@ def stored_config(run_dir: Path) -> RunConfig:
 
 
 def load_run(
-    run_dir: Path, data_dir: Path | str | None = None, device: torch.device | str = "cpu"
+    run_dir: Path | str, data_dir: Path | str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[RunConfig, HyperMask, Scenario]:
     """A run as its newest checkpoint has it: configuration, model in evaluation mode, and the tasks learned so far.
 
@@ -155,6 +156,7 @@ def load_run(
     Raises:
         InputError: no run, no task learned yet, data missing, a checkpoint that is damaged or of another network.
     """
+    run_dir = Path(run_dir)
     config = stored_config(run_dir)
     if data_dir is not None:
         config = with_data_dir(config, data_dir)
@@ -174,7 +176,7 @@ def with_data_dir(config: RunConfig, data_dir: Path | str) -> RunConfig:
 # -- exported networks ------------------------------------------------------------------------------------------------
 
 
-def export_task(run_dir: Path, task: int, path: Path, data_dir: Path | str | None = None) -> None:
+def export_task(run_dir: Path | str, task: int, path: Path | str, data_dir: Path | str | None = None) -> None:
     """Writes the plain network of one learned task, mask baked in, as safetensors; see `load_exported`.
 
     The tensors are the network's state_dict. The file's metadata (strings) says how to build the network: target
@@ -183,6 +185,7 @@ def export_task(run_dir: Path, task: int, path: Path, data_dir: Path | str | Non
     Raises:
         InputError: the task is not learned, `path` exists, or what `load_run` raises.
     """
+    path = Path(path)
     if path.exists():
         raise InputError(f"{path} already exists: choose another file")
     if not path.absolute().parent.is_dir():

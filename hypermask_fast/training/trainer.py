@@ -17,7 +17,8 @@ from ..optim import Adam
 from ..regularizers import Anchor
 from . import checkpoint
 from .config import TrainingConfig
-from .evaluation import accuracy
+from .evaluation import accuracy, check_outputs
+from .files import writing
 from .logs import Logger, Loggers
 from .memory import peak_memory
 from .step import TaskWork
@@ -62,13 +63,14 @@ class Trainer:
         ramp: in the first task, iteration i of n uses sparsity p (i + 1) / n.
         seed: of the batches' order and, through torch's default generators, of augmentation and dropout.
         device: where to train.
-        run_dir: folder for checkpoints; None writes none.
+        run_dir: folder for checkpoints, made where it is not there; None writes none.
         settings: kept in checkpoints; one that was saved under others is refused. See `RunConfig.digest`.
         logger: is told of progress.
         on_task_end: called with the result so far after each task, and at once when a run is resumed.
 
     Raises:
-        InputError: more tasks in the scenario than in the model, or no validation data where they are needed.
+        InputError: more tasks in the scenario than in the model, a network that does not take its inputs or has fewer
+            outputs than classes, or no validation data where they are needed.
     """
 
     def __init__(
@@ -80,11 +82,14 @@ class Trainer:
         ramp: bool = True,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        run_dir: Path | None = None,
+        run_dir: Path | str | None = None,
         settings: str = "",
         logger: Logger | None = None,
         on_task_end: Callable[[Result], None] | None = None,
     ) -> None:
+        if not isinstance(model, HyperMask) or not isinstance(scenario, Scenario):
+            kinds = f"{type(model).__name__} and {type(scenario).__name__}"
+            raise InputError(f"Trainer takes a HyperMask model and a Scenario, not {kinds}")
         if len(scenario.tasks) > model.num_tasks:
             raise InputError(f"the scenario has {len(scenario.tasks)} tasks, the model only {model.num_tasks}")
         self.validates = config.keep == "best" or config.schedule == "plateau"
@@ -93,8 +98,9 @@ class Trainer:
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.scenario = scenario.to(self.device)
+        check_outputs(self.model, self.scenario)
         self.config, self.ramp, self.seed = config, ramp, seed
-        self.run_dir, self.settings = run_dir, settings
+        self.run_dir, self.settings = None if run_dir is None else Path(run_dir), settings
         self.logger = logger or Loggers([])
         self.on_task_end = on_task_end or (lambda result: None)
         tasks = len(scenario.tasks)
@@ -108,9 +114,14 @@ class Trainer:
         Args:
             resume: go on from run_dir's checkpoint where there is one. On the CPU the numbers are then, bit for bit,
                 those of a run that was never stopped.
+
+        Raises:
+            InputError: run_dir can't be written, or its checkpoint is not this run's; without resume, it has one.
         """
         restored: dict[str, Tensor] = {}
-        if resume and self.run_dir is not None and checkpoint.exists(self.run_dir):
+        if self._has_checkpoint():
+            if not resume:
+                raise InputError(f"{self.run_dir} holds a checkpoint: fit(resume=True) goes on from it")
             restored = self._restore()
             if self._at.task > 0:
                 self.on_task_end(self.result)
@@ -220,6 +231,14 @@ class Trainer:
         return torch.tensor(values, dtype=torch.float64)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _has_checkpoint(self) -> bool:
+        """Whether run_dir, which is there afterwards, holds one."""
+        if self.run_dir is None:
+            return False
+        with writing(self.run_dir):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        return checkpoint.exists(self.run_dir)
 
     def _checkpoint_due(self, length: int) -> bool:
         every, done = self.config.checkpoint_every, self._at.iteration

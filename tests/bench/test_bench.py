@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gate, registry, results, steps, worker
+import bench.__main__
+from bench import gate, machine, registry, results, steps, worker
 from bench import runner as runner_module
+from bench import table as table_module
 from bench.case import OURS, Case
 from bench.experiments import experiments, fill, quick
 from bench.op_run import OpRun, uniform
@@ -260,11 +262,42 @@ def test_quick_run(tmp_path):
     assert "permuted-mnist-chunked/task2" in done.stdout and "torch.kthvalue" in done.stdout
 
 
-def test_unknown_name_is_refused(capsys):
-    from bench.__main__ import main
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no-such-benchmark"], "there are split-mnist, permuted-mnist"),
+        (["thresholds", "--without", "torch.sorted"], "there are ours, torch.sort"),
+        (["thresholds", "--json", "{}/none/rows.json"], "none/rows.json: No such file or directory"),
+        (["thresholds", "--csv", "{}"], ": Is a directory"),
+        (["thresholds", "--csv", __file__], "is no results file of this version"),
+        (["--turns", "0"], "argument --turns: must be 1 or more, not 0"),
+        (["--device", "cuda"], "PyTorch sees no GPU"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.setattr(bench.__main__, "Runner", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        code = bench.__main__.main([word.format(tmp_path) for word in words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert message in capsys.readouterr().err
 
-    assert main(["no-such-benchmark", "--device", "cpu"]) == 2
-    assert "permuted-mnist" in capsys.readouterr().err
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a process's peak")
+def test_peak_memory_leaves_out_what_was_freed_before():
+    """Freed by malloc, and kept by it: `tuned` is told to keep all."""
+    program = (
+        "import torch; from bench import worker; cpu = torch.device('cpu'); x = torch.ones(1 << 26); del x; "
+        "before = worker.peak_memory(cpu); worker._reset_peak_memory(); print(before - worker.peak_memory(cpu))"
+    )
+    name, _, value = machine.MALLOC["tuned"].partition("=")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {name: value}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 250e6  # of 268
 
 
 def a_row(**changes):
@@ -284,8 +317,9 @@ def test_csv_round_trip(tmp_path):
     assert results.read(file) == [first, second]
     assert file.read_text().count("median_ms") == 1
     file.write_text("other,columns\n")
-    with pytest.raises(ValueError, match="columns"):
-        results.append([first], file)
+    for use in (lambda: results.append([first], file), lambda: results.read(file)):
+        with pytest.raises(ValueError, match="its columns are other, columns"):
+            use()
 
 
 def test_latest_table_and_plots(tmp_path):
@@ -304,3 +338,18 @@ def test_latest_table_and_plots(tmp_path):
         f"m-tuned-{kind}.{suffix}" for kind in ("step-time", "step-ratios", "op-ratios") for suffix in ("png", "svg")
     )
     assert all(picture.stat().st_size > 1000 for picture in pictures)
+
+
+def test_table_of_files_and_of_what_is_none(tmp_path, capsys):
+    file = tmp_path / "m.csv"
+    results.append([], file)
+    assert file.read_text() == ""
+    results.append([a_row()], file)
+    assert table_module.main([str(file)]) == 0
+    assert "e/task0" in capsys.readouterr().out
+    (tmp_path / "other.csv").write_text("a,b\n")
+    for name, message in (("none.csv", "none.csv: No such file or directory"), ("other.csv", "is no results file")):
+        with pytest.raises(SystemExit) as ended:
+            table_module.main([str(tmp_path / name)])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err

@@ -105,6 +105,9 @@ def test_scenario_refuses_empty():
     none = TensorSplit(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(InputError, match="test samples"):
         Scenario("half", (TaskData("a", some, none, none),), (1,), 1)
+    ones = TensorSplit(torch.zeros(2, 1), torch.ones(2, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"task a, validation set: labels must be 0 .. 0, found 1"):
+        Scenario("labels", (TaskData("a", some, ones, some),), (1,), 1)
 
 
 def test_to_keeps_sharing():

@@ -125,7 +125,7 @@ def test_lengths_count_the_last_partial_batch():
         ({"method.sparsity": "many"}, "'method.sparsity' must be a number, not 'many'"),
         ({"method.ramp": "1"}, "'method.ramp' must be true or false, not 1"),
         ({"training.batch_size": "1.5"}, "'training.batch_size' must be .*an integer.*, not 1.5"),
-        ({"training.batch_size": "0"}, "training.batch_size must be at least 1"),
+        ({"training.batch_size": "0"}, "training.batch_size must be a whole number, 1 or more, not 0"),
         ({"training.lr": "0"}, "training.lr must be a positive number, not 0"),
         ({"training.lr": "inf"}, "training.lr must be a positive number, not inf"),
         ({"training.gradient": "factored", "hypernet.chunk_size": "10"}, "needs a dense hypernetwork"),
@@ -143,6 +143,11 @@ def test_wrong_settings_are_refused_by_name(values, message):
     with pytest.raises(InputError, match=message) as caught:
         RunConfig.from_dict(MINIMAL).with_values(values)
     assert "\n" not in str(caught.value)
+
+
+def test_a_length_of_the_wrong_type_is_refused():
+    with pytest.raises(InputError, match=r"training.iterations must be a whole number, 1 or more, not 5.5"):
+        TrainingConfig(iterations=5.5)
 
 
 def test_missing_settings_and_both_lengths_are_refused():

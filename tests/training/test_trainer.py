@@ -1,5 +1,6 @@
 """The training loop: what it learns, what it keeps, and that a stopped run goes on as if never stopped."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -109,6 +110,18 @@ def test_resume_of_a_finished_run_trains_nothing(tmp_path):
     recorder = Recorder()
     again = Trainer(blob_model(), blob_scenario(), config(), run_dir=tmp_path, logger=recorder).fit(resume=True)
     assert torch.equal(first.matrix, again.matrix) and recorder.tasks == []
+
+
+def test_checkpoints_go_to_a_new_folder_and_replace_no_other_run_s(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    Trainer(blob_model(), blob_scenario(), config(iterations=1), run_dir=str(folder)).fit()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=r"new holds a checkpoint: fit\(resume=True\) goes on from it"):
+        Trainer(blob_model(), blob_scenario(), config(iterations=1), run_dir=folder).fit()
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="cannot write .*file/run: Not a directory"):
+        Trainer(blob_model(), blob_scenario(), config(), run_dir=tmp_path / "file" / "run").fit()
 
 
 def test_best_model_is_kept(monkeypatch):
@@ -265,7 +278,9 @@ def test_a_diverging_run_says_so():
         Trainer(blob_model(1), scenario, config()).fit()
 
 
-def test_too_many_tasks_or_no_validation():
+def test_what_a_trainer_can_t_use():
+    with pytest.raises(InputError, match="a HyperMask model and a Scenario, not Linear and list"):
+        Trainer(nn.Linear(8, 2), [], config())
     with pytest.raises(InputError, match="the scenario has 3 tasks, the model only 2"):
         Trainer(blob_model(2), blob_scenario(3), config())
     empty = TensorSplit(torch.empty(0, 8), torch.empty(0, dtype=torch.int64))
@@ -273,6 +288,30 @@ def test_too_many_tasks_or_no_validation():
     scenario = Scenario("blobs", (TaskData("t", task.train, empty, task.test),), (8,), 2)
     with pytest.raises(InputError, match="need validation data"):
         Trainer(blob_model(1), scenario, config(keep="best"))
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (nn.Linear(8, 1), r"has shape \(2, 1\): scenario blobs has 2 classes per task and needs \(2, 2 or more\)"),
+        (nn.Sequential(nn.Linear(8, 4), nn.Unflatten(1, (2, 2))), r"has shape \(2, 2, 2\)"),
+        (nn.Linear(9, 2), r"expects input \(..., 9\), not \(2, 8\)"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_before_training(net, message):
+    model = hmf.HyperMask(net, 3, hypernetwork=hmf.HypernetConfig(embedding=4, hidden=(4,)))
+    with pytest.raises(InputError, match=message):
+        Trainer(model, blob_scenario(), config())
+
+
+@pytest.mark.parametrize("fidelity", ["default", "official"])
+def test_looking_at_a_network_changes_nothing(fidelity):
+    model = blob_model(fidelity=fidelity)
+    before = copy.deepcopy(model.state_dict())
+    Trainer(model, blob_scenario(), config())
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_loss_falls_on_convolutions():
