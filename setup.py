@@ -199,7 +199,6 @@ problem = native_problem()
 setup(
     packages=[*find_packages(include=["hypermask_fast*"]), "hypermask_fast.kernels"],
     package_dir={"hypermask_fast.kernels": "kernels"},
-    py_modules=["hypermask_fast_main"],
     ext_modules=[] if problem else [extension],
     cmdclass={"build_ext": Build, "build_py": Python},
     options={} if problem else {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,6 +1,7 @@
 """HyperMask: a target network and its hypernetwork as one module."""
 
 import copy
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,20 @@ from .task_batch import TaskBatch, TaskMasks, serves
 
 if TYPE_CHECKING:
     from .optim import Adam
+
+
+def _without_autocast(method: Callable) -> Callable:
+    """For who has autocast on around a whole forward pass: logits, thresholds and drifts keep their dtype."""
+
+    @functools.wraps(method)
+    def in_own_dtype(self: "HyperMask", *args, **kwargs):
+        kind = self.hypernet.output.weight.device.type
+        if not torch.amp.is_autocast_available(kind):  # meta tensors
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return in_own_dtype
 
 
 class HyperMask(nn.Module):
@@ -125,6 +140,7 @@ class HyperMask(nn.Module):
 
     # -- masks ----------------------------------------------------------------------------------------------------
 
+    @_without_autocast
     def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
         """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
 
@@ -137,7 +153,7 @@ class HyperMask(nn.Module):
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
         ids = self._task_ids(task)
-        trainable = torch.is_grad_enabled() and not isinstance(task, Tensor)
+        trainable = self.training and torch.is_grad_enabled() and not isinstance(task, Tensor)
         optimizer = self._optimizer() if trainable and self._optimizer is not None else None
         anchor = self._anchor_in_training(task) if optimizer is None else self._anchor_of(task)
         if anchor is None:
@@ -170,6 +186,7 @@ class HyperMask(nn.Module):
             return None
         return anchor if torch.is_grad_enabled() else None
 
+    @_without_autocast
     def _masks_of(self, tasks: range | Tensor) -> TaskMasks:
         logits = self.hypernet(tasks)
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
@@ -319,6 +336,7 @@ class HyperMask(nn.Module):
             self.anchor = self.anchor.map(fn)
         return self
 
+    @_without_autocast
     def drifts(self, task: int | TaskMask) -> Drifts:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
 

@@ -32,9 +32,8 @@ class Adam(torch.optim.Adam):
         loss.backward()
         optimizer.step()
 
-    The optimiser holds for as long as it lives; a newer one for the same model takes its place. Any backward pass
-    through a mask made meanwhile steps the layer, in evaluation mode too: for gradients of another kind, such as
-    saliency maps, take the network that `model.export(task)` gives. Tasks are added by `model.add_task(optimizer)`.
+    The optimiser holds for as long as it lives; a newer one for the same model takes its place. Masks made in
+    evaluation mode (`model.eval()`) have ordinary gradients. Tasks are added by `model.add_task(optimizer)`.
 
     Args:
         model: whose Parameters, both networks' and the embeddings', are trained.
@@ -98,8 +97,8 @@ class Adam(torch.optim.Adam):
         """Adam on everything but what backward has stepped already. Closures are for dense gradients only."""
         if self.factored and (closure is not None or self._layer.weight.grad is not None):
             raise InputError(
-                "the hypernetwork's output layer has got a dense gradient: make masks by model.mask(task) with an "
-                "integer task, without a closure, or use gradient='dense'"
+                "the hypernetwork's output layer has got a dense gradient: make masks by model.mask(task) in "
+                "training mode with an integer task, without a closure, or use gradient='dense'"
             )
         self._stepped = False
         return super().step(closure)

@@ -241,6 +241,30 @@ def test_a_training_steps_mask_and_drift_share_one_pass_of_the_trunk(chunk_size,
     assert passes == [range(3)] * 3
 
 
+@pytest.mark.parametrize("chunk_size", [None, 30])
+def test_autocast_around_a_whole_forward_pass_is_for_the_network_alone(chunk_size):
+    model = blob_model(2, hypernetwork=hmf.HypernetConfig(6, (10, 10), chunk_size, 4)).eval()
+    model.begin_task(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    x = torch.randn(4, 8)
+    expected = model.mask(1)
+    drifts = model.drifts(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = model.mask(1)
+        y = model(x, mask)
+        found = model.drifts(mask)
+        everyone = model.forward_all_tasks(x)
+        loss = y.square().sum() + model.regularizer(mask)
+    loss.backward()
+    assert y.dtype == everyone.dtype == torch.bfloat16
+    assert torch.equal(mask.logits, expected.logits)
+    assert torch.equal(mask.thresholds, expected.thresholds)
+    torch.testing.assert_close(found, drifts)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_mask_answers_for_its_own_anchor_only():
     model = blob_model(2, lam=0.25)
     model.begin_task(1)

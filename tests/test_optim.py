@@ -157,6 +157,21 @@ def test_a_dense_gradient_in_a_factored_step_is_refused():
         optimizer.step()
 
 
+def test_a_backward_pass_in_evaluation_mode_changes_nothing():
+    """A saliency map, say, while the optimiser lives."""
+    model = small_model(2).eval()
+    optimizer = hmf.optim.Adam(model)
+    before = copy.deepcopy(model.state_dict())
+    x = X.clone().requires_grad_()
+    model(x, 1).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(InputError, match="in training mode"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+
+
 def test_another_optimiser_takes_over_when_it_is_gone():
     model = small_model(1)
     optimizer = hmf.optim.Adam(model)
