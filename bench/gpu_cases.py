@@ -74,7 +74,7 @@ class _Layer:
         cls, x_shape: tuple[int, ...], weight_shape: tuple[int, ...], seed: int, device: torch.device, contender: str
     ) -> "_Layer":
         def made(*shape: int, k: int, scale: float = 1.0) -> Tensor:
-            values = uniform(*shape, low=-scale, high=scale, seed=10 * seed + k).to(device, DTYPE)
+            values = uniform(*shape, low=-scale, high=scale, seed=10 * seed + k, device=device).to(DTYPE)
             return values.double() if contender == "reference" else values
 
         bound = (3 / prod(weight_shape[1:])) ** 0.5
@@ -137,7 +137,7 @@ def _backward_call(function: Callable, layer: _Layer) -> Callable[[], Results]:
     for leaf in leaves.values():
         leaf.requires_grad_()
     y = function(layer.x, layer.weight, layer.logits, layer.threshold, layer.bias)
-    grad = uniform(*y.shape, seed=99).to(y)
+    grad = uniform(*y.shape, seed=99, device=y.device).to(y)
 
     def call() -> Results:
         found = torch.autograd.grad(y, list(leaves.values()), grad, retain_graph=True, allow_unused=True)
@@ -157,7 +157,7 @@ def chunk_masked_linear(size: int, rows: int, chunk_size: int, width: int = 100)
         for seed in range(sets(2 * size * size, device)):
             layer = _Layer.of((rows, size), (size, size), seed, device, contender)
             hidden, output, shift = (
-                uniform(*shape, low=-scale, high=scale, seed=10 * seed + k).to(device, DTYPE).to(layer.x)
+                uniform(*shape, low=-scale, high=scale, seed=10 * seed + k, device=device).to(DTYPE).to(layer.x)
                 for k, (shape, scale) in enumerate(parts, 5)
             )
             calls.append(_chunk_call(function, layer, hidden, output, shift))

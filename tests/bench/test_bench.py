@@ -1,5 +1,6 @@
 """The benchmarks themselves: wrong results get no time, peers agree, a quick run goes through, results can be read."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gate, registry, results, steps, worker
+from bench import gate, pool, registry, results, steps, worker
 from bench import runner as runner_module
 from bench.case import OURS, Case
 from bench.experiments import experiments, fill, quick
@@ -55,14 +56,15 @@ def test_gate_refuses_what_is_missing_misshapen_or_not_a_number(wrong):
 class Local:
     """A worker in this process, in place of one over pipes."""
 
-    def __init__(self, device, threads, malloc):
-        self.worker, self.waiting = worker.Worker(device), []
+    def __init__(self, device, threads, malloc, patience):
+        self.worker, self.waiting, self.broken = worker.Worker(device), [], False
 
     def send(self, command, **arguments):
         self.waiting.append(worker.answer(self.worker, {"do": command, **arguments}))
 
     def answer(self):
         reply = self.waiting.pop(0)
+        self.broken |= reply.get("broken", False)
         if "error" in reply:
             raise runner_module.Failed(reply["error"])
         return reply
@@ -72,7 +74,7 @@ class Local:
         return self.answer()
 
     def alive(self):
-        return True
+        return not self.broken
 
     def close(self):
         pass
@@ -116,6 +118,49 @@ def test_a_wrong_contender_gets_no_time(monkeypatch, capsys, isolated):
     assert ours.p20_ms <= ours.median_ms <= ours.p80_ms and ours.repeats >= 3
     assert ours.floor_ms == pytest.approx(4e-3) and ours.floor_ratio == ours.median_ms / ours.floor_ms
     assert (ours.peak_memory != "") == isolated
+
+
+def test_a_device_that_is_lost_gets_a_new_process(monkeypatch, capsys):
+    """After a fault in a kernel every later call fails too: the case after it must not be told so."""
+    case = Case("squares", "squares", None, "", (OURS, "broken"), squares, lambda: (4e3, 2e3), lambda name: 1e-4)
+    made, lost = [], iter([True, False])
+    monkeypatch.setattr(runner_module, "Process", lambda *args: made.append(Local(*args)) or made[-1])
+    monkeypatch.setattr(registry, "find", lambda *args: case)
+    monkeypatch.setattr(worker.machine, "device_lost", lambda: next(lost))
+    monkeypatch.setattr(worker.machine, "rates", lambda device, quick: {"bandwidth": 1e9, "float32": 1e9})
+    plan = Plan(CPU, 1, True, ("as shipped",), turns=1, seconds=0.01, most=2, command="test")
+    rows = list(Runner(plan).rows([case, case]))
+    assert len(made) == 2 and [row.contender for row in rows] == [OURS, OURS]
+    assert capsys.readouterr().err.count("broken is left out: RuntimeError") == 2
+
+
+def test_a_worker_whose_device_is_lost_ends(monkeypatch):
+    monkeypatch.setattr(worker.machine, "device_lost", lambda: True)
+    answers = io.StringIO()
+    worker.serve(io.StringIO('{"do": "nothing"}\n{"do": "release"}\n'), answers, CPU)
+    assert json.loads(answers.getvalue()) == {"error": "ValueError: unknown command 'nothing'", "broken": True}
+
+
+def process_of(monkeypatch, code, patience=None):
+    """A `pool.Process` that runs some other code in place of the worker."""
+    popen = subprocess.Popen
+    monkeypatch.setattr(pool.subprocess, "Popen", lambda command, **rest: popen([sys.executable, "-c", code], **rest))
+    return pool.Process(CPU, 1, "as shipped", patience)
+
+
+def test_a_worker_that_does_not_answer_is_killed(monkeypatch):
+    with process_of(monkeypatch, "import time; time.sleep(60)", patience=0.2) as process:
+        with pytest.raises(pool.Failed, match="no answer within 0.2 s"):
+            process.ask("describe")
+        assert not process.alive()
+
+
+def test_a_worker_that_has_died_is_left_behind(monkeypatch):
+    with process_of(monkeypatch, "import sys; sys.exit(3)") as process:
+        process._process.wait()
+        process.send("prepare", case="much that nobody reads")
+        with pytest.raises(pool.Failed, match="ended with code 3"):
+            process.ask("describe")
 
 
 def test_quantiles():
