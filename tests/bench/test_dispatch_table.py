@@ -53,10 +53,10 @@ def test_rows_are_counted_as_the_dispatcher_counts_them(monkeypatch):
     monkeypatch.setattr(dispatch, "decide", lambda *args: seen.append(args))
     for shape in SMALL:
         dispatch.choose(shape.op, table.inputs(shape, 0, CPU), {})
-        op, rows, outputs, reduced, dtype, _, gradient, _ = seen[-1]
+        op, rows, outputs, reduced, dtype, _, gradient, _, taps = seen[-1]
         bound = 1 << (shape.sizes[0] - 1).bit_length()  # choose rounds up
         assert (op, rows, outputs, reduced) == (shape.op, bound, *shape.sizes[1:])
-        assert (dtype, gradient) == ("float32", shape.gradient)
+        assert (dtype, gradient, taps) == ("float32", shape.gradient, 9 if shape.geometry else 1)
 
 
 def test_what_is_written_decides(tmp_path, capsys, monkeypatch):
