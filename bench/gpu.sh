@@ -5,7 +5,8 @@
 #     bench/gpu.sh kernels steps        these alone, on what an earlier call has built
 #     bench/gpu.sh build hypernet_adam  anything else is measured: a name that python -m bench --list knows
 #
-# Needs python3 (or $PYTHON) with torch 2.11 or later and triton, a C++ compiler and nvcc 12.8 or later.
+# Needs python3 (or $PYTHON) with torch 2.11 or later, triton and setuptools 77 or later, a C++ compiler and nvcc 12.8
+# or later.
 # ${OUT:-bench/results/gpu} gets log.txt, results.csv and dispatch.json, which later calls add to. Each phase has a time
 # limit of its own, so that one that fails or hangs does not take the others along, and all together have $TOTAL; what
 # was measured before a limit strikes is kept. The exit status says whether all phases went well.
@@ -49,8 +50,9 @@ arch=$($PYTHON -c 'import torch; print("%d%d" % torch.cuda.get_device_capability
     echo "PyTorch sees no GPU" >&2
     exit 1
 }
+commit=${HYPERMASK_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo "unknown: set HYPERMASK_COMMIT")}
 {
-    echo "== $(date -u +%FT%TZ), commit ${HYPERMASK_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}, nvcc: $(nvcc --version | tail -n 1)"
+    echo "== $(date -u +%FT%TZ), commit $commit"
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv
 } 2>&1 | tee -a "$LOG"
 

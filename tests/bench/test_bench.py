@@ -305,6 +305,13 @@ def test_quick_run(tmp_path):
     assert "permuted-mnist-chunked/task2" in done.stdout and "torch.kthvalue" in done.stdout
 
 
+def test_cases_come_in_the_order_of_the_names():
+    """What is wanted most goes first, so that a run that is cut off has it."""
+    names = ["thresholds", "permuted-mnist/task9", "permuted-mnist"]
+    found = [case.name for case in registry.select(names, CPU, False)]
+    assert found == ["thresholds", "permuted-mnist/task9", "permuted-mnist/task0", "permuted-mnist/task4"]
+
+
 def test_unknown_name_is_refused(capsys):
     from bench.__main__ import main
 
