@@ -312,6 +312,22 @@ def test_cases_come_in_the_order_of_the_names():
     assert found == ["thresholds", "permuted-mnist/task9", "permuted-mnist/task0", "permuted-mnist/task4"]
 
 
+_WITHOUT_PACKAGES = """
+import sys
+for name in ("hypnettorch", "tomli_w", "sklearn", "PIL", "tqdm", "tensorboard", "matplotlib"):
+    sys.modules[name] = None
+import torch
+from bench import __main__, dispatch, registry, table
+assert len(registry.cases(torch.device("cuda"), False)) > 30
+"""
+
+
+def test_a_machine_with_torch_and_triton_alone_can_measure():
+    """GPUs are often to be had without a network, on an image that is not ours."""
+    pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-c", _WITHOUT_PACKAGES], cwd=ROOT, check=True)
+
+
 def test_unknown_name_is_refused(capsys):
     from bench.__main__ import main
 
