@@ -73,7 +73,7 @@ tests() { # what has kernels on a GPU; tests of what is not installed here skip 
     # Compiling for other architectures and for a CPU needs no GPU, and minutes.
     local skipped=(tests/kernels/test_offline.py tests/ops/test_cuda_build.py tests/ops/test_cuda_emulated.py
         tests/ops/test_small_batch.py tests/ops/test_build.py)
-    $PYTHON -m pytest -p no:cacheprovider --tb=short -rf --durations=10 --durations-min=5 "${skipped[@]/#/--ignore=}" \
+    $PYTHON -m pytest -p no:cacheprovider --tb=short -rfE --durations=10 --durations-min=5 "${skipped[@]/#/--ignore=}" \
         "${parallel[@]}" "${paths[@]}"
 }
 
