@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--without", nargs="+", default=[], metavar="CONTENDER", help="contenders to leave out")
     made.add_argument("--turns", type=_count, help="turns per contender")
     made.add_argument("--seconds", type=float, help="length of a turn")
+    made.add_argument("--patience", type=float, metavar="S", help="leave out a contender that takes longer to answer")
     made.add_argument("--json", type=Path, metavar="F", help="write this run's rows to F as well")
     made.add_argument("--csv", type=Path, metavar="F", help="append to F, not to the machine's file")
     return made
@@ -51,7 +52,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         plan = replace(plan, malloc=tuple(arguments.malloc))
     elif device.type == "cuda":
         plan = replace(plan, malloc=("as shipped",))  # the GPU has an allocator of its own
-    given = {name: getattr(arguments, name) for name in ("turns", "seconds") if getattr(arguments, name) is not None}
+    names = ("turns", "seconds", "patience")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return replace(plan, **given)
 
 

@@ -4,19 +4,26 @@
     python -m bench.dispatch --out F --seconds 60  another file, and no longer than that
 
 Needs an NVIDIA GPU. Mask first and the fused kernel of every backend that serves the call are replayed from a CUDA
-graph over sets of inputs that no cache holds; a kernel whose result differs is reported and left out. The file is
-written anew after every shape, so that a run which is cut off keeps what it has.
+graph over sets of inputs that no cache holds; a kernel that fails or whose result differs is reported and left out.
+Kernels are compiled beforehand by as many processes as there are cores, some shapes ahead of the measurement. The file
+is written anew after every shape, so that a run which is cut off keeps what it has.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -42,6 +49,8 @@ _CONVOLUTIONS = (
 )  # fmt: skip
 _BATCHES = (1, 32, 256)
 _DTYPES = (torch.bfloat16, torch.float32)
+_AHEAD = 54  # shapes compiled at a time: one dtype and direction of the grid
+_PATIENCE = 60  # seconds for them
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 6e-3, torch.float32: 3e-3}  # TF32 included
 
 
@@ -123,7 +132,7 @@ def agree(one: Results, other: Results, dtype: torch.dtype) -> bool:
 def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[str, float, float]:
     """The backend with the fastest fused kernel, and microseconds of a call, (backend, fused, mask first).
 
-    A kernel whose result differs from mask first's is reported and left out.
+    A kernel that fails or whose result differs from mask first's is reported and left out.
 
     Raises:
         Unavailable: no backend has a fused kernel that is right, or one can't be captured.
@@ -137,12 +146,12 @@ def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[
     paths = {}
     for name in names:
         fused = partial(getattr(ops, shape.op), backend=name)
-        if agree(call(fused, arguments[0], shape.gradient)(), expected, shape.dtype):
-            paths[name] = fused
+        if fault := _fault(call(fused, arguments[0], shape.gradient), expected, shape.dtype):
+            print(f"{shape}: WRONG: {name} {fault}", file=sys.stderr)
         else:
-            print(f"{shape}: WRONG: {name} differs from mask first", file=sys.stderr)
+            paths[name] = fused
     if not paths:
-        raise Unavailable(f"WRONG: {' and '.join(names)} differ from mask first")
+        raise Unavailable(f"WRONG: {' and '.join(names)}")
     paths[dispatch.MASK_FIRST] = first
     runs = {
         name: OpRun([call(path, args, shape.gradient) for args in arguments], graph=True)
@@ -160,22 +169,52 @@ def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[
     return fastest, found[fastest], mask_first_us
 
 
+def _fault(fused: Callable[[], Results], expected: Results, dtype: torch.dtype) -> str:
+    """What is wrong with a fused kernel's results, "" if nothing is."""
+    try:
+        return "" if agree(fused(), expected, dtype) else "differs from mask first"
+    except Exception as error:
+        if machine.device_lost():
+            raise
+        return f"fails: {machine.first_line(error)}"
+
+
 def _microseconds(run: OpRun, device: torch.device, seconds: float) -> float:
     """Of one call, over as many as fit into the time."""
 
-    def wait() -> None:
+    def timed(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            run.run()
         if device.type == "cuda":
             torch.cuda.synchronize()
+        return (time.perf_counter() - began) / count
 
-    run.run()
-    wait()
-    began, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - began < seconds:
-        for _ in range(10):
-            run.run()
-        wait()
-        calls += 10 * run.calls
-    return (time.perf_counter() - began) / calls * 1e6
+    timed(1)
+    return timed(max(1, int(seconds / timed(1)))) / run.calls * 1e6
+
+
+# -- compiling ahead --------------------------------------------------------------------------------------------------
+
+
+def compile_fused(shape: Shape) -> None:
+    """Runs the fused kernels of a shape once: their code is then on disk, in Triton's cache."""
+    arguments = inputs(shape, 0, torch.device("cuda"))
+    for name in backends.fused_backends(shape.op, *arguments):
+        call(partial(getattr(ops, shape.op), backend=name), arguments, shape.gradient)()
+    torch.cuda.empty_cache()
+
+
+def compiled(shapes: Iterable[Shape], pool: Executor) -> Iterator[Shape]:
+    """The shapes again, some at a time, once the pool has compiled these; it rests while they are measured.
+
+    What it can't compile is compiled, or fails, as it is measured.
+    """
+    shapes = iter(shapes)
+    while ahead := list(islice(shapes, _AHEAD)):
+        with suppress(BrokenProcessPool):
+            wait([pool.submit(compile_fused, shape) for shape in ahead], timeout=_PATIENCE)
+        yield from ahead
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -186,8 +225,10 @@ def entries(shapes: Iterable[Shape], timer: Callable[[Shape], tuple[str, float, 
     for shape in shapes:
         try:
             backend, fused, first = timer(shape)
-        except (Unavailable, torch.OutOfMemoryError) as error:
-            print(f"{shape} is left out: {error}", file=sys.stderr)
+        except Exception as error:
+            if machine.device_lost():
+                raise
+            print(f"{shape} is left out: {machine.first_line(error)}", file=sys.stderr)
             continue
         dtype = str(shape.dtype).removeprefix("torch.")
         yield Entry(shape.op, *shape.sizes, dtype, shape.gradient, round(fused, 2), round(first, 2), backend)
@@ -199,7 +240,10 @@ def write(path: Path, gpu: str, found: list[Entry]) -> None:
         "gpu": gpu,
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": machine.commit(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": machine.version("triton"),
+        "driver": machine.driver(),
         "command": "python -m bench.dispatch",
     }
     lines = ",\n  ".join(json.dumps(asdict(entry)) for entry in found)
@@ -221,14 +265,17 @@ def main(argv: list[str] | None = None) -> int:
     gpu, device, began = torch.cuda.get_device_name(), torch.device("cuda"), time.monotonic()
     path = arguments.out or Path(dispatch.__file__).parent / "tables" / dispatch.file_name(gpu)
     found: list[Entry] = []
-    for entry in entries(grid(), lambda shape: measure(shape, device)):
-        found.append(entry)
-        write(path, gpu, found)
-        print(f"{entry.op} {entry.rows} x {entry.reduced} -> {entry.outputs} {entry.dtype} gradient={entry.gradient}: "
-              f"fused {entry.fused_us} us by {entry.backend}, mask first {entry.mask_first_us} us")  # fmt: skip
-        if time.monotonic() - began > arguments.seconds:
-            print(f"stopped after {arguments.seconds:.0f} s")
-            break
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(min(cores, 12), multiprocessing.get_context("spawn")) as pool:
+        for entry in entries(compiled(grid(), pool), lambda shape: measure(shape, device)):
+            found.append(entry)
+            write(path, gpu, found)
+            times = f"fused {entry.fused_us} us by {entry.backend}, mask first {entry.mask_first_us} us"
+            sizes = f"{entry.rows} x {entry.reduced} -> {entry.outputs}"
+            print(f"{entry.op} {sizes} {entry.dtype} gradient={entry.gradient}: {times}")
+            if time.monotonic() - began > arguments.seconds:
+                print(f"stopped after {arguments.seconds:.0f} s")
+                break
     print(f"{len(found)} entries in {path}")
     return 0 if found else 1
 

@@ -162,18 +162,20 @@ def shared_parameters(net: nn.Module) -> list[nn.Parameter]:
 # -- initial values ---------------------------------------------------------------------------------------------------
 
 
-def initial_blocks(name: str, spec: TensorSpec, moved: bool) -> Iterator[Tensor]:
-    """The initial values in blocks, float32 on the CPU; `moved`: with a change of a tenth of their range added.
+def initial_blocks(name: str, spec: TensorSpec, moved: bool, device: torch.device) -> Iterator[Tensor]:
+    """The initial values in blocks, float32, made on `device`; `moved`: with a change of a tenth of their range added.
 
     A step right after a task began would test little: both drifts are still zero.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     size = prod(spec.shape)
     reach = 0.05 * (spec.high - spec.low)
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
-        block = torch.empty(count, dtype=torch.float32).uniform_(spec.low, spec.high, generator=generator)
-        change = torch.empty(count, dtype=torch.float32).uniform_(-reach, reach, generator=generator)
+        block = torch.empty(count, dtype=torch.float32, device=device).uniform_(
+            spec.low, spec.high, generator=generator
+        )
+        change = torch.empty_like(block).uniform_(-reach, reach, generator=generator)
         yield block.add_(change) if moved else block
 
 
@@ -187,7 +189,7 @@ def fill(pieces: dict[str, Piece], specs: dict[str, TensorSpec], moved: bool) ->
         if flat.numel() != prod(specs[name].shape):
             raise ValueError(f"{name} has {flat.numel()} entries instead of {prod(specs[name].shape)}")
         start = 0
-        for block in initial_blocks(name, specs[name], moved):
+        for block in initial_blocks(name, specs[name], moved, flat.device):
             flat[start : start + len(block)].copy_(block)
             start += len(block)
 

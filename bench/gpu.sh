@@ -1,48 +1,60 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with one NVIDIA GPU, in under 10 minutes and without a network.
 #
-# Needs python3 (or $PYTHON) with torch 2.11 or later and triton, a C++ compiler and nvcc 12.8 or later.
-# Everything is written to ${OUT:-bench/results/gpu}. Each phase has a time limit of its own, so that one that fails
-# or hangs does not take the others along, and all together have $TOTAL; results are kept row by row. The exit status
-# says whether all phases went well.
+#     bench/gpu.sh                      all phases: build tests ops dispatch kernels steps
+#     bench/gpu.sh kernels steps        these alone, on what an earlier call has built
+#     bench/gpu.sh build hypernet_adam  anything else is measured: a name that python -m bench --list knows
 #
-# Variables: PYTHON, OUT, TOTAL (seconds, 570), BENCH_NAMES (what to measure in place of everything).
+# Needs python3 (or $PYTHON) with torch 2.11 or later, triton and setuptools 77 or later, a C++ compiler and nvcc 12.8
+# or later.
+# ${OUT:-bench/results/gpu} gets log.txt, results.csv and dispatch.json, which later calls add to. Each phase has a time
+# limit of its own, so that one that fails or hangs does not take the others along, and all together have $TOTAL; what
+# was measured before a limit strikes is kept. The exit status says whether all phases went well.
+#
+# Variables: PYTHON, OUT, TOTAL (seconds, 570), HYPERMASK_COMMIT (where the files come without their git history).
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 TOTAL=${TOTAL:-570}
+LOG=$OUT/log.txt
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
-# Compiled kernels are kept for the later phases of this run, outside of the checkout.
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/hypermask-bench-$$/triton}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/hypermask-bench-$$/inductor}
-failed=""
+# Compiled kernels are kept for the later phases and calls, outside of the checkout.
+cache=${TMPDIR:-/tmp}/hypermask-bench-$(id -u)
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+failed="" ended=""
 
 phase() { # phase NAME SECONDS COMMAND...: runs it with a limit, logs it, remembers a failure
     local name=$1 limit=$2 began=$SECONDS left=$((TOTAL - SECONDS - 10))
     shift 2
     [ "$left" -lt "$limit" ] && limit=$left
     if [ "$limit" -lt 5 ]; then
-        echo "== $name: no time left" | tee -a "$OUT/phases.txt"
-        failed="$failed $name"
+        ended+="== $name: no time left"$'\n'
+        failed+=" $name"
         return
     fi
-    echo "== $name (at most $limit s)"
-    timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    echo "== $name (at most $limit s)" | tee -a "$LOG"
+    # An interrupt, not a termination: pytest then tells what has failed so far.
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$LOG" 2>&1
     local code=$?
-    echo "== $name: exit $code after $((SECONDS - began)) s" | tee -a "$OUT/phases.txt"
+    ended+="== $name: exit $code after $((SECONDS - began)) s"$'\n'
     if [ $code -ne 0 ]; then
-        failed="$failed $name"
-        tail -n 15 "$OUT/$name.log"
+        failed+=" $name"
+        tail -n 15 "$LOG"
     fi
 }
 
-: >"$OUT/phases.txt"
 arch=$($PYTHON -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || {
     echo "PyTorch sees no GPU" >&2
     exit 1
 }
+commit=${HYPERMASK_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo "unknown: set HYPERMASK_COMMIT")}
+{
+    echo "== $(date -u +%FT%TZ), commit $commit"
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv
+} 2>&1 | tee -a "$LOG"
 
 # Only the architecture that is here, and only the extension: nothing is installed.
 build() {
@@ -56,45 +68,52 @@ tests() { # what has kernels on a GPU; tests of what is not installed here skip 
     for path in tests/ops tests/kernels tests/test_optim.py tests/training/test_trainer.py; do
         [ -e "$path" ] && paths+=("$path")
     done
-    $PYTHON -c 'import xdist' 2>/dev/null && parallel=(-n 6)
+    # Most of the time goes into compiling kernels, some 600 variants at half a second of one core.
+    $PYTHON -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) > 14 ? 14 : $(nproc)))")
     # Compiling for other architectures and for a CPU needs no GPU, and minutes.
     local skipped=(tests/kernels/test_offline.py tests/ops/test_cuda_build.py tests/ops/test_cuda_emulated.py
-        tests/ops/test_small_batch.py)
-    $PYTHON -m pytest -p no:cacheprovider "${skipped[@]/#/--ignore=}" "${parallel[@]}" "${paths[@]}"
+        tests/ops/test_small_batch.py tests/ops/test_build.py)
+    $PYTHON -m pytest -p no:cacheprovider --tb=short -rfE --durations=10 --durations-min=5 "${skipped[@]/#/--ignore=}" \
+        "${parallel[@]}" "${paths[@]}"
 }
 
-measure() { # a file of results for each group; what was measured before a limit strikes is kept
-    $PYTHON -m bench --device cuda --turns 5 --seconds 0.15 --csv "$OUT/results.csv" "$@"
+measure() { # rows are kept as they come
+    $PYTHON -m bench --device cuda --turns 5 --seconds 0.15 --patience 120 --csv "$OUT/results.csv" "$@"
 }
 
 # `timeout` starts programs, not functions.
 export -f build tests measure
 export PYTHON OUT arch
 
-phase build 120 bash -c build
-phase tests 160 bash -c tests
-rm -f "$OUT/results.csv"
-if [ -n "${BENCH_NAMES:-}" ]; then
-    # shellcheck disable=SC2086 # several names
-    phase bench "$TOTAL" bash -c 'measure "$@"' measure $BENCH_NAMES
-else
-    phase bench-ops 60 bash -c 'measure "$@"' measure hypernet_adam thresholds masked_weights weight_drift output_drift \
-        all_tasks mixed_tasks
-    phase bench-kernels 130 bash -c 'measure "$@"' measure masked_linear chunk_masked_linear masked_conv2d
+[ $# -gt 0 ] || set -- build tests ops dispatch kernels steps
+for name in "$@"; do
+    case $name in
+    build)
+        phase build 150 bash -c build
+        [ -n "$failed" ] && break # what follows would be about something else
+        ;;
+    tests) phase tests 180 bash -c tests ;;
+    ops)
+        phase ops 90 bash -c 'measure "$@"' measure hypernet_adam thresholds masked_weights weight_drift output_drift \
+            all_tasks mixed_tasks
+        ;;
+    kernels) phase kernels 200 bash -c 'measure "$@"' measure masked_linear chunk_masked_linear masked_conv2d ;;
     # The table by which layers choose their path; worth keeping as hypermask_fast/tables/GPU.json.
-    phase dispatch 100 "$PYTHON" -m bench.dispatch --seconds 85 --out "$OUT/dispatch.json"
+    dispatch) phase dispatch 190 "$PYTHON" -m bench.dispatch --seconds 150 --out "$OUT/dispatch.json" ;;
     # The slowest to get ready last: it alone is lost when time runs out.
-    phase bench-steps "$TOTAL" bash -c 'measure "$@"' measure split-mnist/task4 permuted-mnist/task9 \
-        permuted-mnist/task0 permuted-mnist-chunked/task9 resnet20-k2/task9
-fi
-[ -s "$OUT/results.csv" ] && phase plots 30 "$PYTHON" -m bench.plots "$OUT/results.csv"
+    steps)
+        phase steps "$TOTAL" bash -c 'measure "$@"' measure permuted-mnist/task9 split-mnist/task4 resnet20-k2/task9 \
+            permuted-mnist-chunked/task9 permuted-mnist/task0
+        ;;
+    *) phase "$name" "$TOTAL" bash -c 'measure "$@"' measure "$name" ;;
+    esac
+done
 
 echo
-[ -f "$OUT/tests.log" ] && tail -n 1 "$OUT/tests.log"
-cat "$OUT/phases.txt"
-grep -h "is left out\|WRONG\|not run" "$OUT"/bench*.log 2>/dev/null
+printf '%s' "$ended" | tee -a "$LOG"
+grep -a "^FAILED\|^ERROR\|is left out\|WRONG\|not run" "$LOG"
 [ -s "$OUT/results.csv" ] && "$PYTHON" -m bench.table "$OUT/results.csv"
 if [ -n "$failed" ]; then
-    echo "failed:$failed (logs in $OUT)"
+    echo "failed:$failed (see $LOG)"
     exit 1
 fi

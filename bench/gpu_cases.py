@@ -44,6 +44,12 @@ def native(op: str) -> Callable:
     return partial(getattr(ops, op), backend="cuda")
 
 
+def compiled(function: Callable) -> Callable:
+    """By torch.compile, for the shapes of one case alone: after eight recompilations it would run eagerly."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def cases(quick: bool) -> list[Case]:
     size = 48 if quick else 4096
     few, many = ((1, 5), 20) if quick else ((1, 16, 64), 8192)
@@ -74,7 +80,7 @@ class _Layer:
         cls, x_shape: tuple[int, ...], weight_shape: tuple[int, ...], seed: int, device: torch.device, contender: str
     ) -> "_Layer":
         def made(*shape: int, k: int, scale: float = 1.0) -> Tensor:
-            values = uniform(*shape, low=-scale, high=scale, seed=10 * seed + k).to(device, DTYPE)
+            values = uniform(*shape, low=-scale, high=scale, seed=10 * seed + k, device=device).to(DTYPE)
             return values.double() if contender == "reference" else values
 
         bound = (3 / prod(weight_shape[1:])) ** 0.5
@@ -117,7 +123,7 @@ def _linear(contender: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor]
         CUDA: lambda: native("masked_linear"),
         "reference": lambda: reference.masked_linear,
         MASK_FIRST: lambda: reference.masked_linear,
-        COMPILED: lambda: torch.compile(reference.masked_linear, dynamic=False),
+        COMPILED: lambda: compiled(reference.masked_linear),
         PLAIN: lambda: lambda x, weight, logits, threshold, bias: F.linear(x, weight, bias),
     }
     return choices[contender]()
@@ -137,7 +143,7 @@ def _backward_call(function: Callable, layer: _Layer) -> Callable[[], Results]:
     for leaf in leaves.values():
         leaf.requires_grad_()
     y = function(layer.x, layer.weight, layer.logits, layer.threshold, layer.bias)
-    grad = uniform(*y.shape, seed=99).to(y)
+    grad = uniform(*y.shape, seed=99, device=y.device).to(y)
 
     def call() -> Results:
         found = torch.autograd.grad(y, list(leaves.values()), grad, retain_graph=True, allow_unused=True)
@@ -157,7 +163,7 @@ def chunk_masked_linear(size: int, rows: int, chunk_size: int, width: int = 100)
         for seed in range(sets(2 * size * size, device)):
             layer = _Layer.of((rows, size), (size, size), seed, device, contender)
             hidden, output, shift = (
-                uniform(*shape, low=-scale, high=scale, seed=10 * seed + k).to(device, DTYPE).to(layer.x)
+                uniform(*shape, low=-scale, high=scale, seed=10 * seed + k, device=device).to(DTYPE).to(layer.x)
                 for k, (shape, scale) in enumerate(parts, 5)
             )
             calls.append(_chunk_call(function, layer, hidden, output, shift))
@@ -185,7 +191,7 @@ def _chunk_linear(contender: str) -> Callable:
         CUDA: lambda: native("chunk_masked_linear"),
         "reference": lambda: reference.chunk_masked_linear,
         MASK_FIRST: lambda: reference.chunk_masked_linear,
-        COMPILED: lambda: torch.compile(reference.chunk_masked_linear, dynamic=False),
+        COMPILED: lambda: compiled(reference.chunk_masked_linear),
         PLAIN: lambda: lambda x, weight, *rest: F.linear(x, weight, rest[-1]),
     }
     return choices[contender]()
@@ -264,7 +270,7 @@ def _convolution(contender: str) -> Callable:
         "ours dispatched": lambda: ops.masked_conv2d,
         "reference": lambda: reference.masked_conv2d,
         MASK_FIRST: lambda: reference.masked_conv2d,
-        COMPILED: lambda: torch.compile(reference.masked_conv2d, dynamic=False),
+        COMPILED: lambda: compiled(reference.masked_conv2d),
         PLAIN: lambda: lambda x, weight, logits, threshold, *rest: F.conv2d(x, weight, *rest),
     }
     return choices[contender]()

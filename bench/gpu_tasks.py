@@ -34,7 +34,7 @@ class _Network:
         dtype = torch.float64 if contender == "reference" else DTYPE
 
         def rounded(*shape: int, scale: float, seed: int) -> Tensor:
-            return uniform(*shape, low=-scale, high=scale, seed=seed).to(device, DTYPE).to(dtype)
+            return uniform(*shape, low=-scale, high=scale, seed=seed, device=device).to(DTYPE).to(dtype)
 
         hidden = rounded(tasks, _WIDTH, scale=1.0, seed=1)
         weights, biases, logits, layer = [], [], [], []
@@ -93,7 +93,7 @@ def all_tasks(widths: tuple[int, ...], tasks: int, batch: int) -> Case:
 
     def build(contender: str, device: torch.device) -> OpRun:
         network = _Network.of(widths, tasks, device, contender)
-        x = uniform(batch, widths[0], seed=2).to(device, DTYPE).to(network.hidden.dtype)
+        x = uniform(batch, widths[0], seed=2, device=device).to(DTYPE).to(network.hidden.dtype)
         ready = [network.masked(task) for task in range(tasks)] if contender == MASKS_READY else []
         select = reference.entropy_select
         if contender.startswith(OURS):
@@ -128,7 +128,7 @@ def mixed_tasks(widths: tuple[int, ...], tasks: int, batch: int) -> Case:
 
     def build(contender: str, device: torch.device) -> OpRun:
         network = _Network.of(widths, tasks, device, contender)
-        x = uniform(batch, widths[0], seed=2).to(device, DTYPE).to(network.hidden.dtype)
+        x = uniform(batch, widths[0], seed=2, device=device).to(DTYPE).to(network.hidden.dtype)
         ids = torch.randint(tasks, (batch,), generator=torch.Generator().manual_seed(3)).to(device)
         ready = [network.masked(task) for task in range(tasks)] if contender == MASKS_READY else None
 

@@ -37,8 +37,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "library": __version__,
-        "triton": _version("triton"),
-        "hypnettorch": _version("hypnettorch"),
+        "triton": version("triton"),
+        "hypnettorch": version("hypnettorch"),
         "backend": backend,
         "commit": commit(),
     }
@@ -54,11 +54,35 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, "" where it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def driver() -> str:
+    """Version of NVIDIA's driver, "" where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, IndexError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0].strip()
+    return ""
+
+
+def device_lost() -> bool:
+    """Whether the GPU is lost to this process: after a fault in a kernel every later call fails as well."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def first_line(error: Exception) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _backend(device: torch.device) -> str:

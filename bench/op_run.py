@@ -56,9 +56,12 @@ class OpRun:
             function()
 
 
-def uniform(*shape: int, low: float = -1.0, high: float = 1.0, seed: int = 0) -> Tensor:
-    """Float32 on the CPU, the same for every contender."""
-    return torch.empty(shape).uniform_(low, high, generator=torch.Generator().manual_seed(seed))
+def uniform(
+    *shape: int, low: float = -1.0, high: float = 1.0, seed: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Float32, the same for every contender on this device; made there, for a CPU takes minutes for a GPU's cases."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(shape, device=device).uniform_(low, high, generator=generator)
 
 
 def gradients(value: Tensor, named: dict[str, Tensor], grad: Tensor | None = None) -> Results:

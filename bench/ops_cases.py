@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def thresholds(size: int) -> Case:
     rank = kept_rank(30, size)
 
     def build(contender: str, device: torch.device) -> OpRun:
-        logits = uniform(size, low=-3, high=3).to(device)
+        logits = uniform(size, low=-3, high=3, device=device)
         ranks = torch.tensor([rank], device=device)
         if contender == "numpy.percentile" and device.type != "cpu":
             raise Unavailable("numpy works on the CPU")
@@ -77,9 +78,9 @@ class _Target:
     def of(cls, experiment: Experiment, contender: str, device: torch.device) -> "_Target":
         layout = experiment.layout()
         dtype = torch.float64 if contender == "reference" else torch.float32
-        logits = uniform(layout.size, low=-2, high=2, seed=1).to(device, dtype)
-        previous = uniform(layout.size, low=-0.1, high=0.1, seed=2).to(device, dtype)
-        moved = previous + uniform(layout.size, low=-0.01, high=0.01, seed=3).to(device, dtype)
+        logits = uniform(layout.size, low=-2, high=2, seed=1, device=device).to(dtype)
+        previous = uniform(layout.size, low=-0.1, high=0.1, seed=2, device=device).to(dtype)
+        moved = previous + uniform(layout.size, low=-0.01, high=0.01, seed=3, device=device).to(dtype)
         weights = [view.clone().requires_grad_() for view in layout.views(moved)]
         limits = torch.full((len(layout.segments),), 0.5, device=device, dtype=dtype)
         return cls(weights, previous, logits.requires_grad_(), limits, layout.offsets)
@@ -98,7 +99,7 @@ def masked_weights(experiment: Experiment) -> Case:
 
     def build(contender: str, device: torch.device) -> OpRun:
         target = _Target.of(experiment, contender, device)
-        outputs = [uniform(w.numel(), seed=4 + s).to(w).view_as(w) for s, w in enumerate(target.weights)]
+        outputs = [uniform(w.numel(), seed=4 + s, device=device).to(w).view_as(w) for s, w in enumerate(target.weights)]
 
         def call() -> Results:
             made = _module(contender).masked_weights(target.weights, target.logits, target.thresholds, target.offsets)
@@ -140,10 +141,10 @@ def output_drift(experiment: Experiment, tasks: int) -> Case:
 
     def build(contender: str, device: torch.device) -> OpRun:
         dtype = torch.float64 if contender == "reference" else torch.float32
-        hidden = uniform(tasks, 1, width, seed=1).to(device, dtype).requires_grad_()
-        weight = uniform(size, width, low=-0.1, high=0.1, seed=2).to(device, dtype).requires_grad_()
-        bias = uniform(size, low=-0.1, high=0.1, seed=3).to(device, dtype).requires_grad_()
-        targets = uniform(tasks, size, seed=4).to(device, dtype)
+        hidden = uniform(tasks, 1, width, seed=1, device=device).to(dtype).requires_grad_()
+        weight = uniform(size, width, low=-0.1, high=0.1, seed=2, device=device).to(dtype).requires_grad_()
+        bias = uniform(size, low=-0.1, high=0.1, seed=3, device=device).to(dtype).requires_grad_()
+        targets = uniform(tasks, size, seed=4, device=device).to(dtype)
 
         def call() -> Results:
             value = _module(contender).output_drift(hidden, weight, bias, targets)
@@ -172,13 +173,15 @@ def hypernet_adam(experiment: Experiment, tasks: int) -> Case:
 def _adam_inputs(size: int, width: int, tasks: int, device: torch.device) -> list[Tensor]:
     """In the order of `reference.hypernet_adam`."""
 
+    made = partial(uniform, device=device)
+
     def moments(*shape: int) -> list[Tensor]:
-        return [uniform(*shape, low=-1e-3, high=1e-3, seed=7), uniform(*shape, low=0, high=1e-6, seed=8)]
+        return [made(*shape, low=-1e-3, high=1e-3, seed=7), made(*shape, low=0, high=1e-6, seed=8)]
 
     weight_m, weight_v = moments(size, width)
     bias_m, bias_v = moments(size)
-    weight, bias = (uniform(*s, low=-0.1, high=0.1, seed=5) for s in ((size, width), (size,)))
-    inputs = [uniform(tasks, width, seed=1), uniform(size, low=-1e-3, high=1e-3, seed=2), uniform(tasks - 1, size)]
+    weight, bias = (made(*s, low=-0.1, high=0.1, seed=5) for s in ((size, width), (size,)))
+    inputs = [made(tasks, width, seed=1), made(size, low=-1e-3, high=1e-3, seed=2), made(tasks - 1, size)]
     inputs += [torch.tensor(1e-3), weight, bias, weight_m, weight_v, bias_m, bias_v]
     inputs += [torch.tensor(100.0), torch.tensor(1e-3)]
     return [tensor.to(device) for tensor in inputs]

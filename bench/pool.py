@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,14 @@ class Failed(Exception):
 
 
 class Process:
-    """One worker: `ask` sends a command and waits, `send` and `answer` do the two halves."""
+    """One worker: `ask` sends a command and waits, `send` and `answer` do the two halves.
 
-    def __init__(self, device: torch.device, threads: int, malloc: str) -> None:
+    Args:
+        patience: seconds that an answer may take before the process is killed; None: for ever.
+    """
+
+    def __init__(self, device: torch.device, threads: int, malloc: str, patience: float | None = None) -> None:
+        self._patience, self._broken = patience, False
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         setting = machine.MALLOC[malloc]
@@ -44,25 +51,46 @@ class Process:
             pass  # `answer` says how it ended
 
     def answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line, late = self._read()
         if not line:
             code = self._process.wait()
+            if late:
+                raise Failed(f"no answer within {self._patience:g} s")
             raise Failed(f"the process ended with code {code}" + (" (out of memory?)" if code == -9 else ""))
         reply = json.loads(line)
+        self._broken |= reply.get("broken", False)
         if "error" in reply:
             raise Failed(reply["error"])
         return reply
+
+    def _read(self) -> tuple[str, bool]:
+        """The next line, "" at the end, and whether the process was killed for keeping it back."""
+        late = threading.Event()
+        clock = None if self._patience is None else threading.Timer(self._patience, self._kill, (late,))
+        if clock:
+            clock.start()
+        try:
+            return self._process.stdout.readline(), late.is_set()
+        finally:
+            if clock:
+                clock.cancel()
+
+    def _kill(self, late: threading.Event) -> None:
+        late.set()
+        self._process.kill()
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         self.send(command, **arguments)
         return self.answer()
 
     def alive(self) -> bool:
-        return self._process.poll() is None
+        """Whether it can go on: it runs, and no error has left its device unusable."""
+        return not self._broken and self._process.poll() is None
 
     def close(self) -> None:
         """Ends it by closing its input; whatever does not end is killed."""
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # what it did not read is still to be written
+            self._process.stdin.close()
         self._process.stdout.close()
         try:
             self._process.wait(timeout=30)

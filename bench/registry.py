@@ -28,7 +28,8 @@ def find(name: str, device: torch.device, quick: bool) -> Case:
 
 
 def select(names: list[str], device: torch.device, quick: bool) -> list[Case]:
-    """Cases whose name or experiment is given, or begins with what is given up to a "/"; all where none is.
+    """Cases whose name or experiment is given, or begins with what is given up to a "/", in the order of the names; all
+    where none is given.
 
     Raises:
         KeyError: a name that selects nothing; the message lists what there is.
@@ -36,12 +37,14 @@ def select(names: list[str], device: torch.device, quick: bool) -> list[Case]:
     there = cases(device, quick)
     if not names:
         return list(there)
-    chosen = [case for case in there if any(_matches(case, name) for name in names)]
+    chosen = {}
     for name in names:
-        if not any(_matches(case, name) for case in there):
+        found = {case.name: case for case in there if _matches(case, name)}
+        if not found:
             known = ", ".join(dict.fromkeys([*(case.experiment for case in there), *(case.name for case in there)]))
             raise KeyError(f"no benchmark is called {name!r}; there are {known}")
-    return chosen
+        chosen |= found
+    return list(chosen.values())
 
 
 def _matches(case: Case, name: str) -> bool:

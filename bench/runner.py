@@ -19,7 +19,10 @@ from .results import Row
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: `turns` per contender of `seconds` each, no more than `most` samples a turn."""
+    """How much is measured: `turns` per contender of `seconds` each, no more than `most` samples a turn.
+
+    patience: seconds after which a contender that does not answer is left out; None: for ever.
+    """
 
     device: torch.device
     threads: int
@@ -28,6 +31,7 @@ class Plan:
     turns: int = 7
     seconds: float = 1.0
     most: int = 30
+    patience: float | None = None
     command: str = field(default_factory=lambda: shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
 
 
@@ -77,12 +81,15 @@ class Runner:
             yield from self._measure(case, malloc, oracles)
 
     def _process(self, malloc: str) -> Process:
-        return Process(self.plan.device, self.plan.threads, malloc)
+        return Process(self.plan.device, self.plan.threads, malloc, self.plan.patience)
 
     def _shared_process(self, malloc: str) -> Process:
         """The one that is there if it still answers, or a new one."""
         process = self._shared.get(malloc)
-        if process is None or not process.alive():
+        if process is not None and not process.alive():
+            self._end_shared(malloc)
+            process = None
+        if process is None:
             process = self._shared[malloc] = self._process(malloc)
         return process
 

@@ -319,7 +319,7 @@ class ReferenceRun:
         """The Parameter after a step, its scale the norm of the step: an error is measured against that."""
         values = piece.of(piece.parameter)
         start, change = 0, 0.0
-        for block in initial_blocks(name, self.specs[name], moved=True):
+        for block in initial_blocks(name, self.specs[name], moved=True, device=values.device):
             stop = start + len(block)
             g = gradient[start:stop]
             step = self.lr * g / (g.abs() + EPS)

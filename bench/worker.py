@@ -123,7 +123,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def answer(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
-    """What a command {"do": name, arguments...} gives; {"unavailable": why} or {"error": what} where it fails."""
+    """What a command {"do": name, arguments...} gives; {"unavailable": why} or {"error": what} where it fails, with
+    "broken": whether this process can't go on."""
     arguments = dict(message)
     name = arguments.pop("do")
     try:
@@ -131,17 +132,19 @@ def answer(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"unknown command {name!r}")
         return getattr(worker, name)(**arguments)
     except Unavailable as problem:
-        return {"unavailable": str(problem)}
+        return {"unavailable": str(problem), "broken": machine.device_lost()}
     except Exception as problem:
         traceback.print_exc()
-        first_line = (str(problem).strip().splitlines() or [""])[0]
-        return {"error": f"{type(problem).__name__}: {first_line}"}
+        return {"error": machine.first_line(problem), "broken": machine.device_lost()}
 
 
 def serve(commands: TextIO, answers: TextIO, device: torch.device) -> None:
     worker = Worker(device)
     for line in commands:
-        print(json.dumps(answer(worker, json.loads(line))), file=answers, flush=True)
+        reply = answer(worker, json.loads(line))
+        print(json.dumps(reply), file=answers, flush=True)
+        if reply.get("broken"):  # the runner takes another process
+            break
 
 
 if __name__ == "__main__":

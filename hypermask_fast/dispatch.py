@@ -82,6 +82,7 @@ class Call:
     Attributes:
         gradient: whether a backward pass follows.
         dtype: what the product is done in; weight_bytes: of one stored weight or logit.
+        taps: kh * kw of a convolution, over which a contiguous weight's neighbours along the reduction are apart.
     """
 
     op: str
@@ -91,6 +92,7 @@ class Call:
     dtype: str
     weight_bytes: int
     gradient: bool
+    taps: int = 1
 
     def __str__(self) -> str:
         backward = ", forward and backward" if self.gradient else ""
@@ -114,11 +116,12 @@ def choose(op: str, args: tuple, kwargs: Mapping) -> Choice | None:
         return Choice(MASK_FIRST, f"mask first: no fused kernel for x {tuple(x.shape)} and W {tuple(weight.shape)}")
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*args, *kwargs.values()) if _is_tensor(t))
     rows = _power_of_2(_rows(op, x, weight, args, kwargs))
-    outputs, reduced = weight.shape[0], weight.shape[1:].numel()
+    sizes = weight.shape[0], weight.shape[1:].numel(), weight.shape[2:].numel()
     if torch.compiler.is_compiling():  # where they may be symbols, which `decide` can't be given
-        outputs, reduced = _power_of_2(outputs), _power_of_2(reduced)
+        sizes = tuple(map(_power_of_2, sizes))
+    outputs, reduced, taps = sizes
     device = x.device.index or 0
-    return decide(op, rows, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device)
+    return decide(op, rows, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device, taps)
 
 
 def _power_of_2(size: int) -> int:
@@ -160,11 +163,12 @@ def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
 
 @constant_in_graphs
 def decide(
-    op: str, rows: int, outputs: int, reduced: int, dtype: str, weight_bytes: int, gradient: bool, device: int
-) -> Choice:
+    op: str, rows: int, outputs: int, reduced: int, dtype: str, weight_bytes: int, gradient: bool, device: int,
+    taps: int = 1,
+) -> Choice:  # fmt: skip
     """`choose` from plain numbers; torch.compile takes its answer as a constant."""
     folder = os.environ.get("HYPERMASK_TABLES", "")
-    return _decide(op, rows, outputs, reduced, dtype, weight_bytes, gradient, device, folder)
+    return _decide(op, rows, outputs, reduced, dtype, weight_bytes, gradient, taps, device, folder)
 
 
 def gpu_name(device: int) -> str:
@@ -212,8 +216,13 @@ def estimate(call: Call, gpu: Gpu) -> tuple[float, float]:
 
     for B, F, T the GPU's rates of bytes, of products and of tanh. Forward:
 
-        fused:      bytes 2 n b + io at .85 B, operations 2 M n at .7 F, tanh n ceil(M / 128)
+        fused:      bytes 2 n b + io at .85 B, operations 2 M n at .7 F, tanh n ceil(M / 128) max(1, l)
         mask first: bytes 3 n b, tanh n; then bytes n b + io, operations 2 M n
+
+    where l stands for L1: a tile's weights and logits come entry by entry, taps * b bytes apart, so that 32 of each
+    take ceil(taps b / 4) lines of 128 bytes. A multiprocessor hands out a line per clock and 16 tanh, hence an entry's
+    loads take as long as l = ceil(taps b / 4) tanh: 5 in half precision for 3x3, at which few rows go at .69 of an
+    H200's bytes; with a single tap they hide behind the tanh.
 
     and with gradients, for dx and dW as products of the same size each, besides:
 
@@ -227,17 +236,20 @@ def estimate(call: Call, gpu: Gpu) -> tuple[float, float]:
     rate = {"float32": gpu.tf32 if torch.backends.cuda.matmul.allow_tf32 else gpu.float32}.get(call.dtype, gpu.half)
     per_tanh = TANH_FLOAT32 if call.dtype == "float32" else 1
 
+    per_load = math.ceil(call.taps * b / 4)
+
     def kernel(moved: float, operations: float, tanh: float, fused: bool) -> float:
         of_bytes, of_product = (SHARE_OF_BYTES, SHARE_OF_PRODUCT) if fused else (1.0, 1.0)
-        return max(moved / (of_bytes * gpu.bytes), operations / (of_product * rate), tanh * per_tanh / gpu.tanh)
+        return max(moved / (of_bytes * gpu.bytes), operations / (of_product * rate), tanh / gpu.tanh)
 
-    tiles = math.ceil(call.rows / ROWS_PER_TILE)
-    fused = kernel(2 * entries * b + io, operations, entries * tiles, True)
-    first = kernel(3 * entries * b, 0, entries, False) + kernel(entries * b + io, operations, 0, False)
+    masks, tiles = entries * per_tanh, math.ceil(call.rows / ROWS_PER_TILE)
+    of_tiles = entries * tiles * max(per_tanh, per_load)
+    fused = kernel(2 * entries * b + io, operations, of_tiles, True)
+    first = kernel(3 * entries * b, 0, masks, False) + kernel(entries * b + io, operations, 0, False)
     if call.gradient:
-        fused += kernel(2 * entries * b + io, operations, entries * tiles, True)
-        fused += kernel(4 * entries * b + io, operations, entries, True) + kernel(2 * entries * b, 0, 0, False)
-        first += 2 * kernel(entries * b + io, operations, 0, False) + kernel(5 * entries * b, 0, entries, False)
+        fused += kernel(2 * entries * b + io, operations, of_tiles, True)
+        fused += kernel(4 * entries * b + io, operations, masks, True) + kernel(2 * entries * b, 0, 0, False)
+        first += 2 * kernel(entries * b + io, operations, 0, False) + kernel(5 * entries * b, 0, masks, False)
     return fused, first
 
 

@@ -37,6 +37,8 @@ def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> Te
     magnitude = logits.detach().abs()
     thresholds = magnitude.new_zeros(*logits.shape[:-1], len(offsets) - 1)
     compiling = torch.compiler.is_compiling()  # where ranks have no values yet: kthvalue needs them, a sort does not
+    # Where a GPU has to be deterministic kthvalue is refused for the sake of its indices, which are not used here.
+    sorting = logits.is_cuda and torch.are_deterministic_algorithms_enabled()
     for s, rank in enumerate(ranks if compiling else ranks.tolist()):
         segment = magnitude[..., offsets[s] : offsets[s + 1]]
         if segment.shape[-1] == 0:
@@ -44,6 +46,8 @@ def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> Te
         if compiling:
             ranked = segment.sort(dim=-1).values.index_select(-1, rank[None])[..., 0]
             thresholds[..., s] = torch.where(rank > 0, ranked, 0.0)
+        elif rank > 0 and sorting:
+            thresholds[..., s] = segment.sort(dim=-1).values[..., rank]
         elif rank > 0:
             thresholds[..., s] = segment.kthvalue(rank + 1, dim=-1).values
     return thresholds

@@ -96,10 +96,23 @@ def _span(start: int, weights: int, chunk_size: int) -> tuple[int, int]:
     return first, (start + weights - 1) // chunk_size + 1 - first
 
 
-def _arguments(hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, weights: int) -> tuple:
-    first, _ = _span(start, weights, len(output_weight))
-    strides = (*hidden.stride(), *output_weight.stride(), *output_bias.stride())
-    return start, first, weights, len(hidden), len(output_weight), *strides
+def _launch_arguments(
+    hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, weights: int
+) -> tuple[tuple[int, int], tuple, dict]:
+    """What both kernels are launched with: grid, arguments from `start` on, constants."""
+    chunk_size, width = output_weight.shape
+    first, chunks = _span(start, weights, chunk_size)
+    tiles = settings.chunk_tiles(chunks, chunk_size, width)
+    grid = cdiv(chunk_size, tiles.block_n), cdiv(chunks, tiles.block_m)
+    strides = *hidden.stride(), *output_weight.stride(), *output_bias.stride()
+    constants = {
+        "WIDTH": width,
+        "LAYER_BY": layer_factor(hidden, output_weight),
+        "FLAT_BY": host.common_factor(start, chunk_size, weights),
+        "PRECISION": host.matmul_precision(output_weight.dtype),
+        **tiles.launch_chunks(output_weight.dtype),
+    }
+    return grid, (start, first, weights, len(hidden), chunk_size, *strides), constants
 
 
 def layer_factor(hidden: Tensor, output_weight: Tensor) -> int:
@@ -115,16 +128,10 @@ def launch_masked_weight(
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if out.numel() == 0:
         return out
-    _, chunks = _span(start, weight.numel(), len(output_weight))
-    tiles = settings.chunk_tiles(chunks, len(output_weight), hidden.shape[1])
-    grid = (cdiv(len(output_weight), tiles.block_n), cdiv(chunks, tiles.block_m))
+    grid, arguments, constants = _launch_arguments(hidden, output_weight, output_bias, start, weight.numel())
     _masked_weight[grid](
-        weight.contiguous(), hidden, output_weight, output_bias, threshold, out,
-        *_arguments(hidden, output_weight, output_bias, start, weight.numel()),
-        WIDTH=hidden.shape[1], LAYER_BY=layer_factor(hidden, output_weight),
-        FLAT_BY=host.common_factor(start, len(output_weight), weight.numel()),
-        PRECISION=host.matmul_precision(output_weight.dtype), APPROXIMATE=host.approximate_tanh(dtype),
-        **tiles.launch_chunks(output_weight.dtype),
+        weight.contiguous(), hidden, output_weight, output_bias, threshold, out, *arguments,
+        APPROXIMATE=host.approximate_tanh(dtype), **constants,
     )  # fmt: skip
     return out
 
@@ -142,15 +149,10 @@ def launch_gradients(
     first, chunks = _span(start, weight.numel(), len(output_weight))
     da = output_weight.new_empty((chunks, len(output_weight)) if any(want_layer) else 0)
     if any(needed):
-        tiles = settings.chunk_tiles(chunks, len(output_weight), hidden.shape[1])
-        grid = (cdiv(len(output_weight), tiles.block_n), cdiv(chunks, tiles.block_m))
+        grid, arguments, constants = _launch_arguments(hidden, output_weight, output_bias, start, weight.numel())
         _gradients[grid](
             gradient.contiguous(), weight.contiguous(), hidden, output_weight, output_bias, threshold, dw, da,
-            *_arguments(hidden, output_weight, output_bias, start, weight.numel()),
-            WANT_W=want_weight, WANT_A=any(want_layer), WIDTH=hidden.shape[1],
-            LAYER_BY=layer_factor(hidden, output_weight),
-            FLAT_BY=host.common_factor(start, len(output_weight), weight.numel()),
-            PRECISION=host.matmul_precision(output_weight.dtype), **tiles.launch_chunks(output_weight.dtype),
+            *arguments, WANT_W=want_weight, WANT_A=any(want_layer), **constants,
         )  # fmt: skip
     return dw, *_layer_gradients(da, hidden, output_weight, output_bias, first, want_layer)
 

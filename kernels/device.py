@@ -22,7 +22,7 @@ def multiple(value, OF: tl.constexpr):
 
 @triton.jit
 def abs_tanh(a, APPROXIMATE: tl.constexpr):
-    """|tanh a| in float32, to 2 ulp; APPROXIMATE takes the hardware's tanh (2^-11, for bfloat16 weights)."""
+    """|tanh a| in float32, to 6e-7 of itself; APPROXIMATE takes the hardware's tanh (2^-11, for bfloat16 weights)."""
     if APPROXIMATE:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [tl.abs(a)], dtype=tl.float32, is_pure=True, pack=1

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from collections.abc import Callable
 
 import torch
@@ -61,11 +60,6 @@ def check_runnable(tensor: Tensor) -> None:
             f"Triton kernels need CUDA tensors, not {tensor.device.type} ones; on the CPU use another backend, "
             "or set TRITON_INTERPRET=1 before the first import to run them slowly for tests"
         )
-
-
-def debug() -> bool:
-    """HYPERMASK_DEBUG=1: checks that cost a device synchronisation are made too."""
-    return os.environ.get("HYPERMASK_DEBUG", "0") == "1"
 
 
 def autocast(x: Tensor) -> Tensor:

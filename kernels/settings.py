@@ -179,6 +179,6 @@ def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch
     return Tiles(block_m, block_n, _clip(reduced, 16, 64), warps)
 
 
-def task_weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
+def task_weight_gradient(inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
     """As `weight_gradient`, narrower: dW's sum over the tasks stays in registers beside each task's G."""
     return Tiles(64, _clip(inputs, 16, 32 if dtype == torch.float32 else 64), _clip(rows, 16, 32), warps=8)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
+from ..backends import debug
 from ..errors import InputError
 from ..task_rows import TaskRows
 from . import host, settings
@@ -173,7 +174,7 @@ def launch_task_weight_gradient(
     if weight.numel() == 0 or not (want_weight or want_logits):
         return dw, da
     (outputs, inputs), rows = weight.shape, grad.shape[-2]
-    tiles = tiles or settings.task_weight_gradient(outputs, inputs, rows, x.dtype)
+    tiles = tiles or settings.task_weight_gradient(inputs, rows, x.dtype)
     grid = (cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m))
     _task_weight_gradient[grid](
         grad, x, weight, logits, thresholds, dw, da, order, begins, rows, outputs, inputs, len(logits),
@@ -219,7 +220,7 @@ def _check_ids(x: Tensor, ids: Tensor) -> None:
 def _forward(x, weight, logits, thresholds, task_ids=None, order=None, begins=None, bias=None) -> Tensor:
     host.check_runnable(x)
     y = _forward_shapes(x, weight, logits, thresholds, task_ids, order, begins, bias)
-    if task_ids is not None and host.debug():
+    if task_ids is not None and debug():
         known = (task_ids >= 0) & (task_ids < len(logits))
         check(bool(known.all()), f"task_ids must be 0 to {len(logits) - 1}")
     return launch_task_product(x, weight, logits, thresholds.contiguous(), bias, y, order, begins)

@@ -1,8 +1,12 @@
 """Shared by all tests: where real data lies, small networks and scenarios."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # where tests ask for deterministic algorithms on a GPU
+
 import torch
 from torch import nn
 

@@ -1,5 +1,6 @@
 """Which path a layer takes: by a measured table, by the estimate without one, always mask first on the CPU."""
 
+import dataclasses
 import json
 import warnings
 
@@ -91,6 +92,17 @@ def test_the_estimate_by_hand():
     no_tanh = dispatch.Gpu("no tanh", bytes=1e20, float32=1e20, tf32=1e20, half=1e20, tanh=1e6)
     many = dispatch.Call("masked_linear", 1024, 10, 100, "bfloat16", 2, gradient=False)
     assert dispatch.estimate(many, no_tanh) == pytest.approx((8 * 1000 / 1e6, 1000 / 1e6))
+
+
+@pytest.mark.parametrize(("dtype", "size", "lines"), [("bfloat16", 2, 5), ("float32", 4, 9)])
+def test_the_estimate_counts_the_lines_that_a_window_is_read_in(dtype, size, lines):
+    """32 neighbours along the channels, 9 entries apart, take 5 lines of 128 bytes, or 9; one tap hides behind tanh."""
+    call = dispatch.Call("masked_conv2d", 7, 1024, 9216, dtype, size, gradient=False, taps=9)
+    fused, _ = dispatch.estimate(call, dispatch.H200)
+    assert fused == pytest.approx(1024 * 9216 * lines / 3.7e12)
+    assert 0.6 < (2 * 1024 * 9216 * size / dispatch.H200.bytes) / fused < 0.85
+    plain, _ = dispatch.estimate(dataclasses.replace(call, taps=1), dispatch.H200)
+    assert plain < fused and plain == pytest.approx((2 * size * 1024 * 9216 + 7 * 10240 * size) / 0.85 / 4.3e12)
 
 
 def test_a_table_decides(gpu):

@@ -42,16 +42,9 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // Four 8 x 8 matrices of 16-bit entries, one register each: lane l gives the address of row l % 8 of matrix l / 8, and
-// gets of each matrix entries (l / 4, 2 (l % 4)) and the next; transposed: (2 (l % 4), l / 4) and the one below.
+// gets of each matrix entries (l / 4, 2 (l % 4)) and the next.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared))
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(shared))
                : "memory");

@@ -31,7 +31,6 @@ struct SmallLinear {
 
 namespace {
 
-constexpr int kMaxSmallRows = 16;
 constexpr int kStep = 32;        // entries of the reduction that a warp takes at a time
 constexpr int kLaneEntries = 8;  // of them, in a row, are a lane's
 constexpr int kTileOutputs = 16;

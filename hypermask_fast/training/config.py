@@ -12,8 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from ..data.checks import check_whole
 from ..errors import InputError
 from ..hypernet import HypernetConfig
@@ -160,6 +158,8 @@ class RunConfig:
         return _without_none(dataclasses.asdict(self))
 
     def to_toml(self) -> str:
+        import tomli_w  # which presets can be read and measured without, on a machine that has torch alone
+
         return tomli_w.dumps(self.to_dict())
 
     def digest(self) -> str:

@@ -1,5 +1,6 @@
-"""The benchmarks themselves: wrong results get no time, peers agree, a quick run goes through, results can be read."""
+"""The benchmarks themselves: wrong results get no time, workers may fail, peers agree."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,16 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench.__main__
-from bench import gate, machine, registry, results, steps, worker
+from bench import gate, pool, registry, steps, worker
 from bench import runner as runner_module
-from bench import table as table_module
 from bench.case import OURS, Case
 from bench.experiments import experiments, fill, quick
 from bench.op_run import OpRun, uniform
-from bench.plots import plot
 from bench.runner import Plan, Runner, quantiles
-from bench.table import growth, table
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -57,14 +54,15 @@ def test_gate_refuses_what_is_missing_misshapen_or_not_a_number(wrong):
 class Local:
     """A worker in this process, in place of one over pipes."""
 
-    def __init__(self, device, threads, malloc):
-        self.worker, self.waiting = worker.Worker(device), []
+    def __init__(self, device, threads, malloc, patience):
+        self.worker, self.waiting, self.broken = worker.Worker(device), [], False
 
     def send(self, command, **arguments):
         self.waiting.append(worker.answer(self.worker, {"do": command, **arguments}))
 
     def answer(self):
         reply = self.waiting.pop(0)
+        self.broken |= reply.get("broken", False)
         if "error" in reply:
             raise runner_module.Failed(reply["error"])
         return reply
@@ -74,7 +72,7 @@ class Local:
         return self.answer()
 
     def alive(self):
-        return True
+        return not self.broken
 
     def close(self):
         pass
@@ -118,6 +116,49 @@ def test_a_wrong_contender_gets_no_time(monkeypatch, capsys, isolated):
     assert ours.p20_ms <= ours.median_ms <= ours.p80_ms and ours.repeats >= 3
     assert ours.floor_ms == pytest.approx(4e-3) and ours.floor_ratio == ours.median_ms / ours.floor_ms
     assert (ours.peak_memory != "") == isolated
+
+
+def test_a_device_that_is_lost_gets_a_new_process(monkeypatch, capsys):
+    """After a fault in a kernel every later call fails too: the case after it must not be told so."""
+    case = Case("squares", "squares", None, "", (OURS, "broken"), squares, lambda: (4e3, 2e3), lambda name: 1e-4)
+    made, lost = [], iter([True, False])
+    monkeypatch.setattr(runner_module, "Process", lambda *args: made.append(Local(*args)) or made[-1])
+    monkeypatch.setattr(registry, "find", lambda *args: case)
+    monkeypatch.setattr(worker.machine, "device_lost", lambda: next(lost))
+    monkeypatch.setattr(worker.machine, "rates", lambda device, quick: {"bandwidth": 1e9, "float32": 1e9})
+    plan = Plan(CPU, 1, True, ("as shipped",), turns=1, seconds=0.01, most=2, command="test")
+    rows = list(Runner(plan).rows([case, case]))
+    assert len(made) == 2 and [row.contender for row in rows] == [OURS, OURS]
+    assert capsys.readouterr().err.count("broken is left out: RuntimeError") == 2
+
+
+def test_a_worker_whose_device_is_lost_ends(monkeypatch):
+    monkeypatch.setattr(worker.machine, "device_lost", lambda: True)
+    answers = io.StringIO()
+    worker.serve(io.StringIO('{"do": "nothing"}\n{"do": "release"}\n'), answers, CPU)
+    assert json.loads(answers.getvalue()) == {"error": "ValueError: unknown command 'nothing'", "broken": True}
+
+
+def process_of(monkeypatch, code, patience=None):
+    """A `pool.Process` that runs some other code in place of the worker."""
+    popen = subprocess.Popen
+    monkeypatch.setattr(pool.subprocess, "Popen", lambda command, **rest: popen([sys.executable, "-c", code], **rest))
+    return pool.Process(CPU, 1, "as shipped", patience)
+
+
+def test_a_worker_that_does_not_answer_is_killed(monkeypatch):
+    with process_of(monkeypatch, "import time; time.sleep(60)", patience=0.2) as process:
+        with pytest.raises(pool.Failed, match="no answer within 0.2 s"):
+            process.ask("describe")
+        assert not process.alive()
+
+
+def test_a_worker_that_has_died_is_left_behind(monkeypatch):
+    with process_of(monkeypatch, "import sys; sys.exit(3)") as process:
+        process._process.wait()
+        process.send("prepare", case="much that nobody reads")
+        with pytest.raises(pool.Failed, match="ended with code 3"):
+            process.ask("describe")
 
 
 def test_quantiles():
@@ -239,117 +280,3 @@ def test_gpu_cases_in_the_interpreter():
         [sys.executable, "-c", _IN_THE_INTERPRETER], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == "all right", done.stderr
-
-
-# -- a whole run, and what it leaves ----------------------------------------------------------------------------------
-
-
-def test_quick_run(tmp_path):
-    pytest.importorskip("hypnettorch")
-    file, copy = tmp_path / "results.csv", tmp_path / "rows.json"
-    names = ["permuted-mnist-chunked/task2", "thresholds"]
-    command = [sys.executable, "-m", "bench", *names, "--quick", "--device", "cpu", "--threads", "1"]
-    command += ["--malloc", "tuned", "--without", "torch.compile", "--csv", str(file), "--json", str(copy)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = results.read(file)
-    steps_at = {(row.contender, row.task_index) for row in rows if row.experiment == "permuted-mnist-chunked"}
-    assert steps_at == {(contender, 2) for contender in (OURS, "hypnettorch", "batched torch", "plain network")}
-    assert {row.contender for row in rows if row.case == "thresholds"} > {OURS, "torch.kthvalue"}
-    assert all(row.median_ms > 0 and row.malloc_setting.startswith("GLIBC_TUNABLES=") for row in rows)
-    assert all((row.peak_memory != "") == (row.task_index != "") for row in rows)
-    assert len(json.loads(copy.read_text())) == len(rows)
-    assert "permuted-mnist-chunked/task2" in done.stdout and "torch.kthvalue" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["no-such-benchmark"], "there are split-mnist, permuted-mnist"),
-        (["thresholds", "--without", "torch.sorted"], "there are ours, torch.sort"),
-        (["thresholds", "--json", "{}/none/rows.json"], "none/rows.json: No such file or directory"),
-        (["thresholds", "--csv", "{}"], ": Is a directory"),
-        (["thresholds", "--csv", __file__], "is no results file of this version"),
-        (["--turns", "0"], "argument --turns: must be 1 or more, not 0"),
-        (["--device", "cuda"], "PyTorch sees no GPU"),
-    ],
-)
-def test_what_cannot_be_done_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path, words, message):
-    monkeypatch.setattr(bench.__main__, "Runner", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    try:
-        code = bench.__main__.main([word.format(tmp_path) for word in words])
-    except SystemExit as ended:
-        code = ended.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a process's peak")
-def test_peak_memory_leaves_out_what_was_freed_before():
-    """Freed by malloc, and kept by it: `tuned` is told to keep all."""
-    program = (
-        "import torch; from bench import worker; cpu = torch.device('cpu'); x = torch.ones(1 << 26); del x; "
-        "before = worker.peak_memory(cpu); worker._reset_peak_memory(); print(before - worker.peak_memory(cpu))"
-    )
-    name, _, value = machine.MALLOC["tuned"].partition("=")
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {name: value}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 250e6  # of 268
-
-
-def a_row(**changes):
-    values = dict.fromkeys(results.COLUMNS, "")
-    values |= {"machine": "m-2-cores", "device": "M", "cores": 2, "threads": 2, "malloc": "tuned", "dtype": "float32"}
-    values |= {"experiment": "e", "case": "e/task0", "task_index": 0, "contender": OURS, "date": "2026-01-01"}
-    values |= {"median_ms": 1.5, "p20_ms": 1.25, "p80_ms": 2.0, "repeats": 9, "floor_ms": 0.5, "floor_ratio": 3.0}
-    values |= {"bytes": 5.7e9, "flops": 12.0, "ratio": 1.0, "peak_memory": 10**9, "bandwidth": 6e10, "flop_rate": 2e11}
-    return results.Row(**(values | {"gate": 0.25, "shapes": 'batch 8, "odd"', "command": "python -m bench"} | changes))
-
-
-def test_csv_round_trip(tmp_path):
-    file = tmp_path / "deep" / "m.csv"
-    first, second = a_row(), a_row(task_index="", peak_memory="", ratio="", gate="", case="op", experiment="op")
-    results.append([first], file)
-    results.append([second], file)
-    assert results.read(file) == [first, second]
-    assert file.read_text().count("median_ms") == 1
-    file.write_text("other,columns\n")
-    for use in (lambda: results.append([first], file), lambda: results.read(file)):
-        with pytest.raises(ValueError, match="its columns are other, columns"):
-            use()
-
-
-def test_latest_table_and_plots(tmp_path):
-    old, new = a_row(), a_row(date="2026-02-01", median_ms=1.25)
-    assert results.latest([old, new]) == [new] == results.latest([new, old])
-    peer = {"contender": "peer", "ratio": 4.0}
-    rows = [new, a_row(case="e/task4", task_index=4, median_ms=2.0), a_row(**peer)]
-    rows += [a_row(**peer, case="e/task4", task_index=4), a_row(**peer, case="op", experiment="op", task_index="")]
-    text = table(rows)
-    assert "e/task4" in text and "1.25" in text.splitlines()[1]
-    assert growth(rows).splitlines()[1].endswith("1.60")
-    file = tmp_path / "m.csv"
-    results.append(rows, file)
-    pictures = plot(file, tmp_path)
-    assert sorted(picture.name for picture in pictures) == sorted(
-        f"m-tuned-{kind}.{suffix}" for kind in ("step-time", "step-ratios", "op-ratios") for suffix in ("png", "svg")
-    )
-    assert all(picture.stat().st_size > 1000 for picture in pictures)
-
-
-def test_table_of_files_and_of_what_is_none(tmp_path, capsys):
-    file = tmp_path / "m.csv"
-    results.append([], file)
-    assert file.read_text() == ""
-    results.append([a_row()], file)
-    assert table_module.main([str(file)]) == 0
-    assert "e/task0" in capsys.readouterr().out
-    (tmp_path / "other.csv").write_text("a,b\n")
-    for name, message in (("none.csv", "none.csv: No such file or directory"), ("other.csv", "is no results file")):
-        with pytest.raises(SystemExit) as ended:
-            table_module.main([str(tmp_path / name)])
-        assert ended.value.code == 2
-        assert message in capsys.readouterr().err

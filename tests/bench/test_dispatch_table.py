@@ -1,9 +1,12 @@
 """The table that `python -m bench.dispatch` writes is the one that the dispatcher reads."""
 
+from concurrent.futures import Executor, Future
+
 import pytest
 import torch
 
 from bench import dispatch as table
+from bench import machine
 from bench.case import Unavailable
 from hypermask_fast import backends, dispatch, mask_first, ops
 
@@ -37,14 +40,18 @@ def test_both_paths_are_run_and_compared(shape, monkeypatch):
 def test_the_fastest_backend_that_is_right_is_noted(monkeypatch, capsys):
     shape = SMALL[0]
     right = ops.masked_linear
-    wrong = {"wrong": 1.01, "slow": 1.0, "fast": 1.0}
+    wrong = {"wrong": 1.01, "broken": torch.ones(3), "slow": 1.0, "fast": 1.0}  # 4 outputs times 3 factors: an error
     monkeypatch.setattr(backends, "fused_backends", lambda op, *args: list(wrong))
     monkeypatch.setattr(ops, "masked_linear", lambda *args, backend: right(*args) * wrong[backend])
     names = iter(["slow", "fast", "mask first"] * 5)
     time = {"slow": 7.0, "fast": 3.0, "mask first": 5.0}
     monkeypatch.setattr(table, "_microseconds", lambda run, device, seconds: time[next(names)])
     assert table.measure(shape, CPU) == ("fast", 3.0, 5.0)
-    assert "WRONG: wrong differs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "WRONG: wrong differs" in said and "WRONG: broken fails: RuntimeError: The size of tensor" in said
+    monkeypatch.setattr(machine, "device_lost", lambda: True)
+    with pytest.raises(RuntimeError, match="The size of tensor"):
+        table.measure(shape, CPU)
 
 
 def test_rows_are_counted_as_the_dispatcher_counts_them(monkeypatch):
@@ -53,20 +60,20 @@ def test_rows_are_counted_as_the_dispatcher_counts_them(monkeypatch):
     monkeypatch.setattr(dispatch, "decide", lambda *args: seen.append(args))
     for shape in SMALL:
         dispatch.choose(shape.op, table.inputs(shape, 0, CPU), {})
-        op, rows, outputs, reduced, dtype, _, gradient, _ = seen[-1]
+        op, rows, outputs, reduced, dtype, _, gradient, _, taps = seen[-1]
         bound = 1 << (shape.sizes[0] - 1).bit_length()  # choose rounds up
         assert (op, rows, outputs, reduced) == (shape.op, bound, *shape.sizes[1:])
-        assert (dtype, gradient) == ("float32", shape.gradient)
+        assert (dtype, gradient, taps) == ("float32", shape.gradient, 9 if shape.geometry else 1)
 
 
 def test_what_is_written_decides(tmp_path, capsys, monkeypatch):
     def timer(shape):
         if shape.geometry:
-            raise Unavailable("not today")
+            raise ValueError("not today\nat all")
         return ("triton", 1.0, 9.0) if shape.gradient else ("cuda", 9.0, 1.0)
 
     found = list(table.entries(SMALL, timer))
-    assert "masked_conv2d" in capsys.readouterr().err
+    assert "is left out: ValueError: not today\n" in capsys.readouterr().err
     path = tmp_path / dispatch.file_name("NVIDIA H100 80GB HBM3")
     assert path.name == "nvidia-h100-80gb-hbm3.json"
     table.write(path, "NVIDIA H100 80GB HBM3", found)
@@ -76,6 +83,22 @@ def test_what_is_written_decides(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HYPERMASK_TABLES", str(tmp_path))
     choice = dispatch.decide("masked_linear", 4, 4, 5, "float32", 4, True, 0)
     assert (choice.path, choice.order) == ("fused", ("triton", "cuda"))
+
+
+def test_shapes_are_compiled_some_at_a_time_before_they_are_measured(monkeypatch):
+    class Pool(Executor):
+        def submit(self, function, shape):
+            submitted.append(shape)
+            done = Future()
+            done.set_exception(RuntimeError("no such kernel"))
+            return done
+
+    submitted, seen = [], []
+    monkeypatch.setattr(table, "_AHEAD", 2)
+    for shape in table.compiled(SMALL, Pool()):
+        seen.append(shape)
+        assert submitted == SMALL[: 2 if len(seen) <= 2 else 3]
+    assert seen == SMALL
 
 
 def test_without_a_gpu_nothing_is_written(capsys, tmp_path):

@@ -113,9 +113,9 @@ def test_masked_conv2d(settings, batch, dtype):
 
 
 def test_a_dtype_without_kernels_is_refused():
-    layer = hmf.MaskedLinear(5, 4).double()
-    mask = hmf.LayerMask(torch.randn(4, 5).double(), torch.tensor(0.1).double())
-    x = torch.randn(2, 5).double()
+    layer = hmf.MaskedLinear(5, 4).to(DEVICE, torch.float64)
+    mask = hmf.LayerMask(randn(4, 5, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64, device=DEVICE))
+    x = randn(2, 5, dtype=torch.float64)
     with (
         hmf.use_backend("triton"),
         pytest.raises(hmf.InputError, match="triton computes in float32, float16 and bfloat16, not float64"),

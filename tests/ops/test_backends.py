@@ -105,7 +105,8 @@ print(env.report())
 def test_report():
     text = env.report()
     assert re.search(r"backend cpu: +ready \(.*\): hypernet_adam", text)
-    assert "entropy_select" in text.splitlines()[-1]
+    rest = "entropy_select" if backends.problem("triton") else ": nothing"  # Triton's kernels serve what is left
+    assert rest in text.splitlines()[-1]
 
 
 @pytest.mark.native

@@ -48,28 +48,19 @@ inline void adam_update(float grad, float& weight, float& first, float& second, 
 }
 
 // Each lane reads its row when it comes: meeting the others does not order their writes before that.
-inline void emulated_ldmatrix(uint32_t (&r)[4], const void* shared, bool transposed, emulation::Place place) {
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, int line = __builtin_LINE()) {
   if (reinterpret_cast<uintptr_t>(shared) % 16) emulation::stop("ldmatrix of a row that is not aligned to 16 bytes");
   uint16_t mine[8];
   std::memcpy(mine, shared, sizeof mine);
   unsigned char all[emulation::kWarp][emulation::kExchanged];
-  emulation::exchange(emulation::kEveryLane, place, mine, sizeof mine, all);
-  const unsigned major = emulation::lane() / 4, minor = emulation::lane() % 4 * 2;
-  const auto entry = [&](int matrix, unsigned row, unsigned column) -> uint32_t {
+  emulation::exchange(emulation::kEveryLane, {"ldmatrix", "", line}, mine, sizeof mine, all);
+  const unsigned row = emulation::lane() / 4, column = emulation::lane() % 4 * 2;
+  const auto entry = [&](int matrix, unsigned at) -> uint32_t {
     uint16_t value;
-    std::memcpy(&value, all[matrix * 8 + row] + sizeof value * column, sizeof value);
+    std::memcpy(&value, all[matrix * 8 + row] + sizeof value * at, sizeof value);
     return value;
   };
-  for (int i = 0; i < 4; ++i) {
-    r[i] = transposed ? entry(i, minor, major) | entry(i, minor + 1, major) << 16
-                      : entry(i, major, minor) | entry(i, major, minor + 1) << 16;
-  }
-}
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, int line = __builtin_LINE()) {
-  emulated_ldmatrix(r, shared, false, {"ldmatrix", "", line});
-}
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared, int line = __builtin_LINE()) {
-  emulated_ldmatrix(r, shared, true, {"ldmatrix.trans", "", line});
+  for (int i = 0; i < 4; ++i) r[i] = entry(i, column) | entry(i, column + 1) << 16;
 }
 
 // value(bits) is the 16-bit number as a float. Products are exact in float32; the order of the sum is not specified.
