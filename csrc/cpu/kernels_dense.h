@@ -98,7 +98,7 @@ class Ahead {
   HM_INLINE void advance(Ahead& a, int64_t work) {
     a.done_ += work * a.lines_;
     for (; a.asked_ < a.lines_ && a.asked_ * a.work_ < a.done_; ++a.asked_) {
-      for (int i = 0; i < a.arrays_; ++i) __builtin_prefetch(a.array_[i] + a.asked_ * kLine, 1, 2);
+      for (int i = 0; i < a.arrays_; ++i) __builtin_prefetch(a.array_[i] + a.asked_ * kLine, 1, 3);
     }
   }
 
@@ -166,9 +166,7 @@ HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* fa
   double total = 0;
   for (int64_t j = 0; j < d.drift_tasks; ++j) {
     Vec sum{};
-    const float* next = d.targets + j * d.rows + row + kBlockRows;
-    __builtin_prefetch(next, 0, 2);
-    __builtin_prefetch(next + kBlockRows / 2, 0, 2);
+    __builtin_prefetch(d.targets + j * d.rows + row + kBlockRows, 0, 3);
     for (int r = 0; r < rows; r += kLanes) {
       float* f = factors + j * kBlockRows + r;
       const Vec residual = (load_up_to(f, rows - r) + load_up_to(d.bias + row + r, rows - r)) -
