@@ -105,7 +105,7 @@ def _peer_settings(experiment: Experiment) -> dict:
 
 
 def library(experiment: Experiment, device: torch.device, captured: bool):
-    from .peers.library import Library
+    from .peers.ours import Library
 
     tune_allocator()  # as the command line does
     config = experiment.config

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from . import backends, small_batch
 
@@ -21,9 +21,9 @@ def register() -> None:
     if backends.NATIVE_PROBLEM:
         return
     for name, fake in (_FAKES | small_batch.FAKES).items():
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", _without_values(fake))
+        library.register_fake(f"{_NAMESPACE}::{name}", _without_values(fake))
     for name, (backward, setup) in (_GRADIENTS | small_batch.GRADIENTS).items():
-        torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
+        library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
     for op, function in _CPU_CALLS.items():
         backends.offer(op, "cpu", function, _layer_condition)
     for op, (function, condition) in _CALLS.items():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from ..errors import InputError
 
@@ -15,7 +15,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-_LIBRARY = torch.library.Library("hypermask_fast", "FRAGMENT")
+_LIBRARY = library.Library("hypermask_fast", "FRAGMENT")
 
 
 def register(schema: str, implementation: Callable, shapes: Callable) -> None:
@@ -24,11 +24,11 @@ def register(schema: str, implementation: Callable, shapes: Callable) -> None:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CUDA", "CPU"):  # CPU serves the interpreter; without it `check_runnable` raises
         _LIBRARY.impl(name, implementation, key)
-    torch.library.register_fake(f"hypermask_fast::{name}", shapes, lib=_LIBRARY)
+    library.register_fake(f"hypermask_fast::{name}", shapes, lib=_LIBRARY)
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
-    torch.library.register_autograd(f"hypermask_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    library.register_autograd(f"hypermask_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def check(condition: bool, message: str) -> None:

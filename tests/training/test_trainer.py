@@ -302,6 +302,13 @@ def test_a_network_that_does_not_fit_is_refused_before_training(net, message):
     model = hmf.HyperMask(net, 3, hypernetwork=hmf.HypernetConfig(embedding=4, hidden=(4,)))
     with pytest.raises(InputError, match=message):
         Trainer(model, blob_scenario(), config())
+    assert model.training
+
+
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode():
+    """As `load_run` leaves it: the numbers are those of one that was in training mode."""
+    results = [Trainer(model, blob_scenario(), config()).fit() for model in (blob_model(), blob_model().eval())]
+    assert torch.equal(results[0].matrix, results[1].matrix)
 
 
 @pytest.mark.parametrize("fidelity", ["default", "official"])
