@@ -180,9 +180,9 @@ class HyperMask(nn.Module):
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
 
     def _anchor_in_training(self, task: int | Tensor) -> Anchor | None:
-        """The anchor of a later task than the first that is being trained; None of any other."""
+        """The anchor of the task that is being trained; None of any other."""
         anchor = self.anchor
-        if anchor is None or isinstance(task, Tensor) or anchor.task != task or task == 0:
+        if anchor is None or isinstance(task, Tensor) or anchor.task != task:
             return None
         return anchor if torch.is_grad_enabled() else None
 
