@@ -82,21 +82,30 @@ HM_INLINE Vec load_part(const float* p, int count) {
 }
 
 HM_INLINE void store_part(float* p, Vec v, int count) {
+#if defined(__AVX2__)
+  // By halves: with a masked store AMD lets the loads of what lies behind it wait, the next row's first vector.
 #if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
-#elif defined(__AVX2__)
-  __m128 half = _mm256_castps256_ps128((__m256)v);  // masked stores of AVX2 are slow on AMD
+  __m256 eight = _mm512_castps512_ps256((__m512)v);
+  if (count & 8) {
+    _mm256_storeu_ps(p, eight);
+    eight = _mm512_extractf32x8_ps((__m512)v, 1);
+    p += 8;
+  }
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  __m128 four = _mm256_castps256_ps128(eight);
   if (count & 4) {
-    _mm_storeu_ps(p, half);
-    half = _mm256_extractf128_ps((__m256)v, 1);
+    _mm_storeu_ps(p, four);
+    four = _mm256_extractf128_ps(eight, 1);
     p += 4;
   }
   if (count & 2) {
-    _mm_storel_pi(reinterpret_cast<__m64*>(p), half);
-    half = _mm_movehl_ps(half, half);
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), four);
+    four = _mm_movehl_ps(four, four);
     p += 2;
   }
-  if (count & 1) _mm_store_ss(p, half);
+  if (count & 1) _mm_store_ss(p, four);
 #else
   for (int i = 0; i < count; ++i) p[i] = v[i];
 #endif
