@@ -4,6 +4,8 @@ Plain PyTorch on any device and in any dtype; the definitions are `reference.hyp
 `reference.chunked_output_drift`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +24,17 @@ def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> 
     return _Logits.apply(hidden, weight, bias, size)
 
 
+def _without_autocast(backward: Callable) -> Callable:
+    """For who calls loss.backward() under autocast: these products, as those of the forward pass, keep their dtype."""
+
+    @functools.wraps(backward)
+    def in_own_dtype(ctx: Any, grad: Tensor):
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return in_own_dtype
+
+
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
@@ -30,6 +43,7 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         hidden, weight = ctx.saved_tensors
         rows = weight.shape[0]
@@ -95,6 +109,7 @@ class _GramDrift(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, d, e, c, old, both, a, b, k, s, u, wc = ctx.saved_tensors
         factor = 2 * grad

@@ -32,8 +32,8 @@ class Adam(torch.optim.Adam):
         loss.backward()
         optimizer.step()
 
-    The optimiser holds for as long as it lives; a newer one for the same model takes its place. Masks made in
-    evaluation mode (`model.eval()`) have ordinary gradients. Tasks are added by `model.add_task(optimizer)`.
+    The optimiser holds for as long as it lives, or until a newer one for the same model takes its place. Masks made
+    in evaluation mode (`model.eval()`) have ordinary gradients. Tasks are added by `model.add_task(optimizer)`.
 
     Args:
         model: whose Parameters, both networks' and the embeddings', are trained.
@@ -77,6 +77,10 @@ class Adam(torch.optim.Adam):
         self._embeddings = model.hypernet.embeddings
         self._task = -1  # whose embedding was last seen to be among the Parameters
         self._stepped = False
+        self._replaced = False
+        older = model._optimizer and model._optimizer()
+        if older is not None:
+            older._replaced = True
         model._optimizer = weakref.ref(self) if self.factored else None
 
     def output_layer(self, hidden: Tensor, anchor: Anchor) -> tuple[Tensor, Tensor]:
@@ -95,6 +99,8 @@ class Adam(torch.optim.Adam):
 
     def step(self, closure: Any = None) -> None:
         """Adam on everything but what backward has stepped already. Closures are for dense gradients only."""
+        if self._replaced:
+            raise InputError("a newer hmf.optim.Adam has taken over this model: step that one")
         if self.factored and (closure is not None or self._layer.weight.grad is not None):
             raise InputError(
                 "the hypernetwork's output layer has got a dense gradient: make masks by model.mask(task) in "

@@ -265,6 +265,25 @@ def test_autocast_around_a_whole_forward_pass_is_for_the_network_alone(chunk_siz
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("chunk_size", [None, 30])
+def test_autocast_around_the_backward_pass(chunk_size):
+    """PyTorch advises against it, but it works; PyTorch's own products are then bfloat16."""
+    model = blob_model(2, hypernetwork=hmf.HypernetConfig(6, (10, 10), chunk_size, 4))
+    model.begin_task(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+
+    def gradients(autocast):
+        mask = model.mask(1)
+        loss = mask.logits.square().sum() + model.regularizer(mask)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            layer = model.hypernet.output
+            return torch.autograd.grad(loss, [layer.weight, layer.bias, *model.weights()])
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=2e-2, atol=2e-2)
+
+
 def test_a_mask_answers_for_its_own_anchor_only():
     model = blob_model(2, lam=0.25)
     model.begin_task(1)

@@ -180,6 +180,20 @@ def test_another_optimiser_takes_over_when_it_is_gone():
     assert model.hypernet.output.weight.grad is not None
 
 
+@pytest.mark.parametrize("newer", [{}, {"gradient": "dense"}], ids=str)
+def test_an_older_optimiser_steps_no_part_of_the_model(newer):
+    model = small_model(2)
+    older = hmf.optim.Adam(model)
+    optimizer = hmf.optim.Adam(model, **newer)
+    F.cross_entropy(model(X, model.mask(0)), Y).backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="a newer hmf.optim.Adam has taken over"):
+        older.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    optimizer.step()
+
+
 def test_chunked_takes_dense_gradients():
     torch.manual_seed(0)
     net = torch.nn.Linear(8, 2)
