@@ -145,7 +145,8 @@ class HyperMask(nn.Module):
         """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
 
         Args:
-            task: an int, or a 0-dim int64 tensor (which a compiled graph takes without recompiling).
+            task: an int, or a 0-dim int64 tensor (which a compiled graph takes without recompiling). On a GPU and in a
+                compiled graph, which don't look at its value, a task that does not exist gives NaN.
             sparsity: percent, in place of the model's own (a sparsity ramp).
             ranks: (S,) int64 in place of sparsity, for who keeps them on the device; see `MaskLayout.ranks`.
 
@@ -153,6 +154,11 @@ class HyperMask(nn.Module):
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
         ids = self._task_ids(task)
+        if isinstance(task, Tensor) and not _values_at_hand(task):
+            known = self._known(ids)
+            ids = ids.where(known, 0)
+            hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
+            return self._mask_of(ids[0], self.hypernet.logits(hidden).squeeze(0), sparsity, ranks)
         trainable = self.training and torch.is_grad_enabled() and not isinstance(task, Tensor)
         optimizer = self._optimizer() if trainable and self._optimizer is not None else None
         anchor = self._anchor_in_training(task) if optimizer is None else self._anchor_of(task)
@@ -219,6 +225,10 @@ class HyperMask(nn.Module):
         self._check_task(task)
         return [task]
 
+    def _known(self, tasks: Tensor) -> Tensor:
+        """Which task ids exist, without a wait for the device."""
+        return (tasks >= 0) & (tasks < self.num_tasks)
+
     def _check_task(self, task: int) -> None:
         if isinstance(task, bool) or not isinstance(task, Integral):
             raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
@@ -278,7 +288,7 @@ class HyperMask(nn.Module):
 
     def _forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
         """Every sample under its own task's mask; nothing waits for the device, so an unknown task gives NaN."""
-        known = (tasks >= 0) & (tasks < self.num_tasks)
+        known = self._known(tasks)
         if _values_at_hand(tasks) and not known.all():
             self._check_task(int(tasks[~known][0]))
         tasks = tasks.where(known, 0)

@@ -76,6 +76,7 @@ class Adam(torch.optim.Adam):
         self._layer: nn.Linear = model.hypernet.output
         self._embeddings = model.hypernet.embeddings
         self._task = -1  # whose embedding was last seen to be among the Parameters
+        self._lr: tuple[tuple, Tensor] | None = None
         self._stepped = False
         self._replaced = False
         older = model._optimizer and model._optimizer()
@@ -125,7 +126,6 @@ class Adam(torch.optim.Adam):
         for step in (state["step"], bias_state["step"]):
             step.add_(1)
         group = self.param_groups[0]
-        lr = torch.as_tensor(group["lr"], dtype=weight.dtype, device=weight.device)
         return ops.hypernet_adam(
             hidden,
             grad_logits,
@@ -138,10 +138,20 @@ class Adam(torch.optim.Adam):
             bias_state["exp_avg"],
             bias_state["exp_avg_sq"],
             state["step"],
-            lr,
+            self._lr_beside(weight),
             *group["betas"],
             group["eps"],
         )
+
+    def _lr_beside(self, weight: Tensor) -> Tensor:
+        """The learning rate as a tensor like weight. A number is copied when it changes: to a GPU that is a wait."""
+        lr = self.param_groups[0]["lr"]
+        if isinstance(lr, Tensor):
+            return lr.to(weight)
+        key = lr, weight.dtype, weight.device
+        if self._lr is None or self._lr[0] != key:
+            self._lr = key, weight.new_tensor(lr)
+        return self._lr[1]
 
     def _check_embedding(self, task: int) -> None:
         """Raises InputError where the task was added without telling the optimiser."""

@@ -297,6 +297,23 @@ def test_a_mask_answers_for_its_own_anchor_only():
     assert model.drifts(mask).weight == 0
 
 
+@pytest.mark.parametrize("task", [-1, 3])
+@pytest.mark.parametrize("chunk_size", [None, 30])
+def test_a_task_tensor_that_is_not_looked_at(task, chunk_size, monkeypatch):
+    """As on a GPU: NaN for a task that does not exist, batch norm with statistics per task included."""
+    model = hmf.HyperMask(
+        nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)),
+        num_tasks=3,
+        sparsity=40,
+        hypernetwork=hmf.HypernetConfig(6, (10,), chunk_size, 4),
+    ).eval()
+    x = torch.randn(4, 8)
+    expected = model(x, 2)
+    monkeypatch.setattr("hypermask_fast.model._values_at_hand", lambda tensor: False)
+    assert torch.equal(model(x, torch.tensor(2)), expected)
+    assert model(x, torch.tensor(task)).isnan().all()
+
+
 def test_drift_targets_of_the_first_task_are_none():
     model = blob_model(2)
     model.begin_task(0)

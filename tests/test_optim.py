@@ -194,6 +194,21 @@ def test_an_older_optimiser_steps_no_part_of_the_model(newer):
     optimizer.step()
 
 
+def test_a_changed_learning_rate_counts_at_once(monkeypatch):
+    """And one that stays is made a tensor once: on a GPU each time is a wait."""
+    made, new_tensor = [], torch.Tensor.new_tensor
+    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *args: made.append(args[1]) or new_tensor(*args))
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model)
+    for lr in (1e-2, 1e-2, 0.0, 0.0, torch.tensor(0.0)):
+        optimizer.param_groups[0]["lr"] = lr
+        before = model.hypernet.output.weight.detach().clone()
+        F.cross_entropy(model(X, model.mask(0)), Y).backward()
+        optimizer.step()
+        assert torch.equal(model.hypernet.output.weight, before) == (float(lr) == 0)
+    assert made == [1e-2, 0.0]
+
+
 def test_chunked_takes_dense_gradients():
     torch.manual_seed(0)
     net = torch.nn.Linear(8, 2)
