@@ -1,6 +1,7 @@
 """One training step after another: eagerly, or captured once as a CUDA graph and replayed."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class TaskWork:
 
 
 def steps(work: TaskWork, graph: bool, say: Callable[[str], None]) -> Iterator[Values]:
-    """Does one step at each `next` and yields its values.
+    """Does one step at each `next` and yields its values; on a GPU, on the current device.
 
     Args:
         graph: replay the whole step, the choice of its samples included, as a CUDA graph, where that can be done.
@@ -93,26 +94,54 @@ def _graphed(work: TaskWork, say: Callable[[str], None]) -> Iterator[Values]:
         position.add_(1)
         return work.step(*work.split.batch(row, train=True), ranks)
 
-    side = torch.cuda.Stream()
-    for _ in range(min(_WARM_UP, len(work.rows))):
+    waits, side = "", torch.cuda.Stream()
+    for i in range(min(_WARM_UP, len(work.rows))):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            values = step()
+            if i == _WARM_UP - 1:
+                values, waits = _watched(step)
+            else:
+                values = step()
         torch.cuda.current_stream().wait_stream(side)
         yield values
-    replay = _capture(step, work.optimizer, say)
+    if waits:
+        say(f"training without a CUDA graph: the step waits for the GPU: {waits}")
+        replay = step
+    else:
+        work.optimizer.zero_grad(set_to_none=True)  # gradients then live in the graph's own memory
+        replay = _capture(step, say)
     for _ in range(_WARM_UP, len(work.rows)):
         yield replay()
 
 
-def _capture(step: Callable[[], Values], optimizer: Adam, say: Callable[[str], None]) -> Callable[[], Values]:
+def _watched(step: Callable[[], Values]) -> tuple[Values, str]:
+    """The step's values, and where it waited for the device, "" for nowhere: such a step can't be captured.
+
+    Found out beforehand, because a capture that fails leaves the process's allocator and random numbers half captured.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            values = step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    return values, f"{waits[0].filename}, line {waits[0].lineno}" if waits else ""
+
+
+def _capture(step: Callable[[], Values], say: Callable[[str], None]) -> Callable[[], Values]:
     """The captured step, or `step` itself where something in it can't be captured."""
-    optimizer.zero_grad(set_to_none=True)  # gradients then live in the graph's own memory
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    random_state = generator.clone_state()
     try:
         with torch.cuda.graph(graph):
             values = step()
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # PyTorch leaves the capture's own, and its random state, in place
+        generator.graphsafe_set_state(random_state)
         say(f"training without a CUDA graph: the step can't be captured: {str(error).splitlines()[0]}")
         return step
 

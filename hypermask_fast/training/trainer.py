@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,11 @@ class Trainer:
         Raises:
             InputError: run_dir can't be written, or its checkpoint is not this run's; without resume, it has one.
         """
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_gpu else nullcontext():  # a graph is captured on the current one
+            return self._fit(resume)
+
+    def _fit(self, resume: bool) -> Result:
         restored: dict[str, Tensor] = {}
         if self._has_checkpoint():
             if not resume:

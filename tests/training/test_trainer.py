@@ -14,7 +14,6 @@ from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.training import evaluation
 from hypermask_fast.training import trainer as trainer_module
 from hypermask_fast.training.config import TrainingConfig
-from hypermask_fast.training.step import TaskWork, steps
 from hypermask_fast.training.trainer import Trainer, batch_rows
 
 from ..conftest import blob_model, blob_scenario
@@ -24,7 +23,7 @@ class Recorder:
     """A logger that remembers."""
 
     def __init__(self, stop_at: tuple[int, int] | None = None):
-        self.rows, self.tasks, self.advanced, self.stop_at = [], [], 0, stop_at
+        self.rows, self.tasks, self.advanced, self.said, self.stop_at = [], [], 0, [], stop_at
 
     def begin_task(self, task, iterations, start_iteration):
         self.tasks.append((task, iterations, start_iteration))
@@ -39,7 +38,8 @@ class Recorder:
         if self.stop_at == tuple(self.here):
             raise InterruptedError
 
-    def message(self, text): ...
+    def message(self, text):
+        self.said.append(text)
 
     def close(self): ...
 
@@ -222,24 +222,16 @@ def test_bf16_trains_and_keeps_the_masters_in_float32():
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-def test_a_graph_is_given_up_for_a_reason():
-    dataset = torch.utils.data.TensorDataset(torch.randn(50, 8), torch.randint(2, (50,)))
-    split = hmf.data.from_datasets([(dataset, dataset, dataset)], in_memory=False).tasks[0].train
-    model, said = blob_model(1), []
-    rows = torch.arange(20).view(2, 10)
-    work = TaskWork(model, 0, split, rows, model.layout.ramp_ranks([20]), hmf.optim.Adam(model), "float32")
-    assert len(list(steps(work, True, said.append))) == 2
-    assert said == ["training without a CUDA graph: batches come from a Dataset, read on the host"]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_graph_gives_the_eager_numbers(keep):
     settings = {"keep": keep, "iterations": 60}
     eager = Trainer(smooth_model(), blob_scenario(2), config(cuda_graph=False, **settings), device="cuda")
-    graphed = Trainer(smooth_model(), blob_scenario(2), config(**settings), device="cuda", logger=Recorder())
+    recorder = Recorder()
+    graphed = Trainer(smooth_model(), blob_scenario(2), config(**settings), device="cuda", logger=recorder)
     eager.fit()
     graphed.fit()
+    assert not [text for text in recorder.said if "without a CUDA graph" in text]
     for (name, a), b in zip(eager.model.named_parameters(), graphed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
