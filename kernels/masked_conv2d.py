@@ -74,7 +74,7 @@ def _masked_convolution(
     pixel = tl.program_id(0).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
     n, row, col = _pixel(pixel, height, width)
     threshold = tl.load(threshold_ptr).to(tl.float32)
-    x_ptr += group * in_channels.to(INDEX) * x_c
+    x_ptr += group.to(INDEX) * in_channels * x_c
     w_ptr += group * w_group
     a_ptr += group * a_group
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -151,8 +151,8 @@ def _weight_gradient(
         k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         known = k < reduced
         c, r, s = _tap(k, in_channels, KW, KH * KW, CHANNELS_LAST)
-    dy_ptr += group * channels.to(INDEX) * dy_c
-    x_ptr += group * in_channels.to(INDEX) * x_c
+    dy_ptr += group.to(INDEX) * channels * dy_c
+    x_ptr += group.to(INDEX) * in_channels * x_c
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split.to(INDEX) * steps * BLOCK_K + tl.arange(0, BLOCK_K)
     for step in range(steps):
