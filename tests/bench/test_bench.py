@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gate, machine, pool, registry, steps, worker
+from bench import gate, gpu_cases, machine, pool, registry, steps, worker
 from bench import runner as runner_module
 from bench.case import OURS, Case
 from bench.experiments import experiments, fill, quick
@@ -279,6 +279,32 @@ def test_every_cpu_case_passes_its_gate(case):
             assert verdict.ok, (contender, verdict)
         runnable.run()
     assert min(case.floor()) >= 0 and max(case.floor()) > 0
+
+
+def test_convolutions_are_those_of_the_network():
+    """ResNet-20 as the preset has it, each shape once; of ResNet-50 what is known of it."""
+    experiment = experiments()["resnet20-k2"]
+    found = {}
+
+    def note(layer, args, output):
+        (x,) = args
+        found[(x.shape[1], output.shape[1], x.shape[-1], layer.kernel_size[0], layer.stride[0])] = layer
+
+    with torch.device("meta"):
+        net = experiment.network()
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(note)
+        net(torch.empty(experiment.batch, *experiment.sample))
+    shapes = [(c.inputs, c.outputs, c.side, c.kernel, c.stride) for c in gpu_cases.resnet20()]
+    assert shapes == list(found) and {c.batch for c in gpu_cases.resnet20()} == {experiment.batch}
+    large = gpu_cases.resnet50()
+    assert len(set(large)) == len(large) == 23
+    assert {(c.inputs, c.outputs, c.side) for c in large if c.stride == 2} == {
+        (3, 64, 224), (128, 128, 56), (256, 256, 28), (512, 512, 14), (256, 512, 56), (512, 1024, 28), (1024, 2048, 14),
+    }  # fmt: skip
+    names = [case.name for case in gpu_cases.cases(False) if case.experiment == "masked_conv2d"]
+    assert len(set(names)) == len(names) == 60
 
 
 _IN_THE_INTERPRETER = """
