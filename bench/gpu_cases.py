@@ -20,7 +20,7 @@ from hypermask_fast import backends, ops, reference, small_batch
 
 from .case import OURS, Case, Unavailable
 from .gpu_tasks import task_cases
-from .op_run import OpRun, Results, uniform
+from .op_run import OpRun, Results, gradients, uniform
 
 DTYPE = torch.bfloat16
 Shape = tuple[int, ...]
@@ -260,6 +260,11 @@ def masked_conv2d(shape: _Convolution, backward: bool = False) -> Case:
     weights = shape.outputs * shape.inputs * shape.kernel**2
     image = shape.inputs == 3  # is data: nobody asks for its gradient
 
+    def trained(layer: _Layer, contender: str) -> dict[str, Tensor]:
+        leaves = {} if image else {"x": layer.x}
+        leaves |= {"weight": layer.weight, "bias": layer.bias}
+        return leaves if contender == PLAIN else leaves | {"logits": layer.logits}
+
     def build(contender: str, device: torch.device) -> OpRun:
         function = _convolution(contender)
         calls = []
@@ -272,11 +277,13 @@ def masked_conv2d(shape: _Convolution, backward: bool = False) -> Case:
                 contender,
             )
             layer.x = layer.x.contiguous(memory_format=torch.channels_last)
-            grad = None
-            if backward:
-                grad = uniform(shape.batch, shape.outputs, out_side, out_side, seed=99, device=device).to(DTYPE)
-                grad = grad.to(layer.x.dtype).contiguous(memory_format=torch.channels_last)
-            calls.append(_convolution_call(function, layer, shape, grad, image))
+            forward = _convolution_call(function, layer, shape)
+            if not backward:
+                calls.append(forward)
+                continue
+            grad = uniform(shape.batch, shape.outputs, out_side, out_side, seed=99, device=device).to(DTYPE)
+            grad = grad.to(layer.x.dtype).contiguous(memory_format=torch.channels_last)
+            calls.append(_both(forward, trained(layer, contender), grad))
         return OpRun(calls, graph=contender != "reference")
 
     moved, work = x_size + y_size + 2 * weights, 2.0 * y_size * shape.inputs * shape.kernel**2
@@ -287,24 +294,22 @@ def masked_conv2d(shape: _Convolution, backward: bool = False) -> Case:
     return _bf16(f"masked_conv2d/{direction}/{shape.name}", str(shape), build, (2.0 * moved, work))
 
 
-def _convolution_call(
-    function: Callable, layer: _Layer, shape: _Convolution, grad: Tensor | None, image: bool
-) -> Callable[[], Results]:
-    """Forward; with the result's gradient forward and backward, in one call, so that a graph can hold both."""
-    leaves = {} if image else {"x": layer.x}
-    leaves |= {"weight": layer.weight, "logits": layer.logits, "bias": layer.bias}
+def _convolution_call(function: Callable, layer: _Layer, shape: _Convolution) -> Callable[[], Results]:
+    def call() -> Results:
+        y = function(layer.x, layer.weight, layer.logits, layer.threshold, layer.bias, shape.stride, shape.kernel // 2)
+        return {"y": y}
+
+    return call
+
+
+def _both(forward: Callable[[], Results], leaves: dict[str, Tensor], grad: Tensor) -> Callable[[], Results]:
+    """Forward and backward in one call, so that a graph can hold both."""
     for leaf in leaves.values():
-        leaf.requires_grad_(grad is not None)
+        leaf.requires_grad_()
 
     def call() -> Results:
-        with torch.set_grad_enabled(grad is not None):
-            y = function(
-                layer.x, layer.weight, layer.logits, layer.threshold, layer.bias, shape.stride, shape.kernel // 2
-            )
-        if grad is None:
-            return {"y": y}
-        found = torch.autograd.grad(y, list(leaves.values()), grad, allow_unused=True)
-        return {"y": y} | {f"grad/{name}": g for name, g in zip(leaves, found, strict=True) if g is not None}
+        y = forward()["y"]
+        return {"y": y} | gradients(y, leaves, grad)
 
     return call
 
