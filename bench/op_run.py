@@ -17,7 +17,6 @@ class OpRun:
     Args:
         functions: the same computation on one or more sets of inputs, so that a cache can't hold them all; each
             returns its results by name. The gate sees the first one's.
-        prepared: called before timing starts, where the gate's call and the timed ones differ.
         graph: on a GPU, capture all calls and replay them, so that only the device's time counts.
     """
 

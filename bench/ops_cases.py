@@ -16,9 +16,11 @@ from .experiments import BLOCK, Experiment
 from .op_run import OpRun, Results, gradients, uniform
 
 PYTORCH = "PyTorch"
+# What a machine's memory gives right then: the arrays that `hypernet_adam` changes, each read and written once.
+PLAIN_PASS = {"cpu": "pass in place", "cuda": "copy"}
 
 
-def cases(experiments: dict[str, Experiment], quick: bool) -> list[Case]:
+def cases(experiments: dict[str, Experiment], device: torch.device, quick: bool) -> list[Case]:
     permuted = experiments["permuted-mnist"]
     earlier = permuted.tasks - 1
     return [
@@ -26,8 +28,8 @@ def cases(experiments: dict[str, Experiment], quick: bool) -> list[Case]:
         masked_weights(permuted),
         weight_drift(permuted),
         output_drift(permuted, earlier),
-        hypernet_adam(permuted, 1),
-        hypernet_adam(permuted, 10),
+        hypernet_adam(permuted, 1, PLAIN_PASS[device.type]),
+        hypernet_adam(permuted, 10, PLAIN_PASS[device.type]),
     ]
 
 
@@ -157,17 +159,18 @@ def output_drift(experiment: Experiment, tasks: int) -> Case:
     return _op("output_drift", f"{size} x {width}, {tasks} tasks, forward and backward", build, lambda: floor)
 
 
-def hypernet_adam(experiment: Experiment, tasks: int) -> Case:
-    """Backward of the dense output layer for `tasks` tasks and its Adam step."""
+def hypernet_adam(experiment: Experiment, tasks: int, plain_pass: str) -> Case:
+    """Backward of the dense output layer for `tasks` tasks and its Adam step; one of `PLAIN_PASS` beside it."""
     size, width = experiment.layout().size, experiment.config.hypernet.hidden[-1]
 
     def build(contender: str, device: torch.device) -> OpRun:
-        return OpRun([_adam_call(contender, _adam_inputs(size, width, tasks, device))])
+        inputs = _adam_inputs(size, width, tasks, device)
+        return OpRun([(_plain_pass if contender == plain_pass else _adam_call)(contender, inputs)])
 
     moved = 4.0 * (6 * size * (width + 1) + tasks * size)
     work = 6.0 * size * width * tasks
     shapes = f"{size} x {width}, {tasks} task{'s' if tasks > 1 else ''}"
-    return _op(f"hypernet_adam/{tasks}", shapes, build, lambda: (moved, work))
+    return _op(f"hypernet_adam/{tasks}", shapes, build, lambda: (moved, work), plain_pass)
 
 
 def _adam_inputs(size: int, width: int, tasks: int, device: torch.device) -> list[Tensor]:
@@ -194,6 +197,23 @@ def _adam_call(contender: str, inputs: list[Tensor]) -> Callable[[], Results]:
     def call() -> Results:
         hidden_grad, drift = functions[contender](*inputs)
         return {"hidden_grad": hidden_grad, "drift": drift} | dict(zip(names, inputs[4:10], strict=True))
+
+    return call
+
+
+def _plain_pass(contender: str, inputs: list[Tensor]) -> Callable[[], Results]:
+    """Weight, bias and their moments in place, or copied to others: as many bytes read and written either way."""
+    changed = inputs[4:10]
+    copies = [torch.empty_like(tensor) for tensor in changed] if contender == PLAIN_PASS["cuda"] else None
+
+    def call() -> Results:
+        if copies is None:
+            for tensor in changed:
+                tensor.neg_()
+        else:
+            for copy, tensor in zip(copies, changed, strict=True):
+                copy.copy_(tensor)
+        return {}
 
     return call
 
@@ -245,16 +265,17 @@ def _adam_by_fused_step(
     return hidden_grad, residual.square().sum()
 
 
-def _op(name: str, shapes: str, build: Callable, floor: Callable[[], tuple[float, float]]) -> Case:
-    """An op against the same in eager PyTorch, in float32."""
+def _op(name: str, shapes: str, build: Callable, floor: Callable[[], tuple[float, float]], *rates: str) -> Case:
+    """An op against the same in eager PyTorch, in float32; `rates`: contenders that show what the machine can do."""
     return Case(
         name=name,
         experiment=name,
         task=None,
         shapes=shapes,
-        contenders=(OURS, PYTORCH),
+        contenders=(OURS, PYTORCH, *rates),
         build=build,
         floor=floor,
+        reference=lambda contender: "" if contender in rates else "reference",
         # The hidden vectors' gradient is a sum over N terms, which float32 matrix products add up in any order.
         tolerance=lambda tensor: 1e-4 if tensor == "hidden_grad" else 2e-5,
     )
