@@ -12,7 +12,11 @@ OURS = "ours"
 
 
 class Unavailable(Exception):
-    """A contender can't run here; the message says why."""
+    """A contender can't run here; the message says why. broken: and the process had better not go on."""
+
+    def __init__(self, message: str, broken: bool = False) -> None:
+        super().__init__(message)
+        self.broken = broken
 
 
 class Runnable(Protocol):

@@ -20,14 +20,13 @@ from hypermask_fast import backends, ops, reference, small_batch
 
 from .case import OURS, Case, Unavailable
 from .gpu_tasks import task_cases
-from .op_run import OpRun, Results, gradients, uniform
+from .op_run import OpRun, Results, gradients, sets, uniform
 
 DTYPE = torch.bfloat16
 Shape = tuple[int, ...]
 # Peers: W * m made at every call and then cuBLAS or cuDNN, the same by torch.compile, and the layer without a mask.
 MASK_FIRST, COMPILED, PLAIN = "W*m, plain layer", "torch.compile", "plain layer"
 CUDA = "ours cuda"  # csrc/cuda's kernel for a few rows
-CACHE = 1 << 28  # bytes that all sets of inputs together have at least
 
 
 def kernels() -> ModuleType:
@@ -60,11 +59,6 @@ def cases(quick: bool) -> list[Case]:
     shapes = _QUICK_CONVOLUTIONS if quick else _CONVOLUTIONS
     found += [masked_conv2d(shape, backward) for backward in (False, True) for shape in shapes]
     return found + task_cases(quick)
-
-
-def sets(count_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs it takes to exceed the L2 cache; 1 where nothing is measured."""
-    return max(1, min(16, -(-CACHE // count_bytes))) if device.type == "cuda" else 1
 
 
 @dataclass

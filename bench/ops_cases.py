@@ -13,7 +13,7 @@ from hypermask_fast.layout import kept_rank
 
 from .case import OURS, Case, Unavailable
 from .experiments import BLOCK, Experiment
-from .op_run import OpRun, Results, gradients, uniform
+from .op_run import OpRun, Results, gradients, sets, uniform
 
 PYTORCH = "PyTorch"
 # What a machine's memory gives right then: the arrays that `hypernet_adam` changes, each read and written once.
@@ -38,21 +38,25 @@ def thresholds(size: int) -> Case:
     rank = kept_rank(30, size)
 
     def build(contender: str, device: torch.device) -> OpRun:
-        logits = uniform(size, low=-3, high=3, device=device)
+        many = [uniform(size, low=-3, high=3, seed=k, device=device) for k in range(sets(4 * size, device))]
         ranks = torch.tensor([rank], device=device)
         if contender == "numpy.percentile" and device.type != "cpu":
             raise Unavailable("numpy works on the CPU")
-        functions: dict[str, Callable[[], Tensor]] = {
-            "reference": lambda: reference.mask_thresholds(logits.double(), (0, size), ranks),
-            OURS: lambda: ops.mask_thresholds(logits, (0, size), ranks),
-            "torch.sort": lambda: logits.abs().sort().values[rank],
-            "torch.kthvalue": lambda: logits.abs().kthvalue(rank + 1).values,
-            "torch.topk": lambda: logits.abs().topk(rank + 1, largest=False, sorted=False).values.max(),
-            "numpy.percentile": lambda: torch.from_numpy(
+        functions: dict[str, Callable[[Tensor], Tensor]] = {
+            "reference": lambda logits: reference.mask_thresholds(logits.double(), (0, size), ranks),
+            OURS: lambda logits: ops.mask_thresholds(logits, (0, size), ranks),
+            "torch.sort": lambda logits: logits.abs().sort().values[rank],
+            "torch.kthvalue": lambda logits: logits.abs().kthvalue(rank + 1).values,
+            "torch.topk": lambda logits: logits.abs().topk(rank + 1, largest=False, sorted=False).values.max(),
+            "numpy.percentile": lambda logits: torch.from_numpy(
                 np.percentile(logits.abs().numpy(), 30, method="higher", keepdims=True)
             ),
         }
-        return OpRun([lambda: {"threshold": functions[contender]()}])
+
+        def call(logits: Tensor) -> Results:
+            return {"threshold": functions[contender](logits)}
+
+        return OpRun([partial(call, logits) for logits in many], graph=contender != "reference")
 
     return Case(
         name="thresholds",
@@ -77,12 +81,12 @@ class _Target:
     offsets: tuple[int, ...]
 
     @classmethod
-    def of(cls, experiment: Experiment, contender: str, device: torch.device) -> "_Target":
+    def of(cls, experiment: Experiment, contender: str, device: torch.device, number: int) -> "_Target":
         layout = experiment.layout()
         dtype = torch.float64 if contender == "reference" else torch.float32
-        logits = uniform(layout.size, low=-2, high=2, seed=1, device=device).to(dtype)
-        previous = uniform(layout.size, low=-0.1, high=0.1, seed=2, device=device).to(dtype)
-        moved = previous + uniform(layout.size, low=-0.01, high=0.01, seed=3, device=device).to(dtype)
+        logits = uniform(layout.size, low=-2, high=2, seed=10 * number + 1, device=device).to(dtype)
+        previous = uniform(layout.size, low=-0.1, high=0.1, seed=10 * number + 2, device=device).to(dtype)
+        moved = previous + uniform(layout.size, low=-0.01, high=0.01, seed=10 * number + 3, device=device).to(dtype)
         weights = [view.clone().requires_grad_() for view in layout.views(moved)]
         limits = torch.full((len(layout.segments),), 0.5, device=device, dtype=dtype)
         return cls(weights, previous, logits.requires_grad_(), limits, layout.offsets)
@@ -95,22 +99,28 @@ def _module(contender: str):
     return ops if contender == OURS else reference
 
 
+def _targets(experiment: Experiment, contender: str, device: torch.device) -> list[_Target]:
+    count = 1 if contender == "reference" else sets(12 * experiment.layout().size, device)
+    return [_Target.of(experiment, contender, device, number) for number in range(count)]
+
+
 def masked_weights(experiment: Experiment) -> Case:
     """W * m of all layers, forward and backward."""
     size = experiment.layout().size
 
     def build(contender: str, device: torch.device) -> OpRun:
-        target = _Target.of(experiment, contender, device)
-        outputs = [uniform(w.numel(), seed=4 + s, device=device).to(w).view_as(w) for s, w in enumerate(target.weights)]
+        targets = _targets(experiment, contender, device)
+        weights = targets[0].weights
+        outputs = [uniform(w.numel(), seed=4 + s, device=device).to(w).view_as(w) for s, w in enumerate(weights)]
 
-        def call() -> Results:
+        def call(target: _Target) -> Results:
             made = _module(contender).masked_weights(target.weights, target.logits, target.thresholds, target.offsets)
             leaves = target.leaves()
             found = torch.autograd.grad(made, list(leaves.values()), outputs)
             named = {f"masked.{s}": m for s, m in enumerate(made)}
             return named | {f"grad/{name}": g for name, g in zip(leaves, found, strict=True)}
 
-        return OpRun([call])
+        return OpRun([partial(call, target) for target in targets], graph=contender != "reference")
 
     # Forward: W and logits read, product written; backward: gradient, W and logits read, both gradients written.
     floor = (4.0 * 8 * size, 0.0)
@@ -122,15 +132,15 @@ def weight_drift(experiment: Experiment) -> Case:
     size = experiment.layout().size
 
     def build(contender: str, device: torch.device) -> OpRun:
-        target = _Target.of(experiment, contender, device)
+        targets = _targets(experiment, contender, device)
 
-        def call() -> Results:
+        def call(target: _Target) -> Results:
             value = _module(contender).weight_drift(
                 target.weights, target.previous, target.offsets, 1, target.logits, target.thresholds
             )
             return {"drift": value} | gradients(value, target.leaves())
 
-        return OpRun([call])
+        return OpRun([partial(call, target) for target in targets], graph=contender != "reference")
 
     # Forward: W, W_prev and logits read; backward: the same, both gradients written.
     floor = (4.0 * 8 * size, 0.0)

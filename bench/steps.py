@@ -270,7 +270,7 @@ class CapturedRun(StepRun):
             with torch.cuda.graph(self.graph):
                 self.loss = self.peer.step(*self.batches[0])
         except RuntimeError as error:
-            raise Unavailable(f"the step can't be captured: {str(error).splitlines()[0]}") from error
+            raise Unavailable(f"the step can't be captured: {str(error).splitlines()[0]}", broken=True) from error
         fill(self.pieces, self.specs, moved=True)
         for state in self.peer.optimizer.state.values():
             for tensor in state.values():

@@ -138,7 +138,7 @@ def answer(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"unknown command {name!r}")
         return getattr(worker, name)(**arguments)
     except Unavailable as problem:
-        return {"unavailable": str(problem), "broken": machine.device_lost()}
+        return {"unavailable": str(problem), "broken": problem.broken or machine.device_lost()}
     except Exception as problem:
         traceback.print_exc()
         return {"error": machine.first_line(problem), "broken": machine.device_lost()}
