@@ -13,16 +13,29 @@ import pytest
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX_INSTRUCTION = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCTS = {
-    "_masked_product", "_weight_gradient", "_masked_convolution", "_chunk_product", "_masked_weight",
-    "_task_product", "_task_weight_gradient",
+    "masked_linear._masked_product", "masked_linear._weight_gradient",
+    "masked_conv2d._masked_convolution", "masked_conv2d._weight_gradient",
+    "chunk_masked_linear._chunk_product", "chunk_weights._masked_weight", "chunk_weights._gradients",
+    "task_batched_linear._task_product", "task_batched_linear._task_weight_gradient",
 }  # fmt: skip
-MASKED_LEFT = {"_masked_product", "_masked_convolution", "_chunk_product", "_task_product"}
+MASKED_LEFT = {
+    "masked_linear._masked_product", "masked_conv2d._masked_convolution", "chunk_masked_linear._chunk_product",
+    "task_batched_linear._task_product",
+}  # fmt: skip
+OF_SEGMENTS = {
+    "masked_weights._masked_weights", "masked_weights._gradients", "weight_drift._partial_sums",
+    "weight_drift._gradients",
+}  # fmt: skip
+OTHERS = {
+    "semi_binary_mask._mask", "entropy_select._entropy_select", "weight_drift._norms", "masked_linear._sum_splits",
+    "masked_conv2d._finish_gradients",
+}  # fmt: skip
 GROUPS = {"linear", "convolution", "pointwise", "chunks", "tasks", "elementwise", "targets"}
 PRECISIONS = {"float32", "tf32", "float16", "bfloat16"}
 # Bytes that every load of a tile has at least where all is contiguous and aligned. Rows of 100 halves allow 8 at a
 # time, and so does a tile of x of 8 rows. (As operands in TF32 Hopper takes what is not transposed only.)
-WIDTHS = {"linear": 16, "pointwise": 16, "tasks": 16, "chunks": 8}
-WIDE_KERNELS = PRODUCTS | {"_gradients"}
+WIDTHS = {"linear": 16, "pointwise": 16, "tasks": 16, "elementwise": 16, "chunks": 8}
+WIDE_KERNELS = PRODUCTS | OF_SEGMENTS
 VECTORS = {"bias", "ob", "order", "offsets"}  # one entry per row or column: not tiles
 TENSOR_CORE_PRECISIONS = PRECISIONS - {"float32"}
 HERE = Path(__file__).parent
@@ -61,6 +74,8 @@ def faults(kernel: dict, capability: int, group: str, precision: str) -> list[st
         "spills": kernel["spilled"] > 0,
         "shared memory": kernel["shared"] > SHARED_LIMIT[capability],
         "no tensor cores": name in PRODUCTS and on_tensor_cores and not kernel[instruction],
+        "tensor cores in float32": precision == "float32" and any(kernel[i] for i in MATRIX_INSTRUCTION.values()),
+        "TF32": name in PRODUCTS and kernel["tf32"] != (precision == "tf32"),
         "masked weight not in registers": name in MASKED_LEFT
         and on_tensor_cores
         and instruction == "wgmma"
@@ -76,7 +91,7 @@ def test_compiles_well(capability):
     found = compiled(capability)
     assert {name.split()[0] for name in found} == GROUPS and {name.split()[1] for name in found} == PRECISIONS
     seen = {kernel["kernel"] for kernels in found.values() for kernel in kernels}
-    assert seen >= PRODUCTS | {"_entropy_select", "_mask", "_partial_sums", "_norms", "_gradients"}
+    assert seen == PRODUCTS | OF_SEGMENTS | OTHERS
     wrong = {
         (name, json.dumps(kernel)): why
         for name, kernels in found.items()
