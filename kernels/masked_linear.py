@@ -280,7 +280,7 @@ def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, 
     """y = x (W * m)^T + b, m = |tanh a| where not |a| < threshold, else 0.
 
     Differentiable in x, weight, logits and bias, each gradient in its tensor's own dtype. Products are in x's dtype
-    (under autocast: autocast's), float32 as IEEE or TF32 by torch.backends.cuda.matmul.allow_tf32; sums are in
+    (under autocast: autocast's), float32 as IEEE or TF32 by torch.backends.cuda.matmul.fp32_precision; sums are in
     float32, the mask is applied in float32 to the weight as stored.
 
     Args:

@@ -278,7 +278,8 @@ def compile_everything(capability: int) -> dict[str, list[dict]]:
     """What each group of kernels compiles to, per precision."""
     found = {}
     for precision, dtype in PRECISIONS.items():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        setting = "tf32" if precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = setting
         for group in (linear, convolution, pointwise, chunks, tasks, elementwise, targets):
             if (group is elementwise and precision == "tf32") or (group is targets and precision != "bfloat16"):
                 continue

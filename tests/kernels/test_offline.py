@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -41,15 +42,19 @@ TENSOR_CORE_PRECISIONS = PRECISIONS - {"float32"}
 HERE = Path(__file__).parent
 
 
+def offline(*command: str) -> str:
+    """The last line that Python prints in a process where Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    answer = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.splitlines()[-1]
+
+
 @functools.cache
 def compiled(capability: int) -> dict[str, list[dict]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
-    command = [sys.executable, str(HERE / "offline.py"), str(capability)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout.splitlines()[-1])
+    return json.loads(offline(str(HERE / "offline.py"), str(capability)))
 
 
 @functools.cache
@@ -104,7 +109,6 @@ def test_compiles_well(capability):
 def test_the_asserts_see_spills_and_narrow_loads():
     """Tiles too large for the registers, and rows of odd length, must fail the assert above; else it proves nothing."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import json, offline, torch\n"
         "from hypermask_fast.kernels.settings import Tiles\n"
         "e, odd = torch.empty(256, 256), torch.empty(64, 1001)\n"
@@ -113,10 +117,20 @@ def test_the_asserts_see_spills_and_narrow_loads():
         "    offline.module('masked_linear').launch_product(odd, odd, odd, e[0, 0], None, Tiles(64, 64, 32, 8))\n"
         "print(json.dumps(found))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    answer = subprocess.run([sys.executable, "-c", program, str(HERE)], capture_output=True, text=True, env=environment)
-    assert answer.returncode == 0, answer.stderr
-    large, odd = json.loads(answer.stdout.splitlines()[-1])
+    large, odd = json.loads(offline("-c", program))
     assert faults(large, 80, "linear", "float32") == ["spills"]
     assert faults(odd, 80, "linear", "float32") == ["narrow loads"]
+
+
+def test_a_mask_of_more_entries_than_32_bits_count():
+    """Entries of one run, all under one threshold, are counted in 64 bits, as are the addresses."""
+    program = (
+        "import json, offline, torch\n"
+        "e = torch.empty(16)\n"
+        "with offline.compiling(90):\n"
+        "    kernel = offline.module('semi_binary_mask')._mask.warmup(\n"
+        "        e, e, None, e, None, 2**31, 2**21, BACKWARD=False, WITH_SLOPE=False, BLOCK=1024, grid=(1,))\n"
+        "print(json.dumps(kernel.asm['ttir']))"
+    )
+    arithmetic = re.findall(r"arith\.(?:addi|muli) .*: (?:tensor<\d+x)?(i\d+)", json.loads(offline("-c", program)))
+    assert len(arithmetic) >= 4 and set(arithmetic) == {"i64"}
