@@ -10,7 +10,7 @@ from . import host, settings
 from .conv2d_shape import Conv2dShape, pair
 from .device import gradient_of_logits, mask_of, masked_tile
 from .host import check
-from .settings import Tiles
+from .tiles import Tiles
 
 
 @triton.jit

@@ -110,7 +110,7 @@ def test_the_asserts_see_spills_and_narrow_loads():
     """Tiles too large for the registers, and rows of odd length, must fail the assert above; else it proves nothing."""
     program = (
         "import json, offline, torch\n"
-        "from hypermask_fast.kernels.settings import Tiles\n"
+        "from hypermask_fast.kernels.tiles import Tiles\n"
         "e, odd = torch.empty(256, 256), torch.empty(64, 1001)\n"
         "with offline.compiling(80) as found:\n"
         "    offline.module('masked_linear').launch_weight_gradient(e, e, e, e, e[0, 0], tiles=Tiles(128, 128, 32))\n"
