@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .small_batch import MAX_ROWS
 
 T = TypeVar("T")
 
 FUSED, MASK_FIRST = "fused", "mask first"
 FUSED_BACKENDS = ("cuda", "triton")  # those with layers in one kernel
 LAYERS = ("masked_linear", "masked_conv2d", "chunk_masked_linear", "chunk_masked_conv2d")
+MAX_ROWS = 16  # of x that the CUDA kernels for few rows take
 _UNMEASURED = f"; cuda before triton, unmeasured: up to {MAX_ROWS} rows W's bytes decide, and its kernel is for that"
 LAUNCH = 2e-6  # seconds; W * m of all layers is one launch, so a layer must save more than that to go alone
 _FAR = 3.0  # a measured shape further away than this, in powers of 2 summed over its sizes, says nothing

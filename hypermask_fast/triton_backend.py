@@ -27,7 +27,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def register() -> None:
     """Offers every kernel to `backends`."""
     for op in OPS:
-        backends.offer(op, "triton", _kernel(op), _of_segments if op in _OF_SEGMENTS else _condition)
+        backends.offer(op, "triton", _kernel(op), _of_segments if op in _OF_SEGMENTS else condition)
 
 
 def _kernel(op: str) -> Callable:
@@ -39,7 +39,7 @@ def _kernel(op: str) -> Callable:
     return call
 
 
-def _condition(*args: Any, **kwargs: Any) -> str:
+def condition(*args: Any, **kwargs: Any) -> str:
     """Why Triton can't take these tensors, "" if it can."""
     for tensor in backends.tensors((*args, *kwargs.values())):
         if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
@@ -50,7 +50,7 @@ def _condition(*args: Any, **kwargs: Any) -> str:
 
 
 def _of_segments(weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> str:
-    problem = _condition(weights, *args, **kwargs)
+    problem = condition(weights, *args, **kwargs)
     return problem or ("the weights differ in dtype" if len({w.dtype for w in weights}) > 1 else "")
 
 
