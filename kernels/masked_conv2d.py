@@ -10,7 +10,7 @@ from . import host, settings
 from .conv2d_shape import Conv2dShape, pair
 from .device import gradient_of_logits, mask_of, masked_tile
 from .host import check
-from .settings import Tiles
+from .tiles import Tiles
 
 
 @triton.jit
@@ -369,7 +369,7 @@ def masked_conv2d(
     """y = conv2d(x, W * m) + b, m = |tanh a| where not |a| < threshold, else 0.
 
     Differentiable in x, weight, logits and bias; autocast and dtypes as `masked_linear`, TF32 by
-    torch.backends.cudnn.allow_tf32. The output has x's memory format.
+    torch.backends.cudnn.conv.fp32_precision. The output has x's memory format.
 
     Args:
         x: (batch, in, height, width); weight, logits: (out, in / groups, kh, kw); threshold: one entry, on |a|;

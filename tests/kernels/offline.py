@@ -5,6 +5,7 @@ out as JSON. A stand-in driver tells Triton which GPU it "has", and every launch
 """
 
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -102,6 +103,7 @@ def facts(kernel) -> dict:
         "mma": "mma.sync" in ptx,
         "wgmma": "wgmma.mma_async" in ptx,
         "tcgen05": "tcgen05.mma" in ptx,
+        "tf32": re.search(r"mma[\w.:]*tf32", ptx) is not None,
         # wgmma's left operand: four registers in braces, or the descriptor of a tile in shared memory
         "left from registers": re.search(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx) is not None,
         "loads": loads(ptx),
@@ -117,7 +119,8 @@ def compiling(capability: int) -> Iterator[list[dict]]:
 
     def record(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append({"kernel": self.__name__, "block_m": options.get("BLOCK_M", 64), **facts(kernel)})
+        name = f"{self.fn.__module__.rsplit('.')[-1]}.{self.__name__}"  # two files may each have a kernel of one name
+        compiled.append({"kernel": name, "block_m": options.get("BLOCK_M", 64), **facts(kernel)})
         return kernel
 
     saved = host.check_runnable, host.multiprocessors, host.capability
@@ -259,9 +262,14 @@ def elementwise(dtype: torch.dtype) -> None:
     ops.triton_semi_binary_mask_with_slope(logits, thresholds)
     ops.triton_semi_binary_mask_backward(logits, logits, thresholds)
     ops.entropy_select(empty(10, 64, 100, dtype=dtype))
-    weights, flat = [empty(64, 64, dtype=dtype), empty(64, dtype=dtype)], empty(4160, dtype=dtype)
+    weights = [empty(64, 64, dtype=dtype), empty(64, dtype=dtype)] * 22  # as many tensors as ResNet-20 has
+    offsets = [0, *itertools.accumulate(w.numel() for w in weights)]
+    flat, thresholds = empty(offsets[-1], dtype=dtype), empty(44, dtype=dtype)
+    masked = weights, flat, thresholds, offsets
+    ops.triton_masked_weights(*masked)
+    ops.triton_masked_weights_backward(weights, *masked, (True, True))
     for norm in (1, 2):
-        arguments = weights, flat, [0, 4096, 4160], norm, flat, thresholds.view(-1)
+        arguments = weights, flat, offsets, norm, flat, thresholds
         _, norms = ops.triton_weight_drift(*arguments)
         ops.triton_weight_drift_backward(empty(()), norms, *arguments)
 
@@ -270,7 +278,8 @@ def compile_everything(capability: int) -> dict[str, list[dict]]:
     """What each group of kernels compiles to, per precision."""
     found = {}
     for precision, dtype in PRECISIONS.items():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        setting = "tf32" if precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = setting
         for group in (linear, convolution, pointwise, chunks, tasks, elementwise, targets):
             if (group is elementwise and precision == "tf32") or (group is targets and precision != "bfloat16"):
                 continue
