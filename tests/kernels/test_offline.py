@@ -31,7 +31,7 @@ OTHERS = {
     "semi_binary_mask._mask", "entropy_select._entropy_select", "weight_drift._norms", "masked_linear._sum_splits",
     "masked_conv2d._finish_gradients",
 }  # fmt: skip
-GROUPS = {"linear", "convolution", "pointwise", "chunks", "tasks", "elementwise", "targets"}
+GROUPS = {"linear", "convolution", "pointwise", "chunks", "tasks", "elementwise", "targets", "ones"}
 PRECISIONS = {"float32", "tf32", "float16", "bfloat16"}
 # Bytes that every load of a tile has at least where all is contiguous and aligned. Rows of 100 halves allow 8 at a
 # time, and so does a tile of x of 8 rows. (As operands in TF32 Hopper takes what is not transposed only.)
