@@ -233,7 +233,8 @@ def entries(shapes: Iterable[Shape], timer: Callable[[Shape], tuple[str, float, 
             print(f"{shape} is left out: {machine.first_line(error)}", file=sys.stderr)
             continue
         dtype = str(shape.dtype).removeprefix("torch.")
-        yield Entry(shape.op, *shape.sizes, dtype, shape.gradient, round(fused, 2), round(first, 2), backend)
+        times, taps = (round(fused, 2), round(first, 2)), prod(shape.weight[2:])
+        yield Entry(shape.op, *shape.sizes, dtype, shape.gradient, *times, backend, taps)
 
 
 def write(path: Path, gpu: str, found: list[Entry]) -> None:

@@ -286,12 +286,13 @@ class Entry:
     fused_us: float
     mask_first_us: float
     backend: str = ""
+    taps: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.rows, self.outputs, self.reduced)
+        sizes = (self.rows, self.outputs, self.reduced, self.taps)
         times = (self.fused_us, self.mask_first_us)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"rows, outputs and reduced must be positive integers, not {sizes}")
+            raise ValueError(f"rows, outputs, reduced and taps must be positive integers, not {sizes}")
         if not all(isinstance(time, float | int) and 0 < time < math.inf for time in times):
             raise ValueError(f"times must be positive microseconds, not {times}")
         if self.backend not in ("", *FUSED_BACKENDS):
@@ -311,8 +312,15 @@ class Table:
     entries: tuple[Entry, ...]
 
     def nearest(self, call: Call) -> Entry | None:
-        """The measured shape nearest to the call's, of the same op, dtype and direction; None if all are far."""
-        same = [e for e in self.entries if (e.op, e.dtype, e.gradient) == (call.op, call.dtype, call.gradient)]
+        """The measured shape nearest to the call's, of the same op, dtype and direction; None if all are far.
+
+        A convolution of one tap is another kind than one of several, whose weights are read apart.
+        """
+
+        def kind(of: Call | Entry) -> tuple[str, str, bool, bool]:
+            return of.op, of.dtype, of.gradient, of.taps > 1
+
+        same = [entry for entry in self.entries if kind(entry) == kind(call)]
         best = min(same, key=lambda entry: entry.distance(call), default=None)
         return best if best is not None and best.distance(call) <= _FAR else None
 

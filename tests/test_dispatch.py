@@ -181,6 +181,13 @@ def test_a_table_names_the_fused_backend(gpu, monkeypatch):
     assert hmf.explain("masked_linear", *args).splitlines()[0] == "masked_linear: cuda (chosen automatically)"
 
 
+def test_a_table_keeps_windows_of_one_tap_and_of_several_apart(gpu):
+    one = entry(op="masked_conv2d", rows=32768, outputs=64, reduced=576, dtype="float32")
+    write(gpu, one, one | {"rows": 16384, "taps": 9, "fused_us": 40.0})
+    assert path("masked_conv2d", conv(32, 576, 64, 32, 1)) == "mask first"
+    assert path("masked_conv2d", conv(32, 64, 64, 32, 3)) == "fused"  # though the other has just its sizes
+
+
 def test_another_gpus_table_says_nothing(gpu):
     write(gpu, entry(), gpu="NVIDIA A100-SXM4-80GB")
     assert path("masked_linear", linear(16)) == "fused"
