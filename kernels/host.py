@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
+from ..backends import tensors
 from ..dispatch import allows_tf32
 from ..errors import InputError
 
@@ -23,9 +24,20 @@ def register(schema: str, implementation: Callable, shapes: Callable) -> None:
     """Define hypermask_fast::<schema>, run by `implementation`, with `shapes` as its shape function."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CUDA", "CPU"):  # CPU serves the interpreter; without it `check_runnable` raises
-        _LIBRARY.impl(name, implementation, key)
+    _LIBRARY.impl(name, on_its_device(implementation), "CUDA")
+    _LIBRARY.impl(name, implementation, "CPU")  # serves the interpreter; without it `check_runnable` raises
     library.register_fake(f"hypermask_fast::{name}", shapes, lib=_LIBRARY)
+
+
+def on_its_device(implementation: Callable) -> Callable:
+    """Triton launches on the current device: with several GPUs the tensors' own must be that."""
+
+    @functools.wraps(implementation)
+    def run(*args):
+        with torch.cuda.device_of(next(tensors(args))):
+            return implementation(*args)
+
+    return run
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:

@@ -1,5 +1,6 @@
 """The ops as PyTorch sees them: schemas, shape functions, autograd, torch.compile."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -185,3 +186,13 @@ def test_cpu_tensors_without_the_interpreter_say_what_to_do():
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=os.getcwd()
     )
     assert answer.stdout.startswith("InputError Triton kernels need CUDA tensors"), answer.stderr
+
+
+def test_launches_on_the_tensors_own_device(monkeypatch):
+    """With several GPUs the current one may be another."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or contextlib.nullcontext())
+    weight, logits = plain(3), plain(3)
+    run = host.on_its_device(lambda *args: len(entered))
+    assert run([weight], logits) == 1 and run([], logits) == 2
+    assert entered[0] is weight and entered[1] is logits
