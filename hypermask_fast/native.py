@@ -280,14 +280,25 @@ def _hypernet_logits_condition(hidden, weight, bias, size):
     return _shared_memory_problem(hidden, 1)
 
 
+_STEPPED = slice(4, 10)  # of hypernet_adam's arguments: what it modifies
+
+
 def _hypernet_adam(*args):
     *tensors, beta1, beta2, eps = args
-    mutated = slice(4, 10)
-    result = torch.ops.hypermask_fast.hypernet_adam(*(t.detach() for t in tensors), beta1, beta2, eps)
+    stepped = tensors[_STEPPED]
+    before, behind = _contiguous(tensors[: _STEPPED.start]), _contiguous(tensors[_STEPPED.stop :])
+    everything = (t.detach() for t in (*before, *stepped, *behind))
+    result = torch.ops.hypermask_fast.hypernet_adam(*everything, beta1, beta2, eps)
     if not torch.compiler.is_compiling():
-        for t in tensors[mutated]:
+        for t in stepped:
             torch.autograd.graph.increment_version(t)
     return result
+
+
+def _hypernet_adam_condition(hidden, *rest):
+    if not all(t.is_contiguous() for t in (hidden, *rest)[_STEPPED]):  # a copy would be stepped in its place
+        return "weight, bias and their moments are not contiguous"
+    return _shared_memory_problem(hidden, hidden.shape[0])
 
 
 def _masked_weight(weight, logits, threshold):
@@ -319,5 +330,5 @@ _CALLS = {
     "masked_weights_drift": (_masked_weights_drift, lambda weights, logits, *rest: _same_dtype(weights, logits)),
     "output_drift": (_output_drift, _output_drift_condition),
     "hypernet_logits": (_hypernet_logits, _hypernet_logits_condition),
-    "hypernet_adam": (_hypernet_adam, lambda hidden, *rest: _shared_memory_problem(hidden, hidden.shape[0])),
+    "hypernet_adam": (_hypernet_adam, _hypernet_adam_condition),
 }
