@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       quad.store(da, each_of([&](int n) {
         float mask, slope;
         mask_and_slope(logit.x[n], limit, mask, slope);
-        return outer.x[n] * slope;
+        return logit_gradient(logit.x[n], limit, slope, outer.x[n]);
       }));
     });
   });
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     quad.store(dw, each_of([&](int n) {
       float mask, slope;
       mask_and_slope(logit.x[n], limit, mask, slope);
-      grad_logit.x[n] = outer.x[n] * weight.x[n] * slope;
+      grad_logit.x[n] = logit_gradient(logit.x[n], limit, slope, outer.x[n] * weight.x[n]);
       return outer.x[n] * mask;
     }));
     quad.store(da, grad_logit);
@@ -134,7 +134,7 @@ __global__ void drift_finish_kernel(BlockTable blocks, const double* partial, in
   if (threadIdx.x == 0) norms[blockIdx.x] = static_cast<float>(norm == 1 ? sum : sqrt(sum));
 }
 
-__device__ __forceinline__ float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
+__device__ __forceinline__ float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }  // 0 for NaN
 
 // Gradients of sum_s grad_s norm_s, with those of sum_s <grad_s, weight_s mask_s> where segments have a grad.
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   float *dw = s.out[t.segment] + t.begin, *da = logits ? grad_logits + t.flat : nullptr;
   const float limit = logits ? thresholds[t.segment] : 0.0f;
   const float value = norms[t.segment];
-  const float scale = norm == 1 ? grad[t.segment] : value == 0 ? 0.0f : grad[t.segment] / value;
+  const float scale = norm == 1 ? grad[t.segment] : value == 0 ? grad[t.segment] * 0.0f : grad[t.segment] / value;
   for_quads(t.count, on_16_bytes(w, p, a, g, dw, da), [&](const auto& quad) {
     const Pack<4> weight = quad.load(w), before = quad.load(p), logit = a ? quad.load(a) : Pack<4>{};
     const Pack<4> from_above = g ? quad.load(g) : Pack<4>{};
@@ -157,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       if (a) mask_and_slope(logit.x[n], limit, mask, slope);
       const float x = change * mask;
       const float outer = scale * (norm == 1 ? sign(x) : x);
-      grad_logit.x[n] = (outer * change + from_above.x[n] * weight.x[n]) * slope;
+      const float of_weight = g ? from_above.x[n] * weight.x[n] : 0.0f;  // 0 * weight would be NaN where that is Inf
+      grad_logit.x[n] = logit_gradient(logit.x[n], limit, slope, outer * change + of_weight);
       return (outer + from_above.x[n]) * mask;
     }));
     if (a) quad.store(da, grad_logit);
