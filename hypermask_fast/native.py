@@ -17,13 +17,17 @@ _NAMESPACE = "hypermask_fast"
 
 
 def register() -> None:
-    """Registers shape functions and gradients and offers the ops; nothing where the extension is missing."""
+    """Offers the ops, and registers shape functions and gradients where the extension is there."""
+    _offer()
     if backends.NATIVE_PROBLEM:
         return
     for name, fake in (_FAKES | small_batch.FAKES).items():
-        library.register_fake(f"{_NAMESPACE}::{name}", _without_values(fake))
+        library.register_fake(f"{_NAMESPACE}::{name}", _without_values(name, fake))
     for name, (backward, setup) in (_GRADIENTS | small_batch.GRADIENTS).items():
         library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
+
+
+def _offer() -> None:
     for op, function in _CPU_CALLS.items():
         backends.offer(op, "cpu", function, _layer_condition)
     for op, (function, condition) in _CALLS.items():
@@ -33,14 +37,14 @@ def register() -> None:
         backends.offer(op, "cuda", function, condition, dtypes)
 
 
-def _without_values(fake: Callable) -> Callable:
+def _without_values(name: str, fake: Callable) -> Callable:
     """A shape function that refuses meta tensors beside others: one suffices for it to be called."""
 
     @functools.wraps(fake)
     def checked(*args):
         devices = {tensor.device.type for tensor in backends.tensors(args)}
         if "meta" in devices and len(devices) > 1:
-            raise RuntimeError(f"all tensors must be on one device, not on {' and '.join(sorted(devices))}")
+            raise RuntimeError(f"{name}: all tensors must be on one device, not on {' and '.join(sorted(devices))}")
         return fake(*args)
 
     return checked

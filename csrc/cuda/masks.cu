@@ -209,7 +209,7 @@ unsigned row_blocks(const Launcher& gpu, int64_t rows, int64_t columns) {
 
 Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask";
-  const int64_t rows = check_mask(op, logits, threshold, Place::kCuda), total = logits.numel();
+  const int64_t rows = check_mask(op, logits, threshold, Place::gpu_of(logits)), total = logits.numel();
   Tensor mask = empty_float(logits, shape_of(logits));
   if (total == 0) return mask;
   const Launcher gpu(op, logits);
@@ -221,8 +221,8 @@ Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
 
 Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask_backward";
-  const int64_t rows = check_mask(op, logits, threshold, Place::kCuda), total = logits.numel();
-  check_float(op, "grad", grad, Place::kCuda, shape_of(logits));
+  const int64_t rows = check_mask(op, logits, threshold, Place::gpu_of(logits)), total = logits.numel();
+  check_float(op, "grad", grad, Place::gpu_of(logits), shape_of(logits));
   Tensor result = empty_float(logits, shape_of(logits));
   if (total == 0) return result;
   const Launcher gpu(op, logits);
@@ -235,7 +235,7 @@ Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, 
 Tensors masked_weights_cuda(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
                             const Offsets& offsets) {
   const char* op = "masked_weights";
-  check_masked(op, weights, logits, thresholds, offsets, Place::kCuda);
+  check_masked(op, weights, logits, thresholds, offsets, Place::gpu_of(logits));
   Tensors masked = empty_like_all(weights);
   const Launcher gpu(op, logits);
   for_segments(weights, nullptr, &masked, offsets, [&](const Segments& s, int64_t first) {
@@ -249,8 +249,8 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, c
                                                          const Tensor& logits, const Tensor& thresholds,
                                                          const Offsets& offsets) {
   const char* op = "masked_weights_backward";
-  check_masked(op, weights, logits, thresholds, offsets, Place::kCuda);
-  check_grads(op, grads, weights, offsets, Place::kCuda);
+  check_masked(op, weights, logits, thresholds, offsets, Place::gpu_of(logits));
+  check_grads(op, grads, weights, offsets, Place::gpu_of(logits));
   Tensors grad_weights = empty_like_all(weights);
   Tensor grad_logits = empty_float(logits, shape_of(logits));
   const Launcher gpu(op, logits);
@@ -314,7 +314,7 @@ std::tuple<Tensors, Tensor> drift_gradients(const char* op, const Tensor& grad, 
 Tensor weight_drift_cuda(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
                          const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift";
-  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   return drift_norms(op, weights, previous, offsets, norm, logits, thresholds, nullptr);
 }
 
@@ -323,7 +323,7 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const
                                                        const std::optional<Tensor>& logits,
                                                        const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift_backward";
-  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   return drift_gradients(op, grad, norms, nullptr, weights, previous, offsets, norm, logits, thresholds);
 }
 
@@ -331,7 +331,7 @@ std::tuple<Tensors, Tensor> masked_weights_drift_cuda(const Tensors& weights, co
                                                       const Tensor& thresholds, const Offsets& offsets,
                                                       const Tensor& previous, int64_t norm) {
   const char* op = "masked_weights_drift";
-  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   Tensors masked = empty_like_all(weights);
   Tensor norms = drift_norms(op, weights, previous, offsets, norm, logits, thresholds, &masked);
   return {masked, norms};
@@ -343,8 +343,8 @@ std::tuple<Tensors, Tensor> masked_weights_drift_backward_cuda(const Tensors& gr
                                                                const Offsets& offsets, const Tensor& previous,
                                                                int64_t norm) {
   const char* op = "masked_weights_drift_backward";
-  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
-  check_grads(op, grads, weights, offsets, Place::kCuda);
+  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
+  check_grads(op, grads, weights, offsets, Place::gpu_of(previous));
   return drift_gradients(op, grad, norms, &grads, weights, previous, offsets, norm, logits, thresholds);
 }
 
