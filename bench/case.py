@@ -12,7 +12,11 @@ OURS = "ours"
 
 
 class Unavailable(Exception):
-    """A contender can't run here; the message says why."""
+    """A contender can't run here; the message says why. broken: and the process had better not go on."""
+
+    def __init__(self, message: str, broken: bool = False) -> None:
+        super().__init__(message)
+        self.broken = broken
 
 
 class Runnable(Protocol):
@@ -43,10 +47,11 @@ class Case:
             oracles, in float64, of which only `result` is used.
         floor: () -> (bytes, operations) that cannot be done without.
         tolerance: largest relative error of the named tensor.
-        reference: the oracle of a contender.
+        reference: the oracle of a contender, "" for one that computes something else and is not compared.
         isolated: every contender in a process of its own, its peak memory measured.
         dtype: what the operations are done in, for the floor's rate.
         memory: bytes that a contender needs, about; decides how many are resident at a time.
+        allocator: what a contender does to the allocator by itself where the environment leaves it as shipped.
     """
 
     name: str
@@ -61,3 +66,4 @@ class Case:
     isolated: bool = False
     dtype: str = "float32"
     memory: Callable[[str], float] = field(default=lambda contender: 0.0)
+    allocator: Callable[[str], str] = field(default=lambda contender: "")

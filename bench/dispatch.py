@@ -36,8 +36,7 @@ from hypermask_fast.dispatch import Entry
 
 from . import machine
 from .case import Unavailable
-from .gpu_cases import sets
-from .op_run import OpRun, Results
+from .op_run import OpRun, Results, sets
 
 _LINEAR = ((784, 400), (1024, 1000), (1000, 1000), (4096, 1024), (4096, 4096))  # in, out
 _ROWS = (1, 16, 64, 256, 1024, 8192)
@@ -137,8 +136,10 @@ def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[
     Raises:
         Unavailable: no backend has a fused kernel that is right, or one can't be captured.
     """
-    count = 1 if shape.gradient else sets(2 * shape.dtype.itemsize * prod(shape.weight), device)
-    arguments = [inputs(shape, seed, device) for seed in range(count)]
+    arguments = [inputs(shape, 0, device)]
+    if not shape.gradient:
+        one_set = sum(t.nbytes for t in arguments[0] if isinstance(t, Tensor))
+        arguments += [inputs(shape, seed, device) for seed in range(1, sets(one_set, device))]
     if not (names := backends.fused_backends(shape.op, *arguments[0])):
         raise Unavailable(f"no backend runs {shape.op} fused here")
     first = getattr(mask_first, shape.op)
@@ -157,8 +158,9 @@ def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[
         name: OpRun([call(path, args, shape.gradient) for args in arguments], graph=True)
         for name, path in paths.items()
     }
-    for run in runs.values():
-        run.result()
+    if device.type == "cuda":
+        for run in runs.values():
+            run.capture()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(5):  # taking turns
         for name, run in runs.items():
@@ -226,7 +228,7 @@ def entries(shapes: Iterable[Shape], timer: Callable[[Shape], tuple[str, float, 
         try:
             backend, fused, first = timer(shape)
         except Exception as error:
-            if machine.device_lost():
+            if getattr(error, "broken", False) or machine.device_lost():
                 raise
             print(f"{shape} is left out: {machine.first_line(error)}", file=sys.stderr)
             continue

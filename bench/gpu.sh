@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with one NVIDIA GPU, in under 10 minutes and without a network.
 #
-#     bench/gpu.sh                      all phases: build tests ops dispatch kernels steps
+#     bench/gpu.sh                      all phases: build tests ops steps kernels convolutions dispatch more
 #     bench/gpu.sh kernels steps        these alone, on what an earlier call has built
 #     bench/gpu.sh build hypernet_adam  anything else is measured: a name that python -m bench --list knows
 #
 # Needs python3 (or $PYTHON) with torch 2.11 or later, triton and setuptools 77 or later, a C++ compiler and nvcc 12.8
 # or later.
-# ${OUT:-bench/results/gpu} gets log.txt, results.csv and dispatch.json, which later calls add to. Each phase has a time
-# limit of its own, so that one that fails or hangs does not take the others along, and all together have $TOTAL; what
-# was measured before a limit strikes is kept. The exit status says whether all phases went well.
+# ${OUT:-bench/results/gpu} gets log.txt, results.csv and dispatch.json, which later calls add to. All phases together have
+# $TOTAL. Each can count on a share of it, whatever those before it do, and has besides what these left of theirs; one
+# that fails or hangs does not take the others along. Measuring begins with what is wanted most and begins nothing
+# new shortly before its limit; what was measured when a limit strikes is kept. The exit status says whether all went well.
 #
 # Variables: PYTHON, OUT, TOTAL (seconds, 570), HYPERMASK_COMMIT (where the files come without their git history).
 set -uo pipefail
@@ -25,11 +26,13 @@ cache=${TMPDIR:-/tmp}/hypermask-bench-$(id -u)
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
 failed="" ended=""
+# Seconds that a phase can count on: 560 in all, for the last 10 of $TOTAL are the table's. Any other name has 60.
+declare -A share=([build]=130 [tests]=110 [ops]=50 [steps]=100 [kernels]=60 [convolutions]=70 [dispatch]=30
+    [more]=10)
 
-phase() { # phase NAME SECONDS COMMAND...: runs it with a limit, logs it, remembers a failure
-    local name=$1 limit=$2 began=$SECONDS left=$((TOTAL - SECONDS - 10))
-    shift 2
-    [ "$left" -lt "$limit" ] && limit=$left
+phase() { # phase NAME COMMAND...: runs it within $LIMIT, logs it, remembers a failure
+    local name=$1 limit=$LIMIT began=$SECONDS
+    shift
     if [ "$limit" -lt 5 ]; then
         ended+="== $name: no time left"$'\n'
         failed+=" $name"
@@ -77,41 +80,58 @@ tests() { # what has kernels on a GPU; tests of what is not installed here skip 
         "${parallel[@]}" "${paths[@]}"
 }
 
-measure() { # rows are kept as they come
-    $PYTHON -m bench --device cuda --turns 5 --seconds 0.15 --patience 120 --csv "$OUT/results.csv" "$@"
+measure() { # measure SECONDS ARGUMENTS...: rows are kept as they come; SECONDS: what starting and a last case take
+    local rest=$(($1 < LIMIT / 2 ? $1 : LIMIT / 2))
+    shift
+    $PYTHON -m bench --device cuda --turns 5 --seconds 0.15 --patience 60 --csv "$OUT/results.csv" \
+        --limit $((LIMIT - rest)) "$@"
+}
+
+ops() {
+    measure 25 hypernet_adam all_tasks mixed_tasks
+}
+
+steps() { # six processes that make a step ready, and compile it, take their time
+    measure 50 permuted-mnist/task9 split-mnist/task4
+}
+
+kernels() {
+    measure 20 masked_linear chunk_masked_linear
+}
+
+convolutions() { # 60 cases, so each of them briefly
+    measure 20 masked_conv2d/forward masked_conv2d/both --turns 3 --seconds 0.03
+}
+
+dispatch() { # the table by which layers choose their path; worth keeping as hypermask_fast/tables/GPU.json
+    $PYTHON -m bench.dispatch --seconds $((LIMIT > 60 ? LIMIT - 30 : LIMIT / 2)) --out "$OUT/dispatch.json"
+}
+
+more() { # what no target is set for
+    measure 50 thresholds masked_weights weight_drift output_drift resnet20-k2/task9 permuted-mnist-chunked/task9 \
+        permuted-mnist/task0
 }
 
 # `timeout` starts programs, not functions.
-export -f build tests measure
-export PYTHON OUT arch
+export -f build tests measure ops steps kernels convolutions dispatch more
+export PYTHON OUT LIMIT arch
 
-[ $# -gt 0 ] || set -- build tests ops dispatch kernels steps
-for name in "$@"; do
+[ $# -gt 0 ] || set -- build tests ops steps kernels convolutions dispatch more
+while [ $# -gt 0 ]; do
+    name=$1
+    shift
+    LIMIT=$((TOTAL - SECONDS - 10))
+    for later in "$@"; do LIMIT=$((LIMIT - ${share[$later]:-60})); done
     case $name in
-    build)
-        phase build 150 bash -c build
-        [ -n "$failed" ] && break # what follows would be about something else
-        ;;
-    tests) phase tests 180 bash -c tests ;;
-    ops)
-        phase ops 90 bash -c 'measure "$@"' measure hypernet_adam thresholds masked_weights weight_drift output_drift \
-            all_tasks mixed_tasks
-        ;;
-    kernels) phase kernels 200 bash -c 'measure "$@"' measure masked_linear chunk_masked_linear masked_conv2d ;;
-    # The table by which layers choose their path; worth keeping as hypermask_fast/tables/GPU.json.
-    dispatch) phase dispatch 190 "$PYTHON" -m bench.dispatch --seconds 150 --out "$OUT/dispatch.json" ;;
-    # The slowest to get ready last: it alone is lost when time runs out.
-    steps)
-        phase steps "$TOTAL" bash -c 'measure "$@"' measure permuted-mnist/task9 split-mnist/task4 resnet20-k2/task9 \
-            permuted-mnist-chunked/task9 permuted-mnist/task0
-        ;;
-    *) phase "$name" "$TOTAL" bash -c 'measure "$@"' measure "$name" ;;
+    build | tests | ops | steps | kernels | convolutions | dispatch | more) phase "$name" bash -c "$name" ;;
+    *) phase "$name" bash -c 'measure 20 "$1"' measure "$name" ;;
     esac
+    [ "$name" = build ] && [ -n "$failed" ] && break # what follows would be about something else
 done
 
 echo
 printf '%s' "$ended" | tee -a "$LOG"
-grep -a "^FAILED\|^ERROR\|is left out\|WRONG\|not run" "$LOG"
+grep -a "^FAILED\|^ERROR\|is left out\|WRONG\|not run\|not begun" "$LOG"
 [ -s "$OUT/results.csv" ] && "$PYTHON" -m bench.table "$OUT/results.csv"
 if [ -n "$failed" ]; then
     echo "failed:$failed (see $LOG)"

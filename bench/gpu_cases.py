@@ -1,7 +1,8 @@
 """Ops that only a GPU has kernels for: masks applied, or generated, inside the matrix product and the convolution.
 
 Everything is in bfloat16, each contender replayed from a CUDA graph over several sets of inputs, so that neither
-Python nor the L2 cache takes part; where a Python loop is what a peer is, all contenders run eagerly.
+Python nor the L2 cache takes part; where a Python loop is what a peer is, and in the linear layer's backward pass by
+itself, all contenders run eagerly.
 """
 
 from collections.abc import Callable
@@ -19,14 +20,13 @@ from hypermask_fast import backends, ops, reference, small_batch
 
 from .case import OURS, Case, Unavailable
 from .gpu_tasks import task_cases
-from .op_run import OpRun, Results, uniform
+from .op_run import OpRun, Results, gradients, sets, uniform
 
 DTYPE = torch.bfloat16
 Shape = tuple[int, ...]
 # Peers: W * m made at every call and then cuBLAS or cuDNN, the same by torch.compile, and the layer without a mask.
 MASK_FIRST, COMPILED, PLAIN = "W*m, plain layer", "torch.compile", "plain layer"
 CUDA = "ours cuda"  # csrc/cuda's kernel for a few rows
-CACHE = 1 << 28  # bytes that all sets of inputs together have at least
 
 
 def kernels() -> ModuleType:
@@ -56,13 +56,9 @@ def cases(quick: bool) -> list[Case]:
     found = [masked_linear(size, rows) for rows in few]
     found += [masked_linear(size, many), masked_linear(size, many, backward=True)]
     found += [chunk_masked_linear(size, rows, 100 if quick else 8000) for rows in few]
-    found += [masked_conv2d(shape) for shape in (_QUICK_CONVOLUTIONS if quick else _CONVOLUTIONS)]
+    shapes = _QUICK_CONVOLUTIONS if quick else _CONVOLUTIONS
+    found += [masked_conv2d(shape, backward) for backward in (False, True) for shape in shapes]
     return found + task_cases(quick)
-
-
-def sets(count_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs it takes to exceed the L2 cache; 1 where nothing is measured."""
-    return max(1, min(16, -(-CACHE // count_bytes))) if device.type == "cuda" else 1
 
 
 @dataclass
@@ -105,7 +101,7 @@ def masked_linear(size: int, rows: int, backward: bool = False) -> Case:
         count = 1 if backward else sets(2 * 2 * size * size, device)
         layers = [_Layer.of((rows, size), (size, size), seed, device, contender) for seed in range(count)]
         make = _backward_call if backward else _forward_call
-        return OpRun([make(function, layer) for layer in layers], graph=not backward)
+        return OpRun([make(function, layer) for layer in layers], graph=not backward and contender != "reference")
 
     part = "backward" if backward else "forward"
     per_row = 4.0 * rows * size  # x and y, bfloat16
@@ -167,7 +163,7 @@ def chunk_masked_linear(size: int, rows: int, chunk_size: int, width: int = 100)
                 for k, (shape, scale) in enumerate(parts, 5)
             )
             calls.append(_chunk_call(function, layer, hidden, output, shift))
-        return OpRun(calls, graph=True)
+        return OpRun(calls, graph=contender != "reference")
 
     moved = 2.0 * (size * size + width * (chunks + chunk_size)) + 4.0 * rows * size
     work = 2.0 * rows * size * size + 2.0 * size * size * width
@@ -202,9 +198,9 @@ def _chunk_linear(contender: str) -> Callable:
 
 @dataclass(frozen=True)
 class _Convolution:
-    """Batch 32 (smaller in a quick run); `side`: of the image; `kernel`: of the window."""
+    """A layer of `net`, padded to keep its image; `side`: of the image; `kernel`: of the window."""
 
-    name: str
+    net: str
     inputs: int
     outputs: int
     side: int
@@ -212,26 +208,56 @@ class _Convolution:
     stride: int = 1
     batch: int = 32
 
+    @property
+    def name(self) -> str:
+        """As in resnet50-3x3-128-128-56-stride2: window, channels, side."""
+        sizes = f"{self.kernel}x{self.kernel}-{self.inputs}-{self.outputs}-{self.side}"
+        return f"{self.net}-{sizes}" + (f"-stride{self.stride}" if self.stride > 1 else "")
 
-_CONVOLUTIONS = (
-    _Convolution("resnet20-stage1", 32, 32, 32, 3),
-    _Convolution("resnet20-stage2", 64, 64, 16, 3),
-    _Convolution("resnet20-stage3", 128, 128, 8, 3),
-    _Convolution("resnet20-stride2", 32, 64, 32, 3, 2),
-    _Convolution("resnet50-3x3-28", 128, 128, 28, 3),
-    _Convolution("resnet50-3x3-7", 512, 512, 7, 3),
-    _Convolution("resnet50-1x1-56", 64, 256, 56, 1),
-    _Convolution("resnet50-1x1-14", 1024, 256, 14, 1),
+    def __str__(self) -> str:
+        sizes = f"{self.side} x {self.side}, {self.kernel} x {self.kernel}, stride {self.stride}, batch {self.batch}"
+        return f"{self.inputs} -> {self.outputs}, {sizes}"
+
+
+def resnet20(width: int = 32, side: int = 32) -> tuple[_Convolution, ...]:
+    """Every shape there is in the presets' ResNet-20 on CIFAR's images, once."""
+    shapes, inputs = [(3, 16, side, 3)], 16
+    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
+        shapes += [(inputs, outputs, side, 3, stride), (outputs, outputs, side // stride, 3)]
+        inputs, side = outputs, side // stride
+    return tuple(_Convolution("resnet20", *shape) for shape in shapes)
+
+
+def resnet50(side: int = 224) -> tuple[_Convolution, ...]:
+    """Every shape there is in ResNet-50 on ImageNet's images, once; a stage's stride is in its first 3x3 layer."""
+    shapes, inputs, side = [(3, 64, side, 7, 2)], 64, side // 4
+    for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        outputs, below = 4 * width, side // stride
+        shapes += [(inputs, width, side, 1), (width, width, side, 3, stride), (width, outputs, below, 1)]
+        shapes += [(inputs, outputs, side, 1, stride)]  # the shortcut
+        shapes += [(outputs, width, below, 1), (width, width, below, 3)]  # the stage's other blocks
+        inputs, side = outputs, below
+    return tuple(dict.fromkeys(_Convolution("resnet50", *shape) for shape in shapes))
+
+
+_CONVOLUTIONS = (*resnet20(), *resnet50())
+_QUICK_CONVOLUTIONS = tuple(
+    _Convolution("tiny", *shape, batch=2) for shape in ((4, 8, 6, 3, 1), (4, 8, 5, 1, 1), (3, 8, 9, 7, 2))
 )
-_QUICK_CONVOLUTIONS = (_Convolution("tiny", 4, 8, 6, 3, batch=2), _Convolution("tiny-1x1", 4, 8, 5, 1, batch=2))
 
 
-def masked_conv2d(shape: _Convolution) -> Case:
-    """Forward pass of one convolution of ResNet-20 or ResNet-50, channels last."""
+def masked_conv2d(shape: _Convolution, backward: bool = False) -> Case:
+    """One convolution, channels last: the forward pass, or forward and backward to all but an image."""
     out_side = (shape.side + 2 * (shape.kernel // 2) - shape.kernel) // shape.stride + 1
     x_size = shape.batch * shape.inputs * shape.side**2
     y_size = shape.batch * shape.outputs * out_side**2
     weights = shape.outputs * shape.inputs * shape.kernel**2
+    image = shape.inputs == 3  # is data: nobody asks for its gradient
+
+    def trained(layer: _Layer, contender: str) -> dict[str, Tensor]:
+        leaves = {} if image else {"x": layer.x}
+        leaves |= {"weight": layer.weight, "bias": layer.bias}
+        return leaves if contender == PLAIN else leaves | {"logits": layer.logits}
 
     def build(contender: str, device: torch.device) -> OpRun:
         function = _convolution(contender)
@@ -245,21 +271,39 @@ def masked_conv2d(shape: _Convolution) -> Case:
                 contender,
             )
             layer.x = layer.x.contiguous(memory_format=torch.channels_last)
-            calls.append(_convolution_call(function, layer, shape))
-        return OpRun(calls, graph=True)
+            forward = _convolution_call(function, layer, shape)
+            if not backward:
+                calls.append(forward)
+                continue
+            grad = uniform(shape.batch, shape.outputs, out_side, out_side, seed=99, device=device).to(DTYPE)
+            grad = grad.to(layer.x.dtype).contiguous(memory_format=torch.channels_last)
+            calls.append(_both(forward, trained(layer, contender), grad))
+        return OpRun(calls, graph=contender != "reference")
 
-    floor = (2.0 * (x_size + y_size + 2 * weights), 2.0 * y_size * shape.inputs * shape.kernel**2)
-    words = f"{shape.inputs} -> {shape.outputs}, {shape.side} x {shape.side}, {shape.kernel} x {shape.kernel}"
-    return _bf16(f"masked_conv2d/{shape.name}", f"{words}, stride {shape.stride}, batch {shape.batch}", build, floor)
+    moved, work = x_size + y_size + 2 * weights, 2.0 * y_size * shape.inputs * shape.kernel**2
+    if backward:  # x, dy, W and logits read, dW and dlogits written; dx, unless it is an image's
+        moved += x_size + y_size + 4 * weights + (0 if image else x_size)
+        work *= 2 if image else 3
+    direction = "both" if backward else "forward"
+    return _bf16(f"masked_conv2d/{direction}/{shape.name}", str(shape), build, (2.0 * moved, work))
 
 
 def _convolution_call(function: Callable, layer: _Layer, shape: _Convolution) -> Callable[[], Results]:
     def call() -> Results:
-        with torch.no_grad():
-            y = function(
-                layer.x, layer.weight, layer.logits, layer.threshold, layer.bias, shape.stride, shape.kernel // 2
-            )
+        y = function(layer.x, layer.weight, layer.logits, layer.threshold, layer.bias, shape.stride, shape.kernel // 2)
         return {"y": y}
+
+    return call
+
+
+def _both(forward: Callable[[], Results], leaves: dict[str, Tensor], grad: Tensor) -> Callable[[], Results]:
+    """Forward and backward in one call, so that a graph can hold both."""
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+
+    def call() -> Results:
+        y = forward()["y"]
+        return {"y": y} | gradients(y, leaves, grad)
 
     return call
 

@@ -15,10 +15,25 @@ import torch
 
 from hypermask_fast import __version__, backends
 
-# Allocator settings that whole runs are made under. As shipped, glibc returns every large temporary to the kernel and
-# pays page faults for the next; tuned, it keeps them.
+# Allocator settings that whole runs are made under, as environment variables of every contender. As shipped, glibc
+# returns every large temporary to the kernel and pays page faults for the next; tuned, it keeps them, and PyTorch asks
+# for huge pages.
 _KEEP = f"glibc.malloc.mmap_threshold={1 << 40}:glibc.malloc.trim_threshold={1 << 40}:glibc.malloc.top_pad={1 << 26}"
-MALLOC = {"as shipped": "", "tuned": f"GLIBC_TUNABLES={_KEEP}"}
+MALLOC: dict[str, dict[str, str]] = {
+    "as shipped": {},
+    "tuned": {"GLIBC_TUNABLES": _KEEP, "THP_MEM_ALLOC_ENABLE": "1"},
+}
+
+
+def environment(malloc: str) -> dict[str, str]:
+    """This process's environment under an allocator setting, whatever it says of the allocator by itself."""
+    decided = {name for setting in MALLOC.values() for name in setting}
+    return {name: value for name, value in os.environ.items() if name not in decided} | MALLOC[malloc]
+
+
+def malloc_setting(malloc: str) -> str:
+    """The variables of an allocator setting as one would type them."""
+    return " ".join(f"{name}={value}" for name, value in MALLOC[malloc].items())
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,12 @@ from .case import Unavailable
 from .gate import Sketch, sketches
 
 Results = dict[str, Tensor]
+CACHE = 1 << 28  # bytes that all sets of inputs together have at least
+
+
+def sets(count_bytes: int, device: torch.device) -> int:
+    """How many sets of inputs it takes to exceed a GPU's L2 cache; 1 on a CPU."""
+    return max(1, min(256, -(-CACHE // count_bytes))) if device.type == "cuda" else 1
 
 
 class OpRun:
@@ -17,7 +23,6 @@ class OpRun:
     Args:
         functions: the same computation on one or more sets of inputs, so that a cache can't hold them all; each
             returns its results by name. The gate sees the first one's.
-        prepared: called before timing starts, where the gate's call and the timed ones differ.
         graph: on a GPU, capture all calls and replay them, so that only the device's time counts.
     """
 
@@ -29,10 +34,11 @@ class OpRun:
     def result(self) -> dict[str, Sketch]:
         found = sketches(self.functions[0]())
         if self.graph:
-            self._capture()
+            self.capture()
         return found
 
-    def _capture(self) -> None:
+    def capture(self) -> None:
+        """Has `run` replay a graph. Raises Unavailable where there can be none, which leaves the process damaged."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         try:
@@ -45,7 +51,7 @@ class OpRun:
                 for function in self.functions:
                     function()
         except RuntimeError as error:
-            raise Unavailable(f"the op can't be captured: {str(error).splitlines()[0]}") from error
+            raise Unavailable(f"the op can't be captured: {str(error).splitlines()[0]}", broken=True) from error
         self.captured = graph
 
     def run(self) -> None:

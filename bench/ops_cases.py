@@ -13,12 +13,14 @@ from hypermask_fast.layout import kept_rank
 
 from .case import OURS, Case, Unavailable
 from .experiments import BLOCK, Experiment
-from .op_run import OpRun, Results, gradients, uniform
+from .op_run import OpRun, Results, gradients, sets, uniform
 
 PYTORCH = "PyTorch"
+# What a machine's memory gives right then: the arrays that `hypernet_adam` changes, each read and written once.
+PLAIN_PASS = {"cpu": "pass in place", "cuda": "copy"}
 
 
-def cases(experiments: dict[str, Experiment], quick: bool) -> list[Case]:
+def cases(experiments: dict[str, Experiment], device: torch.device, quick: bool) -> list[Case]:
     permuted = experiments["permuted-mnist"]
     earlier = permuted.tasks - 1
     return [
@@ -26,8 +28,8 @@ def cases(experiments: dict[str, Experiment], quick: bool) -> list[Case]:
         masked_weights(permuted),
         weight_drift(permuted),
         output_drift(permuted, earlier),
-        hypernet_adam(permuted, 1),
-        hypernet_adam(permuted, 10),
+        hypernet_adam(permuted, 1, PLAIN_PASS[device.type]),
+        hypernet_adam(permuted, 10, PLAIN_PASS[device.type]),
     ]
 
 
@@ -36,21 +38,25 @@ def thresholds(size: int) -> Case:
     rank = kept_rank(30, size)
 
     def build(contender: str, device: torch.device) -> OpRun:
-        logits = uniform(size, low=-3, high=3, device=device)
+        many = [uniform(size, low=-3, high=3, seed=k, device=device) for k in range(sets(4 * size, device))]
         ranks = torch.tensor([rank], device=device)
         if contender == "numpy.percentile" and device.type != "cpu":
             raise Unavailable("numpy works on the CPU")
-        functions: dict[str, Callable[[], Tensor]] = {
-            "reference": lambda: reference.mask_thresholds(logits.double(), (0, size), ranks),
-            OURS: lambda: ops.mask_thresholds(logits, (0, size), ranks),
-            "torch.sort": lambda: logits.abs().sort().values[rank],
-            "torch.kthvalue": lambda: logits.abs().kthvalue(rank + 1).values,
-            "torch.topk": lambda: logits.abs().topk(rank + 1, largest=False, sorted=False).values.max(),
-            "numpy.percentile": lambda: torch.from_numpy(
+        functions: dict[str, Callable[[Tensor], Tensor]] = {
+            "reference": lambda logits: reference.mask_thresholds(logits.double(), (0, size), ranks),
+            OURS: lambda logits: ops.mask_thresholds(logits, (0, size), ranks),
+            "torch.sort": lambda logits: logits.abs().sort().values[rank],
+            "torch.kthvalue": lambda logits: logits.abs().kthvalue(rank + 1).values,
+            "torch.topk": lambda logits: logits.abs().topk(rank + 1, largest=False, sorted=False).values.max(),
+            "numpy.percentile": lambda logits: torch.from_numpy(
                 np.percentile(logits.abs().numpy(), 30, method="higher", keepdims=True)
             ),
         }
-        return OpRun([lambda: {"threshold": functions[contender]()}])
+
+        def call(logits: Tensor) -> Results:
+            return {"threshold": functions[contender](logits)}
+
+        return OpRun([partial(call, logits) for logits in many], graph=contender != "reference")
 
     return Case(
         name="thresholds",
@@ -75,12 +81,12 @@ class _Target:
     offsets: tuple[int, ...]
 
     @classmethod
-    def of(cls, experiment: Experiment, contender: str, device: torch.device) -> "_Target":
+    def of(cls, experiment: Experiment, contender: str, device: torch.device, number: int) -> "_Target":
         layout = experiment.layout()
         dtype = torch.float64 if contender == "reference" else torch.float32
-        logits = uniform(layout.size, low=-2, high=2, seed=1, device=device).to(dtype)
-        previous = uniform(layout.size, low=-0.1, high=0.1, seed=2, device=device).to(dtype)
-        moved = previous + uniform(layout.size, low=-0.01, high=0.01, seed=3, device=device).to(dtype)
+        logits = uniform(layout.size, low=-2, high=2, seed=10 * number + 1, device=device).to(dtype)
+        previous = uniform(layout.size, low=-0.1, high=0.1, seed=10 * number + 2, device=device).to(dtype)
+        moved = previous + uniform(layout.size, low=-0.01, high=0.01, seed=10 * number + 3, device=device).to(dtype)
         weights = [view.clone().requires_grad_() for view in layout.views(moved)]
         limits = torch.full((len(layout.segments),), 0.5, device=device, dtype=dtype)
         return cls(weights, previous, logits.requires_grad_(), limits, layout.offsets)
@@ -93,22 +99,28 @@ def _module(contender: str):
     return ops if contender == OURS else reference
 
 
+def _targets(experiment: Experiment, contender: str, device: torch.device) -> list[_Target]:
+    count = 1 if contender == "reference" else sets(12 * experiment.layout().size, device)
+    return [_Target.of(experiment, contender, device, number) for number in range(count)]
+
+
 def masked_weights(experiment: Experiment) -> Case:
     """W * m of all layers, forward and backward."""
     size = experiment.layout().size
 
     def build(contender: str, device: torch.device) -> OpRun:
-        target = _Target.of(experiment, contender, device)
-        outputs = [uniform(w.numel(), seed=4 + s, device=device).to(w).view_as(w) for s, w in enumerate(target.weights)]
+        targets = _targets(experiment, contender, device)
+        weights = targets[0].weights
+        outputs = [uniform(w.numel(), seed=4 + s, device=device).to(w).view_as(w) for s, w in enumerate(weights)]
 
-        def call() -> Results:
+        def call(target: _Target) -> Results:
             made = _module(contender).masked_weights(target.weights, target.logits, target.thresholds, target.offsets)
             leaves = target.leaves()
             found = torch.autograd.grad(made, list(leaves.values()), outputs)
             named = {f"masked.{s}": m for s, m in enumerate(made)}
             return named | {f"grad/{name}": g for name, g in zip(leaves, found, strict=True)}
 
-        return OpRun([call])
+        return OpRun([partial(call, target) for target in targets], graph=contender != "reference")
 
     # Forward: W and logits read, product written; backward: gradient, W and logits read, both gradients written.
     floor = (4.0 * 8 * size, 0.0)
@@ -120,15 +132,15 @@ def weight_drift(experiment: Experiment) -> Case:
     size = experiment.layout().size
 
     def build(contender: str, device: torch.device) -> OpRun:
-        target = _Target.of(experiment, contender, device)
+        targets = _targets(experiment, contender, device)
 
-        def call() -> Results:
+        def call(target: _Target) -> Results:
             value = _module(contender).weight_drift(
                 target.weights, target.previous, target.offsets, 1, target.logits, target.thresholds
             )
             return {"drift": value} | gradients(value, target.leaves())
 
-        return OpRun([call])
+        return OpRun([partial(call, target) for target in targets], graph=contender != "reference")
 
     # Forward: W, W_prev and logits read; backward: the same, both gradients written.
     floor = (4.0 * 8 * size, 0.0)
@@ -157,17 +169,18 @@ def output_drift(experiment: Experiment, tasks: int) -> Case:
     return _op("output_drift", f"{size} x {width}, {tasks} tasks, forward and backward", build, lambda: floor)
 
 
-def hypernet_adam(experiment: Experiment, tasks: int) -> Case:
-    """Backward of the dense output layer for `tasks` tasks and its Adam step."""
+def hypernet_adam(experiment: Experiment, tasks: int, plain_pass: str) -> Case:
+    """Backward of the dense output layer for `tasks` tasks and its Adam step; one of `PLAIN_PASS` beside it."""
     size, width = experiment.layout().size, experiment.config.hypernet.hidden[-1]
 
     def build(contender: str, device: torch.device) -> OpRun:
-        return OpRun([_adam_call(contender, _adam_inputs(size, width, tasks, device))])
+        inputs = _adam_inputs(size, width, tasks, device)
+        return OpRun([(_plain_pass if contender == plain_pass else _adam_call)(contender, inputs)])
 
     moved = 4.0 * (6 * size * (width + 1) + tasks * size)
     work = 6.0 * size * width * tasks
     shapes = f"{size} x {width}, {tasks} task{'s' if tasks > 1 else ''}"
-    return _op(f"hypernet_adam/{tasks}", shapes, build, lambda: (moved, work))
+    return _op(f"hypernet_adam/{tasks}", shapes, build, lambda: (moved, work), plain_pass)
 
 
 def _adam_inputs(size: int, width: int, tasks: int, device: torch.device) -> list[Tensor]:
@@ -194,6 +207,23 @@ def _adam_call(contender: str, inputs: list[Tensor]) -> Callable[[], Results]:
     def call() -> Results:
         hidden_grad, drift = functions[contender](*inputs)
         return {"hidden_grad": hidden_grad, "drift": drift} | dict(zip(names, inputs[4:10], strict=True))
+
+    return call
+
+
+def _plain_pass(contender: str, inputs: list[Tensor]) -> Callable[[], Results]:
+    """Weight, bias and their moments in place, or copied to others: as many bytes read and written either way."""
+    changed = inputs[4:10]
+    copies = [torch.empty_like(tensor) for tensor in changed] if contender == PLAIN_PASS["cuda"] else None
+
+    def call() -> Results:
+        if copies is None:
+            for tensor in changed:
+                tensor.neg_()
+        else:
+            for copy, tensor in zip(copies, changed, strict=True):
+                copy.copy_(tensor)
+        return {}
 
     return call
 
@@ -245,16 +275,17 @@ def _adam_by_fused_step(
     return hidden_grad, residual.square().sum()
 
 
-def _op(name: str, shapes: str, build: Callable, floor: Callable[[], tuple[float, float]]) -> Case:
-    """An op against the same in eager PyTorch, in float32."""
+def _op(name: str, shapes: str, build: Callable, floor: Callable[[], tuple[float, float]], *rates: str) -> Case:
+    """An op against the same in eager PyTorch, in float32; `rates`: contenders that show what the machine can do."""
     return Case(
         name=name,
         experiment=name,
         task=None,
         shapes=shapes,
-        contenders=(OURS, PYTORCH),
+        contenders=(OURS, PYTORCH, *rates),
         build=build,
         floor=floor,
+        reference=lambda contender: "" if contender in rates else "reference",
         # The hidden vectors' gradient is a sum over N terms, which float32 matrix products add up in any order.
         tolerance=lambda tensor: 1e-4 if tensor == "hidden_grad" else 2e-5,
     )

@@ -29,12 +29,8 @@ class Process:
 
     def __init__(self, device: torch.device, threads: int, malloc: str, patience: float | None = None) -> None:
         self._patience, self._broken = patience, False
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment = machine.environment(malloc) | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        setting = machine.MALLOC[malloc]
-        if setting:
-            name, _, value = setting.partition("=")
-            environment[name] = value
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker", str(device), str(threads)],
             stdin=subprocess.PIPE,

@@ -15,7 +15,7 @@ def cases(device: torch.device, quick: bool) -> tuple[Case, ...]:
     if quick:
         known = {name: experiments.quick(experiment) for name, experiment in known.items()}
     found = [case for experiment in known.values() for case in steps.cases(experiment, device)]
-    found += ops_cases.cases(known, quick)
+    found += ops_cases.cases(known, device, quick)
     if device.type == "cuda":
         from . import gpu_cases
 

@@ -14,7 +14,8 @@ class Row:
 
     Attributes:
         date: UTC, ISO 8601; command: what was typed.
-        malloc: name of the allocator's setting; malloc_setting: the environment that makes it.
+        malloc: name of the allocator's setting; malloc_setting: the environment that makes it, or what the contender
+            sets by itself without one.
         task_index: of a whole-step case, "" for an op.
         median_ms, p20_ms, p80_ms: per step or call; repeats: samples.
         floor_ms: the larger of bytes over measured bandwidth and flops over the measured rate of `dtype`.

@@ -1,8 +1,10 @@
 """Runs benchmarks: contenders take turns, A B C A B C ..., each result checked before anything is timed."""
 
+import math
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ class Plan:
     """How much is measured: `turns` per contender of `seconds` each, no more than `most` samples a turn.
 
     patience: seconds after which a contender that does not answer is left out; None: for ever.
+    limit: seconds after which no further case is begun; None: all are.
     """
 
     device: torch.device
@@ -32,6 +35,7 @@ class Plan:
     seconds: float = 1.0
     most: int = 30
     patience: float | None = None
+    limit: float | None = None
     command: str = field(default_factory=lambda: shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
 
 
@@ -58,6 +62,7 @@ class Runner:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self._end = math.inf if plan.limit is None else time.monotonic() + plan.limit
         self._shared: dict[str, Process] = {}
         process = self._shared_process(plan.malloc[0])
         self.about = process.ask("describe")
@@ -66,7 +71,10 @@ class Runner:
     def rows(self, cases: Sequence[Case]) -> Iterator[Row]:
         try:
             for case in cases:
-                yield from self._rows(case)
+                if time.monotonic() < self._end:
+                    yield from self._rows(case)
+                else:
+                    say(f"{case.name}: not begun: {self.plan.limit:g} s are over")
         finally:
             for malloc in list(self._shared):
                 self._end_shared(malloc)
@@ -213,7 +221,7 @@ class Runner:
         measured: dict[str, Any] = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "malloc": malloc,
-            "malloc_setting": machine.MALLOC[malloc],
+            "malloc_setting": machine.malloc_setting(malloc) or case.allocator(entry.contender),
             "experiment": case.experiment,
             "case": case.name,
             "task_index": "" if case.task is None else case.task,

@@ -15,6 +15,8 @@ from .gate import Sketch, sketch
 CPU_CONTENDERS = (OURS, "hypnettorch", "batched torch", "torch.compile", "plain network")
 CUDA_CONTENDERS = ("ours captured", OURS, "batched torch captured", "batched torch", "torch.compile", "plain network")
 BETA1, EPS = 0.9, 1e-8  # Adam's
+# As shipped, the library is what its command line ships. Under "tuned" this changes nothing: the environment decides.
+OWN_ALLOCATOR = "hypermask_fast.training.memory.tune_allocator()"
 
 
 def cases(experiment: Experiment, device: torch.device) -> list[Case]:
@@ -33,6 +35,7 @@ def cases(experiment: Experiment, device: torch.device) -> list[Case]:
             reference=lambda contender: "reference plain" if contender == "plain network" else "reference",
             isolated=True,
             memory=lambda contender: memory(experiment, contender),
+            allocator=lambda contender: OWN_ALLOCATOR if contender.startswith(OURS) else "",
         )
         for task in experiment.at
     ]
@@ -107,7 +110,7 @@ def _peer_settings(experiment: Experiment) -> dict:
 def library(experiment: Experiment, device: torch.device, captured: bool):
     from .peers.ours import Library
 
-    tune_allocator()  # as the command line does
+    tune_allocator()  # as the command line does; see OWN_ALLOCATOR
     config = experiment.config
     made = Library(
         experiment.network(),
@@ -267,7 +270,7 @@ class CapturedRun(StepRun):
             with torch.cuda.graph(self.graph):
                 self.loss = self.peer.step(*self.batches[0])
         except RuntimeError as error:
-            raise Unavailable(f"the step can't be captured: {str(error).splitlines()[0]}") from error
+            raise Unavailable(f"the step can't be captured: {str(error).splitlines()[0]}", broken=True) from error
         fill(self.pieces, self.specs, moved=True)
         for state in self.peer.optimizer.state.values():
             for tensor in state.values():

@@ -84,6 +84,7 @@ class Worker:
         for kept in (self.held, self.inner, self.last):
             kept.clear()
         gc.collect()
+        _give_back()  # the next case may want it in another process
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return {"peak_memory": peak}
@@ -98,14 +99,19 @@ class Worker:
 COMMANDS = ("prepare", "warm", "turn", "release", "describe", "rates")
 
 
+def _give_back() -> None:
+    """Freed memory to the system, which an allocator told to keep it would not."""
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _reset_peak_memory() -> None:
     """Linux lets a process forget its high-water mark; elsewhere building the contender counts too.
 
     What building it and comparing its result has freed goes back first: an allocator told to keep freed memory would
     show it as the contender's.
     """
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+    _give_back()
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     if torch.cuda.is_available():
@@ -132,7 +138,7 @@ def answer(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"unknown command {name!r}")
         return getattr(worker, name)(**arguments)
     except Unavailable as problem:
-        return {"unavailable": str(problem), "broken": machine.device_lost()}
+        return {"unavailable": str(problem), "broken": problem.broken or machine.device_lost()}
     except Exception as problem:
         traceback.print_exc()
         return {"error": machine.first_line(problem), "broken": machine.device_lost()}

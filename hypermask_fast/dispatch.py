@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .small_batch import MAX_ROWS
 
 T = TypeVar("T")
 
 FUSED, MASK_FIRST = "fused", "mask first"
 FUSED_BACKENDS = ("cuda", "triton")  # those with layers in one kernel
 LAYERS = ("masked_linear", "masked_conv2d", "chunk_masked_linear", "chunk_masked_conv2d")
+MAX_ROWS = 16  # of x that the CUDA kernels for few rows take
 _UNMEASURED = f"; cuda before triton, unmeasured: up to {MAX_ROWS} rows W's bytes decide, and its kernel is for that"
 LAUNCH = 2e-6  # seconds; W * m of all layers is one launch, so a layer must save more than that to go alone
 _FAR = 3.0  # a measured shape further away than this, in powers of 2 summed over its sizes, says nothing
@@ -83,6 +83,7 @@ class Call:
         gradient: whether a backward pass follows.
         dtype: what the product is done in; weight_bytes: of one stored weight or logit.
         taps: kh * kw of a convolution, over which a contiguous weight's neighbours along the reduction are apart.
+        tf32: whether a float32 product's operands are rounded to TF32.
     """
 
     op: str
@@ -93,6 +94,7 @@ class Call:
     weight_bytes: int
     gradient: bool
     taps: int = 1
+    tf32: bool = False
 
     def __str__(self) -> str:
         backward = ", forward and backward" if self.gradient else ""
@@ -140,6 +142,16 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
+def allows_tf32(convolution: bool) -> bool:
+    """Whether PyTorch's settings let float32 products, or convolutions, round their operands to TF32.
+
+    Every way to set it (fp32_precision, allow_tf32, set_float32_matmul_precision) shows in fp32_precision; allow_tf32
+    may raise once fp32_precision has been set.
+    """
+    setting = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+    return setting.fp32_precision == "tf32"
+
+
 def _product_dtype(x: Tensor) -> str:
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     return str(dtype).removeprefix("torch.")
@@ -168,7 +180,8 @@ def decide(
 ) -> Choice:  # fmt: skip
     """`choose` from plain numbers; torch.compile takes its answer as a constant."""
     folder = os.environ.get("HYPERMASK_TABLES", "")
-    return _decide(op, rows, outputs, reduced, dtype, weight_bytes, gradient, taps, device, folder)
+    tf32 = dtype == "float32" and allows_tf32("conv2d" in op)
+    return _decide(op, rows, outputs, reduced, dtype, weight_bytes, gradient, taps, tf32, device, folder)
 
 
 def gpu_name(device: int) -> str:
@@ -233,7 +246,7 @@ def estimate(call: Call, gpu: Gpu) -> tuple[float, float]:
     entries, b = call.outputs * call.reduced, call.weight_bytes
     x_bytes = 4 if call.dtype == "float32" else 2
     io, operations = x_bytes * call.rows * (call.reduced + call.outputs), 2.0 * call.rows * entries
-    rate = {"float32": gpu.tf32 if torch.backends.cuda.matmul.allow_tf32 else gpu.float32}.get(call.dtype, gpu.half)
+    rate = gpu.half if call.dtype != "float32" else gpu.tf32 if call.tf32 else gpu.float32
     per_tanh = TANH_FLOAT32 if call.dtype == "float32" else 1
 
     per_load = math.ceil(call.taps * b / 4)

@@ -1,7 +1,8 @@
 """The CUDA ops for a few rows of x: shape functions, gradients, and what they can serve.
 
 masked_linear and chunk_masked_linear for up to 16 rows, where the bytes of W decide the time (csrc/cuda/small_*). Their
-backward passes are made of PyTorch's own products: right in every dtype, not fast.
+backward passes are Triton's kernels where Triton is there, which keep no logits of a chunked hypernetwork in memory;
+else PyTorch's own products on the mask in float32: right in every dtype, not fast.
 """
 
 import math
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import backends, reference, triton_backend
+from .dispatch import MAX_ROWS
 
-MAX_ROWS = 16
 MAX_WIDTH = 512  # of the hypernetwork; shared memory holds a block's hidden vectors and output layer
 _STEP = 384  # entries of the reduction that a block of the chunked kernel takes at a time
 _HALVES = (torch.float16, torch.bfloat16)
@@ -40,6 +41,19 @@ def _product_gradients(
     return dx, (outer * mask).to(weight.dtype), da
 
 
+def _triton_gradients(op: str, ctx, grad: Tensor, *args) -> list[Tensor | None] | None:
+    """Those of an op's leading tensors by Triton's backward pass, None for each that nobody asked for; None without
+    Triton."""
+    if backends.problem("triton") or triton_backend.condition(grad):
+        return None
+    from . import kernels  # defines the operators
+
+    count = {"masked_linear": 3, "chunk_masked_linear": 5}[op]
+    needed = ctx.needs_input_grad[:count]
+    gradients = getattr(torch.ops.hypermask_fast, f"{op}_backward")(grad, *args, needed)
+    return kernels.host.none_if_unneeded(gradients, needed)
+
+
 def _bias_gradient(ctx, grad: Tensor) -> Tensor | None:
     return grad.sum(0, dtype=torch.float32).to(grad.dtype) if ctx.needs_input_grad[-1] else None
 
@@ -49,8 +63,11 @@ def _masked_linear_setup(ctx, inputs, output) -> None:
 
 
 def _masked_linear_backward(ctx, grad):
-    dx, dw, da = _product_gradients(grad, *ctx.saved_tensors)
-    return dx, dw, da.to(dw.dtype), None, _bias_gradient(ctx, grad)
+    gradients = _triton_gradients("masked_linear", ctx, grad, *ctx.saved_tensors)
+    if gradients is None:
+        dx, dw, da = _product_gradients(grad, *ctx.saved_tensors)
+        gradients = dx, dw, da.to(dw.dtype)
+    return *gradients, None, _bias_gradient(ctx, grad)
 
 
 def _chunk_masked_linear_setup(ctx, inputs, output) -> None:
@@ -59,19 +76,26 @@ def _chunk_masked_linear_setup(ctx, inputs, output) -> None:
 
 
 def _chunk_masked_linear_backward(ctx, grad):
-    x, weight, hidden, output_weight, output_bias, threshold = ctx.saved_tensors
+    *tensors, threshold = ctx.saved_tensors
+    gradients = _triton_gradients("chunk_masked_linear", ctx, grad, *tensors, ctx.start, threshold)
+    if gradients is None:
+        gradients = _chunk_gradients(grad, *tensors, ctx.start, threshold)
+    return *gradients, None, None, _bias_gradient(ctx, grad)
+
+
+def _chunk_gradients(grad, x, weight, hidden, output_weight, output_bias, start, threshold) -> tuple[Tensor, ...]:
+    """Of x, W, the hidden vectors and the output layer, out of this weight's logits in float32."""
     size, (chunk_size, _) = weight.numel(), output_weight.shape
     if size == 0:
-        zeros = (torch.zeros_like(t) for t in (x, weight, hidden, output_weight, output_bias))
-        return *zeros, None, None, _bias_gradient(ctx, grad)
-    first, last = ctx.start // chunk_size, (ctx.start + size - 1) // chunk_size + 1
-    h, layer, offset = hidden[first:last].float(), output_weight.float(), ctx.start - first * chunk_size
+        return tuple(torch.zeros_like(t) for t in (x, weight, hidden, output_weight, output_bias))
+    first, last = start // chunk_size, (start + size - 1) // chunk_size + 1
+    h, layer, offset = hidden[first:last].float(), output_weight.float(), start - first * chunk_size
     logits = reference.chunk_logits(h, layer, output_bias.float(), offset, weight.shape)
     dx, dw, da = _product_gradients(grad, x, weight, logits, threshold)
     chunks = F.pad(da.flatten(), (offset, (last - first) * chunk_size - offset - size)).view(-1, chunk_size)
     dh = F.pad(chunks @ layer, (0, 0, first, len(hidden) - last)).to(hidden.dtype)
     d_layer = (chunks.t() @ h).to(output_weight.dtype)
-    return dx, dw, dh, d_layer, chunks.sum(0).to(output_bias.dtype), None, None, _bias_gradient(ctx, grad)
+    return dx, dw, dh, d_layer, chunks.sum(0).to(output_bias.dtype)
 
 
 # Calls with the reference's signatures, and what they can't serve

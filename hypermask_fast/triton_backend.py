@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,25 +15,19 @@ OPS = (
     "entropy_select",
     "masked_conv2d",
     "masked_linear",
+    "masked_weights",
     "semi_binary_mask",
     "task_batched_linear",
     "weight_drift",
 )
+_OF_SEGMENTS = ("masked_weights", "weight_drift")  # whose first argument is a list of weights
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def register() -> None:
     """Offers every kernel to `backends`."""
     for op in OPS:
-        backends.offer(op, "triton", _kernel(op), _condition)
-    backends.offer("masked_weights", "triton", _masked_weights, _condition)
-
-
-def _masked_weights(weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offsets: Sequence[int]):
-    """W_s * m_s with one mask kernel per layer: serves half precision, and where the extension has no CUDA part."""
-    mask = _kernel("semi_binary_mask")
-    views = [logits[start:stop] for start, stop in pairwise(offsets)]
-    return [w * mask(a.view(w.shape), t) for w, a, t in zip(weights, views, thresholds, strict=False)]
+        backends.offer(op, "triton", _kernel(op), _of_segments if op in _OF_SEGMENTS else condition)
 
 
 def _kernel(op: str) -> Callable:
@@ -46,7 +39,7 @@ def _kernel(op: str) -> Callable:
     return call
 
 
-def _condition(*args: Any, **kwargs: Any) -> str:
+def condition(*args: Any, **kwargs: Any) -> str:
     """Why Triton can't take these tensors, "" if it can."""
     for tensor in backends.tensors((*args, *kwargs.values())):
         if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
@@ -54,6 +47,11 @@ def _condition(*args: Any, **kwargs: Any) -> str:
         if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
             return f"triton computes in float32, float16 and bfloat16, not {_name(tensor)}"
     return ""
+
+
+def _of_segments(weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> str:
+    problem = condition(weights, *args, **kwargs)
+    return problem or ("the weights differ in dtype" if len({w.dtype for w in weights}) > 1 else "")
 
 
 def _name(tensor: Tensor) -> str:

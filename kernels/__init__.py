@@ -5,6 +5,7 @@ from .chunk_masked_linear import chunk_masked_linear
 from .entropy_select import entropy_select
 from .masked_conv2d import masked_conv2d
 from .masked_linear import masked_linear
+from .masked_weights import masked_weights
 from .semi_binary_mask import semi_binary_mask, semi_binary_mask_with_slope
 from .task_batched_linear import task_batched_linear
 from .tuning import tune, tune_masked_linear
@@ -16,6 +17,7 @@ __all__ = [
     "entropy_select",
     "masked_conv2d",
     "masked_linear",
+    "masked_weights",
     "semi_binary_mask",
     "semi_binary_mask_with_slope",
     "task_batched_linear",

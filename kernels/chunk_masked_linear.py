@@ -195,7 +195,7 @@ def chunk_masked_linear(
     and cuBLAS multiplies.
 
     Differentiable in x, weight, hidden, output_weight, output_bias and bias. Products of x are in x's dtype (under
-    autocast: autocast's), those of the logits in output_weight's, TF32 by torch.backends.cuda.matmul.allow_tf32.
+    autocast: autocast's), those of the logits in output_weight's, TF32 by torch.backends.cuda.matmul.fp32_precision.
 
     Args:
         x: (..., in); weight: (out, in); hidden: (chunks, H); output_weight: (C, H); output_bias: (C,).

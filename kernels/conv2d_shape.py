@@ -32,6 +32,11 @@ class Conv2dShape:
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
 
+    def __str__(self) -> str:
+        """The part of a key that `tune` keeps settings under."""
+        pairs = zip("kspd", (self.kernel, self.stride, self.padding, self.dilation), strict=True)
+        return "".join(f"{name}{h},{w}" for name, (h, w) in pairs) + f"g{self.groups}"
+
     def constants(self) -> dict[str, int]:
         names = ("K{}", "STRIDE_{}", "PAD_{}", "DILATION_{}")
         values = (self.kernel, self.stride, self.padding, self.dilation)

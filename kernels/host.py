@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
+from ..dispatch import allows_tf32
 from ..errors import InputError
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -91,12 +92,12 @@ def capability(index: int | None) -> int:
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """Triton's input_precision for a product in dtype: TF32 where torch.backends.cuda.matmul allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32(convolution=False) else "ieee"
 
 
 def convolution_precision(dtype: torch.dtype) -> str:
-    """The same for convolutions, whose switch is torch.backends.cudnn.allow_tf32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """The same for convolutions, whose setting is torch.backends.cudnn.conv."""
+    return "tf32" if dtype == torch.float32 and allows_tf32(convolution=True) else "ieee"
 
 
 def approximate_tanh(dtype: torch.dtype) -> bool:

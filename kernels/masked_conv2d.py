@@ -10,7 +10,7 @@ from . import host, settings
 from .conv2d_shape import Conv2dShape, pair
 from .device import gradient_of_logits, mask_of, masked_tile
 from .host import check
-from .settings import Tiles
+from .tiles import Tiles
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _masked_convolution(
     pixel = tl.program_id(0).to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
     n, row, col = _pixel(pixel, height, width)
     threshold = tl.load(threshold_ptr).to(tl.float32)
-    x_ptr += group * in_channels.to(INDEX) * x_c
+    x_ptr += group.to(INDEX) * in_channels * x_c
     w_ptr += group * w_group
     a_ptr += group * a_group
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -151,8 +151,8 @@ def _weight_gradient(
         k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         known = k < reduced
         c, r, s = _tap(k, in_channels, KW, KH * KW, CHANNELS_LAST)
-    dy_ptr += group * channels.to(INDEX) * dy_c
-    x_ptr += group * in_channels.to(INDEX) * x_c
+    dy_ptr += group.to(INDEX) * channels * dy_c
+    x_ptr += group.to(INDEX) * in_channels * x_c
     gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split.to(INDEX) * steps * BLOCK_K + tl.arange(0, BLOCK_K)
     for step in range(steps):
@@ -369,7 +369,7 @@ def masked_conv2d(
     """y = conv2d(x, W * m) + b, m = |tanh a| where not |a| < threshold, else 0.
 
     Differentiable in x, weight, logits and bias; autocast and dtypes as `masked_linear`, TF32 by
-    torch.backends.cudnn.allow_tf32. The output has x's memory format.
+    torch.backends.cudnn.conv.fp32_precision. The output has x's memory format.
 
     Args:
         x: (batch, in, height, width); weight, logits: (out, in / groups, kh, kw); threshold: one entry, on |a|;

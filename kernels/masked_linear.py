@@ -9,8 +9,7 @@ from triton import cdiv
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import check
-from .settings import Tiles
-from .tuning import tuned
+from .tiles import Tiles
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -160,8 +159,7 @@ def launch_product(
     y = x.new_empty((rows, outputs))
     if y.numel() == 0:
         return y
-    shape = rows, outputs, reduced, x.dtype, x.device
-    tiles = tiles or tuned("masked_product", *shape) or settings.masked_product(*shape)
+    tiles = tiles or settings.masked_product(rows, outputs, reduced, x.dtype, x.device)
     steps = cdiv(cdiv(reduced, tiles.block_k), tiles.splits)
     split = tiles.splits > 1
     target = x.new_empty((tiles.splits, rows, outputs), dtype=torch.float32) if split else y[None]
@@ -280,7 +278,7 @@ def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, 
     """y = x (W * m)^T + b, m = |tanh a| where not |a| < threshold, else 0.
 
     Differentiable in x, weight, logits and bias, each gradient in its tensor's own dtype. Products are in x's dtype
-    (under autocast: autocast's), float32 as IEEE or TF32 by torch.backends.cuda.matmul.allow_tf32; sums are in
+    (under autocast: autocast's), float32 as IEEE or TF32 by torch.backends.cuda.matmul.fp32_precision; sums are in
     float32, the mask is applied in float32 to the weight as stored.
 
     Args:

@@ -22,7 +22,7 @@ def _mask(
     """Forward: the mask (and its slope); backward: grad times the slope. Each run of entries, `blocks` programs
     long, has one threshold."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    local = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    local = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = local < run
     entry = row * run + local
     a = tl.load(a_ptr + entry, mask=inside, other=0).to(tl.float32)

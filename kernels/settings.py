@@ -1,45 +1,15 @@
-"""Launch settings and the heuristics that choose them. `tune` (tuning.py) can measure better ones on request."""
+"""The heuristics that choose launch settings. `tune` (tuning.py) can measure better ones on request.
 
-from dataclasses import dataclass
+Every `tunable` one takes sizes, the dtype of the products and the device, and is asked before each launch.
+"""
 
 import torch
 from triton import cdiv, next_power_of_2
 
 from . import host
 from .conv2d_shape import Conv2dShape
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """One launch of a tiled product: the accumulator is (block_m, block_n), the reduction goes by block_k.
-
-    splits > 1 divides the reduction among that many programs, whose partial sums a second launch adds in order.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int = 4
-    stages: int = 3
-    splits: int = 1
-
-    def launch(self, dtype: torch.dtype) -> dict[str, int | None]:
-        """Keywords of a launch whose products are in dtype. Left alone, ptxas may spill a few registers of a
-        half-precision kernel to fit one more program on a multiprocessor."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.warps,
-            "maxnreg": None if dtype == torch.float32 else 255,
-            "num_stages": self.stages,
-        }
-
-    def launch_chunks(self, dtype: torch.dtype) -> dict[str, int | None]:
-        """The same where block_k steps over the hypernetwork's width."""
-        settings = self.launch(dtype)
-        settings["BLOCK_H"] = settings.pop("BLOCK_K")
-        return settings
+from .tiles import Tiles
+from .tuning import tunable
 
 
 def _clip(size: int, low: int, high: int) -> int:
@@ -71,6 +41,7 @@ def _filling(outputs: int, rows: int, copies: int, device: torch.device, widest:
     return fitting[-1]
 
 
+@tunable
 def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """(W * m) x^T, an (outputs, rows) product: block_m over outputs, block_n over rows of x.
 
@@ -98,6 +69,7 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, de
     return Tiles(block_m, block_n, block_k, warps, stages, splits)
 
 
+@tunable
 def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """G = dy^T x, an (outputs, inputs) product reduced over rows; its epilogue reads W and a and writes dW and da once,
     4 * 2 bytes an entry: 31 us at 4096 x 4096 in bfloat16, where 8192 rows take the tensor cores 370 us."""
@@ -118,6 +90,7 @@ def convolution_columns(channels: int, taps: int, block: int) -> int:
     return taps * cdiv(channels, block) if by_tap(channels) else cdiv(channels * taps, block)
 
 
+@tunable
 def convolution(
     channels: int, pixels: int, in_channels: int, shape: Conv2dShape, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
@@ -133,6 +106,7 @@ def convolution(
     return Tiles(_clip(channels, 16, m), n, _clip(reduced, 16, 64 if by_tap(in_channels) else 32), warps)
 
 
+@tunable
 def convolution_gradient(
     channels: int, in_channels: int, pixels: int, shape: Conv2dShape, dtype: torch.dtype, device: torch.device
 ) -> Tiles:
@@ -146,12 +120,16 @@ def convolution_gradient(
     return Tiles(block_m, block_n, block_k, 4 if splits > 1 else 8, stages, splits)
 
 
-def chunk_tiles(chunks: int, chunk_size: int, width: int) -> Tiles:
+@tunable
+def chunk_tiles(chunks: int, chunk_size: int, width: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """A tile of (chunk, position) whose logits are a product over `width`; block_k is the step over it."""
     return Tiles(_clip(chunks, 16, 64), _clip(chunk_size, 16, 64), _clip(width, 16, 32), warps=8, stages=2)
 
 
-def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: torch.dtype, device) -> Tiles:
+@tunable
+def chunk_product(
+    rows: int, outputs: int, residues: int, reduced: int, dtype: torch.dtype, device: torch.device
+) -> Tiles:
     """As `masked_product` for few rows: `outputs` rows of the weight share their positions, for each of `residues`."""
     block_m, block_n = _clip(outputs, 16, 64), _clip(rows, 16, 64)
     block_k = _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
@@ -166,6 +144,7 @@ def width_block(width: int) -> int:
     return _clip(width, 16, 16 if width % 8 else 64)
 
 
+@tunable
 def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """As `masked_product` with `rows` the rows that a task may expect: every task fills tiles of its own.
 
@@ -179,6 +158,9 @@ def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch
     return Tiles(block_m, block_n, _clip(reduced, 16, 64), warps)
 
 
-def task_weight_gradient(inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
+@tunable
+def task_weight_gradient(
+    tasks: int, outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> Tiles:
     """As `weight_gradient`, narrower: dW's sum over the tasks stays in registers beside each task's G."""
     return Tiles(64, _clip(inputs, 16, 32 if dtype == torch.float32 else 64), _clip(rows, 16, 32), warps=8)

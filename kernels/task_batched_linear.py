@@ -12,7 +12,7 @@ from ..task_rows import TaskRows
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import check
-from .settings import Tiles
+from .tiles import Tiles
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def launch_task_weight_gradient(
     if weight.numel() == 0 or not (want_weight or want_logits):
         return dw, da
     (outputs, inputs), rows = weight.shape, grad.shape[-2]
-    tiles = tiles or settings.task_weight_gradient(inputs, rows, x.dtype)
+    tiles = tiles or settings.task_weight_gradient(len(logits), outputs, inputs, rows, x.dtype, x.device)
     grid = (cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m))
     _task_weight_gradient[grid](
         grad, x, weight, logits, thresholds, dw, da, order, begins, rows, outputs, inputs, len(logits),

@@ -5,6 +5,7 @@ $HYPERMASK_CACHE_DIR, else $XDG_CACHE_HOME/hypermask_fast, else ~/.cache/hyperma
 """
 
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -16,7 +17,9 @@ from triton import next_power_of_2
 from triton.testing import do_bench
 
 from ..errors import InputError
-from .settings import Tiles
+from .tiles import Tiles
+
+_OF_A_BATCH = ("rows", "pixels")  # sizes that count in powers of two: batches of about one size share their settings
 
 
 def cache_file() -> Path:
@@ -24,12 +27,6 @@ def cache_file() -> Path:
     if directory is None:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hypermask_fast"
     return Path(directory) / "tuning.json"
-
-
-def key_of(kernel: str, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Rows count in powers of two: batches of about one size share their settings."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{kernel}/{name}/{str(dtype).removeprefix('torch.')}/{next_power_of_2(max(rows, 1))}x{outputs}x{reduced}"
 
 
 @functools.cache
@@ -42,10 +39,25 @@ def _measured(file: Path) -> dict[str, Tiles]:
         raise InputError(f"{file} does not hold launch settings ({error}): delete it or tune again") from error
 
 
-def tuned(kernel: str, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
-    """What `tune` found for this kernel and shape on this device, if it was asked."""
-    measured = _measured(cache_file())
-    return measured.get(key_of(kernel, rows, outputs, reduced, dtype, device)) if measured else None
+def tunable(heuristic: Callable[..., Tiles]) -> Callable[..., Tiles]:
+    """`heuristic(*sizes, dtype, device)`, or what `tune` found for these sizes, dtype and device, if it was asked."""
+    sizes = list(inspect.signature(heuristic).parameters)[:-2]
+
+    def key(*arguments: object) -> str:
+        *values, dtype, device = arguments
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        pairs = zip(sizes, values, strict=True)
+        rounded = (str(next_power_of_2(max(v, 1)) if name in _OF_A_BATCH else v) for name, v in pairs)
+        return f"{heuristic.__name__}/{gpu}/{str(dtype).removeprefix('torch.')}/{'x'.join(rounded)}"
+
+    @functools.wraps(heuristic)
+    def settings(*arguments: object) -> Tiles:
+        measured = _measured(cache_file())
+        found = measured.get(key(*arguments)) if measured else None
+        return found or heuristic(*arguments)
+
+    settings.key = key
+    return settings
 
 
 def candidates(base: Tiles) -> list[Tiles]:
@@ -59,27 +71,32 @@ def candidates(base: Tiles) -> list[Tiles]:
 
 
 def tune(
-    key: str,
+    settings: Callable[..., Tiles],
+    arguments: tuple,
     launch: Callable[[Tiles], object],
-    tiles: Iterable[Tiles],
+    tiles: Iterable[Tiles] | None = None,
     timer: Callable[[Callable[[], object]], float] = do_bench,
 ) -> Tiles:
-    """Time launch(tiles) for each candidate, keep the fastest under `key` on disk and return it.
+    """Time launch(tiles) for each candidate, keep the fastest on disk and return it; later launches use it.
 
     Args:
-        key: from `key_of`; launch: runs the kernel with the given settings; tiles: what to try (`candidates`).
+        settings: one of `kernels.settings`, whose launch this is.
+        arguments: what it is asked with: sizes, dtype, device.
+        launch: runs the kernel with the given settings.
+        tiles: what to try; None for the `candidates` around the heuristic's own.
         timer: milliseconds of a call; Triton's do_bench, or another clock.
 
     Returns:
         The fastest settings. Candidates that the device cannot launch (registers, shared memory) are passed over.
+        A file that does not hold settings is replaced.
 
     Raises:
         InputError: none of the candidates could be launched.
     """
     from triton.runtime.errors import OutOfResources
 
-    times: dict[Tiles, float] = {}
-    for candidate in tiles:
+    key, times = settings.key(*arguments), {}
+    for candidate in candidates(settings.__wrapped__(*arguments)) if tiles is None else tiles:
         try:
             times[candidate] = timer(functools.partial(launch, candidate))
         except OutOfResources:
@@ -88,7 +105,10 @@ def tune(
         raise InputError(f"none of the settings tried for {key} can be launched on this device")
     best = min(times, key=times.__getitem__)
     file = cache_file()
-    measured = dict(_measured(file)) | {key: best}
+    try:
+        measured = _measured(file) | {key: best}
+    except InputError:
+        measured = {key: best}
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.tmp")
     scratch.write_text(json.dumps({k: asdict(t) for k, t in measured.items()}, indent=1, sort_keys=True))
@@ -107,7 +127,7 @@ def tune_masked_linear(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tens
     from .masked_linear import launch_product
 
     host.check_runnable(x)
-    shape = len(x), weight.shape[0], weight.shape[1], x.dtype, x.device
-    key = key_of("masked_product", *shape)
-    base = settings.masked_product(*shape)
-    return tune(key, lambda tiles: launch_product(x, weight, logits, threshold, None, tiles), candidates(base))
+    arguments = len(x), weight.shape[0], weight.shape[1], x.dtype, x.device
+    return tune(
+        settings.masked_product, arguments, lambda tiles: launch_product(x, weight, logits, threshold, None, tiles)
+    )

@@ -105,6 +105,44 @@ def test_the_estimate_counts_the_lines_that_a_window_is_read_in(dtype, size, lin
     assert plain < fused and plain == pytest.approx((2 * size * 1024 * 9216 + 7 * 10240 * size) / 0.85 / 4.3e12)
 
 
+@pytest.fixture
+def settings():
+    """PyTorch's settings of float32 products are back at their defaults afterwards."""
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = True
+    assert not torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32  # neither raises
+
+
+@pytest.mark.parametrize(
+    ("change", "products", "convolutions"),
+    [
+        (lambda: None, False, True),
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), True, True),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), True, True),
+        (lambda: setattr(torch.backends, "fp32_precision", "tf32"), True, True),
+        (lambda: torch.set_float32_matmul_precision("high"), True, True),
+        (lambda: setattr(torch.backends.cudnn, "allow_tf32", False), False, False),
+        (lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"), False, False),
+    ],
+)
+def test_whether_float32_is_tf32(gpu, settings, change, products, convolutions):
+    """By every switch that PyTorch has, older and newer, and for a choice that was made before."""
+    calls = [("masked_linear", linear(8192, dtype=torch.float32)), ("masked_conv2d", conv(32, 256, 256, 32, 3))]
+    for op, args in calls:
+        dispatch.choose(op, args, {})
+    change()
+    assert (dispatch.allows_tf32(convolution=False), dispatch.allows_tf32(convolution=True)) == (products, convolutions)
+    for (op, args), tf32 in zip(calls, (products, convolutions), strict=True):
+        rows = 8192 if op == "masked_linear" else 32 * 32 * 32
+        outputs, reduced, taps = args[1].shape[0], args[1].shape[1:].numel(), args[1].shape[2:].numel()
+        call = dispatch.Call(op, rows, outputs, reduced, "float32", 4, False, taps, tf32)
+        fused, first = (1e6 * seconds for seconds in dispatch.estimate(call, dispatch.H200))
+        assert f"fused {fused:.3g} us, mask first {first:.3g} us" in dispatch.choose(op, args, {}).why
+
+
 def test_a_table_decides(gpu):
     write(gpu, entry(), entry(rows=1024, fused_us=40.0), entry(gradient=True, fused_us=1.0))
     choice = dispatch.choose("masked_linear", linear(16), {})

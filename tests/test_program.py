@@ -36,3 +36,24 @@ def test_output_that_goes_nowhere(unbuffered):
         os.close(output)
         outcomes.append((done.returncode, done.stderr))
     assert outcomes == [(141, ""), (2, "hypermask-fast: error: standard output: No space left on device\n")]
+
+
+_IMPORTING = """
+import torch
+from torch.overrides import TorchFunctionMode
+
+class Watch(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not isinstance(result, torch.Tensor), function
+        return result
+
+with Watch():
+    import hypermask_fast.cli
+"""
+
+
+def test_importing_makes_no_tensor():
+    """Huge pages are asked for by the command, which PyTorch heeds where it comes before the first CPU tensor."""
+    done = subprocess.run([sys.executable, "-c", _IMPORTING], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

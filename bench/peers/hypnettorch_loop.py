@@ -100,7 +100,10 @@ class HypnettorchLoop:
 
 
 def _above_percentile(mask: Tensor, sparsity: float) -> Tensor:
-    """Zeroes what lies below the percentile, found by numpy as the authors' code finds it: a sort."""
+    """Zeroes what lies below the percentile, found as the authors' code finds it: by np.percentile, a partition.
+
+    Nothing is done at 0 percent, where the authors' code pays for a percentile too.
+    """
     if sparsity == 0:
         return mask
     threshold = float(np.percentile(mask.detach().cpu().numpy(), sparsity))

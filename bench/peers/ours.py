@@ -50,7 +50,7 @@ class Library:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        self.parts = cross_entropy.detach(), drifts
+        self.parts = cross_entropy.detach(), type(drifts)(*(drift.detach() for drift in drifts))
         return loss.detach()
 
     def last_loss(self) -> Tensor:

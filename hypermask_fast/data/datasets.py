@@ -68,13 +68,13 @@ def from_datasets(
 def _split(dataset: Any, in_memory: bool, num_workers: int) -> Split:
     """The dataset as a split on the CPU; None as an empty one."""
     if dataset is None:
-        return _EMPTY
+        return _empty()
     split = DatasetSplit(dataset, num_workers=num_workers)
     if not in_memory:
         return split
     # By index up to len, not by iterating: a map-style dataset need not raise IndexError at its end.
     items = [dataset[i] for i in range(len(dataset))]
-    return TensorSplit(*stack_items(items)) if items else _EMPTY
+    return TensorSplit(*stack_items(items)) if items else _empty()
 
 
 def _common_shape(tasks: list[TaskData]) -> tuple[int, ...]:
@@ -154,4 +154,5 @@ def _naming(t: int, part: str) -> Iterator[None]:
         raise InputError(f"task {t}, {part} set: {error}") from error
 
 
-_EMPTY = TensorSplit(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+def _empty() -> TensorSplit:
+    return TensorSplit(torch.zeros(0), torch.zeros(0, dtype=torch.int64))

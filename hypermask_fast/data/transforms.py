@@ -11,7 +11,8 @@ Those that hold tensors have `.to(device)`, which returns a copy there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -67,17 +68,17 @@ class Normalize:
     mean: Sequence[float]
     std: Sequence[float]
     device: torch.device | str = "cpu"
-    # Tensors kept: building them in a call would copy to the device, which waits and cannot be captured.
-    _mean: Tensor = field(init=False, repr=False, compare=False)
-    _std: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
             raise InputError(f"mean and std need one number per channel: {self.mean} and {self.std} do not fit")
         if not all(s > 0 for s in self.std):
             raise InputError(f"std must be positive, not {tuple(self.std)}")
-        object.__setattr__(self, "_mean", torch.tensor(self.mean, dtype=torch.float32, device=self.device))
-        object.__setattr__(self, "_std", torch.tensor(self.std, dtype=torch.float32, device=self.device))
+
+    @cached_property
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Kept: making them in each call would copy to the device, which waits and cannot be captured."""
+        return tuple(torch.tensor(values, dtype=torch.float32, device=self.device) for values in (self.mean, self.std))
 
     def to(self, device: torch.device | str) -> Normalize:
         return replace(self, device=device)
@@ -87,7 +88,8 @@ class Normalize:
         if x.dim() < 2 or x.shape[1] != len(self.mean):
             raise InputError(f"Normalize has {len(self.mean)} channels, the batch has shape {tuple(x.shape)}")
         shape = (-1,) + (1,) * (x.dim() - 2)
-        return (unit_range(x) - self._mean.view(shape)) / self._std.view(shape)
+        mean, std = (values.view(shape) for values in self._mean_and_std)
+        return (unit_range(x) - mean) / std
 
 
 @dataclass(frozen=True, eq=False)

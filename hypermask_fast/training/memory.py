@@ -15,7 +15,7 @@ def tune_allocator() -> None:
 
     Each training step makes temporaries of many megabytes. glibc gives such back to Linux at once, and every page of
     the next ones is then a page fault; and looking up pages of 4 KB costs a step that walks through gigabytes.
-    For a program to call as it begins: huge pages take effect before the process's first large tensor.
+    For a program to call as it begins: huge pages take effect before the process's first CPU tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:

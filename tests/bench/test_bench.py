@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gate, pool, registry, steps, worker
+from bench import gate, gpu_cases, machine, pool, registry, steps, worker
 from bench import runner as runner_module
 from bench.case import OURS, Case
 from bench.experiments import experiments, fill, quick
@@ -139,11 +139,42 @@ def test_a_worker_whose_device_is_lost_ends(monkeypatch):
     assert json.loads(answers.getvalue()) == {"error": "ValueError: unknown command 'nothing'", "broken": True}
 
 
-def process_of(monkeypatch, code, patience=None):
+def process_of(monkeypatch, code, patience=None, malloc="as shipped"):
     """A `pool.Process` that runs some other code in place of the worker."""
     popen = subprocess.Popen
     monkeypatch.setattr(pool.subprocess, "Popen", lambda command, **rest: popen([sys.executable, "-c", code], **rest))
-    return pool.Process(CPU, 1, "as shipped", patience)
+    return pool.Process(CPU, 1, malloc, patience)
+
+
+@pytest.mark.parametrize("malloc", machine.MALLOC)
+def test_every_contender_has_the_same_allocator_settings(monkeypatch, malloc):
+    """Huge pages included, and whatever the shell says; what ours sets by itself under "as shipped" is in its rows."""
+    names = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
+    for name in names:
+        monkeypatch.setenv(name, "glibc.malloc.check=0")
+    code = f"import json, os; print(json.dumps({{name: os.environ.get(name) for name in {names}}}))"
+    with process_of(monkeypatch, code, malloc=malloc) as process:
+        found = process.answer()
+    if malloc == "as shipped":
+        assert set(found.values()) == {None} and machine.malloc_setting(malloc) == ""
+    else:
+        assert found["THP_MEM_ALLOC_ENABLE"] == "1" and "trim_threshold" in found["GLIBC_TUNABLES"]
+        assert machine.malloc_setting(malloc) == " ".join(f"{name}={found[name]}" for name in names)
+    case = registry.find("split-mnist/task0", CPU, True)
+    assert "tune_allocator" in case.allocator(OURS) and case.allocator("batched torch") == ""
+
+
+def test_no_case_is_begun_after_the_limit(monkeypatch, capsys):
+    case = Case("squares", "squares", None, "", (OURS,), squares, lambda: (4e3, 2e3), lambda name: 1e-4)
+    monkeypatch.setattr(runner_module, "Process", Local)
+    monkeypatch.setattr(registry, "find", lambda *args: case)
+    monkeypatch.setattr(worker.machine, "rates", lambda device, quick: {"bandwidth": 1e9, "float32": 1e9})
+    plan = Plan(CPU, 1, True, ("as shipped",), turns=1, seconds=0.01, most=2, limit=60.0, command="test")
+    runner = Runner(plan)
+    measured = runner.rows([case, case])
+    assert next(measured).contender == OURS
+    runner._end -= 60
+    assert list(measured) == [] and "squares: not begun: 60 s are over" in capsys.readouterr().err
 
 
 def test_a_worker_that_does_not_answer_is_killed(monkeypatch):
@@ -239,13 +270,41 @@ def test_every_cpu_case_passes_its_gate(case):
         if contender == "torch.compile":
             continue
         oracle = case.reference(contender)
-        if oracle not in oracles:
+        if oracle and oracle not in oracles:
             oracles[oracle] = case.build(oracle, CPU).result()
         runnable = case.build(contender, CPU)
-        verdict = gate.compare(oracles[oracle], runnable.result(), case.tolerance)
-        assert verdict.ok, (contender, verdict)
+        result = runnable.result()
+        if oracle:
+            verdict = gate.compare(oracles[oracle], result, case.tolerance)
+            assert verdict.ok, (contender, verdict)
         runnable.run()
     assert min(case.floor()) >= 0 and max(case.floor()) > 0
+
+
+def test_convolutions_are_those_of_the_network():
+    """ResNet-20 as the preset has it, each shape once; of ResNet-50 what is known of it."""
+    experiment = experiments()["resnet20-k2"]
+    found = {}
+
+    def note(layer, args, output):
+        (x,) = args
+        found[(x.shape[1], output.shape[1], x.shape[-1], layer.kernel_size[0], layer.stride[0])] = layer
+
+    with torch.device("meta"):
+        net = experiment.network()
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(note)
+        net(torch.empty(experiment.batch, *experiment.sample))
+    shapes = [(c.inputs, c.outputs, c.side, c.kernel, c.stride) for c in gpu_cases.resnet20()]
+    assert shapes == list(found) and {c.batch for c in gpu_cases.resnet20()} == {experiment.batch}
+    large = gpu_cases.resnet50()
+    assert len(set(large)) == len(large) == 23
+    assert {(c.inputs, c.outputs, c.side) for c in large if c.stride == 2} == {
+        (3, 64, 224), (128, 128, 56), (256, 256, 28), (512, 512, 14), (256, 512, 56), (512, 1024, 28), (1024, 2048, 14),
+    }  # fmt: skip
+    names = [case.name for case in gpu_cases.cases(False) if case.experiment == "masked_conv2d"]
+    assert len(set(names)) == len(names) == 60
 
 
 _IN_THE_INTERPRETER = """

@@ -5,11 +5,17 @@ bfloat16 the yardstick is PyTorch: the reference run in that dtype. An op may be
 rounding of the result: |ours - fp64| <= 2 |PyTorch's - fp64| + eps / 2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import repeat
 
+import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
+from triton.runtime.jit import JITFunction
+
+from hypermask_fast.kernels import host
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums of a few hundred products in another order: measured up to 7e-7 in the interpreter. A GPU's exponential and
@@ -21,6 +27,21 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda") 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     """The same numbers on every device."""
     return torch.randn(shape).to(DEVICE, dtype)
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """The names of the Triton kernels launched within."""
+    owner, method = (GridExecutor, "__call__") if host.INTERPRETED else (JITFunction, "run")
+    run, launched = getattr(owner, method), []
+
+    def record(self, *args, **kwargs):
+        launched.append((self.fn if host.INTERPRETED else self).__name__)
+        return run(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, record)
+        yield launched
 
 
 def relative_error(values: Tensor, reference: Tensor) -> float:

@@ -5,6 +5,7 @@ out as JSON. A stand-in driver tells Triton which GPU it "has", and every launch
 """
 
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -102,6 +103,7 @@ def facts(kernel) -> dict:
         "mma": "mma.sync" in ptx,
         "wgmma": "wgmma.mma_async" in ptx,
         "tcgen05": "tcgen05.mma" in ptx,
+        "tf32": re.search(r"mma[\w.:]*tf32", ptx) is not None,
         # wgmma's left operand: four registers in braces, or the descriptor of a tile in shared memory
         "left from registers": re.search(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{", ptx) is not None,
         "loads": loads(ptx),
@@ -117,7 +119,8 @@ def compiling(capability: int) -> Iterator[list[dict]]:
 
     def record(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append({"kernel": self.__name__, "block_m": options.get("BLOCK_M", 64), **facts(kernel)})
+        name = f"{self.fn.__module__.rsplit('.')[-1]}.{self.__name__}"  # two files may each have a kernel of one name
+        compiled.append({"kernel": name, "block_m": options.get("BLOCK_M", 64), **facts(kernel)})
         return kernel
 
     saved = host.check_runnable, host.multiprocessors, host.capability
@@ -259,20 +262,59 @@ def elementwise(dtype: torch.dtype) -> None:
     ops.triton_semi_binary_mask_with_slope(logits, thresholds)
     ops.triton_semi_binary_mask_backward(logits, logits, thresholds)
     ops.entropy_select(empty(10, 64, 100, dtype=dtype))
-    weights, flat = [empty(64, 64, dtype=dtype), empty(64, dtype=dtype)], empty(4160, dtype=dtype)
+    weights = [empty(64, 64, dtype=dtype), empty(64, dtype=dtype)] * 22  # as many tensors as ResNet-20 has
+    offsets = [0, *itertools.accumulate(w.numel() for w in weights)]
+    flat, thresholds = empty(offsets[-1], dtype=dtype), empty(44, dtype=dtype)
+    masked = weights, flat, thresholds, offsets
+    ops.triton_masked_weights(*masked)
+    ops.triton_masked_weights_backward(weights, *masked, (True, True))
     for norm in (1, 2):
-        arguments = weights, flat, [0, 4096, 4160], norm, flat, thresholds.view(-1)
+        arguments = weights, flat, offsets, norm, flat, thresholds
         _, norms = ops.triton_weight_drift(*arguments)
         ops.triton_weight_drift_backward(empty(()), norms, *arguments)
+
+
+def ones(dtype: torch.dtype) -> None:
+    """Sizes of 1, which Triton makes constants of the kernel: code that treats them as values no longer compiles."""
+    threshold, one, row = empty((), dtype=dtype), empty(1, dtype=dtype), empty(1, 1, dtype=dtype)
+    linear, convolution = module("masked_linear"), module("masked_conv2d")
+    linear.launch_product(row, row, row, threshold, one)
+    linear.launch_weight_gradient(row, row, row, row, threshold)
+    for channels, groups, side in ((1, 1, 1), (8, 8, 9)):  # one channel in all, one channel a group
+        x, weight = empty(1, channels, side, side, dtype=dtype), empty(channels, 1, 3, 3, dtype=dtype)
+        shape = Conv2dShape((3, 3), (1, 1), (1, 1), (1, 1), groups)
+        convolution.launch_convolution(x, weight, weight, threshold, empty(channels, dtype=dtype), x, shape)
+        convolution.launch_convolution(x, weight, weight, threshold, None, x, shape, transposed=True)
+        convolution.launch_weight_gradient(x, x, weight, weight, threshold, shape)
+    module("chunk_masked_linear").launch_fused(row, row, row, row, one, 0, threshold, one)
+    module("chunk_weights").launch_masked_weight(row, row, row, one, 0, threshold, dtype)
+    module("chunk_weights").launch_gradients(row, row, row, row, one, 0, threshold, (True,) * 4)
+    tasks = module("task_batched_linear")
+    for y, table in ((row[None], ()), (row, TaskRows.of(torch.zeros(1, dtype=torch.int64), 1)[1:])):
+        tasks.launch_task_product(row, row, row[None], one, row, y, *table)
+        tasks.launch_task_weight_gradient(y, row, row, row[None], one, *table)
+    ops, masked = torch.ops.hypermask_fast, ([one], one, one, [0, 1])
+    ops.triton_semi_binary_mask_with_slope(row, row)
+    ops.triton_semi_binary_mask_backward(row, row, row)
+    ops.entropy_select(row[None])
+    ops.triton_masked_weights(*masked)
+    ops.triton_masked_weights_backward([one], *masked, (True, True))
+    arguments = [one], one, [0, 1], 2, one, one
+    _, norms = ops.triton_weight_drift(*arguments)
+    ops.triton_weight_drift_backward(empty(()), norms, *arguments)
+
+
+ONCE = (targets, ones)  # in bfloat16 only
 
 
 def compile_everything(capability: int) -> dict[str, list[dict]]:
     """What each group of kernels compiles to, per precision."""
     found = {}
     for precision, dtype in PRECISIONS.items():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        for group in (linear, convolution, pointwise, chunks, tasks, elementwise, targets):
-            if (group is elementwise and precision == "tf32") or (group is targets and precision != "bfloat16"):
+        setting = "tf32" if precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = setting
+        for group in (linear, convolution, pointwise, chunks, tasks, elementwise, targets, ones):
+            if (group is elementwise and precision == "tf32") or (group in ONCE and precision != "bfloat16"):
                 continue
             with compiling(capability) as compiled:
                 group(dtype)

@@ -12,13 +12,14 @@ from comparing import (
     assert_matches,
     exact_threshold,
     in_half,
+    launches,
     output_and_gradients,
     randn,
 )
 
 from hypermask_fast import reference
 from hypermask_fast.errors import InputError
-from hypermask_fast.kernels import entropy_select, semi_binary_mask, semi_binary_mask_with_slope, weight_drift
+from hypermask_fast.kernels import entropy_select, segments, semi_binary_mask, semi_binary_mask_with_slope, weight_drift
 
 MASKS = [  # logits, threshold
     ((), ()),
@@ -149,6 +150,40 @@ def test_weight_drift_matches_reference(norm, masked, dtype):
 
 def test_weight_drift_of_nothing():
     assert weight_drift([], torch.ones(3, device=DEVICE), [0]).item() == 0
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_weight_drift_of_many_tensors(norm):
+    """More than a launch takes."""
+    count = 2 * segments.MOST + 1
+    weights = [randn(1 + s % 3, 2, dtype=torch.float32) for s in range(count)]
+    offsets = [0, *itertools.accumulate(w.numel() for w in weights)]
+    previous, thresholds = randn(offsets[-1], dtype=torch.float32), randn(count, dtype=torch.float32).abs() / 4
+    leaves = [t.requires_grad_() for t in (*weights, randn(offsets[-1] + 3, dtype=torch.float32))]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    drift = weight_drift(leaves[:-1], previous, offsets, norm, leaves[-1], thresholds)
+    expected = reference.weight_drift(wide[:-1], previous.double(), offsets, norm, wide[-1], thresholds.double())
+    assert_close("drift", drift.detach(), expected.detach())
+    gradients = zip(torch.autograd.grad(drift, leaves), torch.autograd.grad(expected, wide), strict=True)
+    for ours, theirs in gradients:
+        assert_close("gradient", ours, theirs)
+
+
+def test_launches():
+    """Each a launch, forward and backward; the drift's sums over blocks take another one."""
+    logits, threshold = randn(3, 70, dtype=torch.float32).requires_grad_(), torch.full((3, 1), 0.4, device=DEVICE)
+    weights, previous, offsets = network(torch.float32)
+    leaves = [t.requires_grad_() for t in (*weights, randn(len(previous), dtype=torch.float32))]
+    with launches() as forward:
+        mask = semi_binary_mask(logits, threshold)
+        semi_binary_mask_with_slope(logits.detach(), threshold)
+        entropy_select(randn(3, 40, 5, dtype=torch.float32))
+        drift = weight_drift(leaves[:4], previous, offsets, 1, leaves[4], randn(4, dtype=torch.float32).abs())
+    assert forward == ["_mask", "_mask", "_entropy_select", "_partial_sums", "_norms"]
+    with launches() as backward:
+        mask.sum().backward()
+        drift.backward()
+    assert backward == ["_mask", "_gradients"]
 
 
 @pytest.mark.parametrize(

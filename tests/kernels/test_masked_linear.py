@@ -6,7 +6,7 @@ from hypermask_fast import reference
 from hypermask_fast.errors import InputError
 from hypermask_fast.kernels import masked_linear
 from hypermask_fast.kernels.masked_linear import launch_product, launch_weight_gradient
-from hypermask_fast.kernels.settings import Tiles
+from hypermask_fast.kernels.tiles import Tiles
 
 SHAPES = [  # batch, in, out
     ((1,), 1, 1),

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,30 +14,47 @@ import pytest
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX_INSTRUCTION = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 PRODUCTS = {
-    "_masked_product", "_weight_gradient", "_masked_convolution", "_chunk_product", "_masked_weight",
-    "_task_product", "_task_weight_gradient",
+    "masked_linear._masked_product", "masked_linear._weight_gradient",
+    "masked_conv2d._masked_convolution", "masked_conv2d._weight_gradient",
+    "chunk_masked_linear._chunk_product", "chunk_weights._masked_weight", "chunk_weights._gradients",
+    "task_batched_linear._task_product", "task_batched_linear._task_weight_gradient",
 }  # fmt: skip
-MASKED_LEFT = {"_masked_product", "_masked_convolution", "_chunk_product", "_task_product"}
-GROUPS = {"linear", "convolution", "pointwise", "chunks", "tasks", "elementwise", "targets"}
+MASKED_LEFT = {
+    "masked_linear._masked_product", "masked_conv2d._masked_convolution", "chunk_masked_linear._chunk_product",
+    "task_batched_linear._task_product",
+}  # fmt: skip
+OF_SEGMENTS = {
+    "masked_weights._masked_weights", "masked_weights._gradients", "weight_drift._partial_sums",
+    "weight_drift._gradients",
+}  # fmt: skip
+OTHERS = {
+    "semi_binary_mask._mask", "entropy_select._entropy_select", "weight_drift._norms", "masked_linear._sum_splits",
+    "masked_conv2d._finish_gradients",
+}  # fmt: skip
+GROUPS = {"linear", "convolution", "pointwise", "chunks", "tasks", "elementwise", "targets", "ones"}
 PRECISIONS = {"float32", "tf32", "float16", "bfloat16"}
 # Bytes that every load of a tile has at least where all is contiguous and aligned. Rows of 100 halves allow 8 at a
 # time, and so does a tile of x of 8 rows. (As operands in TF32 Hopper takes what is not transposed only.)
-WIDTHS = {"linear": 16, "pointwise": 16, "tasks": 16, "chunks": 8}
-WIDE_KERNELS = PRODUCTS | {"_gradients"}
+WIDTHS = {"linear": 16, "pointwise": 16, "tasks": 16, "elementwise": 16, "chunks": 8}
+WIDE_KERNELS = PRODUCTS | OF_SEGMENTS
 VECTORS = {"bias", "ob", "order", "offsets"}  # one entry per row or column: not tiles
 TENSOR_CORE_PRECISIONS = PRECISIONS - {"float32"}
 HERE = Path(__file__).parent
 
 
+def offline(*command: str) -> str:
+    """The last line that Python prints in a process where Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    answer = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.splitlines()[-1]
+
+
 @functools.cache
 def compiled(capability: int) -> dict[str, list[dict]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
-    command = [sys.executable, str(HERE / "offline.py"), str(capability)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout.splitlines()[-1])
+    return json.loads(offline(str(HERE / "offline.py"), str(capability)))
 
 
 @functools.cache
@@ -61,6 +79,8 @@ def faults(kernel: dict, capability: int, group: str, precision: str) -> list[st
         "spills": kernel["spilled"] > 0,
         "shared memory": kernel["shared"] > SHARED_LIMIT[capability],
         "no tensor cores": name in PRODUCTS and on_tensor_cores and not kernel[instruction],
+        "tensor cores in float32": precision == "float32" and any(kernel[i] for i in MATRIX_INSTRUCTION.values()),
+        "TF32": name in PRODUCTS and kernel["tf32"] != (precision == "tf32"),
         "masked weight not in registers": name in MASKED_LEFT
         and on_tensor_cores
         and instruction == "wgmma"
@@ -76,7 +96,7 @@ def test_compiles_well(capability):
     found = compiled(capability)
     assert {name.split()[0] for name in found} == GROUPS and {name.split()[1] for name in found} == PRECISIONS
     seen = {kernel["kernel"] for kernels in found.values() for kernel in kernels}
-    assert seen >= PRODUCTS | {"_entropy_select", "_mask", "_partial_sums", "_norms", "_gradients"}
+    assert seen == PRODUCTS | OF_SEGMENTS | OTHERS
     wrong = {
         (name, json.dumps(kernel)): why
         for name, kernels in found.items()
@@ -89,19 +109,28 @@ def test_compiles_well(capability):
 def test_the_asserts_see_spills_and_narrow_loads():
     """Tiles too large for the registers, and rows of odd length, must fail the assert above; else it proves nothing."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import json, offline, torch\n"
-        "from hypermask_fast.kernels.settings import Tiles\n"
+        "from hypermask_fast.kernels.tiles import Tiles\n"
         "e, odd = torch.empty(256, 256), torch.empty(64, 1001)\n"
         "with offline.compiling(80) as found:\n"
         "    offline.module('masked_linear').launch_weight_gradient(e, e, e, e, e[0, 0], tiles=Tiles(128, 128, 32))\n"
         "    offline.module('masked_linear').launch_product(odd, odd, odd, e[0, 0], None, Tiles(64, 64, 32, 8))\n"
         "print(json.dumps(found))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    answer = subprocess.run([sys.executable, "-c", program, str(HERE)], capture_output=True, text=True, env=environment)
-    assert answer.returncode == 0, answer.stderr
-    large, odd = json.loads(answer.stdout.splitlines()[-1])
+    large, odd = json.loads(offline("-c", program))
     assert faults(large, 80, "linear", "float32") == ["spills"]
     assert faults(odd, 80, "linear", "float32") == ["narrow loads"]
+
+
+def test_a_mask_of_more_entries_than_32_bits_count():
+    """Entries of one run, all under one threshold, are counted in 64 bits, as are the addresses."""
+    program = (
+        "import json, offline, torch\n"
+        "e = torch.empty(16)\n"
+        "with offline.compiling(90):\n"
+        "    kernel = offline.module('semi_binary_mask')._mask.warmup(\n"
+        "        e, e, None, e, None, 2**31, 2**21, BACKWARD=False, WITH_SLOPE=False, BLOCK=1024, grid=(1,))\n"
+        "print(json.dumps(kernel.asm['ttir']))"
+    )
+    arithmetic = re.findall(r"arith\.(?:addi|muli) .*: (?:tensor<\d+x)?(i\d+)", json.loads(offline("-c", program)))
+    assert len(arithmetic) >= 4 and set(arithmetic) == {"i64"}

@@ -63,6 +63,10 @@ CASES = {
     "triton_semi_binary_mask_with_slope": lambda: (plain(3, 5), THRESHOLD),
     "triton_semi_binary_mask_backward": lambda: (plain(3, 5), plain(3, 5), THRESHOLD),
     "entropy_select": lambda: (plain(3, 4, 5),),
+    "triton_masked_weights": lambda: ([grad(2, 3), grad(4)], grad(11), THRESHOLD.expand(2), [0, 6, 10, 11]),
+    "triton_masked_weights_backward": lambda: (
+        [plain(2, 3), plain(4)], [plain(2, 3), plain(4)], plain(11), THRESHOLD.expand(2), [0, 6, 10, 11], [True] * 2,
+    ),
     "triton_weight_drift": lambda: (
         [grad(2, 3), grad(4)], plain(11), [0, 6, 10], 2, grad(11), THRESHOLD.expand(2),
     ),
@@ -121,6 +125,12 @@ COMPILED = {
     "semi_binary_mask": (
         lambda task, limits, a: kernels.semi_binary_mask(own(a, task), own(limits, task)),
         ((2, 3, 5),),
+    ),
+    "masked_weights": (
+        lambda task, limits, a, v, w: torch.cat(
+            [m.flatten() for m in kernels.masked_weights((v, w), own(a, task), limits, (0, 6, 10))]
+        ),
+        ((2, 10), (2, 3), (4,)),
     ),
     "entropy_select": (lambda task, limits, x: kernels.entropy_select(x * own(limits, task)), ((3, 4, 5),)),
     "weight_drift": (

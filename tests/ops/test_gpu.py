@@ -125,7 +125,7 @@ def test_few_rows(rows, dtype):
     eps = torch.finfo(dtype).eps
     assert rows <= small_batch.MAX_ROWS
     x, weight = torch.randn(rows, 1000).to(DEVICE, dtype), torch.randn(1024, 1000).to(DEVICE, dtype)
-    hidden, layer, shift = (torch.randn(*s).to(DEVICE, dtype) for s in ((128, 64), (8000, 64), (8000,)))
+    hidden, layer, shift = (torch.randn(*s).to(DEVICE, dtype) for s in ((129, 64), (8000, 64), (8000,)))
     calls = [("masked_linear", (x, weight, torch.randn_like(weight)))]
     if dtype != torch.float32:
         calls.append(("chunk_masked_linear", (x, weight, hidden, layer, shift, 16)))
