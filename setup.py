@@ -2,10 +2,10 @@
 
 `pip install --no-build-isolation .` finds the installed torch and builds; a plain `pip install .` has no torch while it
 builds and skips the extension. Nothing that goes wrong here fails the install: what was left out and why is printed,
-kept in hypermask_fast/_build.json and shown by `python -m hypermask_fast.env`.
+kept in hypermask_fast/_build.json and shown by `python -m hypermask_fast.env`. Only HYPERMASK_CUDA=1 makes it an error.
 
-Environment: HYPERMASK_NATIVE=0 leaves the extension out; HYPERMASK_CUDA=auto|0|1 (auto: when nvcc is found);
-HYPERMASK_CUDA_ARCHS="80;90;100"; CXX, NVCC, MAX_JOBS.
+Environment: HYPERMASK_NATIVE=0 leaves the extension out; HYPERMASK_CUDA=auto|0|1 (auto: where it can be built; 1: an
+error where it can't); HYPERMASK_CUDA_ARCHS="80;90;100"; CXX, NVCC, MAX_JOBS.
 """
 
 import json
@@ -23,6 +23,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -61,6 +62,13 @@ def nvcc_problem() -> tuple[str | None, str]:
     if version < OLDEST_NVCC:
         return None, f"nvcc {version[0]}.{version[1]} is older than {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]}"
     return nvcc, ""
+
+
+def without_cuda(why: str) -> str:
+    """`why`, for the record; an error of the build where HYPERMASK_CUDA=1."""
+    if os.environ.get("HYPERMASK_CUDA") == "1":
+        raise SetupError(f"HYPERMASK_CUDA=1, but CUDA would be left out: {why}")
+    return why
 
 
 def native_problem() -> str:
@@ -112,13 +120,15 @@ class Build(build_ext):
 
     def run(self) -> None:
         record = {"native": "", "cuda": ""}  # "" is built, otherwise why not
-        nvcc, record["cuda"] = nvcc_problem()
+        nvcc, why = nvcc_problem()
+        if not nvcc:
+            record["cuda"] = without_cuda(why)
         try:
             self.build_native(nvcc)
         except RuntimeError as error:
             if nvcc:
+                record["cuda"] = without_cuda(str(error))
                 print(f"hypermask_fast: trying again without CUDA, because {error}", file=sys.stderr)
-                record["cuda"] = str(error)
                 try:
                     self.build_native(None)
                 except RuntimeError as again:
@@ -179,6 +189,7 @@ class Python(build_py):
         super().run()
         if not self.distribution.ext_modules:
             why = native_problem()
+            without_cuda(why)
             here = [ROOT] if getattr(self, "editable_mode", False) else [Path(self.build_lib)]
             write_record({"native": why, "cuda": why}, [p / "hypermask_fast" for p in here])
 

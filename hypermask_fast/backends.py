@@ -45,7 +45,7 @@ class Offer(NamedTuple):
 
 _offers: dict[tuple[str, str], Offer] = {}
 _scope = threading.local()
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()  # device, and op or "" for all of them
 _problems: dict[str, str] = {}
 
 
@@ -153,8 +153,11 @@ def _refusal(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -
     """Why `backend` can't serve this call, "" if it can."""
     if backend == "reference":
         return ""
-    if why := problem(backend):
-        return why
+    return problem(backend) or _mismatch(op, backend, tensor, args, kwargs)
+
+
+def _mismatch(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -> str:
+    """Why `backend` would not serve this call even where it is to be had, "" if it would."""
     entry = _offers.get((op, backend))
     if entry is None:
         return f"{backend} has no {op}"
@@ -183,7 +186,7 @@ def choose(op: str, backend: str | None, tensor: Tensor, args: tuple, kwargs: di
     for name in names:
         if not _refusal(op, name, tensor, args, kwargs):
             return _offers[op, name].function
-    _say_once(tensor.device.type)
+    _say_once(op, tensor, args, kwargs)
     return getattr(reference, op)
 
 
@@ -223,15 +226,26 @@ def fused_backends(op: str, *args, among: tuple[str, ...] = FUSED_BACKENDS) -> l
     return [name for name in among if not _refusal(op, name, args[0], args, {})]
 
 
-def _say_once(device: str) -> None:
-    """One warning per device whose accelerated backends are all missing; a call they don't serve is no surprise."""
-    if device in _warned or torch.compiler.is_compiling():
+def _say_once(op: str, tensor: Tensor, args: tuple, kwargs: dict) -> None:
+    """Warns that the reference runs because a backend that would serve this call is missing.
+
+    Once per device where all its accelerated backends are missing, else once per op. A call that none of them would
+    serve is no surprise.
+    """
+    device = tensor.device.type
+    if torch.compiler.is_compiling() or not _warned.isdisjoint({(device, ""), (device, op)}):
         return
-    _warned.add(device)
-    reasons = [f"{name}: {why}" for name in _DEVICE.get(device, ()) if (why := problem(name))]
-    if len(reasons) == len(_DEVICE.get(device, ())):
-        text = "; ".join(reasons) or f"no backend for {device}"
-        warnings.warn(f"hypermask_fast runs its reference ops on {device} ({text})", stacklevel=4)
+    names = _DEVICE.get(device, ())
+    missing = [name for name in names if problem(name)]
+    missed = [name for name in missing if not _mismatch(op, name, tensor, args, kwargs)]
+    if names and not missed:
+        return
+    everything = len(missing) == len(names)
+    _warned.add((device, "" if everything else op))
+    reasons = [f"{name}: {problem(name)}" for name in (missing if everything else missed)]
+    text = "; ".join(reasons) or f"no backend for {device}"
+    what = "its reference ops" if everything else f"the reference of {op}"
+    warnings.warn(f"hypermask_fast runs {what} on {device} ({text})", stacklevel=5)  # who called ops
 
 
 def explain(op: str, *args, backend: str | None = None, **kwargs) -> str:

@@ -17,13 +17,17 @@ _NAMESPACE = "hypermask_fast"
 
 
 def register() -> None:
-    """Registers shape functions and gradients and offers the ops; nothing where the extension is missing."""
+    """Offers the ops, and registers shape functions and gradients where the extension is there."""
+    _offer()
     if backends.NATIVE_PROBLEM:
         return
     for name, fake in (_FAKES | small_batch.FAKES).items():
-        library.register_fake(f"{_NAMESPACE}::{name}", _without_values(fake))
+        library.register_fake(f"{_NAMESPACE}::{name}", _without_values(name, fake))
     for name, (backward, setup) in (_GRADIENTS | small_batch.GRADIENTS).items():
         library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup)
+
+
+def _offer() -> None:
     for op, function in _CPU_CALLS.items():
         backends.offer(op, "cpu", function, _layer_condition)
     for op, (function, condition) in _CALLS.items():
@@ -33,14 +37,14 @@ def register() -> None:
         backends.offer(op, "cuda", function, condition, dtypes)
 
 
-def _without_values(fake: Callable) -> Callable:
+def _without_values(name: str, fake: Callable) -> Callable:
     """A shape function that refuses meta tensors beside others: one suffices for it to be called."""
 
     @functools.wraps(fake)
     def checked(*args):
         devices = {tensor.device.type for tensor in backends.tensors(args)}
         if "meta" in devices and len(devices) > 1:
-            raise RuntimeError(f"all tensors must be on one device, not on {' and '.join(sorted(devices))}")
+            raise RuntimeError(f"{name}: all tensors must be on one device, not on {' and '.join(sorted(devices))}")
         return fake(*args)
 
     return checked
@@ -280,14 +284,25 @@ def _hypernet_logits_condition(hidden, weight, bias, size):
     return _shared_memory_problem(hidden, 1)
 
 
+_STEPPED = slice(4, 10)  # of hypernet_adam's arguments: what it modifies
+
+
 def _hypernet_adam(*args):
     *tensors, beta1, beta2, eps = args
-    mutated = slice(4, 10)
-    result = torch.ops.hypermask_fast.hypernet_adam(*(t.detach() for t in tensors), beta1, beta2, eps)
+    stepped = tensors[_STEPPED]
+    before, behind = _contiguous(tensors[: _STEPPED.start]), _contiguous(tensors[_STEPPED.stop :])
+    everything = (t.detach() for t in (*before, *stepped, *behind))
+    result = torch.ops.hypermask_fast.hypernet_adam(*everything, beta1, beta2, eps)
     if not torch.compiler.is_compiling():
-        for t in tensors[mutated]:
+        for t in stepped:
             torch.autograd.graph.increment_version(t)
     return result
+
+
+def _hypernet_adam_condition(hidden, *rest):
+    if not all(t.is_contiguous() for t in (hidden, *rest)[_STEPPED]):  # a copy would be stepped in its place
+        return "weight, bias and their moments are not contiguous"
+    return _shared_memory_problem(hidden, hidden.shape[0])
 
 
 def _masked_weight(weight, logits, threshold):
@@ -319,5 +334,5 @@ _CALLS = {
     "masked_weights_drift": (_masked_weights_drift, lambda weights, logits, *rest: _same_dtype(weights, logits)),
     "output_drift": (_output_drift, _output_drift_condition),
     "hypernet_logits": (_hypernet_logits, _hypernet_logits_condition),
-    "hypernet_adam": (_hypernet_adam, lambda hidden, *rest: _shared_memory_problem(hidden, hidden.shape[0])),
+    "hypernet_adam": (_hypernet_adam, _hypernet_adam_condition),
 }

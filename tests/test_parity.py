@@ -1,6 +1,7 @@
 """Step-for-step parity with the method written with hypnettorch's hypernetwork and regulariser."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import hypermask_fast as hmf
+from hypermask_fast import backends
+
+from .tolerances import EPS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 hypnettorch_loop = pytest.importorskip("bench.peers.hypnettorch_loop", reason="hypnettorch is not installed")
@@ -135,3 +139,50 @@ def test_float32_first_steps(default_dtype, chunk_size, make_optimizer):
             assert relative(b, a) < 1e-5, (step, tuple(a.shape))
 
     run_both(ours, peer, 6, check, make_optimizer)
+
+
+def spied(monkeypatch):
+    """Counts the calls that the CPU extension serves, by op."""
+    calls = Counter()
+
+    def counting(op, offer):
+        def call(*args):
+            calls[op] += 1
+            return offer.function(*args)
+
+        return offer._replace(function=call)
+
+    for (op, backend), offer in backends._offers.items():
+        if backend == "cpu":
+            monkeypatch.setitem(backends._offers, (op, backend), counting(op, offer))
+    return calls
+
+
+@pytest.mark.skipif(bool(backends.NATIVE_PROBLEM), reason=backends.NATIVE_PROBLEM)
+@pytest.mark.parametrize("task", [1, 2])
+@pytest.mark.parametrize(("chunk_size", "make_optimizer"), [(None, our_adam), (None, torch_adam), (100, our_adam)])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_float32_steps_of_later_tasks(monkeypatch, task, chunk_size, make_optimizer, norm):
+    """The extension's steps against the peer's in float64, from the same values, a little away from where the task
+    began: so that drifts and their gradients are far from 0."""
+    ours, peer = make_pair(chunk_size, norm, True)
+    peer.hypernet.double()
+    peer.weights = [nn.Parameter(weight.detach().double()) for weight in peer.weights]
+    peer.begin_task(task)
+    ours.begin_task(task)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for theirs, own in paired(peer, ours):
+            own.add_(0.05 * torch.randn(own.shape, generator=generator))
+            theirs.copy_(own)
+    optimizer, calls = make_optimizer(ours), spied(monkeypatch)
+    for step in range(3):
+        x, y = torch.randn(16, 20, generator=generator), torch.randint(4, (16,), generator=generator)
+        expected, found = peer.step(x.double(), y), our_step(ours, task, x, y, SPARSITY, optimizer)
+        assert relative(found, expected) < 8 * EPS, step
+        for theirs, own in paired(peer, ours):  # by norm: an entry whose gradient nearly cancels steps by its rounding
+            assert relative(own, theirs) < 8 * EPS, (step, tuple(own.shape))
+    served = {"mask_thresholds", "masked_weights_drift"}
+    if chunk_size is None:
+        served |= {"hypernet_logits", "output_drift"} | ({"hypernet_adam"} if make_optimizer is our_adam else set())
+    assert calls == dict.fromkeys(served, 3)

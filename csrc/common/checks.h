@@ -38,11 +38,22 @@ inline std::string to_string(const Shape& shape) {
   return text.str();
 }
 
-enum class Place { kCpu, kCuda };
+// Where all of an op's tensors must be: on the CPU, or on one GPU.
+struct Place {
+  bool gpu;
+  int32_t index;  // of the GPU
+
+  static const Place kCpu;
+  static Place gpu_of(const Tensor& t) { return {true, t.get_device_index()}; }
+};
+inline const Place Place::kCpu = {false, 0};
 
 inline void check_tensor(const char* op, const char* name, const Tensor& t, Place place, ScalarType dtype) {
-  if (place == Place::kCpu ? !t.is_cpu() : !t.is_cuda()) {
-    fail(op, name, " must be on the ", place == Place::kCpu ? "CPU" : "GPU", " like the other arguments");
+  if (place.gpu ? !t.is_cuda() : !t.is_cpu()) {
+    fail(op, name, " must be on the ", place.gpu ? "GPU" : "CPU", " like the other arguments");
+  }
+  if (place.gpu && t.get_device_index() != place.index) {
+    fail(op, name, " must be on GPU ", place.index, " like the other arguments, not on GPU ", t.get_device_index());
   }
   if (t.scalar_type() != dtype) fail(op, name, " must be ", dtype == ScalarType::Float ? "float32" : "int64");
   if (!t.is_contiguous()) fail(op, name, " must be contiguous");
@@ -95,6 +106,10 @@ inline int64_t check_thresholds(const char* op, const Tensor& logits, const std:
   check_tensor(op, "ranks", ranks, place, ScalarType::Long);
   if (ranks.dim() != 1 || ranks.numel() != segments(offsets)) {
     fail(op, "ranks must have shape (", segments(offsets), ",), not ", to_string(shape_of(ranks)));
+  }
+  for (size_t s = 1; s < offsets.size(); ++s) {  // entries are counted in 32 bits
+    const int64_t size = offsets[s] - offsets[s - 1];
+    if (size > UINT32_MAX) fail(op, "segment ", s - 1, " has ", size, " entries, more than 2^32 - 1");
   }
   return entries;
 }

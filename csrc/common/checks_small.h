@@ -14,14 +14,13 @@ inline const char* name_of(ScalarType dtype) {
   }
 }
 
-// Device, dtype and number of dimensions are those of `like`, contiguous, and the shape is the one given.
+// Of the dtype of `like`, contiguous, of the shape given.
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like, Place place,
                        const Shape& shape) {
   if (t.scalar_type() != like.scalar_type()) {
     fail(op, name, " must be ", name_of(like.scalar_type()), " like x");
   }
   check_tensor(op, name, t, place, t.scalar_type());
-  if (t.get_device_index() != like.get_device_index()) fail(op, name, " must be on the GPU that x is on");
   if (shape_of(t) != shape) fail(op, name, " must have shape ", to_string(shape), ", not ", to_string(shape_of(t)));
 }
 
@@ -37,7 +36,6 @@ inline void check_small_linear(const char* op, const Tensor& x, const Tensor& we
     fail(op, "threshold must be float32 or ", name_of(x.scalar_type()), " like x");
   }
   check_tensor(op, "threshold", threshold, place, threshold.scalar_type());
-  if (threshold.get_device_index() != x.get_device_index()) fail(op, "threshold must be on the GPU that x is on");
   if (threshold.numel() != 1) fail(op, "threshold must have one entry, not ", threshold.numel());
   if (bias) check_like(op, "bias", *bias, x, place, {weight.size(0)});
 }

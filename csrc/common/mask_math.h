@@ -25,7 +25,8 @@ HM_INLINE uint32_t radix_prefix(uint32_t key, int pass) {
   return pass == 0 ? 0u : key >> (radix_shift(pass) + 10);
 }
 
-// e^y for 0 <= y <= 87, relative error below 2 ulp (Cody and Waite's reduction, a polynomial of degree 7).
+// e^y for 0 <= y <= 87, relative error below 2 ulp (Cody and Waite's reduction, a polynomial of degree 7); for other y
+// any number.
 template <class F>
 HM_INLINE F exp_positive(F y) {
   const F magic = Lane<F>::broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -43,7 +44,8 @@ HM_INLINE F exp_positive(F y) {
 }
 
 // value = tanh x and slope = 1 - tanh(x)^2 for x >= 0 or NaN, each within 4 ulp; the slope keeps its relative accuracy
-// where tanh is close to 1 (q (2 - q) with q = 1 - tanh x does not cancel).
+// where tanh is close to 1 (q (2 - q) with q = 1 - tanh x does not cancel), up to x = 43, where it is 2e-37, and is 0
+// beyond, as at Inf.
 template <class F>
 HM_INLINE void tanh_and_slope(F x, F& value, F& slope) {
   const F z = x * x;
@@ -52,8 +54,8 @@ HM_INLINE void tanh_and_slope(F x, F& value, F& slope) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const F small = p * z * x + x;
-  const F limit = Lane<F>::broadcast(43.0f);
-  const F q = 2.0f / (exp_positive<F>(2.0f * Lane<F>::select(x > limit, limit, x)) + 1.0f);
+  const F q = Lane<F>::select(x > Lane<F>::broadcast(43.0f), Lane<F>::broadcast(0.0f),
+                              2.0f / (exp_positive<F>(2.0f * x) + 1.0f));
   const auto is_large = x >= Lane<F>::broadcast(0.625f);  // false for NaN, which the polynomial passes on
   value = Lane<F>::select(is_large, 1.0f - q, small);
   slope = Lane<F>::select(is_large, q * (2.0f - q), 1.0f - small * small);
@@ -68,17 +70,21 @@ HM_INLINE F mask_value(F a, F threshold) {
   return Lane<F>::select(x < threshold, Lane<F>::broadcast(0.0f), value);
 }
 
-// The mask and dm/da = sign(a) (1 - tanh(a)^2) on kept entries, 0 on dropped ones and at a = 0.
+// The mask, and the slope sign(a) (1 - tanh(a)^2) with its 0 at a = 0; for its use see logit_gradient.
 template <class F>
 HM_INLINE void mask_and_slope(F a, F threshold, F& mask, F& slope) {
   const F zero = Lane<F>::broadcast(0.0f);
   const F x = magnitude(a);
   F value, steep;
   tanh_and_slope(x, value, steep);
-  const auto dropped = x < threshold;
-  mask = Lane<F>::select(dropped, zero, value);
-  const F sloped = Lane<F>::select(a < zero, -steep, Lane<F>::select(a == zero, zero, steep));
-  slope = Lane<F>::select(dropped, zero, sloped);
+  mask = Lane<F>::select(x < threshold, zero, value);
+  slope = Lane<F>::select(a < zero, -steep, Lane<F>::select(a == zero, zero, steep));
+}
+
+// dL/da of dL/dm = outer: exactly 0 on a dropped entry, also where outer is NaN or Inf and 0 * outer would be NaN.
+template <class F>
+HM_INLINE F logit_gradient(F a, F threshold, F slope, F outer) {
+  return Lane<F>::select(magnitude(a) < threshold, Lane<F>::broadcast(0.0f), outer * slope);
 }
 
 }  // namespace hypermask

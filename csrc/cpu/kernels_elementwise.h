@@ -17,9 +17,10 @@ void mask_forward(const float* logits, float threshold, float* mask, int64_t n) 
 void mask_backward(const float* logits, float threshold, const float* grad, float* grad_logits, int64_t n) {
   const Vec limit = broadcast(threshold);
   for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec a = load_up_to(logits + i, n - i);
     Vec mask, slope;
-    mask_and_slope(load_up_to(logits + i, n - i), limit, mask, slope);
-    store_up_to(grad_logits + i, load_up_to(grad + i, n - i) * slope, n - i);
+    mask_and_slope(a, limit, mask, slope);
+    store_up_to(grad_logits + i, logit_gradient(a, limit, slope, load_up_to(grad + i, n - i)), n - i);
   }
 }
 
@@ -35,11 +36,11 @@ void weights_backward(const float* weight, const float* logits, float threshold,
                       float* grad_weight, float* grad_logits, int64_t n) {
   const Vec limit = broadcast(threshold);
   for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec a = load_up_to(logits + i, n - i), g = load_up_to(grad + i, n - i);
     Vec mask, slope;
-    mask_and_slope(load_up_to(logits + i, n - i), limit, mask, slope);
-    const Vec g = load_up_to(grad + i, n - i);
+    mask_and_slope(a, limit, mask, slope);
     store_up_to(grad_weight + i, g * mask, n - i);
-    store_up_to(grad_logits + i, g * load_up_to(weight + i, n - i) * slope, n - i);
+    store_up_to(grad_logits + i, logit_gradient(a, limit, slope, g * load_up_to(weight + i, n - i)), n - i);
   }
 }
 
@@ -75,11 +76,10 @@ double drift_forward(const float* weight, const float* previous, const float* lo
   return run(weight, previous, logits, threshold, masked, n);
 }
 
-// sign(x), NaN for NaN.
+// sign(x), 0 for NaN, as PyTorch has it.
 HM_INLINE Vec sign(Vec x) {
   const Vec zero{}, one = broadcast(1.0f);
-  const Vec signed_one = Lane<Vec>::select(x < zero, -one, one);
-  return Lane<Vec>::select(x == zero, zero, Lane<Vec>::select(x == x, signed_one, x));
+  return Lane<Vec>::select(x > zero, one, Lane<Vec>::select(x < zero, -one, zero));
 }
 
 // grad null: of the drift alone.
@@ -89,13 +89,18 @@ void drift_gradient(const float* weight, const float* previous, const float* log
   const Vec limit = broadcast(threshold);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec w = load_up_to(weight + i, n - i), change = w - load_up_to(previous + i, n - i);
-    Vec mask = broadcast(1.0f), slope{};
-    if (kMasked) mask_and_slope(load_up_to(logits + i, n - i), limit, mask, slope);
+    Vec a{}, mask = broadcast(1.0f), slope{};
+    if (kMasked) {
+      a = load_up_to(logits + i, n - i);
+      mask_and_slope(a, limit, mask, slope);
+    }
     const Vec x = change * mask;
     const Vec outer = scale * (kNorm == 1 ? sign(x) : x);
     const Vec g = grad ? load_up_to(grad + i, n - i) : Vec{};
     store_up_to(grad_weight + i, (outer + g) * mask, n - i);
-    if (kMasked) store_up_to(grad_logits + i, (outer * change + g * w) * slope, n - i);
+    if (!kMasked) continue;
+    const Vec of_mask = grad ? outer * change + g * w : outer * change;  // 0 * w would be NaN where w is Inf
+    store_up_to(grad_logits + i, logit_gradient(a, limit, slope, of_mask), n - i);
   }
 }
 

@@ -153,7 +153,8 @@ std::tuple<Tensors, Tensor> drift_gradients(const Tensor& grad, const Tensor& no
   const Kernels& k = kernels();
   for_parts(cut(segment_sizes(offsets, weights.size())), [&](const Part& part, int64_t) {
     const int64_t s = part.item, at = part.begin, flat = offsets[s] + at;
-    const float scale = norm == 1 ? g[s] : value[s] == 0 ? 0.0f : g[s] / value[s];  // the 2-norm's gradient at 0 is 0
+    // The 2-norm's gradient at 0 is 0, or NaN where what comes from above is not finite.
+    const float scale = norm == 1 ? g[s] : value[s] == 0 ? g[s] * 0.0f : g[s] / value[s];
     k.drift_backward(w[s] + at, before + flat, a ? a + flat : nullptr, a ? limit[s] : 0.0f, static_cast<int>(norm),
                      scale, from_above.empty() ? nullptr : from_above[s] + at, dw[s] + at, a ? da + flat : nullptr,
                      part.end - at);

@@ -87,7 +87,6 @@ Tensor mask_thresholds_cpu(const Tensor& logits, const std::vector<int64_t>& off
     if (rank[s] < 0 || rank[s] >= std::max<int64_t>(size, 1)) {
       fail(kOp, "rank ", rank[s], " is outside segment ", s, " of ", size, " entries");
     }
-    if (size > UINT32_MAX) fail(kOp, "segment ", s, " has ", size, " entries, more than 2^32 - 1");
   }
   Shape shape = shape_of(logits);
   shape.back() = count;

@@ -57,8 +57,8 @@ Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, co
 // The logits of one task, in the arithmetic of its drift: against them as targets that is exactly 0.
 Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
   const char* op = "hypernet_logits";
-  check_dense(op, hidden, weight, bias, Place::kCuda);
-  check_float(op, "hidden", hidden, Place::kCuda, {weight.size(1)});
+  check_dense(op, hidden, weight, bias, Place::gpu_of(weight));
+  check_float(op, "hidden", hidden, Place::gpu_of(weight), {weight.size(1)});
   Tensor logits = empty_float(weight, {weight.size(0)});
   Dense d = dense_layer(op, hidden, weight, bias, 1);
   d.logits = mutable_data(logits);
@@ -68,7 +68,7 @@ Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Te
 
 Tensor output_drift_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets) {
   const char* op = "output_drift";
-  check_output_drift(op, hidden, weight, bias, targets, Place::kCuda);
+  check_output_drift(op, hidden, weight, bias, targets, Place::gpu_of(weight));
   Tensor drift = empty_float(weight, {});
   Dense d = dense_layer(op, hidden, weight, bias, targets.size(0));
   d.targets = data(targets);
@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cuda(const Tensor& grad
                                                               const Tensor& weight, const Tensor& bias,
                                                               const Tensor& targets) {
   const char* op = "output_drift_backward";
-  check_output_drift(op, hidden, weight, bias, targets, Place::kCuda);
-  check_scalar(op, "grad", grad, Place::kCuda);
+  check_output_drift(op, hidden, weight, bias, targets, Place::gpu_of(weight));
+  check_scalar(op, "grad", grad, Place::gpu_of(weight));
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
   Tensor grad_weight = empty_float(weight, shape_of(weight));
   Tensor grad_bias = empty_float(bias, shape_of(bias));
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> hypernet_adam_cuda(const Tensor& hidden, const Tensor
                                               double beta2, double eps) {
   const char* op = "hypernet_adam";
   check_adam(op, hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m, bias_v, step,
-             lr, Place::kCuda);
+             lr, Place::gpu_of(weight));
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
   Tensor drift = empty_float(hidden, {});
   Dense d = dense_layer(op, hidden, weight, bias, targets.size(0));

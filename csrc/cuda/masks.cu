@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       quad.store(da, each_of([&](int n) {
         float mask, slope;
         mask_and_slope(logit.x[n], limit, mask, slope);
-        return outer.x[n] * slope;
+        return logit_gradient(logit.x[n], limit, slope, outer.x[n]);
       }));
     });
   });
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     quad.store(dw, each_of([&](int n) {
       float mask, slope;
       mask_and_slope(logit.x[n], limit, mask, slope);
-      grad_logit.x[n] = outer.x[n] * weight.x[n] * slope;
+      grad_logit.x[n] = logit_gradient(logit.x[n], limit, slope, outer.x[n] * weight.x[n]);
       return outer.x[n] * mask;
     }));
     quad.store(da, grad_logit);
@@ -134,7 +134,7 @@ __global__ void drift_finish_kernel(BlockTable blocks, const double* partial, in
   if (threadIdx.x == 0) norms[blockIdx.x] = static_cast<float>(norm == 1 ? sum : sqrt(sum));
 }
 
-__device__ __forceinline__ float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
+__device__ __forceinline__ float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }  // 0 for NaN
 
 // Gradients of sum_s grad_s norm_s, with those of sum_s <grad_s, weight_s mask_s> where segments have a grad.
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   float *dw = s.out[t.segment] + t.begin, *da = logits ? grad_logits + t.flat : nullptr;
   const float limit = logits ? thresholds[t.segment] : 0.0f;
   const float value = norms[t.segment];
-  const float scale = norm == 1 ? grad[t.segment] : value == 0 ? 0.0f : grad[t.segment] / value;
+  const float scale = norm == 1 ? grad[t.segment] : value == 0 ? grad[t.segment] * 0.0f : grad[t.segment] / value;
   for_quads(t.count, on_16_bytes(w, p, a, g, dw, da), [&](const auto& quad) {
     const Pack<4> weight = quad.load(w), before = quad.load(p), logit = a ? quad.load(a) : Pack<4>{};
     const Pack<4> from_above = g ? quad.load(g) : Pack<4>{};
@@ -157,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       if (a) mask_and_slope(logit.x[n], limit, mask, slope);
       const float x = change * mask;
       const float outer = scale * (norm == 1 ? sign(x) : x);
-      grad_logit.x[n] = (outer * change + from_above.x[n] * weight.x[n]) * slope;
+      const float of_weight = g ? from_above.x[n] * weight.x[n] : 0.0f;  // 0 * weight would be NaN where that is Inf
+      grad_logit.x[n] = logit_gradient(logit.x[n], limit, slope, outer * change + of_weight);
       return (outer + from_above.x[n]) * mask;
     }));
     if (a) quad.store(da, grad_logit);
@@ -208,7 +209,7 @@ unsigned row_blocks(const Launcher& gpu, int64_t rows, int64_t columns) {
 
 Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask";
-  const int64_t rows = check_mask(op, logits, threshold, Place::kCuda), total = logits.numel();
+  const int64_t rows = check_mask(op, logits, threshold, Place::gpu_of(logits)), total = logits.numel();
   Tensor mask = empty_float(logits, shape_of(logits));
   if (total == 0) return mask;
   const Launcher gpu(op, logits);
@@ -220,8 +221,8 @@ Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
 
 Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask_backward";
-  const int64_t rows = check_mask(op, logits, threshold, Place::kCuda), total = logits.numel();
-  check_float(op, "grad", grad, Place::kCuda, shape_of(logits));
+  const int64_t rows = check_mask(op, logits, threshold, Place::gpu_of(logits)), total = logits.numel();
+  check_float(op, "grad", grad, Place::gpu_of(logits), shape_of(logits));
   Tensor result = empty_float(logits, shape_of(logits));
   if (total == 0) return result;
   const Launcher gpu(op, logits);
@@ -234,7 +235,7 @@ Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, 
 Tensors masked_weights_cuda(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
                             const Offsets& offsets) {
   const char* op = "masked_weights";
-  check_masked(op, weights, logits, thresholds, offsets, Place::kCuda);
+  check_masked(op, weights, logits, thresholds, offsets, Place::gpu_of(logits));
   Tensors masked = empty_like_all(weights);
   const Launcher gpu(op, logits);
   for_segments(weights, nullptr, &masked, offsets, [&](const Segments& s, int64_t first) {
@@ -248,8 +249,8 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, c
                                                          const Tensor& logits, const Tensor& thresholds,
                                                          const Offsets& offsets) {
   const char* op = "masked_weights_backward";
-  check_masked(op, weights, logits, thresholds, offsets, Place::kCuda);
-  check_grads(op, grads, weights, offsets, Place::kCuda);
+  check_masked(op, weights, logits, thresholds, offsets, Place::gpu_of(logits));
+  check_grads(op, grads, weights, offsets, Place::gpu_of(logits));
   Tensors grad_weights = empty_like_all(weights);
   Tensor grad_logits = empty_float(logits, shape_of(logits));
   const Launcher gpu(op, logits);
@@ -313,7 +314,7 @@ std::tuple<Tensors, Tensor> drift_gradients(const char* op, const Tensor& grad, 
 Tensor weight_drift_cuda(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
                          const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift";
-  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   return drift_norms(op, weights, previous, offsets, norm, logits, thresholds, nullptr);
 }
 
@@ -322,7 +323,7 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const
                                                        const std::optional<Tensor>& logits,
                                                        const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift_backward";
-  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   return drift_gradients(op, grad, norms, nullptr, weights, previous, offsets, norm, logits, thresholds);
 }
 
@@ -330,7 +331,7 @@ std::tuple<Tensors, Tensor> masked_weights_drift_cuda(const Tensors& weights, co
                                                       const Tensor& thresholds, const Offsets& offsets,
                                                       const Tensor& previous, int64_t norm) {
   const char* op = "masked_weights_drift";
-  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
+  check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   Tensors masked = empty_like_all(weights);
   Tensor norms = drift_norms(op, weights, previous, offsets, norm, logits, thresholds, &masked);
   return {masked, norms};
@@ -342,8 +343,8 @@ std::tuple<Tensors, Tensor> masked_weights_drift_backward_cuda(const Tensors& gr
                                                                const Offsets& offsets, const Tensor& previous,
                                                                int64_t norm) {
   const char* op = "masked_weights_drift_backward";
-  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCuda);
-  check_grads(op, grads, weights, offsets, Place::kCuda);
+  check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
+  check_grads(op, grads, weights, offsets, Place::gpu_of(previous));
   return drift_gradients(op, grad, norms, &grads, weights, previous, offsets, norm, logits, thresholds);
 }
 

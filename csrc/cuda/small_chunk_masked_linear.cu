@@ -219,8 +219,8 @@ Tensor small_chunk_masked_linear_cuda(const Tensor& x, const Tensor& weight, con
                                       const Tensor& output_weight, const Tensor& output_bias, int64_t start,
                                       const Tensor& threshold, const std::optional<Tensor>& bias) {
   const char* op = "small_chunk_masked_linear";
-  check_small_linear(op, x, weight, threshold, bias, Place::kCuda);
-  check_chunks(op, weight, hidden, output_weight, output_bias, start, Place::kCuda);
+  check_small_linear(op, x, weight, threshold, bias, Place::gpu_of(x));
+  check_chunks(op, weight, hidden, output_weight, output_bias, start, Place::gpu_of(x));
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   if (y.numel() == 0) return y;
   const Launcher gpu(op, x);

@@ -79,8 +79,8 @@ void run(const Launcher& gpu, SmallLinear& s, const Tensor& x, const Tensor& log
 Tensor small_masked_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& logits, const Tensor& threshold,
                                 const std::optional<Tensor>& bias) {
   const char* op = "small_masked_linear";
-  check_small_linear(op, x, weight, threshold, bias, Place::kCuda);
-  check_like(op, "logits", logits, weight, Place::kCuda, shape_of(weight));
+  check_small_linear(op, x, weight, threshold, bias, Place::gpu_of(x));
+  check_like(op, "logits", logits, weight, Place::gpu_of(x), shape_of(weight));
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   if (y.numel() == 0) return y;
   const Launcher gpu(op, x);

@@ -117,7 +117,7 @@ __global__ void count_kernel(Selections s, int pass, State* states, uint32_t* co
 }  // namespace
 
 Tensor mask_thresholds_cuda(const Tensor& logits, const Offsets& offsets, const Tensor& ranks) {
-  const int64_t entries = check_thresholds(kOp, logits, offsets, ranks, Place::kCuda);
+  const int64_t entries = check_thresholds(kOp, logits, offsets, ranks, Place::gpu_of(logits));
   const int64_t total = segments(offsets), rows = entries ? logits.numel() / entries : 0;
   if (rows > 65535) fail(kOp, rows, " rows are more than the 65535 of one launch");
   Shape shape = shape_of(logits);

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -63,6 +64,63 @@ def test_auto_falls_back_for_what_the_kernels_do_not_serve():
     assert torch.equal(
         ops.output_drift(hidden, weight, bias, targets), reference.output_drift(hidden, weight, bias, targets)
     )
+
+
+@pytest.mark.native
+def test_what_is_stepped_is_not_copied():
+    """Where weight or moments are not contiguous the reference steps them; what is only read may have any strides."""
+    hidden, weight, targets = torch.randn(4, 3).t(), torch.randn(4, 50).t(), torch.randn(50, 2).t()
+    state = [weight, *(torch.zeros(size) for size in (50, (50, 4), (50, 4), 50, 50))]
+    one = torch.tensor(1.0)
+    arguments = hidden, one.expand(50), targets, one, *state, one, one
+    results = []
+    for weight_now, chosen in ((weight.clone(memory_format=torch.contiguous_format), "cpu"), (weight, "reference")):
+        moments = [m.clone() for m in state[1:]]
+        now = *arguments[:4], weight_now, *moments, *arguments[-2:]
+        assert backends.explain("hypernet_adam", *now).startswith(f"hypernet_adam: {chosen} ")
+        results.append([*ops.hypernet_adam(*now), weight_now, *moments])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def warnings_of(dtype=torch.float32):
+    """What two calls each of two ops warn of."""
+    a, ranks = torch.randn(5, dtype=dtype), torch.tensor([2])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            ops.mask_thresholds(a, [0, 5], ranks)
+            ops.weight_drift([a], a, [0, 5])
+    assert all(w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught]
+
+
+@pytest.fixture
+def problems(monkeypatch):
+    """Sets why backends are not to be had; nobody has been warned yet."""
+    monkeypatch.setattr(backends, "_warned", set())
+    return lambda **why: [monkeypatch.setitem(backends._problems, name, text) for name, text in why.items()]
+
+
+def test_the_reference_in_place_of_one_missing_backend_is_said_once_per_op(problems, monkeypatch):
+    """As on a GPU with Triton but without the extension: most ops run fast, and these don't."""
+    monkeypatch.setitem(backends._DEVICE, "cpu", ("cpu", "triton"))
+    problems(cpu="nvcc failed", triton="")
+    assert warnings_of(torch.float64) == []  # which neither serves
+    said = "hypermask_fast runs the reference of {} on cpu (cpu: nvcc failed)"
+    assert warnings_of() == [said.format("mask_thresholds"), said.format("weight_drift")]
+    assert warnings_of() == []
+
+
+def test_the_reference_in_place_of_all_backends_is_said_once(problems):
+    problems(cpu="no compiler")
+    assert warnings_of(torch.float64) == []
+    assert warnings_of() == ["hypermask_fast runs its reference ops on cpu (cpu: no compiler)"]
+
+
+def test_a_backend_that_is_there_and_does_not_serve_is_no_surprise(problems):
+    problems(cpu="")
+    assert warnings_of(torch.float64) == []
 
 
 @pytest.mark.native

@@ -20,6 +20,17 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return 0;
 }
 
+// The tensor that begins here is on GPU 1, all others are on GPU 0.
+static const void* on_another_gpu = nullptr;
+AOTI_TORCH_EXPORT void emulation_set_on_another_gpu(const void* data) { on_another_gpu = data; }
+
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* index) {
+  void* data = nullptr;
+  const AOTITorchError error = aoti_torch_get_data_ptr(tensor, &data);
+  *index = data && data == on_another_gpu;
+  return error;
+}
+
 // An op's call begins, in one of the two orders and with tensors guarded on one of their sides, and ends: "" or what it
 // damaged.
 AOTI_TORCH_EXPORT void emulation_begin(int descending) {
@@ -37,3 +48,5 @@ AOTI_TORCH_EXPORT void emulation_set_error_direction(int direction) { emulation:
 
 STABLE_TORCH_LIBRARY(hypermask_emulated, m) { hypermask::define_ops(m); }
 STABLE_TORCH_LIBRARY_IMPL(hypermask_emulated, CPU, m) { HM_IMPLEMENT_GPU(m); }
+// One tensor on "meta" suffices for this to be called: it stands for one that is not on the GPU.
+STABLE_TORCH_LIBRARY_IMPL(hypermask_emulated, Meta, m) { HM_IMPLEMENT(m, cuda); }
