@@ -90,7 +90,7 @@ def _gradients(
         mask = mask_of(a, threshold, False) if MASKED else tl.full((BLOCK,), 1.0, tl.float32)
         c = change * mask
         if NORM == 1:
-            direction = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))  # NaN stays
+            direction = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
         else:
             norm = tl.load(norms_ptr + segment)
             direction = tl.where(norm == 0, 0.0, c / norm)
