@@ -1,7 +1,8 @@
 """The ops of `reference`, each run by the fastest backend that can serve the call; see `backends`.
 
 Names, arguments, results and gradients are those of `reference`; every function also takes `backend=`, a name.
-Contiguous float32 tensors are accelerated; other strides are made contiguous, other dtypes go to the reference.
+Contiguous float32 tensors are accelerated. Other strides are made contiguous, but for what `hypernet_adam` steps; other
+dtypes go to the reference or to plain PyTorch products.
 Where no backend is named, masked layers run fused or mask first, as `dispatch` says for their shape.
 """
 
