@@ -252,12 +252,15 @@ def _output_drift_condition(hidden, weight, bias, targets):
     return _shared_memory_problem(hidden, hidden.shape[0])
 
 
+_STATIC_SHARED = 256  # bytes that the kernel over the dense layer has besides, at most
+
+
 def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
     """Why the GPU's kernel over the dense layer can't hold its tiles, the hidden vectors and the factors."""
     if not hidden.is_cuda:
         return ""
     width = hidden.shape[-1]
-    needed = dense_shared_bytes(tasks, width)
+    needed = dense_shared_bytes(tasks, width) + _STATIC_SHARED
     there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
     return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
 
