@@ -10,7 +10,7 @@
 
 namespace hypermask {
 
-constexpr int kBlockRows = 16;  // rows of the dense layer handled together: the L1 cache holds them and the next ones
+constexpr int kBlockRows = 16;  // rows of the dense layer handled together, read three times: the L1 cache holds them
 
 // The dense output layer a_j = W h_j + b, and what its pass over W works on.
 // Rows j of hidden and scratch: first the drift tasks (with targets), then, if grad_logits, the current one.

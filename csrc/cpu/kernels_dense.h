@@ -78,17 +78,20 @@ struct Cut {
   }
 };
 
-// Asks for the next block of W, m and v a few cache lines at a time, in step with the work on this one: so the memory is
-// busy all through the block, not only where the block itself reads and writes.
+// Asks for a later block of W, m and v a few cache lines at a time, in step with the work on this one: so the memory is
+// busy all through the block, not only where the block itself reads and writes. Narrow layers' next block comes into the
+// L1 cache; where that can't hold it beside this one, the block after the next comes into L2, as more lines can be under
+// way there.
 class Ahead {
  public:
   HM_INLINE Ahead of_block(const DenseLayer& d, int64_t row) {
-    const int64_t next = (row + kBlockRows) * d.width;
     Ahead a;
     a.arrays_ = d.weight_out ? 3 : 1;
-    a.array_[0] = d.weight + next;
-    a.array_[1] = d.weight_m + next;
-    a.array_[2] = d.weight_v + next;
+    a.near_ = 2 * a.arrays_ * kBlockRows * d.width <= kNear;
+    const int64_t later = (row + (a.near_ ? 1 : 2) * kBlockRows) * d.width;
+    a.array_[0] = d.weight + later;
+    a.array_[1] = d.weight_m + later;
+    a.array_[2] = d.weight_v + later;
     a.lines_ = kBlockRows * d.width / kLine;
     a.work_ = kBlockRows * (d.drift_tasks + 2 * d.tasks + kAdamWork);
     return a;
@@ -98,14 +101,18 @@ class Ahead {
   HM_INLINE void advance(Ahead& a, int64_t work) {
     a.done_ += work * a.lines_;
     for (; a.asked_ < a.lines_ && a.asked_ * a.work_ < a.done_; ++a.asked_) {
-      for (int i = 0; i < a.arrays_; ++i) __builtin_prefetch(a.array_[i] + a.asked_ * kLine, 1, 3);
+      for (int i = 0; i < a.arrays_; ++i) {
+        const float* line = a.array_[i] + a.asked_ * kLine;
+        a.near_ ? __builtin_prefetch(line, 0, 3) : __builtin_prefetch(line, 0, 2);
+      }
     }
   }
 
  private:
-  static constexpr int64_t kLine = 16;  // floats
+  static constexpr int64_t kLine = 16, kNear = 5120;  // floats; the L1 cache has 8192 and holds other things as well
   const float* array_[3];
   int arrays_;
+  bool near_;
   int64_t lines_, work_, done_ = 0, asked_ = 0;
 };
 
