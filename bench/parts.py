@@ -2,8 +2,8 @@
 
     python -m bench.parts split-mnist/task4 permuted-mnist-chunked/task9
 
-An op's time is its own, without that of the ops it calls. "the rest" is the step without the profiler less all ops:
-Python, autograd and dispatch. On a GPU times are the kernels', and the rest is what they do not hide.
+An op's time is its own, without that of the ops it calls. "the rest" is the step less all ops: Python, autograd and
+dispatch, and the profiler's own work. On a GPU times are the kernels', and the rest is what they do not hide.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -29,7 +29,10 @@ REST = "the rest"
 
 @dataclass
 class Part:
-    """One op with one set of input shapes; ms and calls are per step, share is of the step."""
+    """One op with one set of input shapes; ms and calls are per step, share is of the profiled step.
+
+    step_ms: a step without the profiler, the median; profiled_ms: under it, the mean.
+    """
 
     date: str
     commit: str
@@ -41,6 +44,7 @@ class Part:
     contender: str
     steps: int
     step_ms: float
+    profiled_ms: float
     part: str
     shapes: str
     calls: float
@@ -49,15 +53,14 @@ class Part:
     command: str
 
 
-def measure(run: Runnable, device: torch.device, steps: int) -> tuple[float, list[tuple[str, str, float, float]]]:
-    """(median ms of a step, [(op, shapes, calls per step, ms per step)]), the longest first, the rest last."""
+def measure(run: Runnable, device: torch.device, steps: int) -> tuple[float, float, list[tuple]]:
+    """(step_ms, profiled_ms, [(op, shapes, calls per step, ms per step)]), the longest first, the rest last."""
     for _ in range(WARM_UP):
         run.run()
     alone = statistics.median(_timed(run, device) for _ in range(steps))
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities, record_shapes=True) as profiler:
-        for _ in range(steps):
-            _timed(run, device)
+        profiled = statistics.mean(_timed(run, device) for _ in range(steps))
     parts = []
     for event in profiler.key_averages(group_by_input_shape=True):
         if "::" in event.key and not event.key.startswith(("autograd::", "torch::")):  # an op, not a range around ops
@@ -66,7 +69,7 @@ def measure(run: Runnable, device: torch.device, steps: int) -> tuple[float, lis
                 (event.key.split("::")[1], _shapes(event.input_shapes), event.count / steps, own / steps / 1e3)
             )
     parts.sort(key=lambda part: -part[3])
-    return alone, [*parts, (REST, "", 0.0, alone - sum(part[3] for part in parts))]
+    return alone, profiled, [*parts, (REST, "", 0.0, profiled - sum(part[3] for part in parts))]
 
 
 def _timed(run: Runnable, device: torch.device) -> float:
@@ -85,12 +88,13 @@ def _shapes(shapes: list) -> str:
 
 def rows(case: Case, contender: str, steps: int, device: torch.device, command: str) -> list[Part]:
     about = machine.describe(device)
-    step_ms, found = measure(case.build(contender, device), device, steps)
+    step_ms, profiled_ms, found = measure(case.build(contender, device), device, steps)
     said = {name: about[name] for name in ("commit", "machine", "threads", "torch", "backend")}
-    said |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
-    said |= {"case": case.name, "contender": contender, "steps": steps, "step_ms": step_ms}
+    said |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command}
+    said |= {"case": case.name, "contender": contender, "steps": steps}
+    said |= {"step_ms": step_ms, "profiled_ms": profiled_ms}
     return [
-        Part(**said, part=name, shapes=shapes, calls=calls, ms=ms, share=ms / step_ms)
+        Part(**said, part=name, shapes=shapes, calls=calls, ms=ms, share=ms / profiled_ms)
         for name, shapes, calls, ms in found
     ]
 
@@ -109,10 +113,11 @@ def text(parts: list[Part], least: float) -> str:
     """The parts of at least that share of the step, those smaller as one line, and the rest."""
     shown = [part for part in parts if part.share >= least or part.part == REST]
     small = [part for part in parts if part not in shown]
-    lines = [f"{parts[0].case}, {parts[0].contender}: {parts[0].step_ms:.3g} ms a step"]
+    first = parts[0]
+    lines = [f"{first.case}, {first.contender}: {first.step_ms:.3g} ms a step, {first.profiled_ms:.3g} ms profiled"]
     lines += [f"{p.ms:9.3f} ms {p.share:6.1%} {p.calls:6.1f} x {p.part} {p.shapes}" for p in shown[:-1]]
     ms, calls = sum(part.ms for part in small), sum(part.calls for part in small)
-    lines.append(f"{ms:9.3f} ms {ms / parts[0].step_ms:6.1%} {calls:6.1f} x smaller ops")
+    lines.append(f"{ms:9.3f} ms {ms / first.profiled_ms:6.1%} {calls:6.1f} x smaller ops")
     return "\n".join([*lines, f"{parts[-1].ms:9.3f} ms {parts[-1].share:6.1%}          {REST}"])
 
 

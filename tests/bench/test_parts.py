@@ -17,7 +17,7 @@ def test_parts_of_a_step(tmp_path, capsys):
     mine = [row for row in found if row["case"] == "split-mnist/task2"]
     assert [row["calls"] for row in mine if row["part"] == "hypernet_adam"] == ["1"]
     assert mine[-1]["part"] == parts.REST
-    assert sum(float(row["ms"]) for row in mine) == pytest.approx(float(mine[0]["step_ms"]), rel=1e-4)
+    assert sum(float(row["ms"]) for row in mine) == pytest.approx(float(mine[0]["profiled_ms"]), rel=1e-4)
     assert "ms a step" in capsys.readouterr().out
 
 
