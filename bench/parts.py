@@ -100,6 +100,7 @@ def rows(case: Case, contender: str, steps: int, device: torch.device, command: 
 
 
 def append(parts: list[Part], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         found = rows(case, arguments.contender, arguments.steps, device, command)
         print(text(found, least=0.01), end="\n\n")
         if arguments.csv or not arguments.quick:
-            append(found, arguments.csv or results.FOLDER / f"{found[0].machine}-parts.csv")
+            append(found, arguments.csv or results.FOLDER / "parts" / f"{found[0].machine}.csv")
     return 0
 
 
