@@ -16,19 +16,15 @@ import torch
 from hypermask_fast import __version__, backends
 
 # Allocator settings that whole runs are made under, as environment variables of every contender. As shipped, glibc
-# returns every large temporary to the kernel and pays page faults for the next; tuned, it keeps them, and PyTorch asks
-# for huge pages.
+# returns every large temporary to the kernel and pays page faults for the next; tuned, it keeps them.
 _KEEP = f"glibc.malloc.mmap_threshold={1 << 40}:glibc.malloc.trim_threshold={1 << 40}:glibc.malloc.top_pad={1 << 26}"
-MALLOC: dict[str, dict[str, str]] = {
-    "as shipped": {},
-    "tuned": {"GLIBC_TUNABLES": _KEEP, "THP_MEM_ALLOC_ENABLE": "1"},
-}
+MALLOC: dict[str, dict[str, str]] = {"as shipped": {}, "tuned": {"GLIBC_TUNABLES": _KEEP}}
+_OF_ALLOCATORS = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
 
 
 def environment(malloc: str) -> dict[str, str]:
     """This process's environment under an allocator setting, whatever it says of the allocator by itself."""
-    decided = {name for setting in MALLOC.values() for name in setting}
-    return {name: value for name, value in os.environ.items() if name not in decided} | MALLOC[malloc]
+    return {name: value for name, value in os.environ.items() if name not in _OF_ALLOCATORS} | MALLOC[malloc]
 
 
 def malloc_setting(malloc: str) -> str:

@@ -54,6 +54,6 @@ with Watch():
 
 
 def test_importing_makes_no_tensor():
-    """Huge pages are asked for by the command, which PyTorch heeds where it comes before the first CPU tensor."""
+    """PyTorch reads its allocator's settings at the first CPU tensor: a program must be able to come before it."""
     done = subprocess.run([sys.executable, "-c", _IMPORTING], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -11,13 +11,11 @@ _MIB = 1 << 20
 
 
 def tune_allocator() -> None:
-    """Has the CPU's memory kept once it was asked for, and in huge pages, unless the environment has said otherwise.
+    """Has the CPU's memory kept once it was asked for, unless the environment has said otherwise.
 
     Each training step makes temporaries of many megabytes. glibc gives such back to Linux at once, and every page of
-    the next ones is then a page fault; and looking up pages of 4 KB costs a step that walks through gigabytes.
-    For a program to call as it begins: huge pages take effect before the process's first CPU tensor.
+    the next ones is then a page fault. For a program to call as it begins.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do without
