@@ -208,8 +208,8 @@ def write_record(record: dict, folders: list[Path]) -> None:
 extension = Extension("hypermask_fast._native", ["csrc/registration.cpp"], py_limited_api=True, optional=True)
 problem = native_problem()
 setup(
-    packages=[*find_packages(include=["hypermask_fast*"]), "hypermask_fast.kernels"],
-    package_dir={"hypermask_fast.kernels": "kernels"},
+    packages=find_packages(include=["hypermask_fast*"]),  # hypermask_fast/kernels is a link to kernels/
+    package_dir={"": "."},
     ext_modules=[] if problem else [extension],
     cmdclass={"build_ext": Build, "build_py": Python},
     options={} if problem else {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,4 +1,4 @@
-"""Measures both paths of the masked layers over a grid of shapes: the table `hypermask_fast.dispatch` chooses by.
+"""Measures both paths of the masked layers over a grid of shapes: the table `hypermask_fast.ops.paths` chooses by.
 
     python -m bench.dispatch                       writes hypermask_fast/tables/GPU.json
     python -m bench.dispatch --out F --seconds 60  another file, and no longer than that
@@ -31,8 +31,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from hypermask_fast import backends, dispatch, mask_first, ops
-from hypermask_fast.dispatch import Entry
+from hypermask_fast import ops
+from hypermask_fast.ops import paths as dispatch
+from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops.paths import Entry
+from hypermask_fast.ops.plain import mask_first
 
 from . import machine
 from .case import Unavailable

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hypermask_fast.layout import MaskLayout
-from hypermask_fast.targets import build_target
+from hypermask_fast.masking.layout import MaskLayout
 from hypermask_fast.training.config import RunConfig, load_preset
+from hypermask_fast.training.targets import build_target
 
 BLOCK = 1 << 20  # entries handled at a time wherever a copy of the largest tensor would show in the peak memory
 

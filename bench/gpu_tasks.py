@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hypermask_fast import HyperMask, HypernetConfig, ops, reference
-from hypermask_fast.targets import MLP
+from hypermask_fast import HyperMask, HypernetConfig, ops
+from hypermask_fast.ops import reference
+from hypermask_fast.training.targets import MLP
 
 from .case import OURS, Case
 from .op_run import OpRun, Results, uniform

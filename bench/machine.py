@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from hypermask_fast import __version__, backends
+from hypermask_fast import __version__
+from hypermask_fast.ops import registry as backends
 
 # Allocator settings that whole runs are made under, as environment variables of every contender. As shipped, glibc
 # returns every large temporary to the kernel and pays page faults for the next; tuned, it keeps them.

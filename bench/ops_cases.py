@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypermask_fast import ops, reference
-from hypermask_fast.layout import kept_rank
+from hypermask_fast import ops
+from hypermask_fast.ops import kept_rank, reference
 
 from .case import OURS, Case, Unavailable
 from .experiments import BLOCK, Experiment

@@ -9,8 +9,9 @@ from importlib import metadata
 
 import torch
 
-from . import backends, ops
-from .dispatch import MASK_FIRST
+from . import ops
+from .ops import registry as backends
+from .ops.paths import MASK_FIRST
 
 _PACKAGES = ("hypermask-fast", "numpy", "safetensors", "scikit-learn", "matplotlib", "pillow", "triton", "tensorboard")
 _ISA = ("baseline", "AVX2", "AVX-512")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .masks import TaskMask
+from .masking.masks import TaskMask
 from .model import HyperMask
 
 

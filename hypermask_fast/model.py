@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import backends, layers, ops, regularizers
+from . import ops, regularizers
 from .errors import InputError
 from .hypernet import HypernetConfig
-from .layout import MaskLayout
-from .masks import TaskMask, use_mask
+from .masking import layers
+from .masking.layout import MaskLayout
+from .masking.masks import TaskMask, use_mask
+from .masking.task_batch import TaskBatch, TaskMasks, serves
+from .ops import registry as backends
 from .regularizers import Anchor, DriftConfig, Drifts
-from .task_batch import TaskBatch, TaskMasks, serves
 
 if TYPE_CHECKING:
     from .optim import Adam

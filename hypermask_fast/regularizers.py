@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .hypernet import HyperNetwork
-from .layout import MaskLayout
+from .masking.layout import MaskLayout
 
 FIDELITIES = ("default", "official")
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from ..backends import tensors
-from ..dispatch import allows_tf32
 from ..errors import InputError
+from ..ops.paths import allows_tf32
+from ..ops.registry import tensors
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

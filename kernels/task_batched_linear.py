@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from ..backends import debug
 from ..errors import InputError
-from ..task_rows import TaskRows
+from ..ops.registry import debug
+from ..ops.task_rows import TaskRows
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import check

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypermask_fast import InputError, cli, targets
-from hypermask_fast.training import run
+from hypermask_fast import InputError, cli
+from hypermask_fast.training import run, targets
 from hypermask_fast.training.config import RunConfig, load_preset, presets
 
 SETTINGS = {

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError, backends, dispatch, ops, reference
+from hypermask_fast import InputError, ops
+from hypermask_fast.ops import paths as dispatch
+from hypermask_fast.ops import reference
+from hypermask_fast.ops import registry as backends
 
 GPU = "NVIDIA H200"
 

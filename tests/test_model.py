@@ -11,7 +11,7 @@ from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
-from hypermask_fast.masks import active_mask
+from hypermask_fast.masking.masks import active_mask
 
 from .conftest import blob_model, small_convnet
 

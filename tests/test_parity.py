@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hypermask_fast as hmf
-from hypermask_fast import backends
+from hypermask_fast.ops import registry as backends
 
 from .tolerances import EPS
 

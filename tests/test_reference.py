@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.autograd import gradcheck
 
-from hypermask_fast import InputError, reference
-from hypermask_fast.layout import kept_rank
+from hypermask_fast import InputError
+from hypermask_fast.ops import kept_rank, reference
 
 
 def logits_of(*shape, seed=0):

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from hypermask_fast import HyperMask, HypernetConfig, InputError, MaskLayout
-from hypermask_fast.targets import MLP, ResidualBlock, ResNet20, ZenkeNet, build_target
 from hypermask_fast.training.config import TargetConfig
+from hypermask_fast.training.targets import MLP, ResidualBlock, ResNet20, ZenkeNet, build_target
 
 
 def test_sizes_are_the_published_ones():

@@ -6,10 +6,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError, backends, mask_first, reference
-from hypermask_fast.masks import use_mask
-from hypermask_fast.task_batch import TaskBatch, serves
-from hypermask_fast.task_rows import TaskRows
+from hypermask_fast import InputError
+from hypermask_fast.masking.masks import use_mask
+from hypermask_fast.masking.task_batch import TaskBatch, serves
+from hypermask_fast.ops import reference
+from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops.plain import mask_first
+from hypermask_fast.ops.task_rows import TaskRows
 
 from .conftest import blob_model, small_convnet
 

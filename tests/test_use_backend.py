@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError, backends, ops, reference
+from hypermask_fast import InputError, ops
+from hypermask_fast.ops import reference
+from hypermask_fast.ops import registry as backends
 
 from .conftest import blob_model
 

@@ -15,9 +15,10 @@ from typing import Any
 from ..data.checks import check_whole
 from ..errors import InputError
 from ..hypernet import HypernetConfig
-from ..layout import kept_rank
+from ..ops.reference import kept_rank
 from ..optim import GRADIENTS
 from ..regularizers import FIDELITIES
+from .targets import TargetConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,15 +35,6 @@ class DataConfig:
     dir: str | None = None
     tasks: int | None = None
     validation: int | None = None
-
-
-@dataclass(frozen=True)
-class TargetConfig:
-    """name: mlp, resnet20 or zenkenet; hidden: an MLP's hidden widths; width: a ResNet's first width, 16 k."""
-
-    name: str
-    hidden: tuple[int, ...] = (400, 400)
-    width: int = 32
 
 
 @dataclass(frozen=True)

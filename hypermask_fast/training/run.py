@@ -17,11 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..model import HyperMask
-from ..targets import build_target
 from . import checkpoint, report
 from .config import RunConfig, TargetConfig
 from .files import write_atomic, writing
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
+from .targets import build_target
 from .trainer import Result, Trainer
 
 CONFIG, LOG, TENSORBOARD = "config.toml", "log.csv", "tensorboard"

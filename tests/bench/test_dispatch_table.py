@@ -8,7 +8,10 @@ import torch
 from bench import dispatch as table
 from bench import machine
 from bench.case import Unavailable
-from hypermask_fast import backends, dispatch, mask_first, ops
+from hypermask_fast import ops
+from hypermask_fast.ops import paths as dispatch
+from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops.plain import mask_first
 
 CPU = torch.device("cpu")
 SMALL = [

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 import hypermask_fast.kernels  # noqa: F401 (fills sys.modules)
 from hypermask_fast.kernels import host
 from hypermask_fast.kernels.conv2d_shape import Conv2dShape
-from hypermask_fast.task_rows import TaskRows
+from hypermask_fast.ops.task_rows import TaskRows
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}

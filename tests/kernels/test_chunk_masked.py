@@ -2,10 +2,10 @@ import pytest
 import torch
 from comparing import DEVICE, DTYPES, assert_matches, gap_threshold, randn
 
-from hypermask_fast import reference
 from hypermask_fast.errors import InputError
 from hypermask_fast.kernels import chunk_masked_conv2d, chunk_masked_linear
 from hypermask_fast.kernels.chunk_masked_linear import launch_fused
+from hypermask_fast.ops import reference
 
 LINEAR = {  # batch, in, out, chunk size, hypernetwork's width, start, further chunks; is it one kernel?
     "one": ((1, 1, 1, 1, 1, 0, 0), False),

@@ -8,7 +8,9 @@ import torch
 from comparing import DEVICE, DTYPES, assert_close, assert_matches, in_half, output_and_gradients, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hypermask_fast import kernels, mask_first, reference
+from hypermask_fast import kernels
+from hypermask_fast.ops import reference
+from hypermask_fast.ops.plain import mask_first
 
 F32 = torch.float32
 

@@ -17,9 +17,9 @@ from comparing import (
     randn,
 )
 
-from hypermask_fast import reference
 from hypermask_fast.errors import InputError
 from hypermask_fast.kernels import entropy_select, segments, semi_binary_mask, semi_binary_mask_with_slope, weight_drift
+from hypermask_fast.ops import reference
 
 MASKS = [  # logits, threshold
     ((), ()),

@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypermask_fast as hmf
-from hypermask_fast import backends, model, reference
-from hypermask_fast.task_batch import serves
+from hypermask_fast import model
+from hypermask_fast.masking.task_batch import serves
+from hypermask_fast.ops import reference
+from hypermask_fast.ops import registry as backends
 
 
 class Convnet(nn.Module):

@@ -2,12 +2,12 @@ import pytest
 import torch
 from comparing import DEVICE, DTYPES, assert_close, assert_matches, exact_threshold, randn
 
-from hypermask_fast import reference
 from hypermask_fast.errors import InputError
 from hypermask_fast.kernels import masked_conv2d
 from hypermask_fast.kernels.conv2d_shape import Conv2dShape
 from hypermask_fast.kernels.masked_conv2d import launch_convolution, launch_weight_gradient
 from hypermask_fast.kernels.tiles import Tiles
+from hypermask_fast.ops import reference
 
 CASES = {  # batch, in, out, height, width, kernel; stride, padding, dilation, groups
     "one": ((1, 1, 1, 1, 1, (1, 1)), (1, 0, 1, 1)),

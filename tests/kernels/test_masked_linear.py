@@ -2,11 +2,11 @@ import pytest
 import torch
 from comparing import DEVICE, DTYPES, assert_close, assert_matches, exact_threshold, randn
 
-from hypermask_fast import reference
 from hypermask_fast.errors import InputError
 from hypermask_fast.kernels import masked_linear
 from hypermask_fast.kernels.masked_linear import launch_product, launch_weight_gradient
 from hypermask_fast.kernels.tiles import Tiles
+from hypermask_fast.ops import reference
 
 SHAPES = [  # batch, in, out
     ((1,), 1, 1),

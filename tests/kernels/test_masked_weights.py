@@ -7,8 +7,9 @@ import torch
 from comparing import DEVICE, DTYPES, assert_close, in_half, launches, randn
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError, ops, reference
+from hypermask_fast import InputError, ops
 from hypermask_fast.kernels import masked_weights, segments
+from hypermask_fast.ops import reference
 
 SHAPES = ((50, 61), (7,), (0, 3), (1,), (), (3, 2, 3, 3), (2048,), (2049,))  # a block holds 2048 entries
 NAN, INF = float("nan"), float("inf")

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from hypermask_fast import kernels
 from hypermask_fast.kernels import host
-from hypermask_fast.task_rows import TaskRows
+from hypermask_fast.ops.task_rows import TaskRows
 
 F32 = torch.float32
 THRESHOLD = torch.tensor(0.4, device=DEVICE)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from comparing import DTYPES, assert_matches, exact_threshold, gap_threshold, launches, randn
 
-from hypermask_fast import reference, small_batch
+from hypermask_fast.ops import reference
+from hypermask_fast.ops.native import few_rows as small_batch
 
 
 def small(op):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from comparing import DEVICE, DTYPES, assert_close, assert_matches, exact_threshold, randn
 
-from hypermask_fast import reference
 from hypermask_fast.errors import InputError
 from hypermask_fast.kernels import task_batched_linear
-from hypermask_fast.task_rows import TaskRows
+from hypermask_fast.ops import reference
+from hypermask_fast.ops.task_rows import TaskRows
 
 CASES = [  # tasks, batch, in, out, how the rows meet the tasks
     (1, 1, 1, 1, "ids"),

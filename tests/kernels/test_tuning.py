@@ -5,11 +5,11 @@ import pytest
 import torch
 from comparing import DEVICE, assert_close, exact_threshold, randn
 
-from hypermask_fast import reference
 from hypermask_fast.errors import InputError
 from hypermask_fast.kernels import masked_linear, settings, tune_masked_linear, tuning
 from hypermask_fast.kernels.conv2d_shape import Conv2dShape
 from hypermask_fast.kernels.tiles import Tiles
+from hypermask_fast.ops import reference
 
 PRODUCT = 5, 20, 40, torch.float32, torch.device(DEVICE)  # rows, outputs, inputs
 TUNABLE = [name for name, function in vars(settings).items() if hasattr(function, "key")]

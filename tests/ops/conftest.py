@@ -6,7 +6,8 @@ import emulation
 import pytest
 import torch
 
-from hypermask_fast import backends, ops
+from hypermask_fast import ops
+from hypermask_fast.ops import registry as backends
 
 ISAS = ("baseline", "avx2", "avx512")
 

@@ -10,7 +10,9 @@ import warnings
 import pytest
 import torch
 
-from hypermask_fast import InputError, backends, env, ops, reference
+from hypermask_fast import InputError, env, ops
+from hypermask_fast.ops import reference
+from hypermask_fast.ops import registry as backends
 
 
 def run_python(code, **environment):

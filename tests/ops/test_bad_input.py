@@ -8,7 +8,7 @@ import pytest
 import torch
 from op_arguments import NAMES, OFFSETS, arguments
 
-from hypermask_fast import backends
+from hypermask_fast.ops import registry as backends
 
 native = pytest.mark.native
 

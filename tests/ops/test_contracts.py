@@ -7,7 +7,7 @@ import torch
 from op_arguments import NAMES, OFFSETS, arguments
 from torch.library import opcheck
 
-from hypermask_fast import reference
+from hypermask_fast.ops import reference
 
 pytestmark = pytest.mark.native
 

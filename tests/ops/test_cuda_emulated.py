@@ -10,8 +10,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from hypermask_fast import reference
-from hypermask_fast.layout import kept_rank
+from hypermask_fast.ops import kept_rank, reference
 
 NAN, INF = float("nan"), float("inf")
 

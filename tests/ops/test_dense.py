@@ -4,7 +4,8 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from hypermask_fast import ops, reference
+from hypermask_fast import ops
+from hypermask_fast.ops import reference
 
 SHAPES = [(1, 1), (63, 7), (1000, 100), (997, 25), (4133, 33), (129, 200), (40, 257)]
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from hypermask_fast import backends, ops, reference, small_batch
+from hypermask_fast import ops
+from hypermask_fast.ops import reference
+from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops.native import few_rows as small_batch
 
 DEVICE, BACKEND = "cuda", "cuda"
 SHAPES = [(1,), (63, 7), (1000, 1), (37, 33, 5)]  # weights, flat together

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from hypermask_fast import reference
+from hypermask_fast.ops import reference
 
 pytestmark = pytest.mark.native
 

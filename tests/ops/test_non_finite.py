@@ -7,7 +7,8 @@ import pytest
 import torch
 from tolerances import assert_close
 
-from hypermask_fast import backends, reference
+from hypermask_fast.ops import reference
+from hypermask_fast.ops import registry as backends
 
 NAN, INF = float("nan"), float("inf")
 WEIGHTS = (1.5, 0.0, NAN, INF, -INF)

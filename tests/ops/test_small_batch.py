@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from hypermask_fast import reference, small_batch
+from hypermask_fast.ops import reference
+from hypermask_fast.ops.native import few_rows as small_batch
 
 NAN, INF = float("nan"), float("inf")
 HALVES = (torch.float16, torch.bfloat16)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from hypermask_fast import reference
-from hypermask_fast.layout import kept_rank
+from hypermask_fast.ops import kept_rank, reference
 
 pytestmark = pytest.mark.native
 

@@ -4,8 +4,8 @@ import pytest
 
 from hypermask_fast import InputError
 from hypermask_fast.data import SCENARIOS
-from hypermask_fast.targets import TARGETS
 from hypermask_fast.training.config import RunConfig, TrainingConfig, load_preset, presets
+from hypermask_fast.training.targets import TARGETS
 
 MINIMAL = {
     "data": {"scenario": "split-digits"},

@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import backends, checks, chunked, mask_first, native, reference, triton_backend
-from .layout import kept_rank
+from . import arguments as checks
+from . import native, reference
+from . import registry as backends
+from . import triton as triton_backend
+from .plain import chunked, mask_first
+from .reference import kept_rank
 from .task_rows import TaskRows
 
 __all__ = [

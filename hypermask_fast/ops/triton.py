@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import registry as backends
 
 OPS = (
     "chunk_masked_conv2d",
@@ -32,7 +32,7 @@ def register() -> None:
 
 def _kernel(op: str) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
-        from . import kernels  # a statement, which torch.compile can trace
+        from .. import kernels  # a statement, which torch.compile can trace
 
         return getattr(kernels, op)(*args, **kwargs)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops
-from .errors import InputError
+from .. import ops
+from ..errors import InputError
+from ..ops.task_rows import TaskRows
 from .layout import MaskLayout
 from .masks import Made, TaskMask, use_mask
-from .task_rows import TaskRows
 
 # Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
 # GPU task by task, by cuBLAS and cuDNN, and so many images under all tasks would not fit beside each other.

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops
-from .errors import InputError
+from .. import ops
+from ..errors import InputError
 from .masks import active_mask, convolution_geometry
 
 

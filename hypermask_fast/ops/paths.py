@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 T = TypeVar("T")
 
@@ -194,7 +194,7 @@ def _decide(*key) -> Choice:
     call, name = Call(*fields), gpu_name(device)
     if call.outputs * call.reduced * call.rows == 0:
         return Choice(MASK_FIRST, "mask first: the layer is empty")
-    table = tables(Path(folder) if folder else Path(__file__).parent / "tables").get(name)
+    table = tables(Path(folder) if folder else Path(__file__).parents[1] / "tables").get(name)
     entry = table.nearest(call) if table else None
     by, order = "", FUSED_BACKENDS
     if entry is not None:

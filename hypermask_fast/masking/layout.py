@@ -3,34 +3,16 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import ceil, prod
-from numbers import Real
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from ..errors import InputError
+from ..ops.reference import kept_rank
 
 MASKED_MODULES = (nn.Linear, nn.Conv2d)
-
-
-def kept_rank(sparsity: float, size: int) -> int:
-    """Rank from which entries are kept: ceil(p (n - 1) / 100), the linear-interpolated percentile's upper neighbour.
-
-    An entry survives the p-th percentile of n magnitudes exactly when its rank (0 the smallest) is at least this.
-
-    Args:
-        sparsity: p in percent, 0 to 100.
-        size: n, entries of the tensor.
-
-    Raises:
-        InputError: sparsity is not a number from 0 to 100.
-    """
-    number = isinstance(sparsity, Real) and not isinstance(sparsity, bool)
-    if not number or not 0 <= sparsity <= 100:
-        raise InputError(f"sparsity is a percentage from 0 to 100, not {sparsity!r}")
-    return ceil(sparsity * max(size - 1, 0) / 100)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from . import backends, small_batch
+from .. import registry as backends
+from . import few_rows as small_batch
 
 _NAMESPACE = "hypermask_fast"
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 
 
 class TaskRows(NamedTuple):

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, mask_first, ops
+from .. import ops
+from ..ops import registry as backends
+from ..ops.plain import mask_first
 from .layout import MaskLayout
 
 _T = TypeVar("_T")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import InputError
-
-if TYPE_CHECKING:
-    from .training.config import TargetConfig
+from ..errors import InputError
 
 ZENKE_SMALLEST = 12  # two times (valid 3x3 convolution, halving) leaves one pixel of 12 x 12
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """name: mlp, resnet20 or zenkenet; hidden: an MLP's hidden widths; width: a ResNet's first width, 16 k."""
+
+    name: str
+    hidden: tuple[int, ...] = (400, 400)
+    width: int = 32
 
 
 class MLP(nn.Sequential):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import tensors
-from .errors import InputError
+from ..errors import InputError
+from .registry import tensors
 from .task_rows import TaskRows
 
 

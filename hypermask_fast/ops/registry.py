@@ -27,9 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
-from .dispatch import FUSED_BACKENDS, MASK_FIRST, constant_in_graphs
-from .errors import InputError
+from ..errors import InputError
+from . import paths as dispatch
+from . import reference
+from .paths import FUSED_BACKENDS, MASK_FIRST, constant_in_graphs
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what auto tries on a device, the fastest first
@@ -51,13 +52,13 @@ _problems: dict[str, str] = {}
 
 def _recorded(part: str) -> str:
     """What setup.py noted about a part it left out."""
-    record = Path(__file__).parent / "_build.json"
+    record = Path(__file__).parents[1] / "_build.json"
     return json.loads(record.read_text()).get(part, "") if record.exists() else ""
 
 
 def _load_native() -> str:
     """Loads the extension; "" or why it is not there."""
-    spec = util.find_spec("._native", __package__)
+    spec = util.find_spec("hypermask_fast._native")
     if spec is None:
         return _recorded("native") or "the extension is not built: pip install --no-build-isolation ."
     try:

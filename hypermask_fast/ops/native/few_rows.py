@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, reference, triton_backend
-from .dispatch import MAX_ROWS
+from .. import reference
+from .. import registry as backends
+from .. import triton as triton_backend
+from ..paths import MAX_ROWS
 
 MAX_WIDTH = 512  # of the hypernetwork; shared memory holds a block's hidden vectors and output layer
 _STEP = 384  # entries of the reduction that a block of the chunked kernel takes at a time
@@ -46,7 +48,7 @@ def _triton_gradients(op: str, ctx, grad: Tensor, *args) -> list[Tensor | None] 
     Triton."""
     if backends.problem("triton") or triton_backend.condition(grad):
         return None
-    from . import kernels  # defines the operators
+    from ... import kernels  # defines the operators
 
     count = {"masked_linear": 3, "chunk_masked_linear": 5}[op]
     needed = ctx.needs_input_grad[:count]

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, reference
-from .dispatch import MASK_FIRST
-from .errors import InputError
-from .task_rows import TaskRows, rows_of_tasks
+from ...errors import InputError
+from .. import reference
+from .. import registry as backends
+from ..paths import MASK_FIRST
+from ..task_rows import TaskRows, rows_of_tasks
 
 
 def register() -> None:

@@ -12,13 +12,32 @@ Source of the method: HyperMask, arXiv 2310.00113.
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import InputError
+from ..errors import InputError
 from .task_rows import TaskRows, rows_of_tasks
+
+
+def kept_rank(sparsity: float, size: int) -> int:
+    """Rank from which entries are kept: ceil(p (n - 1) / 100), the linear-interpolated percentile's upper neighbour.
+
+    An entry survives the p-th percentile of n magnitudes exactly when its rank (0 the smallest) is at least this.
+
+    Args:
+        sparsity: p in percent, 0 to 100.
+        size: n, entries of the tensor.
+
+    Raises:
+        InputError: sparsity is not a number from 0 to 100.
+    """
+    number = isinstance(sparsity, Real) and not isinstance(sparsity, bool)
+    if not number or not 0 <= sparsity <= 100:
+        raise InputError(f"sparsity is a percentage from 0 to 100, not {sparsity!r}")
+    return math.ceil(sparsity * max(size - 1, 0) / 100)
 
 
 def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> Tensor:
@@ -29,7 +48,7 @@ def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> Te
     Args:
         logits: (..., N) float.
         offsets: S + 1 ascending segment borders, the last at most N.
-        ranks: (S,) int64, see `layout.kept_rank`.
+        ranks: (S,) int64, see `kept_rank`.
 
     Returns:
         (..., S) thresholds on |a|, dtype of logits.
