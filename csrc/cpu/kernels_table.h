@@ -1,4 +1,4 @@
-// Included last by each kernels_*.cpp: the table of what was compiled there.
+// Included by each kernels_*.cpp, which says for which instructions: the table of what was compiled there.
 #pragma once
 
 #include "kernels_dense.h"

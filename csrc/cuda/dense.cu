@@ -1,5 +1,8 @@
 // The ops over the hypernetwork's dense output layer on the GPU.
-#include "cuda_ops.h"
+#include <tuple>
+
+#include "../common/dense.h"
+#include "../common/registration.h"
 #include "dense_kernels.h"
 #include "launcher.h"
 
@@ -52,10 +55,9 @@ Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, co
   return d;
 }
 
-}  // namespace
 
 // The logits of one task, in the arithmetic of its drift: against them as targets that is exactly 0.
-Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
+Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
   const char* op = "hypernet_logits";
   check_dense(op, hidden, weight, bias, Place::gpu_of(weight));
   check_float(op, "hidden", hidden, Place::gpu_of(weight), {weight.size(1)});
@@ -66,7 +68,7 @@ Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Te
   return logits;
 }
 
-Tensor output_drift_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets) {
+Tensor output_drift(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets) {
   const char* op = "output_drift";
   check_output_drift(op, hidden, weight, bias, targets, Place::gpu_of(weight));
   Tensor drift = empty_float(weight, {});
@@ -76,7 +78,7 @@ Tensor output_drift_cuda(const Tensor& hidden, const Tensor& weight, const Tenso
   return drift;
 }
 
-std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cuda(const Tensor& grad, const Tensor& hidden,
+std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, const Tensor& hidden,
                                                               const Tensor& weight, const Tensor& bias,
                                                               const Tensor& targets) {
   const char* op = "output_drift_backward";
@@ -94,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cuda(const Tensor& grad
   return {grad_hidden, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor> hypernet_adam_cuda(const Tensor& hidden, const Tensor& grad_logits, const Tensor& targets,
+std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& grad_logits, const Tensor& targets,
                                               const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
                                               const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
                                               const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
@@ -120,6 +122,15 @@ std::tuple<Tensor, Tensor> hypernet_adam_cuda(const Tensor& hidden, const Tensor
   d.eps = eps;
   run<kAdam>(op, d, weight, mutable_data(grad_hidden), mutable_data(drift));
   return {grad_hidden, drift};
+}
+
+}  // namespace
+
+HM_CUDA(m) {
+  m.impl("hypernet_logits", TORCH_BOX(&hypernet_logits));
+  m.impl("output_drift", TORCH_BOX(&output_drift));
+  m.impl("output_drift_backward", TORCH_BOX(&output_drift_backward));
+  m.impl("hypernet_adam", TORCH_BOX(&hypernet_adam));
 }
 
 }  // namespace hypermask

@@ -1,6 +1,9 @@
 // Masks, masked weights and weight drift on the GPU, all segments in one launch (per 64 of them).
+#include <tuple>
+
 #include "../common/mask_math.h"
-#include "cuda_ops.h"
+#include "../common/masks.h"
+#include "../common/registration.h"
 #include "launcher.h"
 #include "quads.h"
 
@@ -205,9 +208,8 @@ unsigned row_blocks(const Launcher& gpu, int64_t rows, int64_t columns) {
   return static_cast<unsigned>(std::min(rows * ceil_div(columns, kTileEntries), held));
 }
 
-}  // namespace
 
-Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
+Tensor semi_binary_mask(const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask";
   const int64_t rows = check_mask(op, logits, threshold, Place::gpu_of(logits)), total = logits.numel();
   Tensor mask = empty_float(logits, shape_of(logits));
@@ -219,7 +221,7 @@ Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
   return mask;
 }
 
-Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
+Tensor semi_binary_mask_backward(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask_backward";
   const int64_t rows = check_mask(op, logits, threshold, Place::gpu_of(logits)), total = logits.numel();
   check_float(op, "grad", grad, Place::gpu_of(logits), shape_of(logits));
@@ -232,7 +234,7 @@ Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, 
   return result;
 }
 
-Tensors masked_weights_cuda(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
+Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
                             const Offsets& offsets) {
   const char* op = "masked_weights";
   check_masked(op, weights, logits, thresholds, offsets, Place::gpu_of(logits));
@@ -245,7 +247,7 @@ Tensors masked_weights_cuda(const Tensors& weights, const Tensor& logits, const 
   return masked;
 }
 
-std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, const Tensors& weights,
+std::tuple<Tensors, Tensor> masked_weights_backward(const Tensors& grads, const Tensors& weights,
                                                          const Tensor& logits, const Tensor& thresholds,
                                                          const Offsets& offsets) {
   const char* op = "masked_weights_backward";
@@ -264,8 +266,6 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, c
   });
   return {grad_weights, grad_logits};
 }
-
-namespace {
 
 // The drift's norm per segment; also writes weight * mask to `masked`, a tensor per weight, unless that is null.
 Tensor drift_norms(const char* op, const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
@@ -309,16 +309,15 @@ std::tuple<Tensors, Tensor> drift_gradients(const char* op, const Tensor& grad, 
   return {grad_weights, grad_logits};
 }
 
-}  // namespace
 
-Tensor weight_drift_cuda(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
+Tensor weight_drift(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
                          const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift";
   check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   return drift_norms(op, weights, previous, offsets, norm, logits, thresholds, nullptr);
 }
 
-std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const Tensor& norms, const Tensors& weights,
+std::tuple<Tensors, Tensor> weight_drift_backward(const Tensor& grad, const Tensor& norms, const Tensors& weights,
                                                        const Tensor& previous, const Offsets& offsets, int64_t norm,
                                                        const std::optional<Tensor>& logits,
                                                        const std::optional<Tensor>& thresholds) {
@@ -327,7 +326,7 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const
   return drift_gradients(op, grad, norms, nullptr, weights, previous, offsets, norm, logits, thresholds);
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_cuda(const Tensors& weights, const Tensor& logits,
+std::tuple<Tensors, Tensor> masked_weights_drift(const Tensors& weights, const Tensor& logits,
                                                       const Tensor& thresholds, const Offsets& offsets,
                                                       const Tensor& previous, int64_t norm) {
   const char* op = "masked_weights_drift";
@@ -337,7 +336,7 @@ std::tuple<Tensors, Tensor> masked_weights_drift_cuda(const Tensors& weights, co
   return {masked, norms};
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_backward_cuda(const Tensors& grads, const Tensor& grad,
+std::tuple<Tensors, Tensor> masked_weights_drift_backward(const Tensors& grads, const Tensor& grad,
                                                                const Tensor& norms, const Tensors& weights,
                                                                const Tensor& logits, const Tensor& thresholds,
                                                                const Offsets& offsets, const Tensor& previous,
@@ -346,6 +345,19 @@ std::tuple<Tensors, Tensor> masked_weights_drift_backward_cuda(const Tensors& gr
   check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   check_grads(op, grads, weights, offsets, Place::gpu_of(previous));
   return drift_gradients(op, grad, norms, &grads, weights, previous, offsets, norm, logits, thresholds);
+}
+
+}  // namespace
+
+HM_CUDA(m) {
+  m.impl("semi_binary_mask", TORCH_BOX(&semi_binary_mask));
+  m.impl("semi_binary_mask_backward", TORCH_BOX(&semi_binary_mask_backward));
+  m.impl("masked_weights", TORCH_BOX(&masked_weights));
+  m.impl("masked_weights_backward", TORCH_BOX(&masked_weights_backward));
+  m.impl("weight_drift", TORCH_BOX(&weight_drift));
+  m.impl("weight_drift_backward", TORCH_BOX(&weight_drift_backward));
+  m.impl("masked_weights_drift", TORCH_BOX(&masked_weights_drift));
+  m.impl("masked_weights_drift_backward", TORCH_BOX(&masked_weights_drift_backward));
 }
 
 }  // namespace hypermask

@@ -71,7 +71,7 @@ def _load_native() -> str:
 def _cuda_problem() -> str:
     if NATIVE_PROBLEM:
         return NATIVE_PROBLEM
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("hypermask_fast::mask_thresholds", "CUDA"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("hypermask_native::mask_thresholds", "CUDA"):
         return _recorded("cuda") or "the extension was built without CUDA"
     return "" if torch.cuda.is_available() else "no CUDA device"
 

@@ -14,7 +14,7 @@ from torch import Tensor, library
 from .. import registry as backends
 from . import few_rows as small_batch
 
-_NAMESPACE = "hypermask_fast"
+_NAMESPACE = "hypermask_native"
 
 
 def register() -> None:
@@ -105,7 +105,7 @@ def _mask_setup(ctx, inputs, output):
 
 def _mask_backward(ctx, grad):
     logits, threshold = ctx.saved_tensors
-    return torch.ops.hypermask_fast.semi_binary_mask_backward(grad.contiguous(), logits, threshold), None
+    return torch.ops.hypermask_native.semi_binary_mask_backward(grad.contiguous(), logits, threshold), None
 
 
 def _masked_weights_setup(ctx, inputs, output):
@@ -116,7 +116,7 @@ def _masked_weights_setup(ctx, inputs, output):
 def _masked_weights_backward(ctx, grads):
     *weights, logits, thresholds = ctx.saved_tensors
     grads = [torch.zeros_like(w) if g is None else g.contiguous() for g, w in zip(grads, weights, strict=True)]
-    grad_weights, grad_logits = torch.ops.hypermask_fast.masked_weights_backward(
+    grad_weights, grad_logits = torch.ops.hypermask_native.masked_weights_backward(
         grads, weights, logits, thresholds, ctx.offsets
     )
     return grad_weights, grad_logits, None, None
@@ -132,7 +132,7 @@ def _weight_drift_backward(ctx, grad):
     norms, *rest = ctx.saved_tensors
     logits, thresholds = rest[-2:] if ctx.masked else (None, None)
     *weights, previous = rest[:-2] if ctx.masked else rest
-    grad_weights, grad_logits = torch.ops.hypermask_fast.weight_drift_backward(
+    grad_weights, grad_logits = torch.ops.hypermask_native.weight_drift_backward(
         grad.contiguous(), norms, weights, previous, ctx.offsets, ctx.norm, logits, thresholds
     )
     return grad_weights, None, None, None, grad_logits if ctx.masked else None, None
@@ -147,7 +147,7 @@ def _masked_weights_drift_backward(ctx, grads, grad):
     norms, *weights, logits, thresholds, previous = ctx.saved_tensors
     grads = [torch.zeros_like(w) if g is None else g.contiguous() for g, w in zip(grads, weights, strict=True)]
     grad = torch.zeros_like(norms) if grad is None else grad.contiguous()
-    grad_weights, grad_logits = torch.ops.hypermask_fast.masked_weights_drift_backward(
+    grad_weights, grad_logits = torch.ops.hypermask_native.masked_weights_drift_backward(
         grads, grad, norms, weights, logits, thresholds, ctx.offsets, previous, ctx.norm
     )
     return grad_weights, grad_logits, None, None, None, None
@@ -158,7 +158,7 @@ def _output_drift_setup(ctx, inputs, output):
 
 
 def _output_drift_backward(ctx, grad):
-    grads = torch.ops.hypermask_fast.output_drift_backward(grad.contiguous(), *ctx.saved_tensors)
+    grads = torch.ops.hypermask_native.output_drift_backward(grad.contiguous(), *ctx.saved_tensors)
     return *grads, None
 
 
@@ -190,11 +190,11 @@ _GRADIENTS = {
 
 
 def _mask_thresholds(logits, offsets, ranks):
-    return torch.ops.hypermask_fast.mask_thresholds(logits.detach().contiguous(), offsets, ranks.contiguous())
+    return torch.ops.hypermask_native.mask_thresholds(logits.detach().contiguous(), offsets, ranks.contiguous())
 
 
 def _semi_binary_mask(logits, threshold):
-    return torch.ops.hypermask_fast.semi_binary_mask(logits.contiguous(), threshold.detach().contiguous())
+    return torch.ops.hypermask_native.semi_binary_mask(logits.contiguous(), threshold.detach().contiguous())
 
 
 def _semi_binary_mask_condition(logits, threshold):
@@ -210,7 +210,7 @@ def _semi_binary_mask_condition(logits, threshold):
 
 
 def _masked_weights(weights, logits, thresholds, offsets):
-    return torch.ops.hypermask_fast.masked_weights(
+    return torch.ops.hypermask_native.masked_weights(
         _contiguous(weights), logits.contiguous(), thresholds.detach().contiguous(), offsets
     )
 
@@ -224,13 +224,13 @@ def _weight_drift(weights, previous, offsets, norm=1, logits=None, thresholds=No
         logits = logits.contiguous()
     if thresholds is not None:
         thresholds = thresholds.detach().contiguous()
-    return torch.ops.hypermask_fast.weight_drift(
+    return torch.ops.hypermask_native.weight_drift(
         _contiguous(weights), previous.detach().contiguous(), offsets, norm, logits, thresholds
     ).sum()
 
 
 def _masked_weights_drift(weights, logits, thresholds, offsets, previous, norm=1):
-    masked, norms = torch.ops.hypermask_fast.masked_weights_drift(
+    masked, norms = torch.ops.hypermask_native.masked_weights_drift(
         _contiguous(weights),
         logits.contiguous(),
         thresholds.detach().contiguous(),
@@ -242,7 +242,7 @@ def _masked_weights_drift(weights, logits, thresholds, offsets, previous, norm=1
 
 
 def _output_drift(hidden, weight, bias, targets):
-    return torch.ops.hypermask_fast.output_drift(
+    return torch.ops.hypermask_native.output_drift(
         hidden.contiguous(), weight.contiguous(), bias.contiguous(), targets.detach().contiguous()
     )
 
@@ -279,7 +279,7 @@ def dense_shared_bytes(tasks: int, width: int) -> int:
 
 def _hypernet_logits(hidden, weight, bias, size):
     row = hidden.reshape(-1).contiguous()
-    return torch.ops.hypermask_fast.hypernet_logits(row, weight.contiguous(), bias.contiguous()).unsqueeze(0)
+    return torch.ops.hypermask_native.hypernet_logits(row, weight.contiguous(), bias.contiguous()).unsqueeze(0)
 
 
 def _hypernet_logits_condition(hidden, weight, bias, size):
@@ -296,7 +296,7 @@ def _hypernet_adam(*args):
     stepped = tensors[_STEPPED]
     before, behind = _contiguous(tensors[: _STEPPED.start]), _contiguous(tensors[_STEPPED.stop :])
     everything = (t.detach() for t in (*before, *stepped, *behind))
-    result = torch.ops.hypermask_fast.hypernet_adam(*everything, beta1, beta2, eps)
+    result = torch.ops.hypermask_native.hypernet_adam(*everything, beta1, beta2, eps)
     if not torch.compiler.is_compiling():
         for t in stepped:
             torch.autograd.graph.increment_version(t)

@@ -1,8 +1,8 @@
 """The CUDA ops for a few rows of x: shape functions, gradients, and what they can serve.
 
-masked_linear and chunk_masked_linear for up to 16 rows, where the bytes of W decide the time (csrc/cuda/small_*). Their
-backward passes are Triton's kernels where Triton is there, which keep no logits of a chunked hypernetwork in memory;
-else PyTorch's own products on the mask in float32: right in every dtype, not fast.
+masked_linear and chunk_masked_linear for up to 16 rows, where the bytes of W decide the time (csrc/cuda/few_rows.cu and
+chunk_few_rows.cu). Their backward passes are Triton's kernels where Triton is there, which keep no logits of a chunked
+hypernetwork in memory; else PyTorch's own products on the mask in float32: right in every dtype, not fast.
 """
 
 import math
@@ -113,13 +113,13 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _masked_linear(x, weight, logits, threshold, bias=None):
     tensors = _contiguous(weight, logits, threshold.detach(), bias)
-    y = torch.ops.hypermask_fast.small_masked_linear(_rows(x), *tensors)
+    y = torch.ops.hypermask_native.masked_linear(_rows(x), *tensors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias=None):
     tensors = _contiguous(weight, hidden, output_weight, output_bias)
-    y = torch.ops.hypermask_fast.small_chunk_masked_linear(
+    y = torch.ops.hypermask_native.chunk_masked_linear(
         _rows(x), *tensors, start, *_contiguous(threshold.detach(), bias)
     )
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -171,10 +171,10 @@ def _fake(x, weight, *rest):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-FAKES = {"small_masked_linear": _fake, "small_chunk_masked_linear": _fake}
+FAKES = {"masked_linear": _fake, "chunk_masked_linear": _fake}
 GRADIENTS = {
-    "small_masked_linear": (_masked_linear_backward, _masked_linear_setup),
-    "small_chunk_masked_linear": (_chunk_masked_linear_backward, _chunk_masked_linear_setup),
+    "masked_linear": (_masked_linear_backward, _masked_linear_setup),
+    "chunk_masked_linear": (_chunk_masked_linear_backward, _chunk_masked_linear_setup),
 }
 # In float32 the logits' 2 H operations an entry would outlast the bytes many times.
 CALLS = {

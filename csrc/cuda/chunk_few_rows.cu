@@ -10,9 +10,9 @@
 // likes: a block goes chunk by chunk, and takes a step across the border twice, each time with its part of the entries.
 #include <numeric>
 
-#include "cuda_ops.h"
-#include "small_kernels.h"
-#include "small_launch.h"
+#include "../common/registration.h"
+#include "few_rows_kernels.h"
+#include "few_rows_launch.h"
 
 namespace hypermask {
 namespace {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void make_logits(int width, int tiles, const T* hidde
 }
 
 template <class T, int kRowTiles, bool kAligned>
-__global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kernel(SmallLinear s, Chunks c) {
+__global__ void __launch_bounds__(32 * kMaxWarps) chunk_masked_linear_kernel(FewRows s, Chunks c) {
   using Sums = Product<T, kOutputTiles, kRowTiles, kAligned>;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, group = threadIdx.x % 32 / 4;
   const int stride = stride_of(c.width);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kern
 }
 
 template <class T, int kRowTiles, bool kAligned>
-void run(const Launcher& gpu, SmallLinear& s, const Chunks& c, const Tensor& x, const char* op) {
+void run(const Launcher& gpu, FewRows& s, const Chunks& c, const Tensor& x, const char* op) {
   using Sums = Product<T, kOutputTiles, kRowTiles, kAligned>;
   const int64_t row_bytes = stride_of(c.width) * sizeof(T);
   const auto bytes = [&](int warps) {
@@ -190,13 +190,13 @@ void run(const Launcher& gpu, SmallLinear& s, const Chunks& c, const Tensor& x, 
   int warps = kMaxWarps;
   while (warps > 1 && bytes(warps) > limit) --warps;
   if (bytes(warps) > limit) fail(op, "hidden is too wide, ", c.width, ", for this GPU's shared memory");
-  const auto kernel = small_chunk_masked_linear_kernel<T, kRowTiles, kAligned>;
+  const auto kernel = chunk_masked_linear_kernel<T, kRowTiles, kAligned>;
   gpu.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes(warps))));
   launch_splits<T>(gpu, s, x, c.period * c.tiles, warps,
                    [&](dim3 grid) { gpu.launch(kernel, grid, 32 * warps, bytes(warps), s, c); });
 }
 
-Chunks chunks_of(const SmallLinear& s, const Tensor& hidden, const Tensor& output_weight, const Tensor& output_bias,
+Chunks chunks_of(const FewRows& s, const Tensor& hidden, const Tensor& output_weight, const Tensor& output_bias,
                  int64_t start) {
   Chunks c{};
   c.hidden = hidden.const_data_ptr();
@@ -213,18 +213,17 @@ Chunks chunks_of(const SmallLinear& s, const Tensor& hidden, const Tensor& outpu
   return c;
 }
 
-}  // namespace
 
-Tensor small_chunk_masked_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& hidden,
+Tensor chunk_masked_linear(const Tensor& x, const Tensor& weight, const Tensor& hidden,
                                       const Tensor& output_weight, const Tensor& output_bias, int64_t start,
                                       const Tensor& threshold, const std::optional<Tensor>& bias) {
-  const char* op = "small_chunk_masked_linear";
-  check_small_linear(op, x, weight, threshold, bias, Place::gpu_of(x));
+  const char* op = "chunk_masked_linear";
+  check_few_rows(op, x, weight, threshold, bias, Place::gpu_of(x));
   check_chunks(op, weight, hidden, output_weight, output_bias, start, Place::gpu_of(x));
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   if (y.numel() == 0) return y;
   const Launcher gpu(op, x);
-  SmallLinear s = small_linear(x, weight, threshold, bias, y);
+  FewRows s = few_rows(x, weight, threshold, bias, y);
   const auto launch = [&](auto zero) {
     using T = decltype(zero);
     const Chunks c = chunks_of(s, hidden, output_weight, output_bias, start);
@@ -238,6 +237,12 @@ Tensor small_chunk_masked_linear_cuda(const Tensor& x, const Tensor& weight, con
     launch(__nv_bfloat16{});
   }
   return y;
+}
+
+}  // namespace
+
+HM_CUDA(m) {
+  m.impl("chunk_masked_linear", TORCH_BOX(&chunk_masked_linear));
 }
 
 }  // namespace hypermask

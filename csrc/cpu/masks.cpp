@@ -1,7 +1,9 @@
 // Masks, masked weights and weight drift over all segments in one call.
 #include <cmath>
+#include <tuple>
 
-#include "cpu_ops.h"
+#include "../common/masks.h"
+#include "../common/registration.h"
 #include "isa.h"
 #include "parts.h"
 
@@ -37,9 +39,8 @@ std::vector<Part> row_parts(const Tensor& logits, int64_t rows) {
   return cut(std::vector<int64_t>(rows, rows ? logits.numel() / rows : 0));
 }
 
-}  // namespace
 
-Tensor semi_binary_mask_cpu(const Tensor& logits, const Tensor& threshold) {
+Tensor semi_binary_mask(const Tensor& logits, const Tensor& threshold) {
   const int64_t rows = check_mask("semi_binary_mask", logits, threshold, Place::kCpu);
   Tensor mask = empty_float(logits, shape_of(logits));
   const int64_t columns = rows ? logits.numel() / rows : 0;
@@ -53,7 +54,7 @@ Tensor semi_binary_mask_cpu(const Tensor& logits, const Tensor& threshold) {
   return mask;
 }
 
-Tensor semi_binary_mask_backward_cpu(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
+Tensor semi_binary_mask_backward(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask_backward";
   const int64_t rows = check_mask(op, logits, threshold, Place::kCpu);
   check_float(op, "grad", grad, Place::kCpu, shape_of(logits));
@@ -69,7 +70,7 @@ Tensor semi_binary_mask_backward_cpu(const Tensor& grad, const Tensor& logits, c
   return result;
 }
 
-Tensors masked_weights_cpu(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
+Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
                            const Offsets& offsets) {
   check_masked("masked_weights", weights, logits, thresholds, offsets, Place::kCpu);
   Tensors masked = empty_like_all(weights);
@@ -84,7 +85,7 @@ Tensors masked_weights_cpu(const Tensors& weights, const Tensor& logits, const T
   return masked;
 }
 
-std::tuple<Tensors, Tensor> masked_weights_backward_cpu(const Tensors& grads, const Tensors& weights,
+std::tuple<Tensors, Tensor> masked_weights_backward(const Tensors& grads, const Tensors& weights,
                                                         const Tensor& logits, const Tensor& thresholds,
                                                         const Offsets& offsets) {
   const char* op = "masked_weights_backward";
@@ -105,8 +106,6 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cpu(const Tensors& grads, co
   });
   return {grad_weights, grad_logits};
 }
-
-namespace {
 
 // The drift's norm per segment; also writes weight * mask to `masked`, a tensor per weight, unless that is empty.
 Tensor drift_norms(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
@@ -162,15 +161,14 @@ std::tuple<Tensors, Tensor> drift_gradients(const Tensor& grad, const Tensor& no
   return {grad_weights, grad_logits};
 }
 
-}  // namespace
 
-Tensor weight_drift_cpu(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
+Tensor weight_drift(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
                         const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
   check_drift("weight_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   return drift_norms(weights, previous, offsets, norm, logits, thresholds, {});
 }
 
-std::tuple<Tensors, Tensor> weight_drift_backward_cpu(const Tensor& grad, const Tensor& norms, const Tensors& weights,
+std::tuple<Tensors, Tensor> weight_drift_backward(const Tensor& grad, const Tensor& norms, const Tensors& weights,
                                                       const Tensor& previous, const Offsets& offsets, int64_t norm,
                                                       const std::optional<Tensor>& logits,
                                                       const std::optional<Tensor>& thresholds) {
@@ -179,7 +177,7 @@ std::tuple<Tensors, Tensor> weight_drift_backward_cpu(const Tensor& grad, const 
   return drift_gradients(grad, norms, {}, weights, previous, offsets, norm, logits, thresholds);
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_cpu(const Tensors& weights, const Tensor& logits,
+std::tuple<Tensors, Tensor> masked_weights_drift(const Tensors& weights, const Tensor& logits,
                                                      const Tensor& thresholds, const Offsets& offsets,
                                                      const Tensor& previous, int64_t norm) {
   check_drift("masked_weights_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
@@ -188,7 +186,7 @@ std::tuple<Tensors, Tensor> masked_weights_drift_cpu(const Tensors& weights, con
   return {masked, norms};
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_backward_cpu(const Tensors& grads, const Tensor& grad,
+std::tuple<Tensors, Tensor> masked_weights_drift_backward(const Tensors& grads, const Tensor& grad,
                                                               const Tensor& norms, const Tensors& weights,
                                                               const Tensor& logits, const Tensor& thresholds,
                                                               const Offsets& offsets, const Tensor& previous,
@@ -197,6 +195,40 @@ std::tuple<Tensors, Tensor> masked_weights_drift_backward_cpu(const Tensors& gra
   check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   check_grads(op, grads, weights, offsets, Place::kCpu);
   return drift_gradients(grad, norms, grads, weights, previous, offsets, norm, logits, thresholds);
+}
+
+}  // namespace
+
+HM_SCHEMAS(m) {
+  m.def("semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor");
+  m.def("semi_binary_mask_backward(Tensor grad, Tensor logits, Tensor threshold) -> Tensor");
+  m.def("masked_weights(Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets) -> Tensor[]");
+  m.def(
+      "masked_weights_backward(Tensor[] grads, Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets)"
+      " -> (Tensor[], Tensor)");
+  m.def(
+      "weight_drift(Tensor[] weights, Tensor previous, int[] offsets, int norm, Tensor? logits, Tensor? thresholds)"
+      " -> Tensor");
+  m.def(
+      "weight_drift_backward(Tensor grad, Tensor norms, Tensor[] weights, Tensor previous, int[] offsets, int norm,"
+      " Tensor? logits, Tensor? thresholds) -> (Tensor[], Tensor)");
+  m.def(
+      "masked_weights_drift(Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets, Tensor previous,"
+      " int norm) -> (Tensor[], Tensor)");
+  m.def(
+      "masked_weights_drift_backward(Tensor[] grads, Tensor grad, Tensor norms, Tensor[] weights, Tensor logits,"
+      " Tensor thresholds, int[] offsets, Tensor previous, int norm) -> (Tensor[], Tensor)");
+}
+
+HM_CPU(m) {
+  m.impl("semi_binary_mask", TORCH_BOX(&semi_binary_mask));
+  m.impl("semi_binary_mask_backward", TORCH_BOX(&semi_binary_mask_backward));
+  m.impl("masked_weights", TORCH_BOX(&masked_weights));
+  m.impl("masked_weights_backward", TORCH_BOX(&masked_weights_backward));
+  m.impl("weight_drift", TORCH_BOX(&weight_drift));
+  m.impl("weight_drift_backward", TORCH_BOX(&weight_drift_backward));
+  m.impl("masked_weights_drift", TORCH_BOX(&masked_weights_drift));
+  m.impl("masked_weights_drift_backward", TORCH_BOX(&masked_weights_drift_backward));
 }
 
 }  // namespace hypermask

@@ -24,7 +24,7 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   if (shape_of(t) != shape) fail(op, name, " must have shape ", to_string(shape), ", not ", to_string(shape_of(t)));
 }
 
-inline void check_small_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& threshold,
+inline void check_few_rows(const char* op, const Tensor& x, const Tensor& weight, const Tensor& threshold,
                                const std::optional<Tensor>& bias, Place place) {
   if (!*name_of(x.scalar_type())) fail(op, "x must be float32, float16 or bfloat16");
   check_tensor(op, "x", x, place, x.scalar_type());
