@@ -2,7 +2,7 @@
 #include <Python.h>
 
 PyMODINIT_FUNC PyInit__native(void) {
-  static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr,
-                                          nullptr,               nullptr,   nullptr, nullptr};
+  static struct PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -1,5 +1,5 @@
-// What checks of arguments are made of; those of an op that has a CPU and a CUDA side stand in a file of its family's name.
-// They run before any memory is touched and throw a one-line error.
+// What checks of arguments are made of; those of an op that has a CPU and a CUDA side stand in a file of its family's
+// name. They run before any memory is touched and throw a one-line error.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -80,7 +80,8 @@ inline void check_offsets(const char* op, const Offsets& offsets, int64_t size) 
   if (offsets.empty()) fail(op, "offsets must have at least one border");
   if (offsets.front() < 0) fail(op, "offsets must not be negative");
   for (size_t s = 1; s < offsets.size(); ++s) {
-    if (offsets[s] < offsets[s - 1]) fail(op, "offsets must ascend, but ", offsets[s - 1], " comes before ", offsets[s]);
+    if (offsets[s] < offsets[s - 1])
+      fail(op, "offsets must ascend, but ", offsets[s - 1], " comes before ", offsets[s]);
   }
   if (offsets.back() > size) fail(op, "offsets end at ", offsets.back(), ", beyond the ", size, " entries");
 }

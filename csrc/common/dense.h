@@ -17,7 +17,8 @@ inline void check_output_drift(const char* op, const Tensor& hidden, const Tenso
                                const Tensor& targets, Place place) {
   check_dense(op, hidden, weight, bias, place);
   if (hidden.dim() != 3) fail(op, "hidden must have shape (T, 1, H), not ", to_string(shape_of(hidden)));
-  if (hidden.size(1) != 1) fail(op, "hidden has ", hidden.size(1), " chunks; the kernel serves the dense layer, one chunk");
+  if (hidden.size(1) != 1)
+    fail(op, "hidden has ", hidden.size(1), " chunks; the kernel serves the dense layer, one chunk");
   const int64_t tasks = hidden.size(0);
   check_float(op, "hidden", hidden, place, {tasks, 1, weight.size(1)});
   check_float(op, "targets", targets, place, {tasks, weight.size(0)});
@@ -42,10 +43,9 @@ inline void check_adam(const char* op, const Tensor& hidden, const Tensor& grad_
   check_float(op, "weight_v", weight_v, place, {rows, width});
   check_float(op, "bias_m", bias_m, place, {rows});
   check_float(op, "bias_v", bias_v, place, {rows});
-  if (rows > 0 && (weight.const_data_ptr() == weight_m.const_data_ptr() ||
-                   weight.const_data_ptr() == weight_v.const_data_ptr() ||
-                   weight_m.const_data_ptr() == weight_v.const_data_ptr() ||
-                   bias_m.const_data_ptr() == bias_v.const_data_ptr())) {
+  if (rows > 0 &&
+      (weight.const_data_ptr() == weight_m.const_data_ptr() || weight.const_data_ptr() == weight_v.const_data_ptr() ||
+       weight_m.const_data_ptr() == weight_v.const_data_ptr() || bias_m.const_data_ptr() == bias_v.const_data_ptr())) {
     fail(op, "weight, weight_m and weight_v must not share memory, nor bias_m and bias_v");
   }
 }

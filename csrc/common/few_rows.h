@@ -7,10 +7,14 @@ namespace hypermask {
 
 inline const char* name_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    default: return "";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "";
   }
 }
 
@@ -25,7 +29,7 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
 }
 
 inline void check_few_rows(const char* op, const Tensor& x, const Tensor& weight, const Tensor& threshold,
-                               const std::optional<Tensor>& bias, Place place) {
+                           const std::optional<Tensor>& bias, Place place) {
   if (!*name_of(x.scalar_type())) fail(op, "x must be float32, float16 or bfloat16");
   check_tensor(op, "x", x, place, x.scalar_type());
   if (x.dim() != 2) fail(op, "x must have shape (rows, in), not ", to_string(shape_of(x)));

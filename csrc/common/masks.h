@@ -5,8 +5,8 @@
 
 namespace hypermask {
 
-inline void check_weights(const char* op, const char* name, const Tensors& weights,
-                          const Offsets& offsets, Place place) {
+inline void check_weights(const char* op, const char* name, const Tensors& weights, const Offsets& offsets,
+                          Place place) {
   if (static_cast<int64_t>(weights.size()) > segments(offsets)) {
     fail(op, "got ", weights.size(), " ", name, " but offsets of ", segments(offsets), " segments");
   }
@@ -18,7 +18,8 @@ inline void check_weights(const char* op, const char* name, const Tensors& weigh
   }
 }
 
-// Rows that share one threshold each; the threshold's shape is that of the logits with trailing dimensions left out or 1.
+// Rows that share one threshold each; the threshold's shape is that of the logits with trailing dimensions left out
+// or 1.
 inline int64_t check_mask(const char* op, const Tensor& logits, const Tensor& threshold, Place place) {
   check_float(op, "logits", logits, place);
   check_float(op, "threshold", threshold, place);
@@ -35,8 +36,8 @@ inline int64_t check_mask(const char* op, const Tensor& logits, const Tensor& th
   return rows;
 }
 
-inline void check_masked(const char* op, const Tensors& weights, const Tensor& logits,
-                         const Tensor& thresholds, const Offsets& offsets, Place place) {
+inline void check_masked(const char* op, const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
+                         const Offsets& offsets, Place place) {
   check_float(op, "logits", logits, place);
   if (logits.dim() != 1) fail(op, "logits must be flat, not of shape ", to_string(shape_of(logits)));
   check_offsets(op, offsets, logits.numel());
@@ -44,9 +45,9 @@ inline void check_masked(const char* op, const Tensors& weights, const Tensor& l
   check_weights(op, "weights", weights, offsets, place);
 }
 
-inline void check_drift(const char* op, const Tensors& weights, const Tensor& previous,
-                        const Offsets& offsets, int64_t norm, const std::optional<Tensor>& logits,
-                        const std::optional<Tensor>& thresholds, Place place) {
+inline void check_drift(const char* op, const Tensors& weights, const Tensor& previous, const Offsets& offsets,
+                        int64_t norm, const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds,
+                        Place place) {
   check_float(op, "previous", previous, place);
   if (previous.dim() != 1) fail(op, "previous must be flat, not of shape ", to_string(shape_of(previous)));
   check_offsets(op, offsets, previous.numel());
@@ -59,15 +60,14 @@ inline void check_drift(const char* op, const Tensors& weights, const Tensor& pr
   }
 }
 
-inline void check_grads(const char* op, const Tensors& grads, const Tensors& weights,
-                        const Offsets& offsets, Place place) {
+inline void check_grads(const char* op, const Tensors& grads, const Tensors& weights, const Offsets& offsets,
+                        Place place) {
   if (grads.size() != weights.size()) fail(op, "got ", grads.size(), " grads for ", weights.size(), " weights");
   check_weights(op, "grads", grads, offsets, place);
 }
 
-inline void check_drift_backward(const char* op, const Tensor& grad, const Tensor& norms,
-                                 const Tensors& weights, const Tensor& previous,
-                                 const Offsets& offsets, int64_t norm,
+inline void check_drift_backward(const char* op, const Tensor& grad, const Tensor& norms, const Tensors& weights,
+                                 const Tensor& previous, const Offsets& offsets, int64_t norm,
                                  const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds,
                                  Place place) {
   check_drift(op, weights, previous, offsets, norm, logits, thresholds, place);

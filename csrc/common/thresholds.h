@@ -5,8 +5,8 @@
 
 namespace hypermask {
 
-inline int64_t check_thresholds(const char* op, const Tensor& logits, const Offsets& offsets,
-                                const Tensor& ranks, Place place) {
+inline int64_t check_thresholds(const char* op, const Tensor& logits, const Offsets& offsets, const Tensor& ranks,
+                                Place place) {
   check_float(op, "logits", logits, place);
   if (logits.dim() < 1) fail(op, "logits must have at least one dimension");
   const int64_t entries = logits.size(logits.dim() - 1);

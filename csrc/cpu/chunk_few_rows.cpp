@@ -1,5 +1,5 @@
-// chunk_masked_linear for a few rows of x: CUDA's alone (csrc/cuda/chunk_few_rows.cu). The schema is here, so that every
-// build has it.
+// chunk_masked_linear for a few rows of x: CUDA's alone (csrc/cuda/chunk_few_rows.cu). The schema is here, so that
+// every build has it.
 #include "../common/registration.h"
 
 HM_SCHEMAS(m) {

@@ -88,7 +88,6 @@ double run_pass(const DenseLayer& d, float* grad_hidden) {
   return total;
 }
 
-
 Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
   const char* op = "hypernet_logits";
   check_dense(op, hidden, weight, bias, Place::kCpu);
@@ -128,9 +127,8 @@ Tensor output_drift(const Tensor& hidden, const Tensor& weight, const Tensor& bi
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, const Tensor& hidden,
-                                                             const Tensor& weight, const Tensor& bias,
-                                                             const Tensor& targets) {
+std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight,
+                                                         const Tensor& bias, const Tensor& targets) {
   const char* op = "output_drift_backward";
   check_output_drift(op, hidden, weight, bias, targets, Place::kCpu);
   check_scalar(op, "grad", grad, Place::kCpu);
@@ -149,10 +147,10 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, con
 }
 
 std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& grad_logits, const Tensor& targets,
-                                             const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
-                                             const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
-                                             const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
-                                             double beta2, double eps) {
+                                         const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
+                                         const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
+                                         const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
+                                         double beta2, double eps) {
   check_adam("hypernet_adam", hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m,
              bias_v, step, lr, Place::kCpu);
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));

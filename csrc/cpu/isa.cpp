@@ -62,8 +62,6 @@ const Kernels& kernels() {
 
 HM_SCHEMAS(m) { m.def("cpu_isa(int isa) -> int"); }
 
-STABLE_TORCH_LIBRARY_IMPL(hypermask_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(hypermask_native, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 }  // namespace hypermask

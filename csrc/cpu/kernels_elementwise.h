@@ -32,8 +32,8 @@ void weights_forward(const float* weight, const float* logits, float threshold, 
   }
 }
 
-void weights_backward(const float* weight, const float* logits, float threshold, const float* grad,
-                      float* grad_weight, float* grad_logits, int64_t n) {
+void weights_backward(const float* weight, const float* logits, float threshold, const float* grad, float* grad_weight,
+                      float* grad_logits, int64_t n) {
   const Vec limit = broadcast(threshold);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec a = load_up_to(logits + i, n - i), g = load_up_to(grad + i, n - i);

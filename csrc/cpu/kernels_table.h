@@ -4,10 +4,10 @@
 #include "kernels_dense.h"
 #include "kernels_elementwise.h"
 
-#define HM_KERNEL_TABLE(isa)                                                                                       \
-  const Kernels& kernels_##isa() {                                                                                 \
-    static const Kernels table = {#isa,            radix_count,   mask_forward,   mask_backward, weights_forward,  \
-                                  weights_backward, drift_forward, drift_backward, dense_logits,  dense_value,      \
-                                  dense_pass};                                                                     \
-    return table;                                                                                                  \
+#define HM_KERNEL_TABLE(isa)                                                                           \
+  const Kernels& kernels_##isa() {                                                                     \
+    static const Kernels table = {                                                                     \
+        #isa,          radix_count,    mask_forward, mask_backward, weights_forward, weights_backward, \
+        drift_forward, drift_backward, dense_logits, dense_value,   dense_pass};                       \
+    return table;                                                                                      \
   }

@@ -39,7 +39,6 @@ std::vector<Part> row_parts(const Tensor& logits, int64_t rows) {
   return cut(std::vector<int64_t>(rows, rows ? logits.numel() / rows : 0));
 }
 
-
 Tensor semi_binary_mask(const Tensor& logits, const Tensor& threshold) {
   const int64_t rows = check_mask("semi_binary_mask", logits, threshold, Place::kCpu);
   Tensor mask = empty_float(logits, shape_of(logits));
@@ -70,8 +69,7 @@ Tensor semi_binary_mask_backward(const Tensor& grad, const Tensor& logits, const
   return result;
 }
 
-Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
-                           const Offsets& offsets) {
+Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tensor& thresholds, const Offsets& offsets) {
   check_masked("masked_weights", weights, logits, thresholds, offsets, Place::kCpu);
   Tensors masked = empty_like_all(weights);
   const auto w = pointers(weights);
@@ -85,9 +83,8 @@ Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tenso
   return masked;
 }
 
-std::tuple<Tensors, Tensor> masked_weights_backward(const Tensors& grads, const Tensors& weights,
-                                                        const Tensor& logits, const Tensor& thresholds,
-                                                        const Offsets& offsets) {
+std::tuple<Tensors, Tensor> masked_weights_backward(const Tensors& grads, const Tensors& weights, const Tensor& logits,
+                                                    const Tensor& thresholds, const Offsets& offsets) {
   const char* op = "masked_weights_backward";
   check_masked(op, weights, logits, thresholds, offsets, Place::kCpu);
   check_grads(op, grads, weights, offsets, Place::kCpu);
@@ -121,9 +118,9 @@ Tensor drift_norms(const Tensors& weights, const Tensor& previous, const Offsets
   const Kernels& k = kernels();
   for_parts(parts, [&](const Part& part, int64_t i) {
     const int64_t s = part.item, flat = offsets[s] + part.begin;
-    sums[i] = k.drift_forward(w[s] + part.begin, before + flat, a ? a + flat : nullptr, a ? limit[s] : 0.0f,
-                              static_cast<int>(norm), out.empty() ? nullptr : out[s] + part.begin,
-                              part.end - part.begin);
+    sums[i] =
+        k.drift_forward(w[s] + part.begin, before + flat, a ? a + flat : nullptr, a ? limit[s] : 0.0f,
+                        static_cast<int>(norm), out.empty() ? nullptr : out[s] + part.begin, part.end - part.begin);
   });
   Tensor norms = empty_float(previous, {static_cast<int64_t>(weights.size())});
   std::vector<double> total(weights.size());
@@ -161,36 +158,33 @@ std::tuple<Tensors, Tensor> drift_gradients(const Tensor& grad, const Tensor& no
   return {grad_weights, grad_logits};
 }
 
-
 Tensor weight_drift(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
-                        const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
+                    const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
   check_drift("weight_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   return drift_norms(weights, previous, offsets, norm, logits, thresholds, {});
 }
 
 std::tuple<Tensors, Tensor> weight_drift_backward(const Tensor& grad, const Tensor& norms, const Tensors& weights,
-                                                      const Tensor& previous, const Offsets& offsets, int64_t norm,
-                                                      const std::optional<Tensor>& logits,
-                                                      const std::optional<Tensor>& thresholds) {
+                                                  const Tensor& previous, const Offsets& offsets, int64_t norm,
+                                                  const std::optional<Tensor>& logits,
+                                                  const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift_backward";
   check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   return drift_gradients(grad, norms, {}, weights, previous, offsets, norm, logits, thresholds);
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift(const Tensors& weights, const Tensor& logits,
-                                                     const Tensor& thresholds, const Offsets& offsets,
-                                                     const Tensor& previous, int64_t norm) {
+std::tuple<Tensors, Tensor> masked_weights_drift(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
+                                                 const Offsets& offsets, const Tensor& previous, int64_t norm) {
   check_drift("masked_weights_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   Tensors masked = empty_like_all(weights);
   Tensor norms = drift_norms(weights, previous, offsets, norm, logits, thresholds, masked);
   return {masked, norms};
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_backward(const Tensors& grads, const Tensor& grad,
-                                                              const Tensor& norms, const Tensors& weights,
-                                                              const Tensor& logits, const Tensor& thresholds,
-                                                              const Offsets& offsets, const Tensor& previous,
-                                                              int64_t norm) {
+std::tuple<Tensors, Tensor> masked_weights_drift_backward(const Tensors& grads, const Tensor& grad, const Tensor& norms,
+                                                          const Tensors& weights, const Tensor& logits,
+                                                          const Tensor& thresholds, const Offsets& offsets,
+                                                          const Tensor& previous, int64_t norm) {
   const char* op = "masked_weights_drift_backward";
   check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   check_grads(op, grads, weights, offsets, Place::kCpu);

@@ -1,6 +1,6 @@
-// Vectors of HM_LANES floats: 16 with AVX-512, 8 with AVX2, else 4. The file that includes this one (kernels_*.cpp) says
-// which, beside its target pragma: g++ does not define __AVX2__ and the like for a pragma. GCC's vector types carry the
-// arithmetic; only loads of a part, square roots and sums over lanes need more.
+// Vectors of HM_LANES floats: 16 with AVX-512, 8 with AVX2, else 4. The file that includes this one (kernels_*.cpp)
+// says which, beside its target pragma: g++ does not define __AVX2__ and the like for a pragma. GCC's vector types
+// carry the arithmetic; only loads of a part, square roots and sums over lanes need more.
 #pragma once
 
 #if defined(__SSE2__)

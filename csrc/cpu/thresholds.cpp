@@ -78,7 +78,6 @@ void select_together(std::vector<Selection>& large, const Kernels& k) {
   }
 }
 
-
 Tensor mask_thresholds(const Tensor& logits, const Offsets& offsets, const Tensor& ranks) {
   const int64_t entries = check_thresholds(kOp, logits, offsets, ranks, Place::kCpu);
   const int64_t count = segments(offsets), rows = entries ? logits.numel() / entries : 0;
@@ -113,12 +112,8 @@ Tensor mask_thresholds(const Tensor& logits, const Offsets& offsets, const Tenso
 
 }  // namespace
 
-HM_SCHEMAS(m) {
-  m.def("mask_thresholds(Tensor logits, int[] offsets, Tensor ranks) -> Tensor");
-}
+HM_SCHEMAS(m) { m.def("mask_thresholds(Tensor logits, int[] offsets, Tensor ranks) -> Tensor"); }
 
-HM_CPU(m) {
-  m.impl("mask_thresholds", TORCH_BOX(&mask_thresholds));
-}
+HM_CPU(m) { m.impl("mask_thresholds", TORCH_BOX(&mask_thresholds)); }
 
 }  // namespace hypermask

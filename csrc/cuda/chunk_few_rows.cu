@@ -6,8 +6,9 @@
 // vectors. So a block takes up to 48 rows of one residue modulo the period, and 32 k of them have logits
 // hidden (48, H) output_weight^T (H, 32), tensor cores' work; the bias is one more column, against a hidden entry of 1.
 // Columns are numbered so that the logits come out in the lanes, and in the order, in which W's entries are loaded.
-// Each warp stages its rows of output_weight in shared memory; the hidden vectors are the block's. A chunk ends where it
-// likes: a block goes chunk by chunk, and takes a step across the border twice, each time with its part of the entries.
+// Each warp stages its rows of output_weight in shared memory; the hidden vectors are the block's. A chunk ends where
+// it likes: a block goes chunk by chunk, and takes a step across the border twice, each time with its part of the
+// entries.
 #include <numeric>
 
 #include "../common/registration.h"
@@ -25,9 +26,9 @@ struct Chunks {
   const void *hidden, *output_weight, *output_bias;  // [chunks, width], [chunk_size, width], [chunk_size]
   int64_t start, chunk_size, period;
   int64_t chunks_per_period;
-  int64_t tiles;    // of rows of one residue
+  int64_t tiles;  // of rows of one residue
   int width;
-  bool vectors;     // rows of output_weight begin at multiples of 8 bytes
+  bool vectors;  // rows of output_weight begin at multiples of 8 bytes
 };
 
 // Columns of a matrix in shared memory: the width and the bias up to whole products, and 8 more, so that the rows of an
@@ -74,8 +75,7 @@ __device__ __forceinline__ void stage_layer(const Chunks& c, int64_t first, T* s
     }
   }
   const bool inside = first + lane >= 0 && first + lane < c.chunk_size;
-  shared[place_of(lane) * stride + c.width] =
-      inside ? static_cast<const T*>(c.output_bias)[first + lane] : zero;
+  shared[place_of(lane) * stride + c.width] = inside ? static_cast<const T*>(c.output_bias)[first + lane] : zero;
   cp_async_commit();
 }
 
@@ -166,9 +166,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) chunk_masked_linear_kernel(Few
           if constexpr (!kAligned) load(2 * m + i);
           if (kTileOutputs * m + 8 * i >= outputs) continue;  // W is 0 there
           Entries<T>& part = w[2 * m + i];
-          part.make([&](int e) {
-            return part.entry(e) * Element<T>::mask(logits[m][e / 2][2 * i + e % 2], threshold);
-          });
+          part.make(
+              [&](int e) { return part.entry(e) * Element<T>::mask(logits[m][e / 2][2 * i + e % 2], threshold); });
 #pragma unroll
           for (int j = 0; j < Entries<T>::kWords; ++j) part.words[j] &= keep[j];
         }
@@ -213,10 +212,9 @@ Chunks chunks_of(const FewRows& s, const Tensor& hidden, const Tensor& output_we
   return c;
 }
 
-
-Tensor chunk_masked_linear(const Tensor& x, const Tensor& weight, const Tensor& hidden,
-                                      const Tensor& output_weight, const Tensor& output_bias, int64_t start,
-                                      const Tensor& threshold, const std::optional<Tensor>& bias) {
+Tensor chunk_masked_linear(const Tensor& x, const Tensor& weight, const Tensor& hidden, const Tensor& output_weight,
+                           const Tensor& output_bias, int64_t start, const Tensor& threshold,
+                           const std::optional<Tensor>& bias) {
   const char* op = "chunk_masked_linear";
   check_few_rows(op, x, weight, threshold, bias, Place::gpu_of(x));
   check_chunks(op, weight, hidden, output_weight, output_bias, start, Place::gpu_of(x));
@@ -227,9 +225,8 @@ Tensor chunk_masked_linear(const Tensor& x, const Tensor& weight, const Tensor& 
   const auto launch = [&](auto zero) {
     using T = decltype(zero);
     const Chunks c = chunks_of(s, hidden, output_weight, output_bias, start);
-    with_shape(s, vectors_fit({&x, &weight}, s.inputs), [&](auto row_tiles, auto aligned) {
-      run<T, row_tiles(), aligned()>(gpu, s, c, x, op);
-    });
+    with_shape(s, vectors_fit({&x, &weight}, s.inputs),
+               [&](auto row_tiles, auto aligned) { run<T, row_tiles(), aligned()>(gpu, s, c, x, op); });
   };
   if (x.scalar_type() == ScalarType::Half) {
     launch(__half{});
@@ -241,8 +238,6 @@ Tensor chunk_masked_linear(const Tensor& x, const Tensor& weight, const Tensor& 
 
 }  // namespace
 
-HM_CUDA(m) {
-  m.impl("chunk_masked_linear", TORCH_BOX(&chunk_masked_linear));
-}
+HM_CUDA(m) { m.impl("chunk_masked_linear", TORCH_BOX(&chunk_masked_linear)); }
 
 }  // namespace hypermask

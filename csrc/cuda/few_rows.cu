@@ -69,14 +69,12 @@ void run(const Launcher& gpu, FewRows& s, const Tensor& x, const Tensor& logits)
   using Sums = Product<T, kOutputTiles<T>, kRowTiles, kAligned>;
   launch_splits<T>(gpu, s, x, ceil_div(s.outputs, Sums::kOutputs), kWarps, [&](dim3 grid) {
     constexpr int64_t kBytes = kWarps * Sums::kSharedFloats * sizeof(float);
-    gpu.launch(masked_linear_kernel<T, kRowTiles, kAligned>, grid, 32 * kWarps, kBytes, s,
-               logits.const_data_ptr());
+    gpu.launch(masked_linear_kernel<T, kRowTiles, kAligned>, grid, 32 * kWarps, kBytes, s, logits.const_data_ptr());
   });
 }
 
-
 Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& logits, const Tensor& threshold,
-                                const std::optional<Tensor>& bias) {
+                     const std::optional<Tensor>& bias) {
   const char* op = "masked_linear";
   check_few_rows(op, x, weight, threshold, bias, Place::gpu_of(x));
   check_like(op, "logits", logits, weight, Place::gpu_of(x), shape_of(weight));
@@ -86,17 +84,14 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& logits
   FewRows s = few_rows(x, weight, threshold, bias, y);
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
-    with_shape(s, vectors_fit({&x, &weight, &logits}, s.inputs), [&](auto row_tiles, auto aligned) {
-      run<T, row_tiles(), aligned()>(gpu, s, x, logits);
-    });
+    with_shape(s, vectors_fit({&x, &weight, &logits}, s.inputs),
+               [&](auto row_tiles, auto aligned) { run<T, row_tiles(), aligned()>(gpu, s, x, logits); });
   });
   return y;
 }
 
 }  // namespace
 
-HM_CUDA(m) {
-  m.impl("masked_linear", TORCH_BOX(&masked_linear));
-}
+HM_CUDA(m) { m.impl("masked_linear", TORCH_BOX(&masked_linear)); }
 
 }  // namespace hypermask

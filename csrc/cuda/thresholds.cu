@@ -115,7 +115,6 @@ __global__ void count_kernel(Selections s, int pass, State* states, uint32_t* co
   if (last) descend(pass, state, states[item], counts, thresholds[item]);
 }
 
-
 Tensor mask_thresholds(const Tensor& logits, const Offsets& offsets, const Tensor& ranks) {
   const int64_t entries = check_thresholds(kOp, logits, offsets, ranks, Place::gpu_of(logits));
   const int64_t total = segments(offsets), rows = entries ? logits.numel() / entries : 0;
@@ -154,8 +153,6 @@ Tensor mask_thresholds(const Tensor& logits, const Offsets& offsets, const Tenso
 
 }  // namespace
 
-HM_CUDA(m) {
-  m.impl("mask_thresholds", TORCH_BOX(&mask_thresholds));
-}
+HM_CUDA(m) { m.impl("mask_thresholds", TORCH_BOX(&mask_thresholds)); }
 
 }  // namespace hypermask
