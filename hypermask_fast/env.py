@@ -47,7 +47,7 @@ def _backends() -> dict[str, str]:
         )
     ready = [name for name in registry.BACKENDS[1:] if not registry.problem(name)]
     for name in registry.BACKENDS[1:]:
-        kind = f" ({_ISA[torch.ops.hypermask_fast.cpu_isa(-1)]})" if name == "cpu" and name in ready else ""
+        kind = f" ({_ISA[torch.ops.hypermask_native.cpu_isa(-1)]})" if name == "cpu" and name in ready else ""
         serves = f"ready{kind}: {', '.join(registry.served(name))}"
         lines[f"backend {name}"] = serves if name in ready else registry.problem(name) + _remedy(name)
     served = {op for name in (*ready, MASK_FIRST) for op in registry.served(name)}
