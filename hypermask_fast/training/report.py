@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import __version__
+from ..extras import needed_for
 from .config import RunConfig
 from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
+from .tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,23 +80,28 @@ def write_matrix_table(run_dir: Path, result: "Result") -> None:
 
 def write_matrix_picture(run_dir: Path, result: "Result", title: str) -> None:
     """accuracy_matrix.png: the matrix as a heat map with its numbers, legible for up to about 40 tasks."""
+    figure = matrix_figure(result, title)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = matrix_figure(result, title)
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content)
     write_atomic(run_dir / MATRIX_PICTURE, content.getvalue())
 
 
-def matrix_figure(result: "Result", title: str) -> "Figure":
-    """The heat map as a matplotlib Figure (made without pyplot, so nothing global changes)."""
-    from matplotlib.figure import Figure
+def figure_class() -> "type[Figure]":
+    """matplotlib's Figure, used without pyplot, so that nothing global changes. InputError: matplotlib is missing."""
+    with needed_for("drawing pictures"):
+        from matplotlib.figure import Figure
+    return Figure
 
+
+def matrix_figure(result: "Result", title: str) -> "Figure":
+    """The heat map as a matplotlib Figure."""
     matrix, tasks = result.matrix.numpy(), len(result.matrix)
     cell = 0.75 if tasks <= _WIDE else 0.42  # inches
     size = max(4.0, cell * tasks)
     large = 10 if tasks <= _WIDE else 16  # points
-    figure = Figure(figsize=(size + 2.0, size + 1.4), dpi=110, layout="constrained")
+    figure = figure_class()(figsize=(size + 2.0, size + 1.4), dpi=110, layout="constrained")
     axes = figure.add_subplot(facecolor="0.92")  # unmeasured cells show this grey
     image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
     axes.set(xticks=range(tasks), yticks=range(tasks))
@@ -116,14 +124,13 @@ def matrix_figure(result: "Result", title: str) -> "Figure":
 
 def text_matrix(result: "Result") -> str:
     """The learned rows of the matrix as aligned text with the metrics below, several lines."""
-    wide = len(result.matrix) <= _WIDE
-    cell = "{:7.2f}" if wide else "{:4.0f}"
-    width = 7 if wide else 4
-    lines = ["after task".rjust(10) + "".join(f"{j:{width}d}" for j in range(len(result.matrix)))]
+    tasks = range(len(result.matrix))
+    cell = "6.2f" if len(tasks) <= _WIDE else "3.0f"
+    rows = [["after task", *map(str, tasks)]]
     for label, values in _rows(result, "none"):
-        cells = ("-".rjust(width) if math.isnan(value) else cell.format(value) for value in values)
-        lines.append(label.rjust(10) + "".join(cells))
-    return "\n".join([*lines, "", *summary_lines(summarize(result.matrix, result.baseline))])
+        rows.append([label, *("-" if math.isnan(value) else format(value, cell) for value in values)])
+    matrix = text_table(rows, ">" * len(rows[0]))
+    return "\n".join([matrix, "", *summary_lines(summarize(result.matrix, result.baseline))])
 
 
 def summary_lines(summary: Summary) -> list[str]:
@@ -141,8 +148,6 @@ def summary_lines(summary: Summary) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, PyTorch and this package."""
-    from .. import __version__
-
     return {"python": platform.python_version(), "torch": str(torch.__version__), "hypermask_fast": __version__}
 
 
