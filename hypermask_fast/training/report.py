@@ -16,18 +16,17 @@ from .config import RunConfig
 from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
 from .tables import text_table
+from .trainer import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .trainer import Result
 
 METRICS, TIMING = "metrics.json", "timing.json"
 MATRIX_TABLE, MATRIX_PICTURE = "accuracy_matrix.csv", "accuracy_matrix.png"
 _WIDE = 10  # tasks up to which accuracies are shown with a decimal
 
 
-def write_reports(run_dir: Path, config: RunConfig, result: "Result", device: torch.device | str) -> None:
+def write_reports(run_dir: Path, config: RunConfig, result: Result, device: torch.device | str) -> None:
     """All four files of `run_dir`, from the result so far."""
     write_metrics(run_dir, config, result)
     write_timing(run_dir, result, device)
@@ -35,7 +34,7 @@ def write_reports(run_dir: Path, config: RunConfig, result: "Result", device: to
     write_matrix_picture(run_dir, result, config.title)
 
 
-def write_metrics(run_dir: Path, config: RunConfig, result: "Result") -> None:
+def write_metrics(run_dir: Path, config: RunConfig, result: Result) -> None:
     """metrics.json: the run's deterministic numbers and nothing else, so that equal runs give equal bytes.
 
     Keys: title, seed, fidelity; summary (see `Summary`); baseline (T,) and matrix (T, T), percent, null where not
@@ -52,7 +51,7 @@ def write_metrics(run_dir: Path, config: RunConfig, result: "Result") -> None:
     write_atomic(run_dir / METRICS, _json(content))
 
 
-def write_timing(run_dir: Path, result: "Result", device: torch.device | str) -> None:
+def write_timing(run_dir: Path, result: Result, device: torch.device | str) -> None:
     """timing.json: seconds in training steps, steps, steps_per_second, peak_memory_bytes, device, threads, versions."""
     content = {
         "seconds": result.seconds,
@@ -66,7 +65,7 @@ def write_timing(run_dir: Path, result: "Result", device: torch.device | str) ->
     write_atomic(run_dir / TIMING, _json(content))
 
 
-def write_matrix_table(run_dir: Path, result: "Result") -> None:
+def write_matrix_table(run_dir: Path, result: Result) -> None:
     """accuracy_matrix.csv: columns after_task, task_0, ...; first the untrained model's row, then one per task learned.
 
     Percent; empty where not measured.
@@ -78,7 +77,7 @@ def write_matrix_table(run_dir: Path, result: "Result") -> None:
     write_atomic(run_dir / MATRIX_TABLE, "".join(",".join(row) + "\n" for row in rows))
 
 
-def write_matrix_picture(run_dir: Path, result: "Result", title: str) -> None:
+def write_matrix_picture(run_dir: Path, result: Result, title: str) -> None:
     """accuracy_matrix.png: the matrix as a heat map with its numbers, legible for up to about 40 tasks."""
     figure = matrix_figure(result, title)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -95,7 +94,7 @@ def figure_class() -> "type[Figure]":
     return Figure
 
 
-def matrix_figure(result: "Result", title: str) -> "Figure":
+def matrix_figure(result: Result, title: str) -> "Figure":
     """The heat map as a matplotlib Figure."""
     matrix, tasks = result.matrix.numpy(), len(result.matrix)
     cell = 0.75 if tasks <= _WIDE else 0.42  # inches
@@ -122,7 +121,7 @@ def matrix_figure(result: "Result", title: str) -> "Figure":
     return figure
 
 
-def text_matrix(result: "Result") -> str:
+def text_matrix(result: Result) -> str:
     """The learned rows of the matrix as aligned text with the metrics below, several lines."""
     tasks = range(len(result.matrix))
     cell = "6.2f" if len(tasks) <= _WIDE else "3.0f"
@@ -157,7 +156,7 @@ def device_name(device: torch.device | str) -> str:
     return f"{device.type}: {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()}"
 
 
-def _rows(result: "Result", untrained: str) -> list[tuple[str, list[float]]]:
+def _rows(result: Result, untrained: str) -> list[tuple[str, list[float]]]:
     learned = tasks_learned(result.matrix)
     return [(untrained, result.baseline.tolist()), *((str(i), result.matrix[i].tolist()) for i in range(learned))]
 
