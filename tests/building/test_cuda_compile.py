@@ -1,0 +1,157 @@
+"""The CUDA sources compile for every architecture, to what they are meant to be; launches are laid out right."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+
+from hypermask_fast.ops.native import dense_shared_bytes
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("80", "90a", "100")
+# Registers per thread: four blocks of 256 threads on a multiprocessor, or what the kernel's own number leaves it.
+REGISTERS = {
+    "dense.cu": 128,  # two blocks
+    "few_rows.cu": 128,  # one block of 512: W and logits of a step ahead are on their way into registers
+    "chunk_few_rows.cu": 168,  # one block of 384: a warp has the logits and weights of 48 x 32 entries
+}
+# What a kernel reads and writes in bulk goes by 16 bytes: (part of the mangled name, loads, stores) at least, in the
+# code for aligned rows and segments. ILi4: packs of 4 floats, ModeE2: Adam; Lb1: aligned rows.
+STREAMS = {
+    "masks.cu": [
+        ("mask_forward_kernel", 1, 1), ("mask_backward_kernel", 2, 1),
+        ("weights_forward_kernel", 2, 1), ("weights_backward_kernel", 3, 2),
+        ("drift_forward_kernel", 3, 0), ("drift_backward_kernel", 3, 2),
+    ],
+    "thresholds.cu": [("count_kernel", 1, 0)],
+    "dense.cu": [  # a tile has 4 packs a thread; W of two tiles, m and v of two more
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE2E", 24, 12), (r"dense_kernelILi4ELi[48]ELN\w+ModeE1E", 8, 4),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE0E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE2E", 6, 3),
+        (r"dense_kernelILi1ELi[48]ELN\w+ModeE1E", 2, 1), (r"dense_kernelILi1ELi[48]ELN\w+ModeE0E", 2, 0),
+    ],
+    "few_rows.cu": [(r"\d+masked_linear_kernelI\w+Li[12]ELb1E", 16, 0)],  # 4 of W, 4 of logits, two steps
+    "chunk_few_rows.cu": [(r"chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],
+}  # fmt: skip
+SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def cuobjdump() -> str | None:
+    """CUDA's, or the one that comes with Triton."""
+    triton = util.find_spec("triton")
+    folder = Path(triton.origin).parent / "backends/nvidia/bin" if triton else None
+    return shutil.which("cuobjdump") or (folder and shutil.which(str(folder / "cuobjdump")))
+
+
+def instructions(sass: str) -> dict[str, Counter]:
+    """Kernel -> how often each instruction appears in it."""
+    found: dict[str, Counter] = {}
+    for line in sass.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            count = found[match[1]] = Counter()
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
+            count[match[1]] += 1
+    return found
+
+
+def check_streams(source: str, sass: str) -> None:
+    kernels = instructions(sass)
+    for part, loads, stores in STREAMS[source]:
+        matching = {name: count for name, count in kernels.items() if re.search(part, name)}
+        assert matching, part
+        for name, count in matching.items():
+            wide = Counter({op: n for op, n in count.items() if ".128" in op})
+            assert sum(n for op, n in wide.items() if op.startswith("LDG")) >= loads, f"{name}: {wide}"
+            assert sum(n for op, n in wide.items() if op.startswith("STG")) >= stores, f"{name}: {wide}"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_compiled_for_each_architecture(source, tmp_path):
+    """No spills; registers and shared memory for the blocks that a multiprocessor is to hold; accesses of 16 bytes."""
+    include = Path(torch.__file__).parent / "include"
+    command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "--expt-relaxed-constexpr", "--threads=0", "-DUSE_CUDA"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem={include}", "-Werror=all-warnings"]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    built = tmp_path / "out.o"
+    done = subprocess.run(
+        [*command, "-c", str(ROOT / "csrc/cuda" / source), "-o", str(built)],
+        capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for arch in ARCHITECTURES:
+        assert f"sm_{arch}'" in done.stderr, f"nothing was compiled for sm_{arch}"
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills and all(pair == ("0", "0") for pair in spills)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert registers and max(registers) <= REGISTERS.get(source, 64)
+    # Static; what a launch asks for itself is checked against the GPU's limit there.
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
+    assert max(shared, default=0) <= 16 * 1024  # four blocks on an A100's multiprocessor with room for a cache
+    if not (tool := cuobjdump()):
+        pytest.skip("no cuobjdump to look at the instructions with")
+    for arch in ARCHITECTURES:
+        sass = subprocess.run([tool, "-sass", "-arch", f"sm_{arch}", built], capture_output=True, text=True, check=True)
+        check_streams(source, sass.stdout)
+
+
+LAUNCH_TEST = r"""
+#include "common/launch.h"
+#include <cassert>
+#include <cstdio>
+#include <initializer_list>
+using namespace hypermask;
+int main() {
+  static_assert(sizeof(int64_t) == 8 && sizeof(decltype(BlockTable::first_block[0])) == 8, "64-bit offsets");
+  const int64_t big = (int64_t{1} << 33) + 5;  // more than 2^31 entries in one segment
+  const int64_t sizes[] = {0, 1, kTileEntries, 0, kTileEntries + 1, big, 0, 7};
+  BlockTable table;
+  fill_table(table, sizes, 8);
+  int64_t block = 0;
+  for (int s = 0; s < 8; ++s) {
+    const int64_t blocks = ceil_div(sizes[s], kTileEntries);
+    assert(table.first_block[s] == block);
+    for (int64_t b : {int64_t{0}, blocks / 2, blocks - 1}) {
+      if (b < 0 || b >= blocks) continue;
+      assert(BlockTable::find(table, block + b) == s);
+      const int64_t begin = (block + b - table.first_block[s]) * kTileEntries;
+      assert(begin >= 0 && begin < sizes[s]);
+    }
+    block += blocks;
+  }
+  assert(table.first_block[8] == block && (block - 1) * kTileEntries > INT32_MAX);
+  for (int64_t width : {1, 2, 3, 4, 25, 50, 100, 128, 255, 256, 257, 1000, 1028, 4096}) {
+    for (int64_t tasks : {0, 1, 4, 5, 16, 17, 40, 400}) {
+      const DenseLayout l = dense_layout(tasks, width, true);
+      assert(l.pack * l.packs == width && l.slots >= tasks && l.slots % l.chunk == 0);
+      assert(tasks == 0 || l.slots - tasks < l.chunk);
+      assert(l.lanes >= 1 && (l.lanes == 1 || l.lanes * l.packs <= kThreads) && l.rows == kDensePacks * l.lanes);
+      assert(l.stride >= width && l.stride % l.pack == 0 && (l.pack == 1 || l.stride / 4 % 2 == 1));
+      assert(l.rows % 4 == 0 && l.rows <= kThreads);  // so that everything in shared memory begins on 16 bytes
+      const DenseLayout single = dense_layout(tasks, width, false);
+      assert(single.pack == 1 && single.packs == width);
+      std::printf("%d %d %d\n", int(tasks), int(width), int(4 * dense_shared_floats(l)));
+    }
+  }
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_launch_arithmetic(tmp_path):
+    source = tmp_path / "launch.cpp"
+    source.write_text(LAUNCH_TEST)
+    program = str(tmp_path / "launch")
+    subprocess.run(["g++", "-std=c++17", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", program], check=True)
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 14 * 8
+    for line in lines:
+        tasks, width, needed = map(int, line.split())
+        assert dense_shared_bytes(tasks, width) == needed
+    for tasks in (1, 10):  # three blocks on an H200's multiprocessor, each with one KiB for the system
+        assert 3 * (dense_shared_bytes(tasks, 100) + 1024) <= 228 * 1024
