@@ -109,8 +109,6 @@ def weight_drift(
     if norm not in (1, 2):
         raise InputError(f"norm must be 1 or 2, not {norm!r}")
     _segments(weights, offsets, previous)
-    if len(offsets) != len(weights) + 1:
-        raise InputError(f"{len(weights)} weights need {len(weights) + 1} offsets, not {len(offsets)}")
     if logits is None or thresholds is None:
         _require(logits is thresholds, "logits and thresholds go together, one is missing")
         return
