@@ -28,13 +28,12 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def _about(results: dict[str, Any]) -> str:
-    machines = [about for name, about in results["machine_info"].items() if name.startswith("hypermask_fast")]
-    lines = [
-        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, backend {about['backend']}, commit "
-        f"{about['commit']}"
-        for about in machines
-    ]
-    return f"Measured {results['datetime'][:10]}: {'; '.join(lines)}."
+    commit = results["commit_info"]
+    text = f"Measured {results['datetime'][:10]} at commit {commit['id'][:7]}" + ("+" if commit["dirty"] else "")
+    for name, about in results["machine_info"].items():
+        if name.startswith("hypermask_fast"):
+            text += f"; {about['device']}, {about['threads']} threads, torch {about['torch']}, {about['backend']}"
+    return text + "."
 
 
 def _table(benchmarks: list[dict[str, Any]], column: str) -> str:
