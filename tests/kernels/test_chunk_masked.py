@@ -99,8 +99,8 @@ def test_conv2d_channels_last():
         ({"start": 90}, "lie outside"),
         ({"start": -1}, "lie outside"),
         ({"hidden": torch.ones(10, 3)}, "hidden must be"),
-        ({"output_bias": torch.ones(11)}, "output_bias must be"),
-        ({"threshold": torch.ones(3)}, "threshold must be"),
+        ({"output_bias": torch.ones(11)}, r"output_bias must have shape \(10,\), not \(11,\)"),
+        ({"threshold": torch.ones(3)}, "threshold must have one entry, not 3"),
         ({"hidden": torch.ones(10, 4).long()}, "int64"),
     ],
 )
@@ -121,5 +121,5 @@ def test_a_convolution_without_outputs_is_refused():
     """As by PyTorch, whose convolution of W * m it is."""
     source = (torch.ones(n, device=DEVICE) for n in ((10, 4), (10, 4), (10,)))
     x, weight = torch.ones(1, 5, 4, 4, device=DEVICE), torch.ones(0, 5, 1, 1, device=DEVICE)
-    with pytest.raises(InputError, match="an output channel"):
+    with pytest.raises(InputError, match="out, kh and kw at least 1"):
         chunk_masked_conv2d(x, weight, *source, 0, torch.ones((), device=DEVICE))

@@ -152,6 +152,20 @@ def test_weight_drift_of_nothing():
     assert weight_drift([], torch.ones(3, device=DEVICE), [0]).item() == 0
 
 
+def test_weight_drift_of_the_first_tensors():
+    """More segments than weights, as `masked_weights` takes them."""
+    weights, previous, offsets = network(torch.float32)
+    logits, thresholds = randn(len(previous), dtype=torch.float32), torch.full((4,), 0.4, device=DEVICE)
+    arguments = previous, offsets, 1, logits, thresholds
+    leaves = [t.requires_grad_() for t in (*weights[:2], logits)]
+    expected = reference.weight_drift(weights[:2], *arguments)
+    drift = weight_drift(weights[:2], *arguments)
+    assert_close("drift", drift.detach(), expected.detach().double())
+    gradients = zip(torch.autograd.grad(drift, leaves), torch.autograd.grad(expected, leaves), strict=True)
+    for ours, theirs in gradients:
+        assert_close("gradient", ours, theirs.double())
+
+
 @pytest.mark.parametrize("norm", [1, 2])
 def test_weight_drift_of_many_tensors(norm):
     """More than a launch takes."""
@@ -190,12 +204,12 @@ def test_launches():
     ("change", "message"),
     [
         ({"norm": 3}, "norm must be 1 or 2"),
-        ({"offsets": [0, 6]}, "offsets must be 3 borders"),
-        ({"offsets": [0, 5, 8]}, r"weights\[0\] has 6 entries"),
-        ({"previous": torch.ones(7)}, "previous must be flat"),
-        ({"logits": torch.ones(8)}, "or neither"),
-        ({"logits": torch.ones(7), "thresholds": torch.ones(2)}, "logits must be flat"),
-        ({"weights": [torch.ones(6), torch.ones(2).half()]}, "one dtype"),
+        ({"offsets": [0, 6]}, "2 weights need 3 offsets, not 2"),
+        ({"offsets": [0, 5, 8]}, "weights 0 has 6 entries, its segment 5"),
+        ({"previous": torch.ones(7)}, "at most 7 entries"),
+        ({"logits": torch.ones(8)}, "logits and thresholds go together, one is missing"),
+        ({"logits": torch.ones(7), "thresholds": torch.ones(2)}, "at most 7 entries"),
+        ({"weights": [torch.ones(6), torch.ones(2).half()]}, "the weights differ in dtype"),
     ],
 )
 def test_weight_drift_bad_input(change, message):

@@ -86,11 +86,11 @@ def test_tiles_that_do_not_divide(splits):
         ({"x": torch.ones(4, 5, 5)}, {}, "x must be"),
         ({"x": torch.ones(1, 4, 2, 2)}, {}, "does not fit"),
         ({"logits": torch.ones(6, 4, 3, 1)}, {}, "logits must have"),
-        ({"bias": torch.ones(4)}, {}, "bias must be"),
+        ({"bias": torch.ones(4)}, {}, r"bias must have shape \(6,\), not \(4,\)"),
         ({}, {"groups": 5}, "groups must divide"),
         ({}, {"stride": 0}, "stride"),
         ({}, {"padding": (1, -1)}, "padding"),
-        ({}, {"padding": "same"}, "padding must be a number or two, not 'same'"),
+        ({}, {"padding": "same"}, "padding must be a number of at least 0, or two, not 'same'"),
         ({"x": torch.ones(1, 4, 5, 5).bool()}, {}, "bool"),
     ],
 )

@@ -94,9 +94,9 @@ def test_weight_and_logits_of_other_dtypes():
     ("change", "message"),
     [
         ({"x": torch.ones(2, 4)}, "x must be"),
-        ({"logits": torch.ones(3, 4)}, "logits must have the weight's shape"),
-        ({"threshold": torch.ones(2)}, "threshold must be one entry"),
-        ({"bias": torch.ones(4)}, "bias must be"),
+        ({"logits": torch.ones(3, 4)}, r"logits must have shape \(3, 5\), not \(3, 4\)"),
+        ({"threshold": torch.ones(2)}, "threshold must have one entry, not 2"),
+        ({"bias": torch.ones(4)}, r"bias must have shape \(3,\), not \(4,\)"),
         ({"weight": torch.ones(5)}, "weight must be"),
         ({"x": torch.ones(2, 5).double()}, "float64"),
         ({"weight": torch.ones(3, 5).int()}, "int32"),

@@ -19,11 +19,11 @@ def network(dtype, shapes=SHAPES, first=3, rest=70):
     """Weights, flat logits with entries before and behind them, thresholds (some equal to a logit), all borders."""
     weights = [randn(*shape, dtype=dtype) for shape in shapes]
     offsets = [first, *itertools.accumulate((w.numel() for w in weights), initial=first)][1:]
-    logits = randn(offsets[-1] + rest, dtype=dtype)
+    logits, offsets = randn(offsets[-1] + rest, dtype=dtype), [*offsets, offsets[-1] + rest]
     thresholds = torch.stack(
         [logits[at].abs() if end > at else logits.new_zeros(()) for at, end in itertools.pairwise(offsets)]
     )
-    return weights, logits, thresholds, [*offsets, offsets[-1] + rest]
+    return weights, logits, thresholds, offsets
 
 
 def results(function, weights, logits, thresholds, offsets, grads):
@@ -165,14 +165,14 @@ def test_the_backend_serves_weights_of_one_dtype():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"offsets": [0, 6]}, "offsets must be at least 3 borders"),
-        ({"offsets": [0, 5, 8]}, r"weights\[0\] has 6 entries"),
-        ({"offsets": [-6, 0, 2]}, "begin at 0 or later"),
-        ({"logits": torch.ones(7)}, "logits must be flat with at least 8"),
-        ({"logits": torch.ones(2, 4)}, "logits must be flat"),
-        ({"thresholds": torch.ones(1)}, "thresholds must be flat with at least 2"),
+        ({"offsets": [0, 6]}, "2 weights need 3 offsets, not 2"),
+        ({"offsets": [0, 5, 8]}, "weights 0 has 6 entries, its segment 5"),
+        ({"offsets": [-6, 0, 2]}, "offsets must ascend from 0 or more"),
+        ({"logits": torch.ones(7)}, "at most 7 entries"),
+        ({"logits": torch.ones(2, 4)}, "must be flat"),
+        ({"thresholds": torch.ones(1)}, r"thresholds must be one per segment, \(2,\), not \(1,\)"),
         ({"thresholds": torch.ones(2).double()}, "float64"),
-        ({"weights": [torch.ones(6), torch.ones(2).half()]}, "one dtype"),
+        ({"weights": [torch.ones(6), torch.ones(2).half()]}, "the weights differ in dtype"),
     ],
 )
 def test_bad_input(change, message):

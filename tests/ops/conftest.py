@@ -1,10 +1,8 @@
 """Fixtures of the op tests: poisoned memory, every instruction set, a fixed seed."""
 
-import os
-
-import emulation
 import pytest
 import torch
+from support import emulation
 
 from hypermask_fast import ops
 from hypermask_fast.ops import registry as backends
@@ -39,13 +37,13 @@ def poisoned_memory():
 @pytest.fixture(params=range(len(ISAS)), ids=ISAS)
 def isa(request):
     """Runs the test with each instruction set that this machine has."""
-    before = torch.ops.hypermask_fast.cpu_isa(-1)
+    before = torch.ops.hypermask_native.cpu_isa(-1)
     try:
-        torch.ops.hypermask_fast.cpu_isa(request.param)
+        torch.ops.hypermask_native.cpu_isa(request.param)
     except RuntimeError as error:
         pytest.skip(str(error))
     yield ISAS[request.param]
-    torch.ops.hypermask_fast.cpu_isa(before)
+    torch.ops.hypermask_native.cpu_isa(before)
 
 
 @pytest.fixture
@@ -56,14 +54,11 @@ def cpu():
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
+def emulated():
     """The ops of csrc/cuda, compiled for the CPU."""
     if emulation.PROBLEM:
         pytest.skip(emulation.PROBLEM)
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # shared by the processes of this run, and new in each
-    return emulation.Emulation(emulation.build(folder))
+    return emulation.Emulation(emulation.build())
 
 
 @pytest.fixture(params=[1, -1], ids=["larger", "smaller"])

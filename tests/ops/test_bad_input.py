@@ -20,12 +20,12 @@ def ops(request):
         return request.getfixturevalue("emulated")
     if backends.NATIVE_PROBLEM:
         pytest.skip(backends.NATIVE_PROBLEM)
-    return torch.ops.hypermask_fast
+    return torch.ops.hypermask_native
 
 
 def uncopied(ops):
     """The operators themselves, on these very tensors."""
-    return ops if ops is torch.ops.hypermask_fast else torch.ops.hypermask_emulated
+    return ops if ops is torch.ops.hypermask_native else torch.ops.hypermask_emulated
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,7 +122,7 @@ def test_bad_offsets_are_refused(ops, name, offsets, message):
 def test_meta_tensors_beside_others_are_refused():
     """One suffices for the shape function to be called, whose result would be memory that nobody has written."""
     hidden, weight, bias, targets = arguments()["output_drift"]
-    output_drift = torch.ops.hypermask_fast.output_drift
+    output_drift = torch.ops.hypermask_native.output_drift
     assert output_drift(*(t.to("meta") for t in (hidden, weight, bias, targets))).is_meta
     with pytest.raises(RuntimeError, match="one device, not on cpu and meta"):
         output_drift(hidden, weight, bias, targets.to("meta"))
@@ -153,7 +153,7 @@ def test_ranks_outside_their_segment_are_refused():
     """By the CPU; a GPU, which is not waited for, gives NaN (`test_cuda_emulated`)."""
     for ranks, segment in (([1, 5, 0], 1), ([-1, 0, 0], 0)):
         with pytest.raises(RuntimeError, match=f"outside segment {segment}"):
-            torch.ops.hypermask_fast.mask_thresholds(torch.randn(18), OFFSETS, torch.tensor(ranks))
+            torch.ops.hypermask_native.mask_thresholds(torch.randn(18), OFFSETS, torch.tensor(ranks))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is reserved in Linux's way")

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.native
 
 
 def op(name):
-    return getattr(torch.ops.hypermask_fast, name).default
+    return getattr(torch.ops.hypermask_native, name).default
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +127,7 @@ def test_any_number_of_threads_gives_the_same_bits(cpu, isa):
 
 
 def test_instruction_sets_agree(cpu):
-    isa, before = torch.ops.hypermask_fast.cpu_isa, torch.ops.hypermask_fast.cpu_isa(-1)
+    isa, before = torch.ops.hypermask_native.cpu_isa, torch.ops.hypermask_native.cpu_isa(-1)
     try:
         isa(0)
         expected = large_results(cpu)

@@ -27,13 +27,13 @@ def ops(request):
         return
     if backends.NATIVE_PROBLEM:
         pytest.skip(backends.NATIVE_PROBLEM)
-    before = torch.ops.hypermask_fast.cpu_isa(-1)
+    before = torch.ops.hypermask_native.cpu_isa(-1)
     try:
-        torch.ops.hypermask_fast.cpu_isa(ISAS.index(request.param))
+        torch.ops.hypermask_native.cpu_isa(ISAS.index(request.param))
     except RuntimeError as error:
         pytest.skip(str(error))
-    yield torch.ops.hypermask_fast
-    torch.ops.hypermask_fast.cpu_isa(before)
+    yield torch.ops.hypermask_native
+    torch.ops.hypermask_native.cpu_isa(before)
 
 
 def every_case():

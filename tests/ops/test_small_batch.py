@@ -62,10 +62,10 @@ def test_masked_linear_takes_every_entry_once(small, dtype, rows, outputs, input
     logits, bias = 20 * whole(outputs, inputs, dtype=dtype), whole(outputs, dtype=dtype)
     args = (x, weight, logits, torch.tensor(0.5, dtype=dtype), bias)
     expected = reference.masked_linear(*double(args)).round()
-    assert torch.equal(small.small_masked_linear(*args).double(), expected)
+    assert torch.equal(small.masked_linear(*args).double(), expected)
     args = (misaligned(x), misaligned(weight), misaligned(logits), torch.tensor([0.5]), None)
     expected = reference.masked_linear(*double(args)).round()
-    assert torch.equal(small.small_masked_linear(*args).double(), expected)
+    assert torch.equal(small.masked_linear(*args).double(), expected)
 
 
 def special_logits(*shape):
@@ -81,7 +81,7 @@ def test_masked_linear_is_accurate(small, instruction_errors, dtype, threshold):
     threshold = torch.tensor(threshold, dtype=dtype)
     args = (torch.randn(16, 200), torch.randn(40, 200), special_logits(40, 200), threshold, torch.randn(40))
     args = [a.to(dtype) for a in args]
-    check_close(small.small_masked_linear(*args), reference.masked_linear(*double(args)))
+    check_close(small.masked_linear(*args), reference.masked_linear(*double(args)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,7 +90,7 @@ def test_what_is_not_a_number_shows_where_it_belongs(small, dtype):
     logits[2, 7], logits[19, 49] = NAN, -NAN
     weight[5, 3], logits[5, 3] = INF, 0.0  # dropped, and so Inf * 0
     args = (x, weight, logits, torch.tensor(0.3), None)
-    y = small.small_masked_linear(*args)
+    y = small.masked_linear(*args)
     assert y.isnan().any(0).nonzero().flatten().tolist() == [2, 5, 19]
     check_close(y, reference.masked_linear(*double(args)))
 
@@ -116,35 +116,29 @@ def chunked(rows, outputs, inputs, chunk_size, width, start, dtype, make=whole):
 @pytest.mark.parametrize("shape", CHUNKED, ids=str)
 def test_chunk_masked_linear_takes_every_entry_once(small, dtype, shape):
     args = chunked(*shape, dtype)
-    assert torch.equal(
-        small.small_chunk_masked_linear(*args).double(), reference.chunk_masked_linear(*double(args)).round()
-    )
+    assert torch.equal(small.chunk_masked_linear(*args).double(), reference.chunk_masked_linear(*double(args)).round())
     args = [misaligned(a) if isinstance(a, torch.Tensor) and a.dim() else a for a in args[:-1]] + [None]
-    assert torch.equal(
-        small.small_chunk_masked_linear(*args).double(), reference.chunk_masked_linear(*double(args)).round()
-    )
+    assert torch.equal(small.chunk_masked_linear(*args).double(), reference.chunk_masked_linear(*double(args)).round())
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_chunk_masked_linear_is_accurate(small, instruction_errors, dtype):
     args = chunked(16, 90, 100, 250, 20, 77, dtype, make=torch.randn)
     args[3], args[4], args[6] = args[3] / 64, args[4] / 64, torch.tensor(0.0)  # no logit jumps over the threshold
-    check_close(small.small_chunk_masked_linear(*args), reference.chunk_masked_linear(*double(args)))
+    check_close(small.chunk_masked_linear(*args), reference.chunk_masked_linear(*double(args)))
 
 
 @pytest.mark.parametrize("k, position", [(70, 247), (80, 7)])  # row 1 crosses from one chunk to the next at k = 73
 def test_a_step_across_a_chunks_end_keeps_infinity(small, k, position):
     args = chunked(3, 60, 100, 250, 13, 77, torch.float16)
     args[1][1, k], args[0][:, k], args[4][position] = INF, 1.0, 2048.0
-    y = small.small_chunk_masked_linear(*args)
+    y = small.chunk_masked_linear(*args)
     assert (y[:, 1] == INF).all() and y[:, 2:].isfinite().all()
 
 
 def test_the_widest_hypernetwork(small):
     args = chunked(3, 60, 64, 128, small_batch.MAX_WIDTH, 0, torch.float16)
-    assert torch.equal(
-        small.small_chunk_masked_linear(*args).double(), reference.chunk_masked_linear(*double(args)).round()
-    )
+    assert torch.equal(small.chunk_masked_linear(*args).double(), reference.chunk_masked_linear(*double(args)).round())
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -154,11 +148,11 @@ def test_empty(small, dtype, rows, outputs, inputs):
     bias, threshold = bias.to(dtype), torch.tensor(0.0)
     expected = bias.expand(rows, outputs)
     if outputs * inputs == 0 or rows == 0:
-        assert torch.equal(small.small_masked_linear(x, weight, weight, threshold, bias), expected)
+        assert torch.equal(small.masked_linear(x, weight, weight, threshold, bias), expected)
         for chunks, chunk_size in ((5, 7), (12, 1), *([] if outputs * inputs else [(0, 7), (0, 0)])):
             layer = [torch.ones(*s).to(dtype) for s in ((chunks, 3), (chunk_size, 3), (chunk_size,))]
             start = chunks * chunk_size - outputs * inputs
-            y = small.small_chunk_masked_linear(x, weight, *layer, start, threshold, bias)
+            y = small.chunk_masked_linear(x, weight, *layer, start, threshold, bias)
             assert torch.equal(y, expected)
 
 
@@ -166,7 +160,7 @@ def test_empty(small, dtype, rows, outputs, inputs):
 
 
 def valid(name, dtype=torch.float16):
-    if name == "small_masked_linear":
+    if name == "masked_linear":
         x, weight, logits, bias = (torch.randn(*s).to(dtype) for s in ((3, 10), (20, 10), (20, 10), (20,)))
         return [x, weight, logits, torch.tensor(0.5), bias]
     return chunked(3, 20, 10, 50, 6, 7, dtype, make=torch.randn)
@@ -192,20 +186,20 @@ def test_bad_tensors_are_refused(small, name, how):
 
 
 def test_other_bad_arguments_are_refused(small):
-    x, *rest = valid("small_masked_linear")
+    x, *rest = valid("masked_linear")
     with pytest.raises(RuntimeError, match="17 rows, more than 16"):
-        small.small_masked_linear(x.new_zeros(17, 10), *rest)
+        small.masked_linear(x.new_zeros(17, 10), *rest)
     with pytest.raises(RuntimeError, match="threshold must have one entry, not 2"):
-        small.small_masked_linear(x, *rest[:2], torch.zeros(2), None)
-    args = valid("small_chunk_masked_linear")
+        small.masked_linear(x, *rest[:2], torch.zeros(2), None)
+    args = valid("chunk_masked_linear")
     for start in (-1, 51, 2**62):
         args[5] = start
         with pytest.raises(RuntimeError, match="lie outside the 250"):
-            small.small_chunk_masked_linear(*args)
+            small.chunk_masked_linear(*args)
     with pytest.raises(RuntimeError, match="float16 or bfloat16"):
-        small.small_chunk_masked_linear(*valid("small_chunk_masked_linear", torch.float32))
+        small.chunk_masked_linear(*valid("chunk_masked_linear", torch.float32))
     with pytest.raises(RuntimeError, match="513 wide"):
-        small.small_chunk_masked_linear(*chunked(3, 20, 10, 50, 513, 7, torch.float16))
+        small.chunk_masked_linear(*chunked(3, 20, 10, 50, 513, 7, torch.float16))
 
 
 # What PyTorch needs to know
@@ -214,10 +208,10 @@ def test_other_bad_arguments_are_refused(small):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(small, name, dtype):
-    if name == "small_chunk_masked_linear" and dtype == torch.float32:
+    if name == "chunk_masked_linear" and dtype == torch.float32:
         return  # which it does not take
     args = valid(name, dtype)
-    if name == "small_chunk_masked_linear":
+    if name == "chunk_masked_linear":
         args[3], args[4], args[6] = args[3] / 64, args[4] / 64, torch.tensor(0.0)
     exact = double(args)
     leaves = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim()]
@@ -250,7 +244,7 @@ def refusal(op, args):
 
 
 def test_masked_linear_condition():
-    x, weight, logits, threshold, bias = valid("small_masked_linear")
+    x, weight, logits, threshold, bias = valid("masked_linear")
     refused = lambda *args: refusal("masked_linear", args)  # noqa: E731
     assert refused(x, weight, logits, threshold, bias) == "" == refused(x[0], weight, logits, threshold, None)
     assert refused(torch.zeros(0, 5, 10).half(), weight, logits, threshold.half(), None) == ""
@@ -286,9 +280,9 @@ def test_chunk_masked_linear_condition():
 @pytest.mark.native
 def test_calls_take_any_strides_and_leading_dimensions():
     """Shapes only: the ops themselves have no kernel for these tensors."""
-    meta = [t.to("meta") for t in valid("small_masked_linear")]
+    meta = [t.to("meta") for t in valid("masked_linear")]
     function = small_batch.CALLS["masked_linear"][0]
     assert function(meta[0].view(3, 1, 10), meta[1].t().contiguous().t(), *meta[2:]).shape == (3, 1, 20)
     assert function(meta[0][0], *meta[1:4]).shape == (20,)
-    meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in valid("small_chunk_masked_linear")]
+    meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in valid("chunk_masked_linear")]
     assert small_batch.CALLS["chunk_masked_linear"][0](meta[0][None], *meta[1:]).shape == (1, 3, 20)

@@ -3,9 +3,10 @@
 import ctypes
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -13,41 +14,51 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 ROOT = Path(__file__).parents[2]
-EMULATION = ROOT / "tests/ops/cuda_emulation"
-PROBLEM = "" if shutil.which("g++") else "no g++"
+HERE = Path(__file__).parent / "cuda_emulation"
+BUILT = ROOT / "build/emulation"
 TORCH = Path(torch.__file__).parent
-LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+FLAGS = [
+    *("-O2", "-U_FORTIFY_SOURCE", "-std=c++17", "-fPIC", "-fvisibility=hidden"),
+    *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-DHYPERMASK_EMULATED"),
+    *(f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include")),
+]
+# Symbolic: this library's answers about devices, not libtorch's, are the ones its own calls get.
+LINK = ["-shared", "-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
-def flags() -> list[str]:
-    defines = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
-    return ["-O2", "-U_FORTIFY_SOURCE", "-std=c++17", "-fPIC", "-fvisibility=hidden", *defines,
-            f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include")]  # fmt: skip
+# The environment's own programs need not be on PATH.
+NINJA = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+PROBLEM = "" if shutil.which("g++") and NINJA else "no g++ or no ninja"
 
 
-def build(folder: Path) -> Path:
-    """Compiles once per folder, however many test processes ask."""
-    library = folder / "emulated.so"
-    with open(folder / "emulated.lock", "w") as lock:
+def rules() -> str:
+    """What ninja is to do. It compiles again what has changed, included headers and flags as well."""
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    # These define the schemas.
+    schemas = [ROOT / "csrc/cpu" / f"{source.stem}.cpp" for source in sources]
+    objects = {f"{s.parent.name}_{s.name}.o": s for s in [*sources, *schemas, *sorted(HERE.glob("*.cpp"))]}
+    lines = [
+        "rule compile",
+        f"  command = g++ {shlex.join(FLAGS)} -MD -MF $out.d -x c++ -c $in -o $out",
+        "  deps = gcc",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = g++ $in {shlex.join(LINK)} -o $out",
+        *(f"build {name}: compile {source}" for name, source in objects.items()),
+        f"build emulated.so: link {' '.join(objects)}",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def build() -> Path:
+    """The library, compiled as far as it has changed since the last time, however many test processes ask."""
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with open(BUILT / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *EMULATION.glob("*.cpp")]
-            objects = [folder / f"{s.name}.o" for s in sources]
-            commands = [
-                ["g++", *flags(), "-x", "c++", "-c", str(s), "-o", str(o)]
-                for s, o in zip(sources, objects, strict=True)
-            ]
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                list(pool.map(run, commands))
-            # Symbolic: this library's answers about devices, not libtorch's, are the ones its own calls get.
-            run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), *LIBRARIES, "-o", f"{library}.part"])
-            os.replace(f"{library}.part", library)
-    return library
-
-
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        (BUILT / "build.ninja").write_text(rules())
+        done = subprocess.run([NINJA, "-C", BUILT], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+    return BUILT / "emulated.so"
 
 
 class Emulation:
