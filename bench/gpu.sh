@@ -67,17 +67,15 @@ build() {
 }
 
 tests() { # what has kernels on a GPU; tests of what is not installed here skip themselves
-    local parallel=() paths=() path
-    for path in tests/ops tests/kernels tests/test_optim.py tests/training/test_trainer.py; do
-        [ -e "$path" ] && paths+=("$path")
+    local parallel=() files=() file
+    for file in tests/ops tests/test_optim.py tests/training/test_trainer.py; do
+        [ -e "$file" ] && files+=("$file")
     done
     # Most of the time goes into compiling kernels, some 600 variants at half a second of one core.
     $PYTHON -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) > 14 ? 14 : $(nproc)))")
-    # Compiling for other architectures and for a CPU needs no GPU, and minutes.
-    local skipped=(tests/kernels/test_offline.py tests/ops/test_cuda_build.py tests/ops/test_cuda_emulated.py
-        tests/ops/test_small_batch.py tests/ops/test_build.py)
-    $PYTHON -m pytest -p no:cacheprovider --tb=short -rfE --durations=10 --durations-min=5 "${skipped[@]/#/--ignore=}" \
-        "${parallel[@]}" "${paths[@]}"
+    # Emulating CUDA on the CPU needs no GPU, and minutes.
+    $PYTHON -m pytest -p no:cacheprovider --tb=short -rfE --durations=10 --durations-min=5 -k "not emulated" \
+        "${parallel[@]}" "${files[@]}"
 }
 
 measure() { # measure SECONDS ARGUMENTS...: rows are kept as they come; SECONDS: what starting and a last case take
