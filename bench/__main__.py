@@ -112,12 +112,20 @@ def measure(arguments: argparse.Namespace, plan: Plan, cases: list[Case]) -> lis
     about = runner.about
     print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, backend {about['backend']}")
     rates = ", ".join(f"{name} {rate / 1e9:.4g} G/s" for name, rate in runner.rates.items())
-    print("\n\n".join(filter(None, (f"measured rates: {rates}", table(rows), growth(rows)))))
+    print(f"measured rates: {rates}\n\n{_tables(rows)}")
     if plan.quick:
         print("\ntiny shapes: these times only show that everything runs")
     if path:
         print(f"\nappended to {path}")
     return rows
+
+
+def _tables(rows: list[results.Row]) -> str:
+    try:
+        frame = results.frame(rows)
+    except ImportError:
+        return "no table: pandas is not installed here; python -m bench.table prints that of a results file anywhere"
+    return "\n\n".join(filter(None, (table(frame), growth(frame))))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hypermask_fast.masking.layout import MaskLayout
 from hypermask_fast.training.config import RunConfig, load_preset
 from hypermask_fast.training.targets import build_target
 
-BLOCK = 1 << 20  # entries handled at a time wherever a copy of the largest tensor would show in the peak memory
+from .op_cases import BLOCK
 
 
 class TensorSpec(NamedTuple):
@@ -81,6 +81,10 @@ class Experiment:
     def layout(self) -> MaskLayout:
         with torch.device("meta"):
             return MaskLayout.of(self.network())
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of every masked tensor."""
+        return tuple(tuple(segment.shape) for segment in self.layout().segments)
 
     @property
     def chunks(self) -> int:

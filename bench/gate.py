@@ -33,7 +33,8 @@ def sketch(name: str, tensor: Tensor, transform: Callable[[Tensor, int], Tensor]
     """Sketch of a tensor in float64; `transform` is applied to each block, given where the block starts."""
     flat = tensor.detach().reshape(-1)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    signs = (torch.randint(2, (_BLOCK, PROBES), generator=generator) * 2 - 1).to(flat.device, torch.float64)
+    rows = min(_BLOCK, flat.numel())
+    signs = (torch.randint(2, (rows, PROBES), generator=generator) * 2 - 1).to(flat.device, torch.float64)
     probes, square = torch.zeros(PROBES, dtype=torch.float64, device=flat.device), 0.0
     for first in range(0, flat.numel(), _BLOCK * _PER_READ):
         read = flat[first : first + _BLOCK * _PER_READ].double()

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with one NVIDIA GPU, in under 10 minutes and without a network.
 #
-#     bench/gpu.sh                      all phases: build tests ops steps kernels convolutions dispatch more
+#     bench/gpu.sh                      all phases: build tests ops steps kernels convolutions paths more
 #     bench/gpu.sh kernels steps        these alone, on what an earlier call has built
 #     bench/gpu.sh build hypernet_adam  anything else is measured: a name that python -m bench --list knows
 #
 # Needs python3 (or $PYTHON) with torch 2.11 or later, triton and setuptools 77 or later, a C++ compiler and nvcc 12.8
 # or later.
-# ${OUT:-bench/results/gpu} gets log.txt, results.csv and dispatch.json, which later calls add to. All phases together have
+# ${OUT:-bench/results/gpu} gets log.txt, results.csv and paths.json, which later calls add to. All phases together have
 # $TOTAL. Each can count on a share of it, whatever those before it do, and has besides what these left of theirs; one
 # that fails or hangs does not take the others along. Measuring begins with what is wanted most and begins nothing
 # new shortly before its limit; what was measured when a limit strikes is kept. The exit status says whether all went well.
@@ -27,7 +27,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
 failed="" ended=""
 # Seconds that a phase can count on: 560 in all, for the last 10 of $TOTAL are the table's. Any other name has 60.
-declare -A share=([build]=130 [tests]=110 [ops]=50 [steps]=100 [kernels]=60 [convolutions]=70 [dispatch]=30
+declare -A share=([build]=130 [tests]=110 [ops]=50 [steps]=100 [kernels]=60 [convolutions]=70 [paths]=30
     [more]=10)
 
 phase() { # phase NAME COMMAND...: runs it within $LIMIT, logs it, remembers a failure
@@ -63,21 +63,19 @@ commit=${HYPERMASK_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo "unk
 build() {
     HYPERMASK_CUDA=1 HYPERMASK_CUDA_ARCHS=$arch $PYTHON setup.py build_ext --inplace &&
         $PYTHON -m hypermask_fast.env &&
-        $PYTHON -c 'from hypermask_fast import backends; why = backends.problem("cuda"); assert not why, why'
+        $PYTHON -c 'from hypermask_fast.ops.registry import problem; why = problem("cuda"); assert not why, why'
 }
 
 tests() { # what has kernels on a GPU; tests of what is not installed here skip themselves
-    local parallel=() paths=() path
-    for path in tests/ops tests/kernels tests/test_optim.py tests/training/test_trainer.py; do
-        [ -e "$path" ] && paths+=("$path")
+    local parallel=() files=() file
+    for file in tests/ops tests/test_optim.py tests/training/test_trainer.py; do
+        [ -e "$file" ] && files+=("$file")
     done
     # Most of the time goes into compiling kernels, some 600 variants at half a second of one core.
     $PYTHON -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) > 14 ? 14 : $(nproc)))")
-    # Compiling for other architectures and for a CPU needs no GPU, and minutes.
-    local skipped=(tests/kernels/test_offline.py tests/ops/test_cuda_build.py tests/ops/test_cuda_emulated.py
-        tests/ops/test_small_batch.py tests/ops/test_build.py)
-    $PYTHON -m pytest -p no:cacheprovider --tb=short -rfE --durations=10 --durations-min=5 "${skipped[@]/#/--ignore=}" \
-        "${parallel[@]}" "${paths[@]}"
+    # Emulating CUDA on the CPU needs no GPU, and minutes.
+    $PYTHON -m pytest -p no:cacheprovider --tb=short -rfE --durations=10 --durations-min=5 -k "not emulated" \
+        "${parallel[@]}" "${files[@]}"
 }
 
 measure() { # measure SECONDS ARGUMENTS...: rows are kept as they come; SECONDS: what starting and a last case take
@@ -103,8 +101,8 @@ convolutions() { # 60 cases, so each of them briefly
     measure 20 masked_conv2d/forward masked_conv2d/both --turns 3 --seconds 0.03
 }
 
-dispatch() { # the table by which layers choose their path; worth keeping as hypermask_fast/tables/GPU.json
-    $PYTHON -m bench.dispatch --seconds $((LIMIT > 60 ? LIMIT - 30 : LIMIT / 2)) --out "$OUT/dispatch.json"
+paths() { # the table by which layers choose their path; worth keeping as hypermask_fast/tables/GPU.json
+    $PYTHON -m bench.paths --seconds $((LIMIT > 60 ? LIMIT - 30 : LIMIT / 2)) --out "$OUT/paths.json"
 }
 
 more() { # what no target is set for
@@ -113,17 +111,17 @@ more() { # what no target is set for
 }
 
 # `timeout` starts programs, not functions.
-export -f build tests measure ops steps kernels convolutions dispatch more
+export -f build tests measure ops steps kernels convolutions paths more
 export PYTHON OUT LIMIT arch
 
-[ $# -gt 0 ] || set -- build tests ops steps kernels convolutions dispatch more
+[ $# -gt 0 ] || set -- build tests ops steps kernels convolutions paths more
 while [ $# -gt 0 ]; do
     name=$1
     shift
     LIMIT=$((TOTAL - SECONDS - 10))
     for later in "$@"; do LIMIT=$((LIMIT - ${share[$later]:-60})); done
     case $name in
-    build | tests | ops | steps | kernels | convolutions | dispatch | more) phase "$name" bash -c "$name" ;;
+    build | tests | ops | steps | kernels | convolutions | paths | more) phase "$name" bash -c "$name" ;;
     *) phase "$name" bash -c 'measure 20 "$1"' measure "$name" ;;
     esac
     [ "$name" = build ] && [ -n "$failed" ] && break # what follows would be about something else

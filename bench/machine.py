@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hypermask_fast import __version__
-from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops.registry import problem
 
 # Allocator settings that whole runs are made under, as environment variables of every contender. As shipped, glibc
 # returns every large temporary to the kernel and pays page faults for the next; tuned, it keeps them.
@@ -100,7 +100,7 @@ def first_line(error: Exception) -> str:
 def _backend(device: torch.device) -> str:
     """The fastest backend that is there for this device, and the instruction set the CPU's kernels use."""
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
-    there = [name for name in names if not backends.problem(name)]
+    there = [name for name in names if not problem(name)]
     if there == ["cpu"]:
         return f"cpu ({('baseline', 'AVX2', 'AVX-512')[torch.ops.hypermask_native.cpu_isa(-1)]})"
     return "+".join(there) or "reference"

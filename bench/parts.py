@@ -7,13 +7,12 @@ dispatch, and the profiler's own work. On a GPU times are the kernels', and the 
 """
 
 import argparse
-import csv
 import os
 import shlex
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -99,17 +98,6 @@ def rows(case: Case, contender: str, steps: int, device: torch.device, command: 
     ]
 
 
-def append(parts: list[Part], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(field.name for field in fields(Part))
-        for part in parts:
-            writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in asdict(part).values())
-
-
 def text(parts: list[Part], least: float) -> str:
     """The parts of at least that share of the step, those smaller as one line, and the rest."""
     shown = [part for part in parts if part.share >= least or part.part == REST]
@@ -146,7 +134,8 @@ def main(argv: list[str] | None = None) -> int:
         found = rows(case, arguments.contender, arguments.steps, device, command)
         print(text(found, least=0.01), end="\n\n")
         if arguments.csv or not arguments.quick:
-            append(found, arguments.csv or results.FOLDER / "parts" / f"{found[0].machine}.csv")
+            path = arguments.csv or results.FOLDER / "parts" / f"{found[0].machine}.csv"
+            results.append(found, path, Part)
     return 0
 
 

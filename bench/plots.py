@@ -2,94 +2,106 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import results
-from .results import Row
+from .table import number
 
-FORMATS = ("png", "svg")
+# Text stays text, and a picture drawn again from the same rows is the same file.
+plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "hypermask_fast", "font.size": 9}
+FORMAT = "svg"
 
 
 def plot(path: Path, folder: Path) -> list[Path]:
     """Draws a results file's newest rows; returns the pictures, named after the file."""
     rows = results.latest(results.read(path))
+    colours = {name: f"C{i % 10}" for i, name in enumerate(rows.contender.unique())}
     made = []
-    for malloc in dict.fromkeys(row.malloc for row in rows):
-        chosen = [row for row in rows if row.malloc == malloc]
-        tag = f"{path.stem}-{malloc.replace(' ', '-')}"
-        if steps := [row for row in chosen if row.task_index != ""]:
-            made += _save(_against_tasks(steps), folder / f"{tag}-step-time")
-            made += _save(_ratios(_at_last_task(steps), "whole step, last task"), folder / f"{tag}-step-ratios")
-        if ops := [row for row in chosen if row.task_index == ""]:
-            made += _save(_ratios(ops, "ops"), folder / f"{tag}-op-ratios")
+    for malloc, chosen in rows.groupby("malloc", sort=False):
+        stem = folder / f"{path.stem}-{malloc.replace(' ', '-')}"
+        is_step = chosen.task_index.notna()
+        steps, ops = chosen[is_step], chosen[~is_step]
+        if len(steps):
+            last = steps[steps.task_index == steps.groupby("experiment").task_index.transform("max")]
+            made.append(_save(_against_tasks(steps, colours), f"{stem}-step-time"))
+            made.append(_save(_ratios(last, colours, "Whole step, last task"), f"{stem}-step-ratios"))
+        if len(ops):
+            made.append(_save(_ratios(ops, colours, "Ops"), f"{stem}-op-ratios"))
     return made
 
 
-def _save(figure: plt.Figure, stem: Path) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in FORMATS]
-    for file in files:
-        figure.savefig(file, dpi=150, bbox_inches="tight")
+def _save(figure: plt.Figure, stem: str) -> Path:
+    file = Path(f"{stem}.{FORMAT}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150, metadata={"Date": None} if FORMAT == "svg" else None)
     plt.close(figure)
-    return files
+    return file
 
 
-def _unique(values: Sequence) -> list:
-    return list(dict.fromkeys(values))
-
-
-def _caption(rows: Sequence[Row]) -> str:
-    row = rows[-1]
+def _caption(rows: pd.DataFrame) -> str:
+    row = rows.iloc[-1]
     return f"{row.device}, {row.threads} threads, torch {row.torch}, malloc {row.malloc}, commit {row.commit}"
 
 
-def _against_tasks(rows: Sequence[Row]) -> plt.Figure:
+def _plain_numbers(axis: matplotlib.axis.Axis) -> None:
+    """A logarithmic axis that says 20, 50, 100 and not 2 x 10^1."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _against_tasks(rows: pd.DataFrame, colours: dict[str, str]) -> plt.Figure:
     """Step time against the task's index, one panel per experiment, bars from the 20th to the 80th percentile."""
-    experiments = _unique([row.experiment for row in rows])
-    figure, panels = plt.subplots(1, len(experiments), figsize=(4 * len(experiments), 3.6), squeeze=False)
-    colours = {name: f"C{i}" for i, name in enumerate(_unique([row.contender for row in rows]))}
+    experiments = rows.experiment.unique()
+    figure, panels = plt.subplots(
+        1, len(experiments), figsize=(1 + 2.6 * len(experiments), 3.8), squeeze=False, layout="constrained"
+    )
     for panel, experiment in zip(panels[0], experiments, strict=True):
-        here = [row for row in rows if row.experiment == experiment]
-        for contender in _unique([row.contender for row in here]):
-            line = sorted((row for row in here if row.contender == contender), key=lambda row: row.task_index)
-            times = [row.median_ms for row in line]
-            spread = [[row.median_ms - row.p20_ms for row in line], [row.p80_ms - row.median_ms for row in line]]
-            at = [row.task_index for row in line]
-            panel.errorbar(at, times, spread, label=contender, color=colours[contender], marker="o", capsize=2)
-        floor = sorted({(row.task_index, row.floor_ms) for row in here})
-        panel.plot(*zip(*floor, strict=True), color="black", linestyle=":", label="floor")
-        panel.set(title=experiment, xlabel="task index", ylabel="ms per step", yscale="log")
+        here = rows[rows.experiment == experiment].sort_values("task_index", kind="stable")
+        for contender, line in here.groupby("contender", sort=False):
+            at, times = line.task_index.astype(int), line.median_ms
+            spread = [times - line.p20_ms, line.p80_ms - times]
+            panel.errorbar(at, times, spread, label=contender, color=colours[contender], marker="o", ms=4, capsize=2)
+        floor = here.groupby("task_index").floor_ms.last()
+        panel.plot(floor.index.astype(int), floor, "k_:", ms=10, label="floor")
+        panel.set(title=experiment, xlabel="task", yscale="log", xticks=sorted(here.task_index.unique()))
+        panel.margins(x=0.15)
+        _plain_numbers(panel.yaxis)
         panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=7)
-    figure.text(0.5, -0.03, _caption(rows), ha="center", fontsize=7)
+    panels[0][0].set_ylabel("ms per step")
+    labelled = {}
+    for panel in panels[0]:
+        labelled |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(labelled), frameon=False)
+    figure.suptitle(_caption(rows), fontsize=7)
     return figure
 
 
-def _at_last_task(rows: Sequence[Row]) -> list[Row]:
-    last = {row.experiment: max(r.task_index for r in rows if r.experiment == row.experiment) for row in rows}
-    return [row for row in rows if row.task_index == last[row.experiment]]
-
-
-def _ratios(rows: Sequence[Row], title: str) -> plt.Figure:
-    """How many times as long as the library each peer takes, per case."""
-    rows = [row for row in rows if row.ratio != "" and row.ratio != 1]
-    labels = [f"{row.case}: {row.contender}" for row in rows]
-    figure, panel = plt.subplots(figsize=(7, 0.22 * len(rows) + 1.2))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(_unique([row.contender for row in rows]))}
-    bars = panel.barh(labels, [row.ratio for row in rows], color=[colours[row.contender] for row in rows])
-    panel.bar_label(bars, [f"{row.ratio:.3g}" for row in rows], fontsize=7, padding=2)
+def _ratios(rows: pd.DataFrame, colours: dict[str, str], title: str) -> plt.Figure:
+    """How many times as long as the library each peer takes, a group of bars per case."""
+    rows = rows[rows.ratio.notna() & (rows.ratio != 1)]
+    cases = rows.groupby("case", sort=False).ngroup()
+    rows = rows.assign(place=cases).sort_values("place", kind="stable")
+    at = np.arange(len(rows)) + 0.8 * rows.place  # a gap between cases
+    figure, panel = plt.subplots(figsize=(7, 0.24 * (len(rows) + 0.8 * cases.nunique()) + 1), layout="constrained")
+    bars = panel.barh(at, rows.ratio, color=rows.contender.map(colours))
     panel.axvline(1, color="black", linewidth=0.8)
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # a number on the line at 1 can be read
+    panel.bar_label(bars, [number(ratio) for ratio in rows.ratio], fontsize=7, padding=3, bbox=ground)
+    panel.set_yticks(at, rows.case + ": " + rows.contender, fontsize=7)
     panel.set(title=f"{title}: time over the library's", xscale="log")
-    panel.margins(x=0.15)
+    _plain_numbers(panel.xaxis)
+    panel.margins(x=0.12, y=0.02)
     panel.invert_yaxis()
-    panel.tick_params(axis="y", labelsize=7)
-    if rows:
+    if len(rows):
         panel.set_xlabel(_caption(rows), fontsize=7)
     return figure
 

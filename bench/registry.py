@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from . import experiments, ops_cases, steps
+from . import experiments, layer_ops, step_ops, steps, task_ops
 from .case import Case
 
 
@@ -15,11 +15,9 @@ def cases(device: torch.device, quick: bool) -> tuple[Case, ...]:
     if quick:
         known = {name: experiments.quick(experiment) for name, experiment in known.items()}
     found = [case for experiment in known.values() for case in steps.cases(experiment, device)]
-    found += ops_cases.cases(known, device, quick)
+    found += step_ops.cases(known, device, quick)
     if device.type == "cuda":
-        from . import gpu_cases
-
-        found += gpu_cases.cases(quick)
+        found += [*layer_ops.cases(quick), *task_ops.cases(quick)]
     return tuple(found)
 
 

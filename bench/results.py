@@ -1,9 +1,17 @@
-"""The results file: one CSV per machine, one row per contender and case, appended to by every run."""
+"""Results files: one CSV per machine, one row per contender and case, appended to by every run.
+
+Rows are written with Python's own csv module, so that a machine with nothing but PyTorch can measure; whoever reads
+them needs pandas.
+"""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -16,15 +24,15 @@ class Row:
         date: UTC, ISO 8601; command: what was typed.
         malloc: name of the allocator's setting; malloc_setting: the environment that makes it, or what the contender
             sets by itself without one.
-        task_index: of a whole-step case, "" for an op.
+        task_index: of a whole-step case, None for an op.
         median_ms, p20_ms, p80_ms: per step or call; repeats: samples.
         floor_ms: the larger of bytes over measured bandwidth and flops over the measured rate of `dtype`.
         bytes, flops: what cannot be done without.
         floor_ratio: median over floor; ratio: this median over that of ours (the first one listed) under the same
             allocator setting.
-        peak_memory: bytes, of a process of its own; "" where contenders share one.
+        peak_memory: bytes, of a process of its own; None where contenders share one.
         bandwidth, flop_rate: the machine's, per second, measured in this run.
-        gate: largest error of this contender as a share of the tolerance; "" where it is not compared.
+        gate: largest error of this contender as a share of the tolerance; None where it is not compared.
     """
 
     date: str
@@ -43,7 +51,7 @@ class Row:
     malloc_setting: str
     experiment: str
     case: str
-    task_index: int | str
+    task_index: int | None
     shapes: str
     contender: str
     median_ms: float
@@ -55,19 +63,17 @@ class Row:
     bytes: float
     flops: float
     dtype: str
-    ratio: float | str
-    peak_memory: int | str
+    ratio: float | None
+    peak_memory: int | None
     bandwidth: float
     flop_rate: float
-    gate: float | str
+    gate: float | None
     command: str
 
 
-COLUMNS = [field.name for field in fields(Row)]
-
-
-def append(rows: Sequence[Row], path: Path) -> None:
-    """Adds rows to the file, which gets its header before the first. No rows: sees that some can be added later.
+def append(rows: Sequence[Any], path: Path, kind: type = Row) -> None:
+    """Adds rows, dataclasses of one kind, to the file, which gets its header before the first. No rows: sees that some
+    can be added later.
 
     Raises:
         ValueError: the file has other columns, so that rows would not line up with those before.
@@ -77,47 +83,51 @@ def append(rows: Sequence[Row], path: Path) -> None:
     new = not path.exists() or path.stat().st_size == 0
     if not new:
         with path.open(newline="") as file:
-            _check_header(path, next(csv.reader(file)))
+            _check_header(path, next(csv.reader(file)), kind)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\n")
         if new and rows:
-            writer.writeheader()
-        writer.writerows({name: _text(value) for name, value in asdict(row).items()} for row in rows)
+            writer.writerow(columns(kind))
+        for row in rows:
+            writer.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in asdict(row).values())
 
 
-def _check_header(path: Path, header: Sequence[str] | None) -> None:
-    if list(header or ()) != COLUMNS:
-        raise ValueError(f"{path} is no results file of this version: its columns are {', '.join(header or ())[:200]}")
+def columns(kind: type = Row) -> list[str]:
+    return [field.name for field in fields(kind)]
 
 
-def _text(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else value
+def _check_header(path: Path, header: Sequence[str], kind: type) -> None:
+    if list(header) != columns(kind):
+        raise ValueError(f"{path} is no results file of this version: its columns are {', '.join(header)[:200]}")
 
 
-def read(path: Path) -> list[Row]:
-    """All rows of a results file, numbers as numbers. Raises ValueError where its columns are others."""
-    with path.open(newline="") as file:
-        lines = csv.DictReader(file)
-        _check_header(path, lines.fieldnames)
-        return [Row(**{name: _parsed(name, text) for name, text in line.items()}) for line in lines]
+def read(path: Path) -> "pd.DataFrame":
+    """All rows of a results file. Raises ValueError where its columns are others."""
+    import pandas as pd
+
+    types = _types()
+    numbers = {name: [""] for name, kind in types.items() if kind != "str"}
+    frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=numbers)
+    _check_header(path, list(frame.columns), Row)
+    return frame
 
 
-_INTEGERS = {"cores", "threads", "task_index", "repeats", "peak_memory"}
-_NUMBERS = {"median_ms", "p20_ms", "p80_ms", "floor_ms", "floor_ratio", "bytes", "flops", "ratio", "bandwidth"}
-_NUMBERS |= {"flop_rate", "gate"}
+def frame(rows: Sequence[Row]) -> "pd.DataFrame":
+    """Rows as `read` gives them."""
+    import pandas as pd
+
+    return pd.DataFrame([asdict(row) for row in rows], columns=columns()).astype(_types())
 
 
-def _parsed(name: str, text: str) -> object:
-    if text and name in _INTEGERS:
-        return int(text)
-    return float(text) if text and name in _NUMBERS else text
+def _types() -> dict[str, str]:
+    """Column -> pandas' type, from what `Row` says."""
+    names = {str: "str", int: "Int64", float: "float64"}
+    return {field.name: names[(get_args(field.type) or (field.type,))[0]] for field in fields(Row)}
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
+def latest(rows: "pd.DataFrame") -> "pd.DataFrame":
     """Of every case, contender, allocator setting and thread count the newest row, in order of first appearance."""
-    newest: dict[tuple, Row] = {}
-    for row in rows:
-        key = (row.case, row.contender, row.malloc, row.threads)
-        if key not in newest or row.date >= newest[key].date:
-            newest[key] = row
-    return list(newest.values())
+    key = ["case", "contender", "malloc", "threads"]
+    placed = rows.assign(place=rows.groupby(key, sort=False).ngroup()).sort_values("date", kind="stable")
+    newest = placed.drop_duplicates(key, keep="last")
+    return newest.sort_values("place").drop(columns="place").reset_index(drop=True)

@@ -45,9 +45,9 @@ class Entry:
 
     contender: str
     process: Process
-    share: float | str = ""
+    share: float | None = None
     samples: list[float] = field(default_factory=list)
-    peak_memory: int | str = ""
+    peak_memory: int | None = None
 
 
 def say(text: str) -> None:
@@ -62,7 +62,7 @@ class Runner:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._end = math.inf if plan.limit is None else time.monotonic() + plan.limit
+        self.end = math.inf if plan.limit is None else time.monotonic() + plan.limit
         self._shared: dict[str, Process] = {}
         process = self._shared_process(plan.malloc[0])
         self.about = process.ask("describe")
@@ -71,7 +71,7 @@ class Runner:
     def rows(self, cases: Sequence[Case]) -> Iterator[Row]:
         try:
             for case in cases:
-                if time.monotonic() < self._end:
+                if time.monotonic() < self.end:
                     yield from self._rows(case)
                 else:
                     say(f"{case.name}: not begun: {self.plan.limit:g} s are over")
@@ -200,7 +200,7 @@ class Runner:
         kept = [entry for entry in entries if entry.contender not in lost]
         for entry in kept if case.isolated else kept[:1]:
             peak = entry.process.ask("release")["peak_memory"]
-            entry.peak_memory = peak if case.isolated else ""
+            entry.peak_memory = peak if case.isolated else None
         return kept
 
     def _one_turn(self, entry: Entry, warm: bool) -> None:
@@ -224,7 +224,7 @@ class Runner:
             "malloc_setting": machine.malloc_setting(malloc) or case.allocator(entry.contender),
             "experiment": case.experiment,
             "case": case.name,
-            "task_index": "" if case.task is None else case.task,
+            "task_index": case.task,
             "shapes": case.shapes,
             "contender": entry.contender,
             "median_ms": median,
@@ -236,7 +236,7 @@ class Runner:
             "bytes": moved,
             "flops": work,
             "dtype": case.dtype,
-            "ratio": median / quantiles(ours.samples)[1] if ours else "",
+            "ratio": median / quantiles(ours.samples)[1] if ours else None,
             "peak_memory": entry.peak_memory,
             "bandwidth": bandwidth,
             "flop_rate": rate,

@@ -48,7 +48,7 @@ class Worker:
         self.inner[contender] = max(1, min(1000, int(SHORTEST / max(seconds, 1e-7)) + 1)) if seconds < SHORTEST else 1
         gc.collect()
         self.last[contender] = seconds
-        _reset_peak_memory()
+        reset_peak_memory()
         return {"seconds": seconds}
 
     def turn(self, contender: str, seconds: float, most: int) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _reset_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Linux lets a process forget its high-water mark; elsewhere building the contender counts too.
 
     What building it and comparing its result has freed goes back first: an allocator told to keep freed memory would

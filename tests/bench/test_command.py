@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 
 import bench.__main__
 from bench import machine, registry, results
@@ -28,11 +29,12 @@ def test_quick_run(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = results.read(file)
-    steps_at = {(row.contender, row.task_index) for row in rows if row.experiment == "permuted-mnist-chunked"}
-    assert steps_at == {(contender, 2) for contender in (OURS, "hypnettorch", "batched torch", "plain network")}
-    assert {row.contender for row in rows if row.case == "thresholds"} > {OURS, "torch.kthvalue"}
-    assert all(row.median_ms > 0 and row.malloc_setting == machine.malloc_setting("tuned") for row in rows)
-    assert all((row.peak_memory != "") == (row.task_index != "") for row in rows)
+    steps = rows[rows.experiment == "permuted-mnist-chunked"]
+    contenders = (OURS, "hypnettorch", "batched torch", "plain network")
+    assert set(zip(steps.contender, steps.task_index, strict=True)) == {(contender, 2) for contender in contenders}
+    assert set(rows.contender[rows.case == "thresholds"]) > {OURS, "torch.kthvalue"}
+    assert (rows.median_ms > 0).all() and (rows.malloc_setting == machine.malloc_setting("tuned")).all()
+    assert (rows.peak_memory.notna() == rows.task_index.notna()).all()
     assert len(json.loads(copy.read_text())) == len(rows)
     assert "permuted-mnist-chunked/task2" in done.stdout and "torch.kthvalue" in done.stdout
 
@@ -69,10 +71,10 @@ def test_cases_come_in_the_order_of_the_names():
 
 _WITHOUT_PACKAGES = """
 import sys
-for name in ("hypnettorch", "tomli_w", "sklearn", "PIL", "tqdm", "tensorboard", "matplotlib"):
+for name in ("hypnettorch", "tomli_w", "sklearn", "PIL", "tqdm", "tensorboard", "matplotlib", "pandas"):
     sys.modules[name] = None
 import torch
-from bench import __main__, dispatch, registry, table
+from bench import __main__, paths, registry, table
 assert len(registry.cases(torch.device("cuda"), False)) > 30
 """
 
@@ -88,7 +90,7 @@ def test_peak_memory_leaves_out_what_was_freed_before():
     """Freed by malloc, and kept by it: `tuned` is told to keep all."""
     program = (
         "import torch; from bench import worker; cpu = torch.device('cpu'); x = torch.ones(1 << 26); del x; "
-        "before = worker.peak_memory(cpu); worker._reset_peak_memory(); print(before - worker.peak_memory(cpu))"
+        "before = worker.peak_memory(cpu); worker.reset_peak_memory(); print(before - worker.peak_memory(cpu))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=machine.environment("tuned"), capture_output=True, text=True
@@ -98,7 +100,7 @@ def test_peak_memory_leaves_out_what_was_freed_before():
 
 
 def a_row(**changes):
-    values = dict.fromkeys(results.COLUMNS, "")
+    values = dict.fromkeys(results.columns(), "")
     values |= {"machine": "m-2-cores", "device": "M", "cores": 2, "threads": 2, "malloc": "tuned", "dtype": "float32"}
     values |= {"experiment": "e", "case": "e/task0", "task_index": 0, "contender": OURS, "date": "2026-01-01"}
     values |= {"median_ms": 1.5, "p20_ms": 1.25, "p80_ms": 2.0, "repeats": 9, "floor_ms": 0.5, "floor_ratio": 3.0}
@@ -108,10 +110,16 @@ def a_row(**changes):
 
 def test_csv_round_trip(tmp_path):
     file = tmp_path / "deep" / "m.csv"
-    first, second = a_row(), a_row(task_index="", peak_memory="", ratio="", gate="", case="op", experiment="op")
+    nothing = dict.fromkeys(("task_index", "peak_memory", "ratio", "gate"))
+    first, second = a_row(commit="15e4567"), a_row(**nothing, case="op", experiment="op")  # no number, that commit
     results.append([first], file)
     results.append([second], file)
-    assert results.read(file) == [first, second]
+    read = results.read(file)
+    assert_frame_equal(read, results.frame([first, second]))
+    assert [results.Row(**row) for row in read.astype(object).where(read.notna(), None).to_dict("records")] == [
+        first,
+        second,
+    ]
     assert file.read_text().count("median_ms") == 1
     file.write_text("other,columns\n")
     for use in (lambda: results.append([first], file), lambda: results.read(file)):
@@ -121,19 +129,20 @@ def test_csv_round_trip(tmp_path):
 
 def test_latest_table_and_plots(tmp_path):
     old, new = a_row(), a_row(date="2026-02-01", median_ms=1.25)
-    assert results.latest([old, new]) == [new] == results.latest([new, old])
+    for both in ([old, new], [new, old]):
+        assert_frame_equal(results.latest(results.frame(both)), results.frame([new]))
     peer = {"contender": "peer", "ratio": 4.0}
     rows = [new, a_row(case="e/task4", task_index=4, median_ms=2.0), a_row(**peer)]
-    rows += [a_row(**peer, case="e/task4", task_index=4), a_row(**peer, case="op", experiment="op", task_index="")]
-    text = table(rows)
+    rows += [a_row(**peer, case="e/task4", task_index=4), a_row(**peer, case="op", experiment="op", task_index=None)]
+    text = table(results.frame(rows))
     assert "e/task4" in text and "1.25" in text.splitlines()[1]
-    assert growth(rows).splitlines()[1].endswith("1.60")
+    assert growth(results.frame(rows)).splitlines()[1].endswith("1.60")
+    assert growth(results.frame(rows[-1:])) == ""
     file = tmp_path / "m.csv"
     results.append(rows, file)
     pictures = plot(file, tmp_path)
-    assert sorted(picture.name for picture in pictures) == sorted(
-        f"m-tuned-{kind}.{suffix}" for kind in ("step-time", "step-ratios", "op-ratios") for suffix in ("png", "svg")
-    )
+    kinds = ("step-time", "step-ratios", "op-ratios")
+    assert [picture.name for picture in pictures] == [f"m-tuned-{kind}.svg" for kind in kinds]
     assert all(picture.stat().st_size > 1000 for picture in pictures)
 
 

@@ -47,7 +47,7 @@ def test_what_has_a_target_goes_first_and_has_its_time(script):
     code, _, calls = script()
     assert code == 0
     wanted = ["setup.py", "pytest", "hypernet_adam all_tasks mixed_tasks", "permuted-mnist/task9 split-mnist/task4"]
-    wanted += ["masked_linear chunk_masked_linear", "masked_conv2d/forward masked_conv2d/both", "bench.dispatch"]
+    wanted += ["masked_linear chunk_masked_linear", "masked_conv2d/forward masked_conv2d/both", "bench.paths"]
     wanted += ["thresholds"]
     at = [next(i for i, (_, what) in enumerate(calls) if word in what) for word in wanted]
     assert at == sorted(at)

@@ -1,7 +1,7 @@
 """Measures both paths of the masked layers over a grid of shapes: the table `hypermask_fast.ops.paths` chooses by.
 
-    python -m bench.dispatch                       writes hypermask_fast/tables/GPU.json
-    python -m bench.dispatch --out F --seconds 60  another file, and no longer than that
+    python -m bench.paths                       writes hypermask_fast/tables/GPU.json
+    python -m bench.paths --out F --seconds 60  another file, and no longer than that
 
 Needs an NVIDIA GPU. Mask first and the fused kernel of every backend that serves the call are replayed from a CUDA
 graph over sets of inputs that no cache holds; a kernel that fails or whose result differs is reported and left out.
@@ -24,101 +24,101 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from itertools import islice, product
-from math import prod
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
+import hypermask_fast
 from hypermask_fast import ops
-from hypermask_fast.ops import paths as dispatch
-from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops import paths
 from hypermask_fast.ops.paths import Entry
-from hypermask_fast.ops.plain import mask_first
 
-from . import machine
+from . import machine, op_cases
 from .case import Unavailable
-from .op_run import OpRun, Results, sets
+from .op_case import BOTH, FORWARD, OpCase, calling, flat
+from .op_cases import Convolution
+from .op_run import OpRun, Results, by_backend, sets
 
 _LINEAR = ((784, 400), (1024, 1000), (1000, 1000), (4096, 1024), (4096, 4096))  # in, out
 _ROWS = (1, 16, 64, 256, 1024, 8192)
 _CHUNK, _WIDTH = 8000, 100  # of the chunked hypernetwork
-# Inputs, outputs, side of the image, window, stride: ResNet-20 (k = 2) and ResNet-50.
+# Inputs, outputs, side of the image, window, stride: ResNet-20 (k = 2) and ResNet-50, channels last.
 _CONVOLUTIONS = (
     (32, 32, 32, 3, 1), (32, 64, 32, 3, 2), (64, 64, 16, 3, 1), (128, 128, 8, 3, 1),
     (128, 128, 28, 3, 1), (512, 512, 7, 3, 1), (64, 256, 56, 1, 1), (1024, 256, 14, 1, 1),
 )  # fmt: skip
 _BATCHES = (1, 32, 256)
 _DTYPES = (torch.bfloat16, torch.float32)
-_AHEAD = 54  # shapes compiled at a time: one dtype and direction of the grid
+AHEAD = 54  # shapes compiled at a time: one dtype and direction of the grid
 _PATIENCE = 60  # seconds for them
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 6e-3, torch.float32: 3e-3}  # TF32 included
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer's call: `x` and `weight` shapes; geometry: a convolution's stride and padding."""
+    """One layer's call.
+
+    Attributes:
+        sizes: what the op's function in `op_cases` is given.
+        measured: rows, outputs and reduced of the product, and the window's taps, as the choice of paths counts them.
+    """
 
     op: str
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
-    geometry: tuple[int, ...] = ()
+    sizes: tuple
+    measured: tuple[int, int, int, int]
     gradient: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Rows, outputs and reduced, as the dispatcher counts them."""
-        rows = prod(self.x[:-1]) if not self.geometry else self.x[0] * (-(-self.x[2] // self.geometry[0])) ** 2
-        return rows, self.weight[0], prod(self.weight[1:])
+    def case(self) -> OpCase:
+        return getattr(op_cases, self.op)(*self.sizes)
+
+    @property
+    def direction(self) -> str:
+        return BOTH if self.gradient else FORWARD
+
+
+def linear(rows: int, inputs: int, outputs: int, gradient: bool, dtype: torch.dtype) -> Shape:
+    return Shape("masked_linear", (rows, inputs, outputs), (rows, outputs, inputs, 1), gradient, dtype)
+
+
+def conv2d(layer: Convolution, gradient: bool, dtype: torch.dtype) -> Shape:
+    rows = layer.batch * (-(-layer.side // layer.stride)) ** 2
+    taps = layer.kernel**2
+    return Shape("masked_conv2d", (layer, True), (rows, layer.outputs, layer.inputs * taps, taps), gradient, dtype)
+
+
+def chunk_linear(rows: int, inputs: int, outputs: int, gradient: bool, dtype: torch.dtype) -> Shape:
+    sizes = (rows, inputs, outputs, _CHUNK, _WIDTH)
+    return Shape("chunk_masked_linear", sizes, (rows, outputs, inputs, 1), gradient, dtype)
 
 
 def grid() -> Iterator[Shape]:
     """Forward passes in bfloat16 first: they decide most."""
     for gradient, dtype in product((False, True), _DTYPES):
         for (inputs, outputs), rows in product(_LINEAR, _ROWS):
-            yield Shape("masked_linear", (rows, inputs), (outputs, inputs), (), gradient, dtype)
-        for batch, (inputs, outputs, side, window, stride) in product(_BATCHES, _CONVOLUTIONS):
-            x, weight = (batch, inputs, side, side), (outputs, inputs, window, window)
-            yield Shape("masked_conv2d", x, weight, (stride, window // 2), gradient, dtype)
+            yield linear(rows, inputs, outputs, gradient, dtype)
+        for batch, sizes in product(_BATCHES, _CONVOLUTIONS):
+            yield conv2d(Convolution("", *sizes, batch=batch), gradient, dtype)
     for (inputs, outputs), rows in product(_LINEAR, _ROWS):
-        yield Shape("chunk_masked_linear", (rows, inputs), (outputs, inputs))
+        yield chunk_linear(rows, inputs, outputs, False, torch.bfloat16)
 
 
 # -- one shape --------------------------------------------------------------------------------------------------------
 
 
-def inputs(shape: Shape, seed: int, device: torch.device) -> tuple:
-    """The op's arguments, random."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def made(*size: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(size, generator=generator, device=device) * scale
-        return values.to(shape.dtype).requires_grad_(shape.gradient)
-
-    x, weight = made(*shape.x), made(*shape.weight, scale=prod(shape.weight[1:]) ** -0.5)
-    bias, threshold = made(shape.weight[0]), torch.full((1,), 0.5, device=device, dtype=shape.dtype)
-    if shape.op.startswith("chunk"):
-        chunks = -(-weight.numel() // _CHUNK)
-        hidden, layer, shift = made(chunks, _WIDTH), made(_CHUNK, _WIDTH, scale=_WIDTH**-0.5), made(_CHUNK)
-        return (x, weight, hidden, layer, shift, 0, threshold, bias, *shape.geometry)
-    if shape.geometry:
-        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(shape.gradient)
-    return (x, weight, made(*shape.weight), threshold, bias, *shape.geometry)
+def fused_backends(shape: Shape, args: tuple) -> list[str]:
+    """The backends whose fused kernel serves this call."""
+    return [name for name in paths.FUSED_BACKENDS if not ops.OPS[shape.op].refusal(name, *args)]
 
 
-def call(function: Callable[..., Tensor], args: tuple, gradient: bool) -> Callable[[], Results]:
-    """A forward pass, or forward and backward to every float argument."""
-    leaves = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
-
-    def run() -> Results:
-        with torch.set_grad_enabled(gradient):
-            y = function(*args)
-        found = torch.autograd.grad(y, leaves, torch.ones_like(y)) if gradient else ()
-        return {"y": y.detach(), **{f"grad{i}": g for i, g in enumerate(found)}}
-
-    return run
+def results(shape: Shape, function: Callable[..., Tensor], args: tuple) -> Results:
+    """What a path gives: forward, or forward and backward to every float argument."""
+    case = shape.case
+    returned = case.call(calling(function), args, shape.direction, shape.dtype)()
+    return case.named(args, shape.direction, returned)
 
 
 def agree(one: Results, other: Results, dtype: torch.dtype) -> bool:
@@ -128,7 +128,7 @@ def agree(one: Results, other: Results, dtype: torch.dtype) -> bool:
         a, b = a.double(), b.double()
         return bool((a - b).norm() <= _TOLERANCE[dtype] * b.norm())
 
-    return all(near(one[name], other[name]) for name in other)
+    return all(name in one and near(one[name], other[name]) for name in other)
 
 
 def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[str, float, float]:
@@ -139,52 +139,54 @@ def measure(shape: Shape, device: torch.device, seconds: float = 0.05) -> tuple[
     Raises:
         Unavailable: no backend has a fused kernel that is right, or one can't be captured.
     """
-    arguments = [inputs(shape, 0, device)]
+    case = shape.case
+    inputs = partial(case.inputs, shape.direction, device, shape.dtype)
+    arguments = [inputs()]
     if not shape.gradient:
-        one_set = sum(t.nbytes for t in arguments[0] if isinstance(t, Tensor))
-        arguments += [inputs(shape, seed, device) for seed in range(1, sets(one_set, device))]
-    if not (names := backends.fused_backends(shape.op, *arguments[0])):
+        count = sets(sum(tensor.nbytes for tensor in flat(arguments[0])), device)
+        arguments += [inputs(seed) for seed in range(1, count)]
+    if not (names := fused_backends(shape, arguments[0])):
         raise Unavailable(f"no backend runs {shape.op} fused here")
-    first = getattr(mask_first, shape.op)
-    expected = call(first, arguments[0], shape.gradient)()
-    paths = {}
+    first = by_backend(shape.op, "plain")
+    expected = results(shape, first, arguments[0])
+    functions = {}
     for name in names:
-        fused = partial(getattr(ops, shape.op), backend=name)
-        if fault := _fault(call(fused, arguments[0], shape.gradient), expected, shape.dtype):
+        fused = by_backend(shape.op, name)
+        if fault := _fault(shape, fused, arguments[0], expected):
             print(f"{shape}: WRONG: {name} {fault}", file=sys.stderr)
         else:
-            paths[name] = fused
-    if not paths:
+            functions[name] = fused
+    if not functions:
         raise Unavailable(f"WRONG: {' and '.join(names)}")
-    paths[dispatch.MASK_FIRST] = first
-    runs = {
-        name: OpRun([call(path, args, shape.gradient) for args in arguments], graph=True)
-        for name, path in paths.items()
-    }
+    functions[paths.MASK_FIRST] = first
+    runs = {}
+    for name, function in functions.items():
+        calls = [case.call(calling(function), args, shape.direction, shape.dtype) for args in arguments]
+        runs[name] = OpRun(calls, graph=True)
     if device.type == "cuda":
         for run in runs.values():
             run.capture()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(5):  # taking turns
         for name, run in runs.items():
-            times[name].append(_microseconds(run, device, seconds / 10))
+            times[name].append(microseconds(run, device, seconds / 10))
     found = {name: median(values) for name, values in times.items()}
-    mask_first_us = found.pop(dispatch.MASK_FIRST)
+    mask_first_us = found.pop(paths.MASK_FIRST)
     fastest = min(found, key=found.get)
     return fastest, found[fastest], mask_first_us
 
 
-def _fault(fused: Callable[[], Results], expected: Results, dtype: torch.dtype) -> str:
+def _fault(shape: Shape, fused: Callable[..., Tensor], args: tuple, expected: Results) -> str:
     """What is wrong with a fused kernel's results, "" if nothing is."""
     try:
-        return "" if agree(fused(), expected, dtype) else "differs from mask first"
+        return "" if agree(results(shape, fused, args), expected, shape.dtype) else "differs from mask first"
     except Exception as error:
         if machine.device_lost():
             raise
         return f"fails: {machine.first_line(error)}"
 
 
-def _microseconds(run: OpRun, device: torch.device, seconds: float) -> float:
+def microseconds(run: OpRun, device: torch.device, seconds: float) -> float:
     """Of one call, over as many as fit into the time."""
 
     def timed(count: int) -> float:
@@ -204,9 +206,9 @@ def _microseconds(run: OpRun, device: torch.device, seconds: float) -> float:
 
 def compile_fused(shape: Shape) -> None:
     """Runs the fused kernels of a shape once: their code is then on disk, in Triton's cache."""
-    arguments = inputs(shape, 0, torch.device("cuda"))
-    for name in backends.fused_backends(shape.op, *arguments):
-        call(partial(getattr(ops, shape.op), backend=name), arguments, shape.gradient)()
+    args = shape.case.inputs(shape.direction, torch.device("cuda"), shape.dtype)
+    for name in fused_backends(shape, args):
+        results(shape, by_backend(shape.op, name), args)
     torch.cuda.empty_cache()
 
 
@@ -216,7 +218,7 @@ def compiled(shapes: Iterable[Shape], pool: Executor) -> Iterator[Shape]:
     What it can't compile is compiled, or fails, as it is measured.
     """
     shapes = iter(shapes)
-    while ahead := list(islice(shapes, _AHEAD)):
+    while ahead := list(islice(shapes, AHEAD)):
         with suppress(BrokenProcessPool):
             wait([pool.submit(compile_fused, shape) for shape in ahead], timeout=_PATIENCE)
         yield from ahead
@@ -236,8 +238,9 @@ def entries(shapes: Iterable[Shape], timer: Callable[[Shape], tuple[str, float, 
             print(f"{shape} is left out: {machine.first_line(error)}", file=sys.stderr)
             continue
         dtype = str(shape.dtype).removeprefix("torch.")
-        times, taps = (round(fused, 2), round(first, 2)), prod(shape.weight[2:])
-        yield Entry(shape.op, *shape.sizes, dtype, shape.gradient, *times, backend, taps)
+        *sizes, taps = shape.measured
+        times = round(fused, 2), round(first, 2)
+        yield Entry(shape.op, *sizes, dtype, shape.gradient, *times, backend, taps)
 
 
 def write(path: Path, gpu: str, found: list[Entry]) -> None:
@@ -250,7 +253,7 @@ def write(path: Path, gpu: str, found: list[Entry]) -> None:
         "torch": torch.__version__,
         "triton": machine.version("triton"),
         "driver": machine.driver(),
-        "command": "python -m bench.dispatch",
+        "command": "python -m bench.paths",
     }
     lines = ",\n  ".join(json.dumps(asdict(entry)) for entry in found)
     head = json.dumps(about, indent=1).rstrip("\n}")
@@ -261,7 +264,7 @@ def write(path: Path, gpu: str, found: list[Entry]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.dispatch", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.paths", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="F", help="the file; default: the package's own table of this GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after that many")
     arguments = parser.parse_args(argv)
@@ -269,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         print("a table can be measured on an NVIDIA GPU only: PyTorch sees none", file=sys.stderr)
         return 2
     gpu, device, began = torch.cuda.get_device_name(), torch.device("cuda"), time.monotonic()
-    path = arguments.out or Path(dispatch.__file__).parent / "tables" / dispatch.file_name(gpu)
+    path = arguments.out or Path(hypermask_fast.__file__).parent / "tables" / paths.file_name(gpu)
     found: list[Entry] = []
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(min(cores, 12), multiprocessing.get_context("spawn")) as pool:

@@ -18,12 +18,11 @@ from hypermask_fast.ops import reference
 from hypermask_fast.training.targets import MLP
 
 from .case import OURS, Case
-from .op_run import OpRun, Results, uniform
+from .op_run import OpRun, Results, by_backend, compiled, uniform
 
 LOOP, MASKS_READY, PER_CALL = "loop over tasks", "loop, W*m made before", "loop, masks generated per call"
 COMPILED = "torch.compile"  # of the loop, which all rows pass under every task
 CAPTURED, MODEL, MODEL_READY = "ours captured", "ours, the model", "ours, the model, masks made before"
-DTYPE = torch.bfloat16
 _WIDTH = 100  # of the hypernetwork's last hidden layer
 Forward = Callable[[Tensor], Tensor]
 
@@ -40,11 +39,13 @@ class _Network:
     layer: list[Tensor] | None  # (out * in, H) each, for who generates the logits
 
     @classmethod
-    def of(cls, widths: tuple[int, ...], tasks: int, device: torch.device, contender: str) -> "_Network":
-        dtype = torch.float64 if contender == "reference" else DTYPE
+    def of(
+        cls, widths: tuple[int, ...], tasks: int, device: torch.device, dtype: torch.dtype, contender: str
+    ) -> "_Network":
+        stored = torch.float64 if contender == "reference" else dtype
 
         def rounded(*shape: int, scale: float, seed: int) -> Tensor:
-            return uniform(*shape, low=-scale, high=scale, seed=seed, device=device).to(DTYPE).to(dtype)
+            return uniform(*shape, low=-scale, high=scale, seed=seed, device=device).to(dtype).to(stored)
 
         hidden = rounded(tasks, _WIDTH, scale=1.0, seed=1).abs()  # as they are after an elu, so that they pass one
         weights, biases, logits, layer = [], [], [], []
@@ -53,10 +54,10 @@ class _Network:
             biases.append(rounded(outputs, scale=0.1, seed=20 + s))
             made = rounded(outputs * inputs, _WIDTH, scale=0.2, seed=30 + s)
             # Logits are part of the input: generated in float32 once, so that every contender has the same.
-            values = (hidden.float() @ made.float().t()).to(DTYPE).to(dtype)
+            values = (hidden.float() @ made.float().t()).to(dtype).to(stored)
             logits.append(values.view(tasks, outputs, inputs))
             layer.append(made)
-        limits = [torch.zeros(tasks, device=device, dtype=dtype) for _ in weights]
+        limits = [torch.zeros(tasks, device=device, dtype=stored) for _ in weights]
         generates = contender == PER_CALL or contender.startswith(MODEL)
         return cls(weights, biases, logits, limits, hidden, layer if generates else None)
 
@@ -104,19 +105,21 @@ class _Network:
 
     def batched(self, x: Tensor, task_ids: Tensor | None) -> Tensor:
         """All layers by the library's kernel: (T, B, classes), with task_ids (B, classes)."""
-        from .gpu_cases import kernels
-
-        layer = kernels().task_batched_linear
+        layer = by_backend("task_batched_linear", "triton")
         for i, rows in enumerate(zip(self.weights, self.logits, self.thresholds, self.biases, strict=True)):
             weight, logits, limits, bias = rows
             x = layer(x if i == 0 else F.relu(x), weight, logits, limits, task_ids, bias)
         return x
 
 
-def task_cases(quick: bool) -> list[Case]:
+def cases(quick: bool, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
+    """dtype: of the inputs; another one only to see that everything runs where there is no GPU."""
     widths = (40, 24, 20, 10) if quick else (1024, 1000, 1000, 10)
     tasks = 3 if quick else 10
-    return [all_tasks(widths, tasks, 12 if quick else 1000), mixed_tasks(widths, tasks, 12 if quick else 256)]
+    return [
+        all_tasks(widths, tasks, 12 if quick else 1000, dtype),
+        mixed_tasks(widths, tasks, 12 if quick else 256, dtype),
+    ]
 
 
 def _sizes(widths: tuple[int, ...]) -> int:
@@ -168,20 +171,16 @@ def _under_own_task(contender: str, network: _Network, ids: Tensor) -> Forward:
 def _select(contender: str) -> Forward:
     """(T, B, classes) -> (B,), each row's task of lowest entropy."""
     if contender in (OURS, CAPTURED):
-        from .gpu_cases import kernels
-
-        return kernels().entropy_select
+        return by_backend("entropy_select", "triton")
     return ops.entropy_select if contender.startswith(MODEL) else reference.entropy_select
 
 
 def _run(contender: str, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> OpRun:
     """Calls without gradients, of which the gate sees the first result; the model's in float32 under autocast."""
     if contender == COMPILED:
-        from .gpu_cases import compiled
-
         function = compiled(function)
+    mixed = contender.startswith(MODEL) and x.dtype == torch.bfloat16
     x = x.float() if contender.startswith(MODEL) else x
-    mixed = contender.startswith(MODEL) and torch.bfloat16 == DTYPE
 
     def call() -> Results:
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16) if mixed else nullcontext():
@@ -190,12 +189,12 @@ def _run(contender: str, function: Callable[[Tensor], tuple[Tensor, ...]], x: Te
     return OpRun([call], graph=contender == CAPTURED)
 
 
-def all_tasks(widths: tuple[int, ...], tasks: int, batch: int) -> Case:
+def all_tasks(widths: tuple[int, ...], tasks: int, batch: int, dtype: torch.dtype) -> Case:
     """Every task's masked network over one batch, and each row's task of lowest entropy."""
 
     def build(contender: str, device: torch.device) -> OpRun:
-        network = _Network.of(widths, tasks, device, contender)
-        x = uniform(batch, widths[0], seed=2, device=device).to(DTYPE).to(network.hidden.dtype)
+        network = _Network.of(widths, tasks, device, dtype, contender)
+        x = uniform(batch, widths[0], seed=2, device=device).to(dtype).to(network.hidden.dtype)
         forward, select = _under_every_task(contender, network), _select(contender)
 
         def function(x: Tensor) -> tuple[Tensor, ...]:
@@ -207,15 +206,15 @@ def all_tasks(widths: tuple[int, ...], tasks: int, batch: int) -> Case:
     size = _sizes(widths)
     floor = (2.0 * (size * (tasks + 1) + batch * widths[0]), 2.0 * tasks * batch * size)
     contenders = (OURS, CAPTURED, MODEL, MODEL_READY, LOOP, MASKS_READY, PER_CALL, COMPILED)
-    return _case("all_tasks", f"{tasks} tasks, batch {batch}, MLP {widths}", contenders, build, floor)
+    return _case("all_tasks", f"{tasks} tasks, batch {batch}, MLP {widths}", contenders, build, floor, dtype)
 
 
-def mixed_tasks(widths: tuple[int, ...], tasks: int, batch: int) -> Case:
+def mixed_tasks(widths: tuple[int, ...], tasks: int, batch: int, dtype: torch.dtype) -> Case:
     """Rows of one batch, each with its own task."""
 
     def build(contender: str, device: torch.device) -> OpRun:
-        network = _Network.of(widths, tasks, device, contender)
-        x = uniform(batch, widths[0], seed=2, device=device).to(DTYPE).to(network.hidden.dtype)
+        network = _Network.of(widths, tasks, device, dtype, contender)
+        x = uniform(batch, widths[0], seed=2, device=device).to(dtype).to(network.hidden.dtype)
         ids = torch.randint(tasks, (batch,), generator=torch.Generator().manual_seed(3)).to(device)
         forward = _under_own_task(contender, network, ids)
         return _run(contender, lambda x: (forward(x),), x)
@@ -223,10 +222,17 @@ def mixed_tasks(widths: tuple[int, ...], tasks: int, batch: int) -> Case:
     size = _sizes(widths)
     floor = (2.0 * (size * (tasks + 1) + batch * widths[0]), 2.0 * batch * size)
     contenders = (OURS, CAPTURED, MODEL, LOOP, MASKS_READY, PER_CALL, COMPILED)
-    return _case("mixed_tasks", f"{batch} rows of {tasks} tasks, MLP {widths}", contenders, build, floor)
+    return _case("mixed_tasks", f"{batch} rows of {tasks} tasks, MLP {widths}", contenders, build, floor, dtype)
 
 
-def _case(name: str, shapes: str, contenders: tuple[str, ...], build: Callable, floor: tuple[float, float]) -> Case:
+def _case(
+    name: str,
+    shapes: str,
+    contenders: tuple[str, ...],
+    build: Callable,
+    floor: tuple[float, float],
+    dtype: torch.dtype,
+) -> Case:
     return Case(
         name=name,
         experiment=name,
@@ -236,5 +242,5 @@ def _case(name: str, shapes: str, contenders: tuple[str, ...], build: Callable, 
         build=build,
         floor=lambda: floor,
         tolerance=lambda tensor: 2e-2,
-        dtype="bfloat16",
+        dtype=str(dtype).removeprefix("torch."),
     )

@@ -1,0 +1,1 @@
+"""Microbenchmarks by pytest-benchmark: `pytest bench/micro --benchmark-only`. See ../README.md."""
