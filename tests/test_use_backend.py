@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from support.networks import blob_model
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, ops
 from hypermask_fast.ops import reference
 from hypermask_fast.ops import registry as backends
-
-from .conftest import blob_model
 
 native = pytest.mark.skipif(bool(backends.NATIVE_PROBLEM), reason=backends.NATIVE_PROBLEM)
 LOGITS = torch.tensor([0.1, -0.4, 0.3, 2.0])

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import small_convnet
 from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, LayerMask, MaskedConv2d, MaskedLinear
-
-from .conftest import small_convnet
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from support.networks import small_convnet
 from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, MaskLayout
-
-from .conftest import small_convnet
 
 
 def test_order_shapes_and_offsets():

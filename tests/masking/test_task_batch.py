@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.networks import blob_model, small_convnet
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -13,8 +14,6 @@ from hypermask_fast.ops import reference
 from hypermask_fast.ops import registry as backends
 from hypermask_fast.ops.plain import mask_first
 from hypermask_fast.ops.task_rows import TaskRows
-
-from .conftest import blob_model, small_convnet
 
 
 @pytest.fixture

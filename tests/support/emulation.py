@@ -1,0 +1,1 @@
+../ops/emulation.py
