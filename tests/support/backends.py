@@ -4,7 +4,10 @@
 Triton (interpreted where there is no GPU), CUDA on a GPU. A backend has every op as a differentiable function of the
 definition's signature, the `device` that its tensors must be on, and `kind`, its kind of tolerance.
 
-What depends on the library's inner names stands here: `EXTENSION`, and `native_problem`.
+The layer ops have `LAYERS` instead: "plain" is W * m by the fastest backend there is and then PyTorch's own product,
+"plain-alone" the same as where no extension is built. "automatic" is what is taken where nobody asks for a backend.
+
+What depends on the library's inner names stands here: `EXTENSION`, `native_problem`, `Plain`, `without_the_extension`.
 """
 
 import functools
@@ -17,12 +20,14 @@ from torch import Tensor
 
 from hypermask_fast import ops
 from hypermask_fast.ops import registry
+from hypermask_fast.ops.plain import mask_first
 from support.comparing import DEVICE
 
 ISAS = ("baseline", "avx2", "avx512")
 CPU = tuple(f"cpu-{isa}" for isa in ISAS)
 NATIVE = (*CPU, "emulated")
 BACKENDS = (*NATIVE, "triton", "cuda")
+LAYERS = ("plain", "plain-alone", "triton")
 
 EXTENSION = torch.ops.hypermask_fast  # the operators of csrc/
 
@@ -71,6 +76,26 @@ class Public:
     def kind(self, kind: str) -> str:
         """The tolerance of this backend in place of `kind`."""
         return kind if self._kinds is None else self._kinds.get(kind, self._kinds["other"])
+
+
+class Plain(Public):
+    """The layer ops as W * m and PyTorch's own products."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "auto", DEVICE, {"other": "triton"})
+
+    def __getattr__(self, op: str) -> Callable:
+        return getattr(mask_first, op)
+
+
+@contextmanager
+def without_the_extension() -> Iterator[None]:
+    """As where no compiler was there when the package was installed; nobody is warned of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for backend in ("cpu", "cuda"):
+            patch.setitem(registry._problems, backend, "no compiler")
+        patch.setattr(registry, "_warned", {("cpu", ""), ("cuda", "")})
+        yield
 
 
 def differentiable(forward: Callable, backward: Callable, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -196,6 +221,13 @@ def opened(name: str, emulated: Callable) -> Iterator[Public | Emulated]:
     elif name.startswith("cpu-"):
         with instruction_set(name.removeprefix("cpu-")):
             yield Public(name, "cpu")
+    elif name == "plain":
+        yield Plain(name)
+    elif name == "plain-alone":
+        with without_the_extension():
+            yield Plain(name)
+    elif name == "automatic":
+        yield Public(name, "auto", DEVICE, {"other": "triton"})
     else:
         if problem := registry.problem(name):
             pytest.skip(problem)
