@@ -9,7 +9,7 @@ from .masking.layers import LayerMask, MaskedConv2d, MaskedLinear
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask
 from .model import HyperMask
-from .ops.registry import explain, use_backend
+from .ops import explain, use_backend
 
 __version__ = "0.1.0"
 

@@ -10,12 +10,12 @@ from importlib import metadata
 import torch
 
 from . import ops
-from .ops import registry as backends
+from .ops import registry
 from .ops.paths import MASK_FIRST
 
 _PACKAGES = ("hypermask-fast", "numpy", "safetensors", "scikit-learn", "matplotlib", "pillow", "triton", "tensorboard")
 _ISA = ("baseline", "AVX2", "AVX-512")
-_NO_DEVICE = "no CUDA device"  # as `backends.problem` begins
+_NO_DEVICE = "no CUDA device"  # as `registry.problem` begins
 _REMEDY = {
     "cpu": "pip install --no-build-isolation .   (needs a C++ compiler; prints what it leaves out)",
     "cuda": "HYPERMASK_CUDA=1 pip install --no-build-isolation .   (needs nvcc 12.8 or later on PATH)",
@@ -41,17 +41,17 @@ def _backends() -> dict[str, str]:
     """Each backend's ops, or why it is not there and what brings it."""
     lines = {}
     if wanted := os.environ.get("HYPERMASK_BACKEND"):
-        known = wanted in ("auto", *backends.BACKENDS)
+        known = wanted in ("auto", *registry.BACKENDS)
         lines["HYPERMASK_BACKEND"] = (
-            wanted if known else f"{wanted}, which is none of auto, {', '.join(backends.BACKENDS)}"
+            wanted if known else f"{wanted}, which is none of auto, {', '.join(registry.BACKENDS)}"
         )
-    ready = [name for name in backends.BACKENDS[1:] if not backends.problem(name)]
-    for name in backends.BACKENDS[1:]:
+    ready = [name for name in registry.BACKENDS[1:] if not registry.problem(name)]
+    for name in registry.BACKENDS[1:]:
         kind = f" ({_ISA[torch.ops.hypermask_fast.cpu_isa(-1)]})" if name == "cpu" and name in ready else ""
-        serves = f"ready{kind}: {', '.join(backends.served(name))}"
-        lines[f"backend {name}"] = serves if name in ready else backends.problem(name) + _remedy(name)
-    served = {op for name in (*ready, MASK_FIRST) for op in backends.served(name)}
-    lines[MASK_FIRST] = f"on any device, W * m and then PyTorch's product: {', '.join(backends.served(MASK_FIRST))}"
+        serves = f"ready{kind}: {', '.join(registry.served(name))}"
+        lines[f"backend {name}"] = serves if name in ready else registry.problem(name) + _remedy(name)
+    served = {op for name in (*ready, MASK_FIRST) for op in registry.served(name)}
+    lines[MASK_FIRST] = f"on any device, W * m and then PyTorch's product: {', '.join(registry.served(MASK_FIRST))}"
     rest = sorted(set(ops.__all__) - served - {"kept_rank", "chunked_output_drift"})
     lines["backend reference"] = f"what no other serves: {', '.join(rest) or 'nothing'}"
     return lines
@@ -59,7 +59,7 @@ def _backends() -> dict[str, str]:
 
 def _remedy(backend: str) -> str:
     """What to type for a backend that is not there, unless its problem says it or all that it lacks is a GPU."""
-    problem = backends.problem(backend)
+    problem = registry.problem(backend)
     told = problem.startswith(_NO_DEVICE) or "pip install" in problem
     return "" if told else f"; for it: {_REMEDY[backend]}"
 

@@ -1,8 +1,10 @@
 """Hypernetworks: from a task's embedding to its flat mask logits, dense or in chunks."""
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,26 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+class OutputStepper(Protocol):
+    """Who steps the dense output layer within the backward pass: the one-pass step, see `HyperNetwork.step_with`.
+
+    Attributes:
+        exact_loss: whether the forward pass is to give the output drift's value; otherwise backward fills it in.
+    """
+
+    exact_loss: bool
+
+    def step_output_layer(
+        self, hidden: Tensor, grad_logits: Tensor, targets: Tensor, drift_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of hidden (t + 1, H), and R, before the step that this call makes; see `ops.hypernet_adam`."""
+        ...
+
+    def replaced(self) -> None:
+        """Another one steps the layer from now on."""
+        ...
+
+
 class HyperNetwork(nn.Module):
     """a_t = W elu(... elu(V1 e_t + c1) ...) + b: an MLP from task embedding to N logits.
 
@@ -61,7 +83,13 @@ class HyperNetwork(nn.Module):
         size: N, entries generated.
         num_tasks: embeddings to begin with.
         embedding, hidden: see `HypernetConfig`.
+
+    Attributes:
+        factored: whether the output layer can be stepped on its gradient's factors, within the backward pass.
     """
+
+    factored = True
+    _stepper: "weakref.ref[OutputStepper] | None" = None
 
     def __init__(self, size: int, num_tasks: int, embedding: int, hidden: Iterable[int]) -> None:
         super().__init__()
@@ -77,6 +105,21 @@ class HyperNetwork(nn.Module):
         widths = (inputs, *hidden)
         self.trunk = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.output = nn.Linear(widths[-1], rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle, which no optimiser holds yet: its output layer is its own."""
+        return {**self.__dict__, "_stepper": None}
+
+    def step_with(self, stepper: OutputStepper | None) -> None:
+        """Lets `stepper` step the output layer for as long as it lives, in place of whoever did so before; None:
+        nobody does, the layer has an ordinary gradient."""
+        if (before := self.stepper) is not None:
+            before.replaced()
+        self._stepper = None if stepper is None else weakref.ref(stepper)
+
+    @property
+    def stepper(self) -> OutputStepper | None:
+        return None if self._stepper is None else self._stepper()
 
     @property
     def num_tasks(self) -> int:
@@ -112,6 +155,16 @@ class HyperNetwork(nn.Module):
         """(T, N) logits from the last hidden layer (T, chunks, H)."""
         return ops.hypernet_logits(hidden, self.output.weight, self.output.bias, self.size)
 
+    def stepped_logits(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Logits a_t (N,) of the current task, and R over the earlier ones; their backward steps the output layer.
+
+        Args:
+            hidden: (t + 1, chunks, H) last hidden layer of tasks 0..t; targets: `drift_targets` of task t, or ().
+        """
+        rows = hidden[:, 0]
+        old = targets[0] if targets else hidden.new_empty(0, self.size)
+        return _SteppedOutput.apply(rows, old, self.output, self.stepper)
+
     def earlier_hidden(self, task: int) -> Tensor:
         """(t, chunks, H) last hidden layer of tasks 0..t-1, to the bit as in a pass over tasks 0..t.
 
@@ -144,6 +197,31 @@ class HyperNetwork(nn.Module):
         return ops.output_drift(hidden, self.output.weight, self.output.bias, *targets)
 
 
+class _SteppedOutput(torch.autograd.Function):
+    """The dense output layer for the current task, whose backward pass is also its step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, output: nn.Linear, stepper: OutputStepper
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = output.weight, output.bias
+        logits = ops.hypernet_logits(hidden[-1:, None], weight, bias, weight.shape[0])[0]
+        if stepper.exact_loss:
+            drift = ops.output_drift(hidden[:-1, None], weight, bias, targets)
+        else:
+            drift = hidden.new_zeros(())
+        ctx.save_for_backward(hidden, targets)
+        ctx.stepper, ctx.drift = stepper, drift.detach()  # shares its memory: backward fills the value in
+        return logits, drift
+
+    @staticmethod
+    def backward(ctx: Any, grad_logits: Tensor, grad_drift: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, targets = ctx.saved_tensors
+        hidden_grad, drift = ctx.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
+        ctx.drift.copy_(drift)
+        return hidden_grad, None, None, None
+
+
 class ChunkedHyperNetwork(HyperNetwork):
     """a_t = concatenation over chunks c of MLP([chunk embedding c, task embedding t]), cut to N entries.
 
@@ -153,6 +231,8 @@ class ChunkedHyperNetwork(HyperNetwork):
     Args:
         size: N; chunk_size: C entries per chunk, the last chunk truncated; others: see `HypernetConfig`.
     """
+
+    factored = False  # its layer is small, its gradient ordinary
 
     def __init__(
         self,

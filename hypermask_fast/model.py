@@ -3,10 +3,9 @@
 import copy
 import functools
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,10 @@ from .hypernet import HypernetConfig
 from .masking import layers
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask, use_mask
+from .masking.norms import TaskBatchNorm
 from .masking.task_batch import TaskBatch, TaskMasks, serves
-from .ops import registry as backends
+from .ops import registry
 from .regularizers import Anchor, DriftConfig, Drifts
-
-if TYPE_CHECKING:
-    from .optim import Adam
 
 
 def _without_autocast(method: Callable) -> Callable:
@@ -97,7 +94,6 @@ class HyperMask(nn.Module):
         self.hypernet.to(like.device, like.dtype)
         self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
         self._ranks: dict[tuple[float, torch.device], Tensor] = {}
-        self._optimizer: weakref.ref[Adam] | None = None
 
     def _assign_segments(self) -> list[tuple[nn.Module, str]]:
         """Tells each layer its segments; returns who owns each segment's Parameter, by module and attribute."""
@@ -112,10 +108,6 @@ class HyperMask(nn.Module):
                 if segment is not None:
                     owners[segment] = (module, name)
         return owners
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle, which no optimiser holds yet: its output layer is its own."""
-        return {**self.__dict__, "_optimizer": None}
 
     @property
     def num_tasks(self) -> int:
@@ -133,7 +125,7 @@ class HyperMask(nn.Module):
         """
         embedding = self.hypernet.add_task()
         for module in self.net.modules():
-            if isinstance(module, layers._TaskBatchNorm):
+            if isinstance(module, TaskBatchNorm):
                 module.add_task()
         if optimizer is not None:
             settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
@@ -162,16 +154,16 @@ class HyperMask(nn.Module):
             hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
             return self._mask_of(ids[0], self.hypernet.logits(hidden).squeeze(0), sparsity, ranks)
         trainable = self.training and torch.is_grad_enabled() and not isinstance(task, Tensor)
-        optimizer = self._optimizer() if trainable and self._optimizer is not None else None
-        anchor = self._anchor_in_training(task) if optimizer is None else self._anchor_of(task)
+        stepper = self.hypernet.stepper if trainable else None
+        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of(task)
         if anchor is None:
             return self._mask_of(task, self.hypernet(ids).squeeze(0), sparsity, ranks)
         hidden = self.hypernet.hidden(range(task + 1))
         for_drifts: dict[str, Any] = {}
-        if optimizer is None:
+        if stepper is None:
             logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[task:]).squeeze(0), hidden[:task]
         else:
-            logits, for_drifts["output_drift"] = optimizer.output_layer(hidden[:, 0], anchor)
+            logits, for_drifts["output_drift"] = self.hypernet.stepped_logits(hidden, anchor.targets)
         if self.drift.masked and self.drift.weight_scale(task) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
@@ -285,7 +277,7 @@ class HyperMask(nn.Module):
 
         Elsewhere, and for networks that can't, each task's samples pass by themselves: on a CPU as fast.
         """
-        wanted = x.is_cuda or torch.compiler.is_compiling() or backends.requested() == "triton"
+        wanted = x.is_cuda or torch.compiler.is_compiling() or registry.requested() == "triton"
         return wanted and serves(self.net, x, tasks)
 
     def _forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
@@ -404,4 +396,4 @@ class HyperMask(nn.Module):
 
 def _values_at_hand(tensor: Tensor) -> bool:
     """Whether its values may be looked at: on the CPU without a wait; on a GPU with HYPERMASK_DEBUG=1 only."""
-    return (tensor.device.type == "cpu" or backends.debug()) and not torch.compiler.is_compiling()
+    return (tensor.device.type == "cpu" or registry.debug()) and not torch.compiler.is_compiling()

@@ -4,7 +4,6 @@ That layer, N x H, is most of a model. Its gradient is the product of a (t + 1, 
 never exist: one pass over weight and moments gives the hidden vectors' gradients for all tasks and applies Adam.
 """
 
-import weakref
 from typing import Any
 
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import InputError
-from .hypernet import ChunkedHyperNetwork
 from .model import HyperMask
-from .regularizers import Anchor
 
 GRADIENTS = ("auto", "factored", "dense")
 
@@ -67,11 +64,10 @@ class Adam(torch.optim.Adam):
             )
         if gradient not in GRADIENTS:
             raise InputError(f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
-        chunked = isinstance(model.hypernet, ChunkedHyperNetwork)
-        if chunked and gradient == "factored":
+        if gradient == "factored" and not model.hypernet.factored:
             raise InputError("a chunked hypernetwork has no factored gradient: use gradient='auto' or 'dense'")
         super().__init__(model.parameters(), lr=lr, betas=betas, eps=eps, fused=True, capturable=capturable)
-        self.factored = not chunked and gradient != "dense"
+        self.factored = model.hypernet.factored and gradient != "dense"
         self.exact_loss = exact_loss
         self._layer: nn.Linear = model.hypernet.output
         self._embeddings = model.hypernet.embeddings
@@ -79,20 +75,11 @@ class Adam(torch.optim.Adam):
         self._lr: tuple[tuple, Tensor] | None = None
         self._stepped = False
         self._replaced = False
-        older = model._optimizer and model._optimizer()
-        if older is not None:
-            older._replaced = True
-        model._optimizer = weakref.ref(self) if self.factored else None
+        model.hypernet.step_with(self if self.factored else None)
 
-    def output_layer(self, hidden: Tensor, anchor: Anchor) -> tuple[Tensor, Tensor]:
-        """Logits a_t (N,) of the current task, and R over the earlier ones; their backward steps the layer.
-
-        Args:
-            hidden: (t + 1, H) last hidden layer of tasks 0..t.
-            anchor: of task t.
-        """
-        targets = anchor.targets[0] if anchor.targets else hidden.new_empty(0, self._layer.out_features)
-        return _OutputLayer.apply(hidden, targets, self)
+    def replaced(self) -> None:
+        """Called by the hypernetwork when a newer optimiser takes over."""
+        self._replaced = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._stepped = False
@@ -113,7 +100,7 @@ class Adam(torch.optim.Adam):
     def step_output_layer(
         self, hidden: Tensor, grad_logits: Tensor, targets: Tensor, drift_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The backward pass of `output_layer`: (hidden_grad (t + 1, H), R); see `ops.hypernet_adam`."""
+        """The backward pass of the output layer, as `hypernet.OutputStepper` promises it."""
         if self._stepped:
             raise InputError(
                 "a second backward pass before optimizer.step(): make one mask per step, mask = model.mask(task), for "
@@ -172,26 +159,3 @@ class Adam(torch.optim.Adam):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
-
-
-class _OutputLayer(torch.autograd.Function):
-    """The dense output layer for the current task, whose backward pass is also its Adam step."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, optimizer: Adam) -> tuple[Tensor, Tensor]:
-        weight, bias = optimizer._layer.weight, optimizer._layer.bias
-        logits = ops.hypernet_logits(hidden[-1:, None], weight, bias, weight.shape[0])[0]
-        if optimizer.exact_loss:
-            drift = ops.output_drift(hidden[:-1, None], weight, bias, targets)
-        else:
-            drift = hidden.new_zeros(())
-        ctx.save_for_backward(hidden, targets)
-        ctx.optimizer, ctx.drift = optimizer, drift.detach()  # shares its memory: backward fills the value in
-        return logits, drift
-
-    @staticmethod
-    def backward(ctx: Any, grad_logits: Tensor, grad_drift: Tensor) -> tuple[Tensor, None, None]:
-        hidden, targets = ctx.saved_tensors
-        hidden_grad, drift = ctx.optimizer.step_output_layer(hidden, grad_logits, targets, grad_drift)
-        ctx.drift.copy_(drift)
-        return hidden_grad, None, None

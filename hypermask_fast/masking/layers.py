@@ -1,15 +1,15 @@
-"""MaskedLinear and MaskedConv2d: nn.Linear and nn.Conv2d with a mask; batch norm with statistics per task."""
+"""MaskedLinear and MaskedConv2d: nn.Linear and nn.Conv2d with a mask; a network's modules turned into ours and back."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
 from ..errors import InputError
 from .masks import active_mask, convolution_geometry
+from .norms import TASK_NORM_OF, TaskBatchNorm
 
 
 class LayerMask(NamedTuple):
@@ -106,94 +106,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return ops.masked_conv2d(x, self.weight, mask.logits, mask.threshold, bias, *geometry)
 
 
-class _TaskBatchNorm:
-    """Batch norm whose affine parameters all tasks share and whose running statistics are per task.
-
-    running_mean, running_var: (tasks, features); num_batches_tracked: (tasks,). With `batch_statistics` (the
-    official fidelity), and outside of a HyperMask forward pass, the batch's own statistics are used, always.
-    """
-
-    batch_statistics = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
-        running = active_mask()
-        if self.batch_statistics or running is None:
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return running.batch_norm(self, x)
-
-    def forward_task(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """The whole batch with one task's statistics, which training moves."""
-        if isinstance(task, Tensor):
-            return self._forward_at(x, task.reshape(1))
-        return self._normalise(x, *self.statistics(task))
-
-    def forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
-        """Evaluation with each row's own task's statistics: x (rows, features, ...), tasks (rows,) int64."""
-        mean, var = (buffer.index_select(0, tasks) for buffer in (self.running_mean, self.running_var))
-        scale = (var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        shape = (*scale.shape, *(1,) * (x.dim() - 2))
-        return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
-
-    def statistics(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of one task's running mean (features,), variance (features,) and batch count ()."""
-        return self.running_mean[task], self.running_var[task], self.num_batches_tracked[task]
-
-    def _forward_at(self, x: Tensor, row: Tensor) -> Tensor:
-        """The same with the task as a tensor: rows are gathered and put back, without a host sync."""
-        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        mean, var, count = (buffer.index_select(0, row)[0] for buffer in buffers)
-        y = self._normalise(x, mean, var, count)
-        if self.training:
-            for buffer, value in zip(buffers, (mean, var, count), strict=True):
-                buffer.index_copy_(0, row, value[None])
-        return y
-
-    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor, count: Tensor) -> Tensor:
-        factor = self.momentum
-        if self.training:
-            count.add_(1)
-            if factor is None:  # cumulative average, as in nn.BatchNorm
-                factor = 1.0 / float(count)
-        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, factor or 0.0, self.eps)
-
-    def add_task(self) -> None:
-        """Fresh statistics (mean 0, variance 1) for one more task."""
-        fresh = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
-        for name, value in fresh.items():
-            buffer = getattr(self, name)
-            setattr(self, name, torch.cat([buffer, buffer.new_full((1, *buffer.shape[1:]), value)]))
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # A plain network's statistics serve every task.
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            value, own = state_dict.get(prefix + name), getattr(self, name)
-            if value is not None and value.dim() == own.dim() - 1:
-                state_dict[prefix + name] = value.expand_as(own).clone()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class TaskBatchNorm1d(_TaskBatchNorm, nn.BatchNorm1d):
-    __doc__ = _TaskBatchNorm.__doc__
-
-
-class TaskBatchNorm2d(_TaskBatchNorm, nn.BatchNorm2d):
-    __doc__ = _TaskBatchNorm.__doc__
-
-
-class TaskBatchNorm3d(_TaskBatchNorm, nn.BatchNorm3d):
-    __doc__ = _TaskBatchNorm.__doc__
-
-
 _MASKED_OF = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-_NORM_OF = {
-    nn.BatchNorm1d: TaskBatchNorm1d,
-    nn.BatchNorm2d: TaskBatchNorm2d,
-    nn.BatchNorm3d: TaskBatchNorm3d,
-}
 
 
 def swap_in(net: nn.Module, num_tasks: int, batch_statistics: bool) -> None:
@@ -205,8 +118,8 @@ def swap_in(net: nn.Module, num_tasks: int, batch_statistics: bool) -> None:
         kind = type(module)
         if kind in _MASKED_OF:
             module.__class__ = _MASKED_OF[kind]
-        elif kind in _NORM_OF and module.track_running_stats:
-            module.__class__ = _NORM_OF[kind]
+        elif kind in TASK_NORM_OF and module.track_running_stats:
+            module.__class__ = TASK_NORM_OF[kind]
             module.batch_statistics = batch_statistics
             for name in ("running_mean", "running_var", "num_batches_tracked"):
                 buffer = getattr(module, name)
@@ -215,11 +128,11 @@ def swap_in(net: nn.Module, num_tasks: int, batch_statistics: bool) -> None:
 
 def swap_out(net: nn.Module, task: int) -> None:
     """The way back, for an exported network: plain modules, one task's statistics; weights are not touched."""
-    plain_of = {ours: plain for plain, ours in (_MASKED_OF | _NORM_OF).items()}
+    plain_of = {ours: plain for plain, ours in (_MASKED_OF | TASK_NORM_OF).items()}
     for module in net.modules():
         if type(module) not in plain_of:
             continue
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, TaskBatchNorm):
             mean, var, count = module.statistics(task)
             if module.batch_statistics:
                 module.track_running_stats = False

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import registry as backends
-from ..ops.plain import mask_first
 from .layout import MaskLayout
 
 _T = TypeVar("_T")
@@ -120,15 +118,15 @@ class TaskMask(Made):
     # -- layers ---------------------------------------------------------------------------------------------------
 
     def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """x (W * m)^T + b, fused or with `effective`, as `backends.fused_function` says for this call."""
-        y = self._alone("masked_linear", layer, x)
+        """x (W * m)^T + b, fused or with `effective`, as `Op.fused` says for this call."""
+        y = self._alone(ops.masked_linear, layer, x)
         return F.linear(x, *self.of_layer(layer)) if y is None else y
 
     def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         """conv2d(x, W * m) + b, chosen likewise."""
         geometry = convolution_geometry(layer, x)
-        y = None if geometry is None else self._alone("masked_conv2d", layer, x, *geometry)
-        return layer._conv_forward(x, *self.of_layer(layer)) if y is None else y
+        y = None if geometry is None else self._alone(ops.masked_conv2d, layer, x, *geometry)
+        return convolve(layer, x, *self.of_layer(layer)) if y is None else y
 
     def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Batch norm with this task's statistics."""
@@ -140,22 +138,20 @@ class TaskMask(Made):
         weight, bias = (own if segment is None else self.effective[segment] for own, segment in segments)
         return weight, bias
 
-    def _alone(self, op: str, layer: nn.Module, x: Tensor, *geometry: object) -> Tensor | None:
+    def _alone(self, op: ops.Op, layer: nn.Module, x: Tensor, *geometry: object) -> Tensor | None:
         """The layer's output by an op of its own; None where it should use `effective`.
 
         Once a layer has run fused, W * m of all layers would be made for a few: the others then mask their own.
         """
         segment = layer.weight_segment
-        if segment is None or self._has("effective") or not backends.may_fuse(x):
+        if segment is None or self._has("effective") or not ops.may_fuse(x):
             return None
         layer_call = (x, layer.weight, self._views()[segment], self.thresholds[segment])
-        function = backends.fused_function(op, *layer_call, layer.bias, *geometry)
-        if function is None:
-            if not self._has("biases"):
-                return None
-            function = getattr(mask_first, op)
+        function = op.fused(*layer_call, layer.bias, *geometry)
+        if function is None and not self._has("biases"):
+            return None
         bias = self._once("biases", self._biases).get(layer.bias_segment, layer.bias)
-        return function(*layer_call, bias, *geometry)
+        return (function or op)(*layer_call, bias, *geometry)
 
     # -- what it looks like ---------------------------------------------------------------------------------------
 
@@ -181,6 +177,11 @@ def convolution_geometry(layer: nn.Conv2d, x: Tensor) -> tuple | None:
     if x.dim() != 4 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
     return layer.stride, layer.padding, layer.dilation, layer.groups
+
+
+def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's convolution, padding mode included, with another weight and bias."""
+    return layer._conv_forward(x, weight, bias)
 
 
 class _Active(threading.local):

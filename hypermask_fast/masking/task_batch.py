@@ -15,7 +15,7 @@ from .. import ops
 from ..errors import InputError
 from ..ops.task_rows import TaskRows
 from .layout import MaskLayout
-from .masks import Made, TaskMask, use_mask
+from .masks import Made, TaskMask, convolve, use_mask
 
 # Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
 # GPU task by task, by cuBLAS and cuDNN, and so many images under all tasks would not fit beside each other.
@@ -124,7 +124,7 @@ class TaskBatch:
         """
         self._check(x, layer)
         if layer.weight_segment is None:
-            return layer._conv_forward(x, layer.weight, layer.bias)
+            return convolve(layer, x, layer.weight, layer.bias)
         padding = layer.padding
         if layer.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -167,7 +167,7 @@ class TaskBatch:
             weight = weight.index_select(0, self.rows.ids)
         sets = weight.shape[0]  # of weights, each for as many rows as there are per set
         if sets == 0:
-            return layer._conv_forward(x, layer.weight, layer.bias)
+            return convolve(layer, x, layer.weight, layer.bias)
         across = x.unflatten(0, (sets, x.shape[0] // sets)).transpose(0, 1).flatten(1, 2)
         groups = sets * layer.groups
         y = F.conv2d(across, weight.flatten(0, 1), None, layer.stride, padding, layer.dilation, groups)
@@ -249,7 +249,7 @@ class _Probe:
 
     def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         self.fits &= x.dim() == 4 and x.shape[0] == self.samples
-        return layer._conv_forward(x, layer.weight, layer.bias)
+        return convolve(layer, x, layer.weight, layer.bias)
 
     def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
         self.fits &= x.shape[0] == self.samples

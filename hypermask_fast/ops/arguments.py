@@ -1,24 +1,41 @@
-"""What the ops' arguments must be, for who computes in plain PyTorch, which broadcasts or cuts what does not fit.
+"""What the ops' arguments must be: one rule per op, judged once for every backend, in the same words.
 
-The extension and the Triton kernels check theirs themselves. `CHECKS`: op -> a function of the op's arguments that
-raises InputError; `one_device` is for every backend.
+A rule takes all of its op's arguments by position and raises `InputError` before anything is computed or changed. It
+says what the definition in `reference` needs. What a single backend can't serve is for that backend's offer to say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .registry import tensors
 from .task_rows import TaskRows
 
+Size = int | tuple[int, int]
 
-def one_device(op: str, first: Tensor, args: tuple) -> None:
+
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors among the values and within their lists and tuples, in order."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors(value)
+
+
+def one_device(op: str, first: Tensor, values: Iterable[Any]) -> None:
     """Raises InputError unless all tensors are where `first` is; scalars may also be on the CPU."""
-    for tensor in tensors(args):
+    for tensor in tensors(values):
         if tensor.device != first.device and (tensor.dim() > 0 or tensor.device.type != "cpu"):
             raise InputError(f"{op}: all tensors must be on one device, not on {first.device} and {tensor.device}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
 
 
 def _shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -38,18 +55,27 @@ def _offsets(offsets: Sequence[int], entries: int) -> None:
 
 
 def _segments(weights: Sequence[Tensor], offsets: Sequence[int], flat: Tensor) -> None:
+    """The weights are the first segments of the flat tensor."""
     if flat.dim() != 1:
         raise InputError(f"logits and previous weights must be flat, not of shape {tuple(flat.shape)}")
     _offsets(offsets, flat.shape[0])
     if len(weights) >= len(offsets):
         raise InputError(f"{len(weights)} weights need {len(weights) + 1} offsets, not {len(offsets)}")
     for s, weight in enumerate(weights):
-        if weight.numel() != offsets[s + 1] - offsets[s]:
-            size = offsets[s + 1] - offsets[s]
+        size = offsets[s + 1] - offsets[s]
+        if weight.numel() != size:
             raise InputError(f"weights {s} has {weight.numel()} entries, its segment {size}")
 
 
-def _mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> None:
+def _one_per_segment(thresholds: Tensor, offsets: Sequence[int]) -> None:
+    if tuple(thresholds.shape) != (len(offsets) - 1,):
+        raise InputError(f"thresholds must be one per segment, ({len(offsets) - 1},), not {tuple(thresholds.shape)}")
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> None:
     if logits.dim() == 0 or ranks.dtype != torch.int64:
         raise InputError(f"logits must be (..., N) and ranks int64, not {tuple(logits.shape)} and {ranks.dtype}")
     _offsets(offsets, logits.shape[-1])
@@ -61,17 +87,18 @@ def _mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> N
                 raise InputError(f"rank {rank} is outside segment {s} of {size} entries")
 
 
-def _masked_weights(weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offsets: Sequence[int]) -> None:
+def semi_binary_mask(logits: Tensor, threshold: Tensor) -> None:
+    missing = logits.dim() - threshold.dim()
+    if missing < 0 or any(n not in (1, logits.shape[missing + i]) for i, n in enumerate(threshold.shape)):
+        raise InputError(f"threshold of {tuple(threshold.shape)} does not broadcast to logits of {tuple(logits.shape)}")
+
+
+def masked_weights(weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offsets: Sequence[int]) -> None:
     _segments(weights, offsets, logits)
-    _covers("thresholds", thresholds, weights, offsets)
+    _one_per_segment(thresholds, offsets)
 
 
-def _covers(name: str, thresholds: Tensor, weights: Sequence[Tensor], offsets: Sequence[int]) -> None:
-    if thresholds.dim() != 1 or not len(weights) <= len(thresholds) <= len(offsets) - 1:
-        raise InputError(f"{name} must be one per segment, ({len(offsets) - 1},), not {tuple(thresholds.shape)}")
-
-
-def _weight_drift(
+def weight_drift(
     weights: Sequence[Tensor],
     previous: Tensor,
     offsets: Sequence[int],
@@ -81,15 +108,15 @@ def _weight_drift(
 ) -> None:
     if norm not in (1, 2):
         raise InputError(f"norm must be 1 or 2, not {norm!r}")
-    if (logits is None) != (thresholds is None):
-        raise InputError("logits and thresholds go together, one is missing")
     _segments(weights, offsets, previous)
-    if logits is not None:
-        _segments(weights, offsets, logits)
-        _covers("thresholds", thresholds, weights, offsets)
+    if logits is None or thresholds is None:
+        _require(logits is thresholds, "logits and thresholds go together, one is missing")
+        return
+    _segments(weights, offsets, logits)
+    _one_per_segment(thresholds, offsets)
 
 
-def _masked_weights_drift(
+def masked_weights_drift(
     weights: Sequence[Tensor],
     logits: Tensor,
     thresholds: Tensor,
@@ -97,15 +124,150 @@ def _masked_weights_drift(
     previous: Tensor,
     norm: int,
 ) -> None:
-    _weight_drift(weights, previous, offsets, norm, logits, thresholds)
+    weight_drift(weights, previous, offsets, norm, logits, thresholds)
 
 
-def _masked_layer(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, *_: object) -> None:
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise InputError(f"weight must be (out, in), not {tuple(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        shapes = f"for a weight of {tuple(weight.shape)}, not {tuple(x.shape)}"
+        raise InputError(f"x must be (..., {weight.shape[1]}) {shapes}")
+    if bias is not None:
+        _shape("bias", bias, (weight.shape[0],))
+
+
+def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None) -> None:
+    _linear(x, weight, bias)
     _shape("logits", logits, tuple(weight.shape))
     _one_entry("threshold", threshold)
 
 
-def _hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> None:
+def _pair(name: str, value: Size, least: int) -> tuple[int, int]:
+    both = (value, value) if isinstance(value, int) else value
+    if isinstance(both, str) or len(both) != 2 or min(both) < least:
+        raise InputError(f"{name} must be a number of at least {least}, or two, not {value!r}")
+    return both[0], both[1]
+
+
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Size, padding: Size, dilation: Size, groups: int
+) -> None:
+    if weight.dim() != 4 or 0 in weight.shape[:1] + weight.shape[2:]:
+        shape = tuple(weight.shape)
+        raise InputError(f"weight must be (out, in / groups, kh, kw), out, kh and kw at least 1, not {shape}")
+    if x.dim() != 4:
+        raise InputError(f"x must be (batch, in, height, width), not {tuple(x.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise InputError(f"groups must divide the {weight.shape[0]} output channels, {groups} does not")
+    if x.shape[1] != weight.shape[1] * groups:
+        raise InputError(f"x must have {weight.shape[1] * groups} channels for this weight, not {x.shape[1]}")
+    if bias is not None:
+        _shape("bias", bias, (weight.shape[0],))
+    _pair("stride", stride, 1)
+    pads, dilations = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    kernel = tuple(weight.shape[2:])
+    spans = zip(x.shape[2:], kernel, pads, dilations, strict=True)
+    if any(size + 2 * pad < d * (k - 1) + 1 for size, k, pad, d in spans):
+        raise InputError(f"a kernel of {kernel} does not fit into an input of {tuple(x.shape[2:])}")
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    groups: int,
+) -> None:
+    _conv2d(x, weight, bias, stride, padding, dilation, groups)
+    _shape("logits", logits, tuple(weight.shape))
+    _one_entry("threshold", threshold)
+
+
+def chunk_logits(hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, shape: Sequence[int]) -> None:
+    """Also what the chunked layers need of their hypernetwork."""
+    if hidden.dim() != 2 or output_weight.dim() != 2 or hidden.shape[1] != output_weight.shape[1]:
+        shapes = f"{tuple(hidden.shape)} and {tuple(output_weight.shape)}"
+        raise InputError(f"hidden must be (chunks, H) and output_weight (C, H), not {shapes}")
+    _shape("output_bias", output_bias, (output_weight.shape[0],))
+    generated, stop = hidden.shape[0] * output_weight.shape[0], start + prod(shape)
+    if start < 0 or stop > generated:
+        raise InputError(f"entries {start} to {stop} lie outside the {generated} that the chunks generate")
+
+
+def chunk_masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    start: int,
+    threshold: Tensor,
+    bias: Tensor | None,
+) -> None:
+    _linear(x, weight, bias)
+    chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
+    _one_entry("threshold", threshold)
+
+
+def chunk_masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    start: int,
+    threshold: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    groups: int,
+) -> None:
+    _conv2d(x, weight, bias, stride, padding, dilation, groups)
+    chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
+    _one_entry("threshold", threshold)
+
+
+def task_batched_linear(
+    x: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    thresholds: Tensor,
+    task_ids: Tensor | TaskRows | None,
+    bias: Tensor | None,
+) -> None:
+    if weight.dim() != 2:
+        raise InputError(f"weight must be (out, in), not {tuple(weight.shape)}")
+    if logits.dim() != 3:
+        raise InputError(f"logits must be (tasks, out, in), not {tuple(logits.shape)}")
+    tasks, (outputs, inputs) = len(logits), weight.shape
+    _shape("logits", logits, (tasks, outputs, inputs))
+    _shape("thresholds", thresholds, (tasks,))
+    own_rows = x.dim() == 3 and task_ids is None and x.shape[0] == tasks
+    if not (x.dim() == 2 or own_rows) or x.shape[-1] != inputs:
+        wanted = f"(batch, {inputs}), or ({tasks}, batch, {inputs}) without task_ids"
+        raise InputError(f"x must be {wanted}, not {tuple(x.shape)}")
+    if bias is not None and tuple(bias.shape) not in ((outputs,), (tasks, outputs)):
+        raise InputError(f"bias must be ({outputs},) or ({tasks}, {outputs}), not {tuple(bias.shape)}")
+    ids = task_ids.ids if isinstance(task_ids, TaskRows) else task_ids
+    if ids is not None:
+        if ids.dtype != torch.int64:
+            raise InputError(f"task_ids must be int64, not {ids.dtype}")
+        _shape("task_ids", ids, (x.shape[0],))
+
+
+# -- hypernetwork ------------------------------------------------------------------------------------------------------
+
+
+def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> None:
     if hidden.dim() != 3 or weight.dim() != 2:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise InputError(f"hidden must be (T, chunks, H) and weight (chunk_size, H), not {shapes}")
@@ -116,14 +278,14 @@ def _hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) ->
         raise InputError(f"size must be 0 to chunks * chunk_size = {entries}, not {size}")
 
 
-def _output_drift(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
+def output_drift(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
     if targets.dim() != 2:
         raise InputError(f"targets must be (T, N), not {tuple(targets.shape)}")
-    _hypernet_logits(hidden, weight, bias, targets.shape[1])
+    hypernet_logits(hidden, weight, bias, targets.shape[1])
     _shape("targets", targets, (hidden.shape[0], targets.shape[1]))
 
 
-def _chunked_output_drift(
+def chunked_output_drift(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -132,20 +294,26 @@ def _chunked_output_drift(
     old_bias: Tensor,
     size: int,
 ) -> None:
-    _hypernet_logits(hidden, weight, bias, size)
+    hypernet_logits(hidden, weight, bias, size)
     _shape("old_hidden", old_hidden, tuple(hidden.shape))
     _shape("old_weight", old_weight, tuple(weight.shape))
     _shape("old_bias", old_bias, tuple(bias.shape))
 
 
-def _hypernet_adam(
+def hypernet_adam(
     hidden: Tensor,
     grad_logits: Tensor,
     targets: Tensor,
     drift_weight: Tensor,
     weight: Tensor,
     bias: Tensor,
-    *state: Tensor | float,
+    weight_m: Tensor,
+    weight_v: Tensor,
+    bias_m: Tensor,
+    bias_v: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *betas_and_eps: float,
 ) -> None:
     if hidden.dim() != 2 or len(hidden) == 0 or weight.dim() != 2:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -155,55 +323,19 @@ def _hypernet_adam(
     _shape("grad_logits", grad_logits, (rows,))
     _shape("targets", targets, (len(hidden) - 1, rows))
     _shape("bias", bias, (rows,))
-    weight_m, weight_v, bias_m, bias_v, step, lr = state[:6]
-    for name, moment, like in (
-        ("weight_m", weight_m, weight),
-        ("weight_v", weight_v, weight),
-        ("bias_m", bias_m, bias),
-        ("bias_v", bias_v, bias),
-    ):
-        _shape(name, moment, tuple(like.shape))
+    moments = {"weight_m": weight_m, "weight_v": weight_v, "bias_m": bias_m, "bias_v": bias_v}
+    for name, moment in moments.items():
+        _shape(name, moment, tuple((weight if name.startswith("weight") else bias).shape))
         if moment.dtype != weight.dtype or bias.dtype != weight.dtype:
             raise InputError(f"bias and {name} must be {weight.dtype}, as weight, not {bias.dtype} and {moment.dtype}")
     for name, one in (("drift_weight", drift_weight), ("step", step), ("lr", lr)):
         _one_entry(name, one)
 
 
-def _task_batched_linear(
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    thresholds: Tensor,
-    task_ids: Tensor | TaskRows | None,
-    *_: object,
-) -> None:
-    _shape("logits", logits, (len(logits), *weight.shape))
-    _shape("thresholds", thresholds, (len(logits),))
-    if isinstance(task_ids, TaskRows):
-        task_ids = task_ids.ids
-    if task_ids is not None:
-        if task_ids.dtype != torch.int64:
-            raise InputError(f"task_ids must be int64, not {task_ids.dtype}")
-        _shape("task_ids", task_ids, (x.shape[0],))
+# -- inference ---------------------------------------------------------------------------------------------------------
 
 
-def _entropy_select(logits: Tensor) -> None:
-    if logits.dim() != 3 or logits.shape[0] == 0 or not logits.is_floating_point():
-        shape = tuple(logits.shape)
-        raise InputError(f"logits must be float (T, batch, classes) with T of 1 or more, not {logits.dtype} {shape}")
-
-
-CHECKS = {
-    "chunked_output_drift": _chunked_output_drift,
-    "entropy_select": _entropy_select,
-    "hypernet_adam": _hypernet_adam,
-    "hypernet_logits": _hypernet_logits,
-    "mask_thresholds": _mask_thresholds,
-    "masked_conv2d": _masked_layer,
-    "masked_linear": _masked_layer,
-    "masked_weights": _masked_weights,
-    "masked_weights_drift": _masked_weights_drift,
-    "output_drift": _output_drift,
-    "task_batched_linear": _task_batched_linear,
-    "weight_drift": _weight_drift,
-}
+def entropy_select(logits: Tensor) -> None:
+    if logits.dim() != 3 or 0 in (logits.shape[0], logits.shape[2]) or not logits.is_floating_point():
+        wanted = "float (T, batch, classes) with T of 1 or more and a class"
+        raise InputError(f"logits must be {wanted}, not {logits.dtype} {tuple(logits.shape)}")

@@ -2,7 +2,7 @@
 
 A fused kernel reads the weight and the logits as its tiles load and writes nothing but the result; where a weight is
 used often (many rows), making W * m once and multiplying with the vendor's library is faster. The choice is made from
-the shape alone: by the table measured on this kind of GPU (`tables/GPU.json`, made by `python -m bench.dispatch`),
+the shape alone: by the table measured on this kind of GPU (`tables/GPU.json`, made by `python -m bench.paths`),
 and by `estimate` where there is none; the chunk forms, whose kernels make W * m once by themselves where rows are
 many, are then always fused. On the CPU it is always "mask first".
 
@@ -15,21 +15,18 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-
-from ..errors import InputError
 
 T = TypeVar("T")
 
 FUSED, MASK_FIRST = "fused", "mask first"
 FUSED_BACKENDS = ("cuda", "triton")  # those with layers in one kernel
-LAYERS = ("masked_linear", "masked_conv2d", "chunk_masked_linear", "chunk_masked_conv2d")
 MAX_ROWS = 16  # of x that the CUDA kernels for few rows take
 _UNMEASURED = f"; cuda before triton, unmeasured: up to {MAX_ROWS} rows W's bytes decide, and its kernel is for that"
 LAUNCH = 2e-6  # seconds; W * m of all layers is one launch, so a layer must save more than that to go alone
@@ -84,6 +81,7 @@ class Call:
         dtype: what the product is done in; weight_bytes: of one stored weight or logit.
         taps: kh * kw of a convolution, over which a contiguous weight's neighbours along the reduction are apart.
         tf32: whether a float32 product's operands are rounded to TF32.
+        convolution, generated: as in `Layer`.
     """
 
     op: str
@@ -95,35 +93,49 @@ class Call:
     gradient: bool
     taps: int = 1
     tf32: bool = False
+    convolution: bool = False
+    generated: bool = False
 
     def __str__(self) -> str:
         backward = ", forward and backward" if self.gradient else ""
         return f"{self.rows} rows of {self.reduced} -> {self.outputs} in {self.dtype}{backward}"
 
 
-def choose(op: str, args: tuple, kwargs: Mapping) -> Choice | None:
-    """The path of one call of a layer op (arguments as in `reference`); None for an op that has one path only.
+@dataclass(frozen=True)
+class Layer:
+    """How the arguments of a masked layer's op, x and weight first, show the size of its product.
 
-    Raises:
-        InputError: x or weight are not among the arguments.
+    Attributes:
+        stride_at: the position of a convolution's stride among the arguments; None for a linear layer.
+        generated: whether the op generates its logits, so that none lie in memory.
     """
-    if op not in LAYERS:
-        return None
-    x, weight = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("x", "weight")))
-    if not (_is_tensor(x) and _is_tensor(weight)):
-        raise InputError(f"{op} needs x and weight, to see their device and shapes")
-    if not on_gpu(x):
-        return Choice(MASK_FIRST, f"mask first: on {x.device.type} W * m is made once and the product is the library's")
-    if (x.dim(), weight.dim()) != (4, 4) if "conv2d" in op else weight.dim() != 2:
-        return Choice(MASK_FIRST, f"mask first: no fused kernel for x {tuple(x.shape)} and W {tuple(weight.shape)}")
-    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*args, *kwargs.values()) if _is_tensor(t))
-    rows = _power_of_2(_rows(op, x, weight, args, kwargs))
-    sizes = weight.shape[0], weight.shape[1:].numel(), weight.shape[2:].numel()
-    if torch.compiler.is_compiling():  # where they may be symbols, which `decide` can't be given
-        sizes = tuple(map(_power_of_2, sizes))
-    outputs, reduced, taps = sizes
-    device = x.device.index or 0
-    return decide(op, rows, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device, taps)
+
+    stride_at: int | None = None
+    generated: bool = False
+
+    def choose(self, op: str, values: Sequence[Any]) -> Choice:
+        """The path of one call with these arguments, all of them by position."""
+        x, weight = values[:2]
+        if not on_gpu(x):
+            why = f"mask first: on {x.device.type} W * m is made once and the product is the library's"
+            return Choice(MASK_FIRST, why)
+        gradient = torch.is_grad_enabled() and any(v.requires_grad for v in values if isinstance(v, Tensor))
+        rows = _power_of_2(self._rows(x, weight, values))
+        sizes = weight.shape[0], weight.shape[1:].numel(), weight.shape[2:].numel()
+        if torch.compiler.is_compiling():  # where they may be symbols, which `decide` can't be given
+            sizes = tuple(map(_power_of_2, sizes))
+        outputs, reduced, taps = sizes
+        device = x.device.index or 0
+        kind = taps, self.stride_at is not None, self.generated
+        return decide(op, rows, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device, *kind)
+
+    def _rows(self, x: Tensor, weight: Tensor, values: Sequence[Any]) -> int:
+        """Rows of the product; a convolution's pixels are counted as if its padding kept their number."""
+        if self.stride_at is None:
+            return x.numel() // max(weight.shape[-1], 1)
+        stride = values[self.stride_at]
+        down, across = (stride, stride) if isinstance(stride, int) else stride
+        return x.shape[0] * -(-x.shape[-2] // down) * -(-x.shape[-1] // across)
 
 
 def _power_of_2(size: int) -> int:
@@ -136,10 +148,6 @@ def _power_of_2(size: int) -> int:
 
 def on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def allows_tf32(convolution: bool) -> bool:
@@ -157,16 +165,6 @@ def _product_dtype(x: Tensor) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _rows(op: str, x: Tensor, weight: Tensor, args: tuple, kwargs: Mapping) -> int:
-    """Rows of the product; a convolution's pixels are counted as if its padding kept their number."""
-    if "conv2d" not in op:
-        return x.numel() // max(weight.shape[-1], 1)
-    place = 5 if op == "masked_conv2d" else 8
-    stride = args[place] if len(args) > place else kwargs.get("stride", 1)
-    down, across = (stride, stride) if isinstance(stride, int) else stride
-    return x.shape[0] * -(-x.shape[-2] // down) * -(-x.shape[-1] // across)
-
-
 def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """torch.compiler.assume_constant_result, whose call would import the compiler with every import of ours."""
     function._dynamo_marked_constant = True
@@ -176,12 +174,13 @@ def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
 @constant_in_graphs
 def decide(
     op: str, rows: int, outputs: int, reduced: int, dtype: str, weight_bytes: int, gradient: bool, device: int,
-    taps: int = 1,
+    taps: int = 1, convolution: bool = False, generated: bool = False,
 ) -> Choice:  # fmt: skip
     """`choose` from plain numbers; torch.compile takes its answer as a constant."""
     folder = os.environ.get("HYPERMASK_TABLES", "")
-    tf32 = dtype == "float32" and allows_tf32("conv2d" in op)
-    return _decide(op, rows, outputs, reduced, dtype, weight_bytes, gradient, taps, tf32, device, folder)
+    tf32 = dtype == "float32" and allows_tf32(convolution)
+    sizes = op, rows, outputs, reduced, dtype, weight_bytes, gradient, taps
+    return _decide(*sizes, tf32, convolution, generated, device, folder)
 
 
 def gpu_name(device: int) -> str:
@@ -204,8 +203,8 @@ def _decide(*key) -> Choice:
             by = f" by {entry.backend}"
             order = (entry.backend, *(other for other in FUSED_BACKENDS if other != entry.backend))
     else:
-        about_order = _UNMEASURED if "conv2d" not in call.op and call.rows <= MAX_ROWS else ""
-        if call.op.startswith("chunk"):
+        about_order = _UNMEASURED if not call.convolution and call.rows <= MAX_ROWS else ""
+        if call.generated:
             why = "no logits in memory; with many rows the op itself makes W * m once"
             return Choice(FUSED, f"fused: {call}: {why}{about_order}")
         fused, first = estimate(call, gpu_of(name))

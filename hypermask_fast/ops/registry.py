@@ -1,121 +1,267 @@
-"""Which backend serves an op: reference | cpu | triton | cuda.
+"""What an op is, who offers it, and which backend serves a call: reference | plain | cpu | triton | cuda.
 
-Chosen by, in this order: the op's argument `backend`, `with use_backend("...")`, the environment's HYPERMASK_BACKEND,
-and otherwise automatically, the fastest that can serve.
+A backend is chosen by, in this order: the op's argument `backend`, `with use_backend("...")`, the environment's
+HYPERMASK_BACKEND, and otherwise automatically: the fastest that can serve the call.
 
 An argument is strict: a backend that can't run this op on these tensors raises and says why. A block or the
-environment asks for all ops at once, so an op that the backend doesn't have at all is chosen automatically; one that
-it has but can't run on these tensors raises, and every op does where there is no such backend.
+environment asks for all ops at once, so a call for which the backend has no kernel at all is chosen automatically; one
+that it has a kernel for but can't run on these tensors raises, and every call does where there is no such backend.
 
-Each accelerated backend offers an op as a function with the reference's signature and a condition: a function of the
-same arguments that returns "" or why it can't serve them.
-
-Layers have a second way besides a backend's fused kernel: "mask first", W * m and then PyTorch's own product. Where
-nobody asks for a backend by name, `dispatch` chooses between the two by shape.
+"plain" is PyTorch's own products, arranged well, on any device and dtype: for a layer W * m first and then the product.
+Where nobody asks for a backend by name, `paths` chooses between a fused kernel and that, by shape.
 """
 
-import json
+import inspect
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import util
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import paths as dispatch
-from . import reference
-from .paths import FUSED_BACKENDS, MASK_FIRST, constant_in_graphs
+from . import arguments, paths
+from .paths import FUSED_BACKENDS, constant_in_graphs
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-_DEVICE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what auto tries on a device, the fastest first
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
+REFERENCE, PLAIN, AUTO = "reference", "plain", "auto"
+BACKENDS = (REFERENCE, PLAIN, "cpu", "triton", "cuda")
+NATIVE = ("cpu", "cuda")  # the extension's backends, each named as its device
+OPS: dict[str, "Op[..., Any]"] = {}  # every op by name; an `Op` adds itself
 
-class Offer(NamedTuple):
-    """One op in one backend; `condition` returns "" or why these arguments can't be served."""
-
-    function: Callable
-    condition: Callable
-    dtypes: tuple[torch.dtype, ...]
-
-
-_offers: dict[tuple[str, str], Offer] = {}
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what auto tries on a device, the fastest first
+_ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
 _scope = threading.local()
 _warned: set[tuple[str, str]] = set()  # device, and op or "" for all of them
+_finders: dict[str, Callable[[], str]] = {REFERENCE: lambda: "", PLAIN: lambda: ""}
 _problems: dict[str, str] = {}
 
 
-def _recorded(part: str) -> str:
-    """What setup.py noted about a part it left out."""
-    record = Path(__file__).parents[1] / "_build.json"
-    return json.loads(record.read_text()).get(part, "") if record.exists() else ""
-
-
-def _load_native() -> str:
-    """Loads the extension; "" or why it is not there."""
-    spec = util.find_spec("hypermask_fast._native")
-    if spec is None:
-        return _recorded("native") or "the extension is not built: pip install --no-build-isolation ."
-    try:
-        torch.ops.load_library(spec.origin)
-    except OSError as error:
-        return f"the extension does not load: {error}"
+def serves(*values: Any) -> str:
+    """The condition of who serves every call."""
     return ""
 
 
-def _cuda_problem() -> str:
-    if NATIVE_PROBLEM:
-        return NATIVE_PROBLEM
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("hypermask_fast::mask_thresholds", "CUDA"):
-        return _recorded("cuda") or "the extension was built without CUDA"
-    return "" if torch.cuda.is_available() else "no CUDA device"
+def _is_tensor(annotation: Any) -> bool:
+    return annotation in (Tensor, Tensor | None)
 
 
-NATIVE_PROBLEM = _load_native()
-_ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
+@dataclass(frozen=True)
+class Offer:
+    """One op on one backend. Every function takes all of the op's arguments by position.
+
+    Attributes:
+        function: does what the op's definition says.
+        condition: "" or why the backend can't serve these tensors.
+        form: "" or why this is no call that the backend has a kernel for: another one serves such calls.
+        dtypes: those in which the extension's kernel computes; the other backends' conditions look for themselves.
+    """
+
+    function: Callable[..., Any]
+    condition: Callable[..., str] = serves
+    form: Callable[..., str] = serves
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+
+
+class Chosen(NamedTuple):
+    """Who serves a call. backend: its name; function: takes the call's arguments; why: the reason, "" if there is no
+    choice of paths."""
+
+    backend: str
+    function: Callable[..., Any]
+    why: str = ""
+
+
+class Op(Generic[P, R]):
+    """An op of the method. Called with its definition's arguments, it runs on the fastest backend that serves the call.
+
+    Args:
+        definition: the function in `reference` that says what the op computes.
+        rule: the function in `arguments` that says what its arguments must be.
+        layer: for a masked layer, how its arguments show the shape of the product; see `paths`.
+        offers: backend -> its `Offer`.
+    """
+
+    def __init__(
+        self,
+        definition: Callable[P, R],
+        rule: Callable[..., None],
+        *,
+        layer: paths.Layer | None = None,
+        **offers: Offer,
+    ) -> None:
+        signature = inspect.signature(definition)
+        parameters = list(signature.parameters.values())
+        self.name = self.__name__ = self.__qualname__ = definition.__name__
+        self.definition, self.rule, self.layer, self.offers = definition, rule, layer, offers
+        self.__doc__ = f"{inspect.getdoc(definition)}\n\nbackend: the name of the one that must serve the call."
+        chosen = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
+        self.__signature__ = signature.replace(parameters=[*parameters, chosen])
+        self._names = tuple(p.name for p in parameters)
+        self._defaults = tuple(p.default for p in parameters)
+        self._tensors = [(i, p.name, p.annotation) for i, p in enumerate(parameters) if _is_tensor(p.annotation)]
+        OPS[self.name] = self
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __call__(self, *args: Any, backend: str | None, **kwargs: Any) -> R: ...
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
+        values = self._positional(args, kwargs)
+        first = self._judged(values)
+        return self._choose(values, first, backend).function(*values)
+
+    def _judged(self, values: tuple[Any, ...]) -> Tensor:
+        """The first tensor, which stands for device and dtype. Raises InputError where the arguments do not fit."""
+        if not torch.compiler.is_compiling():
+            for i, name, kind in self._tensors:
+                if not isinstance(values[i], kind):
+                    raise InputError(f"{self.name}: {name} must be a tensor, not {type(values[i]).__name__}")
+        first = next(arguments.tensors(values), None)
+        if first is None:
+            raise InputError(f"{self.name}: there is no tensor among the arguments")
+        if not torch.compiler.is_compiling():
+            arguments.one_device(self.name, first, values)
+        self.rule(*values)
+        return first
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments by position, defaults where none is given, as a call of the definition would have them."""
+        given = len(args)
+        if not kwargs and given == len(self._names):
+            return args
+        rest = zip(self._names[given:], self._defaults[given:], strict=True)
+        values = (*args, *(kwargs.pop(name, default) for name, default in rest))
+        missing = [name for name, value in zip(self._names, values, strict=False) if value is inspect.Parameter.empty]
+        if kwargs or missing or given > len(self._names):
+            wrong = f"is missing {', '.join(missing)}" if missing else f"takes {', '.join(self._names)} and backend"
+            raise TypeError(f"{self.name}() {wrong}")
+        return values
+
+    def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Chosen:
+        """Who would serve this call. Raises InputError where the backend asked for can't, and says why."""
+        values = self._positional(args, kwargs)
+        return self._choose(values, self._judged(values), backend)
+
+    def _choose(self, values: tuple[Any, ...], first: Tensor, backend: str | None) -> Chosen:
+        wanted = self._wanted(backend, values)
+        if wanted == AUTO:
+            return self._automatic(values, first)
+        if why := self.refusal(wanted, *values):
+            raise InputError(f"backend {wanted!r} can't run {self.name}: {why}")
+        return Chosen(wanted, self._function(wanted))
+
+    def _function(self, backend: str) -> Callable[..., Any]:
+        return self.definition if backend == REFERENCE else self.offers[backend].function
+
+    def _wanted(self, backend: str | None, values: tuple[Any, ...]) -> str:
+        """`requested` for this call: "auto" too where scope or environment ask for what has no kernel for it."""
+        wanted = requested(backend)
+        if backend or wanted in (AUTO, REFERENCE) or problem(wanted):
+            return wanted
+        offer = self.offers.get(wanted)
+        return AUTO if offer is None or offer.form(*values) else wanted
+
+    def _automatic(self, values: tuple[Any, ...], first: Tensor) -> Chosen:
+        names, why = self._order(values, first)
+        for name in names:
+            if not self.refusal(name, *values):
+                return Chosen(name, self.offers[name].function, why)
+        self._say_once(values, first)
+        return Chosen(REFERENCE, self.definition, why)
+
+    def _order(self, values: tuple[Any, ...], first: Tensor) -> tuple[tuple[str, ...], str]:
+        """What auto tries for this call, in order, and why, where there is a choice of paths."""
+        device = first.device.type
+        choice = self.layer.choose(self.name, values) if self.layer else None
+        if choice is None or device == "cpu":  # the CPU's own layers mask first
+            return (*_AUTOMATIC.get(device, ()), PLAIN), choice.why if choice else ""
+        return (*choice.order, PLAIN) if choice.path == paths.FUSED else (PLAIN,), choice.why
+
+    def refusal(self, backend: str, *values: Any) -> str:
+        """Why `backend` can't serve a call with all these arguments, "" if it can."""
+        return "" if backend == REFERENCE else problem(backend) or self._mismatch(backend, values)
+
+    def _mismatch(self, backend: str, values: tuple[Any, ...]) -> str:
+        """Why `backend` would not serve this call even where it is to be had, "" if it would."""
+        offer = self.offers.get(backend)
+        if offer is None:
+            return f"{backend} has no {self.name}"
+        if backend in NATIVE:
+            first = next(arguments.tensors(values))
+            if first.device.type != backend:
+                return f"the tensors are on {first.device.type}"
+            if first.dtype not in offer.dtypes:
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in offer.dtypes)
+                return f"{backend} computes in {known}, not {str(first.dtype).removeprefix('torch.')}"
+        return offer.form(*values) or offer.condition(*values)
+
+    def fused(self, *values: Any) -> Callable[..., Any] | None:
+        """The fused kernel that a layer with these arguments should call; None where it should multiply with W * m.
+
+        By name: that of the backend asked for, if it serves the call. Automatically: that of the first backend that
+        does, in the order that `paths` gives, where it says so.
+        """
+        wanted = self._wanted(None, values)
+        if wanted == AUTO:
+            choice = self.layer.choose(self.name, values) if self.layer else None
+            names = choice.order if choice and choice.path == paths.FUSED else ()
+        else:
+            names = (wanted,) if wanted in FUSED_BACKENDS else ()
+        return next((self.offers[name].function for name in names if not self.refusal(name, *values)), None)
+
+    def explain(self, values: tuple[Any, ...], backend: str | None) -> str:
+        """See `explain` below."""
+        first, wanted, asked = self._judged(values), self._wanted(backend, values), requested(backend)
+        names, why = self._order(values, first) if wanted == AUTO else ((wanted,), "")
+        refusals = {name: self.refusal(name, *values) for name in names}
+        nobody = REFERENCE if wanted == AUTO else "nothing"
+        chosen = next((name for name in names if not refusals[name]), nobody)
+        how = "asked for" if wanted != AUTO else "chosen automatically"
+        if asked != wanted:
+            how += f": {self._mismatch(asked, values)}"
+        lines = [f"{self.name}: {chosen} ({how})", *([f"  {why}"] if why else [])]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why and name != PLAIN])
+
+    def _say_once(self, values: tuple[Any, ...], first: Tensor) -> None:
+        """Warns that the reference runs because a backend that would serve this call is missing.
+
+        Once per device where all its accelerated backends are missing, else once per op. A call that none of them would
+        serve is no surprise.
+        """
+        device = first.device.type
+        if torch.compiler.is_compiling() or not _warned.isdisjoint({(device, ""), (device, self.name)}):
+            return
+        names = _AUTOMATIC.get(device, ())
+        missing = [name for name in names if problem(name)]
+        missed = [name for name in missing if not self._mismatch(name, values)]
+        if names and not missed:
+            return
+        everything = len(missing) == len(names)
+        _warned.add((device, "" if everything else self.name))
+        reasons = [f"{name}: {problem(name)}" for name in (missing if everything else missed)]
+        text = "; ".join(reasons) or f"no backend for {device}"
+        what = "its reference ops" if everything else f"the reference of {self.name}"
+        warnings.warn(f"hypermask_fast runs {what} on {device} ({text})", stacklevel=5)  # who called the op
+
+
+def declare(backend: str, find_problem: Callable[[], str]) -> None:
+    """Makes a backend known; find_problem: why it is not to be had here at all, "" if it is, asked once."""
+    _finders[backend] = find_problem
 
 
 @constant_in_graphs
 def problem(backend: str) -> str:
     """Why a backend is not to be had here at all, "" if it is. Found out once."""
     if backend not in _problems:
-        _problems[backend] = _find_problem(backend)
+        _problems[backend] = _finders[backend]()
     return _problems[backend]
-
-
-def _find_problem(backend: str) -> str:
-    if backend in ("reference", MASK_FIRST):
-        return ""
-    if backend == "cpu":
-        return NATIVE_PROBLEM
-    if backend == "cuda":
-        return _cuda_problem()
-    if util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not any(name == backend for _, name in _offers):
-        return "no Triton kernels are installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "" if torch.cuda.is_available() or interpreted else "no CUDA device (or TRITON_INTERPRET=1 for tests)"
-
-
-def offer(
-    op: str,
-    backend: str,
-    function: Callable,
-    condition: Callable | None = None,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
-) -> None:
-    """Adds an op to a backend; without a condition it serves every call on its device, in one of `dtypes`.
-
-    What Triton and "mask first" can't serve is for their conditions alone to say.
-    """
-    _offers[op, backend] = Offer(function, condition or (lambda *args, **kwargs: ""), dtypes)
-    _problems.pop(backend, None)
 
 
 @contextmanager
@@ -131,158 +277,47 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def _check_name(backend: str) -> None:
-    if backend not in BACKENDS and backend != "auto":
+    if backend not in BACKENDS and backend != AUTO:
         raise InputError(f"backend must be one of auto, {', '.join(BACKENDS)}, not {backend!r}")
 
 
 def requested(backend: str | None = None) -> str:
     """The backend asked for by argument, scope or environment; "auto" if none is."""
-    wanted = backend or getattr(_scope, "backend", None) or _ENVIRONMENT or "auto"
-    if wanted != "auto":
+    wanted = backend or getattr(_scope, "backend", None) or _ENVIRONMENT or AUTO
+    if wanted != AUTO:
         _check_name(wanted)
     return wanted
 
 
-def wanted_for(op: str, backend: str | None = None) -> str:
-    """`requested` for one op: "auto" too where scope or environment ask for a backend that doesn't have it."""
-    wanted = requested(backend)
-    known = wanted in ("auto", "reference") or (op, wanted) in _offers
-    return wanted if backend or known or problem(wanted) else "auto"
-
-
-def _refusal(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -> str:
-    """Why `backend` can't serve this call, "" if it can."""
-    if backend == "reference":
-        return ""
-    return problem(backend) or _mismatch(op, backend, tensor, args, kwargs)
-
-
-def _mismatch(op: str, backend: str, tensor: Tensor, args: tuple, kwargs: dict) -> str:
-    """Why `backend` would not serve this call even where it is to be had, "" if it would."""
-    entry = _offers.get((op, backend))
-    if entry is None:
-        return f"{backend} has no {op}"
-    if backend in ("triton", MASK_FIRST):
-        return entry.condition(*args, **kwargs)
-    if tensor.device.type != backend:
-        return f"the tensors are on {tensor.device.type}"
-    if tensor.dtype not in entry.dtypes:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
-        return f"{backend} computes in {known}, not {str(tensor.dtype).removeprefix('torch.')}"
-    return entry.condition(*args, **kwargs)
-
-
-def choose(op: str, backend: str | None, tensor: Tensor, args: tuple, kwargs: dict) -> Callable:
-    """The function that serves this call of `op`; `tensor` stands for device and dtype.
-
-    Raises:
-        InputError: the backend named by argument, scope or environment can't serve the call; the message says why.
-    """
-    wanted = wanted_for(op, backend)
-    if wanted != "auto":
-        if why := _refusal(op, wanted, tensor, args, kwargs):
-            raise InputError(f"backend {wanted!r} can't run {op}: {why}")
-        return getattr(reference, op) if wanted == "reference" else _offers[op, wanted].function
-    names, _ = _automatic(op, tensor, args, kwargs)
-    for name in names:
-        if not _refusal(op, name, tensor, args, kwargs):
-            return _offers[op, name].function
-    _say_once(op, tensor, args, kwargs)
-    return getattr(reference, op)
-
-
-def _automatic(op: str, tensor: Tensor, args: tuple, kwargs: dict) -> tuple[tuple[str, ...], str]:
-    """What auto tries for this call, in order, and why, where there is a choice of paths."""
-    fused = _DEVICE.get(tensor.device.type, ())
-    choice = dispatch.choose(op, args, kwargs)
-    if choice is None or tensor.device.type == "cpu":  # the CPU's own offers mask first
-        return (*fused, MASK_FIRST), choice.why if choice else ""
-    return (MASK_FIRST,) if choice.path == MASK_FIRST else (*choice.order, MASK_FIRST), choice.why
-
-
 def may_fuse(x: Tensor) -> bool:
-    """False where no layer runs fused anyway: without a GPU, unless such a backend is asked for by name."""
+    """False where no layer runs fused anyway: on the CPU, unless such a backend is asked for by name."""
     wanted = requested()
-    return wanted in FUSED_BACKENDS or (wanted == "auto" and x.device.type != "cpu")
+    return wanted in FUSED_BACKENDS or (wanted == AUTO and x.device.type != "cpu")
 
 
-def fused_function(op: str, *args) -> Callable | None:
-    """The fused kernel that a layer should call, None where it should rather multiply with W * m.
-
-    By name: that of the backend asked for, if it serves the call. Automatically: that of the first backend that does,
-    in the order that `dispatch` gives, where it says so.
-    """
-    wanted = wanted_for(op)
-    if wanted == "auto":
-        choice = dispatch.choose(op, args, {})
-        names = choice.order if choice.path == dispatch.FUSED else ()
-    else:
-        names = (wanted,) if wanted in FUSED_BACKENDS else ()
-    served = fused_backends(op, *args, among=names)
-    return _offers[op, served[0]].function if served else None
-
-
-def fused_backends(op: str, *args, among: tuple[str, ...] = FUSED_BACKENDS) -> list[str]:
-    """The backends whose fused kernel serves this call of a layer op."""
-    return [name for name in among if not _refusal(op, name, args[0], args, {})]
-
-
-def _say_once(op: str, tensor: Tensor, args: tuple, kwargs: dict) -> None:
-    """Warns that the reference runs because a backend that would serve this call is missing.
-
-    Once per device where all its accelerated backends are missing, else once per op. A call that none of them would
-    serve is no surprise.
-    """
-    device = tensor.device.type
-    if torch.compiler.is_compiling() or not _warned.isdisjoint({(device, ""), (device, op)}):
-        return
-    names = _DEVICE.get(device, ())
-    missing = [name for name in names if problem(name)]
-    missed = [name for name in missing if not _mismatch(op, name, tensor, args, kwargs)]
-    if names and not missed:
-        return
-    everything = len(missing) == len(names)
-    _warned.add((device, "" if everything else op))
-    reasons = [f"{name}: {problem(name)}" for name in (missing if everything else missed)]
-    text = "; ".join(reasons) or f"no backend for {device}"
-    what = "its reference ops" if everything else f"the reference of {op}"
-    warnings.warn(f"hypermask_fast runs {what} on {device} ({text})", stacklevel=5)  # who called ops
-
-
-def explain(op: str, *args, backend: str | None = None, **kwargs) -> str:
+def explain(op: str | Op[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> str:
     """Which backend would run `op` with these arguments, and why not the others; one line each.
 
     >>> print(explain("semi_binary_mask", logits, threshold))
+
+    Raises:
+        InputError: no such op, or no tensor among the arguments.
     """
-    if not hasattr(reference, op):
-        raise InputError(f"there is no op {op!r}")
-    tensor = next(tensors((*args, *kwargs.values())), None)
-    if tensor is None:
-        raise InputError("explain needs the op's arguments, to see their device and dtype")
-    wanted, asked = wanted_for(op, backend), requested(backend)
-    names, why = _automatic(op, tensor, args, kwargs) if wanted == "auto" else ((wanted,), "")
-    refusals = {name: _refusal(op, name, tensor, args, kwargs) for name in names}
-    chosen = next((name for name in names if not refusals[name]), "reference" if wanted == "auto" else "nothing")
-    how = "asked for" if wanted != "auto" else "chosen automatically"
-    how += f": {asked} has no {op}" if asked != wanted else ""
-    lines = [f"{op}: {chosen} ({how})"]
-    lines += [f"  {why}"] if why else []
-    return "\n".join(lines + [f"  not {name}: {why}" for name, why in refusals.items() if why and name != MASK_FIRST])
+    if isinstance(op, str) and op not in OPS:
+        raise InputError(f"there is no op {op!r}; there are {', '.join(sorted(OPS))}")
+    entry = OPS[op] if isinstance(op, str) else op
+    try:
+        values = entry._positional(args, kwargs)
+    except TypeError as error:
+        raise InputError(f"explain needs the op's arguments, to see their devices and shapes: {error}") from None
+    return entry.explain(values, backend)
+
+
+def served(backend: str) -> list[str]:
+    """The ops that a backend offers."""
+    return sorted(name for name, op in OPS.items() if backend in op.offers)
 
 
 def debug() -> bool:
     """HYPERMASK_DEBUG=1: checks of values that lie on a GPU are made too, at the price of waiting for it."""
     return os.environ.get("HYPERMASK_DEBUG", "0") == "1"
-
-
-def tensors(values: tuple) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors(tuple(value))
-
-
-def served(backend: str) -> list[str]:
-    """The ops a backend offers."""
-    return sorted(op for op, name in _offers if name == backend)

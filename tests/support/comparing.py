@@ -71,15 +71,13 @@ def output_and_gradients(
 ) -> tuple[Tensor, ...]:
     """The results of function(*tensors), then the gradient of each tensor where `grad` comes from above.
 
-    `grad` is one tensor, or one for each result. A tensor that no result depends on has a gradient of 0.
+    `grad` is one tensor, or one for each result.
     """
     leaves = [t.detach().requires_grad_() for t in tensors]
     results = results_of(function, leaves)
     grads = [grad] if isinstance(grad, Tensor) else grad
     from_above = [g.to(y.device, y.dtype) for g, y in zip(grads, results, strict=True)]
-    found = torch.autograd.grad(results, leaves, from_above, allow_unused=True)
-    zeros = (torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True))
-    return *(y.detach() for y in results), *zeros
+    return *(y.detach() for y in results), *torch.autograd.grad(results, leaves, from_above)
 
 
 def assert_matches(
@@ -96,10 +94,11 @@ def assert_matches(
     Each tensor keeps its strides; dtype is the one that the products are in. In half precision the yardstick is
     peer(*tensors), without one the definition on tensors in dtype. kinds: the tolerances of results and of gradients.
     """
-    shapes = [y.shape for y in results_of(op, tensors)]
+    wide = [t.double() for t in tensors]
+    shapes = [y.shape for y in results_of(definition, wide)]
     grads = [torch.randn(shape).to(dtype) for shape in shapes]
     found = output_and_gradients(op, tensors, grads)
-    expected = output_and_gradients(definition, [t.double() for t in tensors], grads)
+    expected = output_and_gradients(definition, wide, grads)
     if peer is None:
         peers = in_half(dtype, lambda *halves: output_and_gradients(definition, halves, grads), *tensors)
     else:

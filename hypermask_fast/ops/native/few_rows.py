@@ -1,24 +1,24 @@
-"""The CUDA ops for a few rows of x: shape functions, gradients, and what they can serve.
+"""masked_linear and chunk_masked_linear by CUDA for up to 16 rows of x, where the bytes of W decide the time.
 
-masked_linear and chunk_masked_linear for up to 16 rows, where the bytes of W decide the time (csrc/cuda/small_*). Their
-backward passes are Triton's kernels where Triton is there, which keep no logits of a chunked hypernetwork in memory;
-else PyTorch's own products on the mask in float32: right in every dtype, not fast.
+Their backward passes are Triton's kernels where Triton is there, which keep no logits of a chunked hypernetwork in
+memory; else PyTorch's own products on the mask in float32: right in every dtype, not fast.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from .. import registry as backends
-from .. import triton as triton_backend
+from .. import reference, registry, triton
 from ..paths import MAX_ROWS
+from . import operator
 
 MAX_WIDTH = 512  # of the hypernetwork; shared memory holds a block's hidden vectors and output layer
 _STEP = 384  # entries of the reduction that a block of the chunked kernel takes at a time
-_HALVES = (torch.float16, torch.bfloat16)
+# In float32 the generated logits' 2 H operations an entry would outlast the bytes many times.
+DTYPES, CHUNK_DTYPES = (torch.float32, torch.float16, torch.bfloat16), (torch.float16, torch.bfloat16)
 
 
 # Gradients
@@ -43,17 +43,14 @@ def _product_gradients(
     return dx, (outer * mask).to(weight.dtype), da
 
 
-def _triton_gradients(op: str, ctx, grad: Tensor, *args) -> list[Tensor | None] | None:
-    """Those of an op's leading tensors by Triton's backward pass, None for each that nobody asked for; None without
-    Triton."""
-    if backends.problem("triton") or triton_backend.condition(grad):
+def _triton_gradients(ctx, op: str, grad: Tensor, leading: Sequence[Tensor], *rest) -> Sequence[Tensor | None] | None:
+    """The gradients of an op's leading tensors by Triton's backward pass, None for each that nobody asked for; None
+    without Triton. rest: the op's other arguments but the bias."""
+    if registry.problem("triton") or triton.condition(grad):
         return None
-    from ... import kernels  # defines the operators
-
-    count = {"masked_linear": 3, "chunk_masked_linear": 5}[op]
-    needed = ctx.needs_input_grad[:count]
-    gradients = getattr(torch.ops.hypermask_fast, f"{op}_backward")(grad, *args, needed)
-    return kernels.host.none_if_unneeded(gradients, needed)
+    needed = ctx.needs_input_grad[: len(leading)]
+    gradients = triton.operator(f"{op}_backward")(grad, *leading, *rest, needed)
+    return [g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 
 def _bias_gradient(ctx, grad: Tensor) -> Tensor | None:
@@ -65,9 +62,10 @@ def _masked_linear_setup(ctx, inputs, output) -> None:
 
 
 def _masked_linear_backward(ctx, grad):
-    gradients = _triton_gradients("masked_linear", ctx, grad, *ctx.saved_tensors)
+    *tensors, threshold = ctx.saved_tensors
+    gradients = _triton_gradients(ctx, "masked_linear", grad, tensors, threshold)
     if gradients is None:
-        dx, dw, da = _product_gradients(grad, *ctx.saved_tensors)
+        dx, dw, da = _product_gradients(grad, *tensors, threshold)
         gradients = dx, dw, da.to(dw.dtype)
     return *gradients, None, _bias_gradient(ctx, grad)
 
@@ -79,7 +77,7 @@ def _chunk_masked_linear_setup(ctx, inputs, output) -> None:
 
 def _chunk_masked_linear_backward(ctx, grad):
     *tensors, threshold = ctx.saved_tensors
-    gradients = _triton_gradients("chunk_masked_linear", ctx, grad, *tensors, ctx.start, threshold)
+    gradients = _triton_gradients(ctx, "chunk_masked_linear", grad, tensors, ctx.start, threshold)
     if gradients is None:
         gradients = _chunk_gradients(grad, *tensors, ctx.start, threshold)
     return *gradients, None, None, _bias_gradient(ctx, grad)
@@ -100,7 +98,7 @@ def _chunk_gradients(grad, x, weight, hidden, output_weight, output_bias, start,
     return dx, dw, dh, d_layer, chunks.sum(0).to(output_bias.dtype)
 
 
-# Calls with the reference's signatures, and what they can't serve
+# Calls with the reference's arguments, and what they can't serve
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -111,15 +109,15 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-def _masked_linear(x, weight, logits, threshold, bias=None):
+def masked_linear(x, weight, logits, threshold, bias):
     tensors = _contiguous(weight, logits, threshold.detach(), bias)
-    y = torch.ops.hypermask_fast.small_masked_linear(_rows(x), *tensors)
+    y = torch.ops.hypermask_native.masked_linear(_rows(x), *tensors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias=None):
+def chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias):
     tensors = _contiguous(weight, hidden, output_weight, output_bias)
-    y = torch.ops.hypermask_fast.small_chunk_masked_linear(
+    y = torch.ops.hypermask_native.chunk_masked_linear(
         _rows(x), *tensors, start, *_contiguous(threshold.detach(), bias)
     )
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -135,29 +133,17 @@ def _layer_condition(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor 
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         return "autocast asks for another dtype"
-    if any(t.device != x.device for t in (*layer, threshold)):
-        return "x and the layer are on different devices"
-    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1] and threshold.numel() == 1
-    fits = fits and (bias is None or bias.shape == weight.shape[:1])
-    return "" if fits else "x, weight, threshold and bias do not fit"
+    return "" if threshold.device == x.device else "x and the threshold are on different devices"
 
 
-def _masked_linear_condition(x, weight, logits, threshold, bias=None):
-    if logits.shape != weight.shape:
-        return "weight and logits differ in shape"
+def masked_linear_condition(x, weight, logits, threshold, bias):
     return _layer_condition(x, weight, threshold, bias, logits)
 
 
-def _chunk_masked_linear_condition(x, weight, hidden, output_weight, output_bias, start, threshold, bias=None):
+def chunk_masked_linear_condition(x, weight, hidden, output_weight, output_bias, start, threshold, bias):
     if problem := _layer_condition(x, weight, threshold, bias, hidden, output_weight, output_bias):
         return problem
-    if hidden.dim() != 2 or output_weight.dim() != 2 or hidden.shape[1] != output_weight.shape[1]:
-        return "hidden and output_weight do not fit"
-    if output_bias.shape != output_weight.shape[:1]:
-        return "output_weight and output_bias do not fit"
     (outputs, inputs), (chunk_size, width) = weight.shape, output_weight.shape
-    if start < 0 or start + weight.numel() > len(hidden) * chunk_size:
-        return "the chunks do not generate the weight's entries"
     if width > MAX_WIDTH:
         return f"the hypernetwork is {width} wide, more than {MAX_WIDTH}"
     if chunk_size < min(inputs, _STEP):
@@ -167,17 +153,9 @@ def _chunk_masked_linear_condition(x, weight, hidden, output_weight, output_bias
     return ""
 
 
-def _fake(x, weight, *rest):
+def _shapes(x, weight, *rest):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-FAKES = {"small_masked_linear": _fake, "small_chunk_masked_linear": _fake}
-GRADIENTS = {
-    "small_masked_linear": (_masked_linear_backward, _masked_linear_setup),
-    "small_chunk_masked_linear": (_chunk_masked_linear_backward, _chunk_masked_linear_setup),
-}
-# In float32 the logits' 2 H operations an entry would outlast the bytes many times.
-CALLS = {
-    "masked_linear": (_masked_linear, _masked_linear_condition, (torch.float32, *_HALVES)),
-    "chunk_masked_linear": (_chunk_masked_linear, _chunk_masked_linear_condition, _HALVES),
-}
+operator("masked_linear", _shapes, _masked_linear_backward, _masked_linear_setup)
+operator("chunk_masked_linear", _shapes, _chunk_masked_linear_backward, _chunk_masked_linear_setup)

@@ -24,6 +24,10 @@ def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> 
     return _Logits.apply(hidden, weight, bias, size)
 
 
+def hypernet_logits_form(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> str:
+    return "" if hidden.shape[1] > 1 else "one chunk: a single product, as the definition has it"
+
+
 def _without_autocast(backward: Callable) -> Callable:
     """For who calls loss.backward() under autocast: these products, as those of the forward pass, keep their dtype."""
 

@@ -1,6 +1,6 @@
 """The layer ops in two steps: W * m by the fastest backend there is, then the product by PyTorch's own libraries.
 
-What `dispatch` calls "mask first", on every device and dtype; offered to `backends` beside the fused kernels.
+What `paths` calls "mask first", on every device and dtype.
 """
 
 import torch
@@ -9,38 +9,27 @@ from torch import Tensor
 
 from ...errors import InputError
 from .. import reference
-from .. import registry as backends
-from ..paths import MASK_FIRST
+from ..registry import OPS
 from ..task_rows import TaskRows, rows_of_tasks
 
 
-def register() -> None:
-    """Offers the ops below to `backends`."""
-    for function in (masked_linear, masked_conv2d, chunk_masked_linear, chunk_masked_conv2d, task_batched_linear):
-        backends.offer(function.__name__, MASK_FIRST, function)
-
-
 def masked_weight(weight: Tensor, logits: Tensor, threshold: Tensor) -> Tensor:
-    """W * m of one tensor. Raises InputError where logits or threshold do not fit the weight."""
-    if logits.shape != weight.shape:
-        raise InputError(f"logits must have the weight's shape {tuple(weight.shape)}, not {tuple(logits.shape)}")
-    if threshold.numel() != 1:
-        raise InputError(f"threshold must be one entry, not {tuple(threshold.shape)}")
-    args = ([weight], logits.reshape(-1), threshold.reshape(1), [0, weight.numel()])
-    return backends.choose("masked_weights", None, logits, args, {})(*args)[0]
+    """W * m of one tensor."""
+    (masked,) = OPS["masked_weights"]([weight], logits.reshape(-1), threshold.reshape(1), [0, weight.numel()])
+    return masked
 
 
-def masked_linear(x, weight, logits, threshold, bias=None):
+def masked_linear(x, weight, logits, threshold, bias):
     """See `reference.masked_linear`."""
     return F.linear(x, masked_weight(weight, logits, threshold), bias)
 
 
-def masked_conv2d(x, weight, logits, threshold, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def masked_conv2d(x, weight, logits, threshold, bias, stride, padding, dilation, groups):
     """See `reference.masked_conv2d`."""
     return F.conv2d(x, masked_weight(weight, logits, threshold), bias, stride, padding, dilation, groups)
 
 
-def chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias=None):
+def chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias):
     """See `reference.chunk_masked_linear`."""
     logits = _chunk_logits(hidden, output_weight, output_bias, start, weight.shape)
     return masked_linear(x, weight, logits, threshold, bias)
@@ -57,7 +46,7 @@ def _chunk_logits(hidden: Tensor, *args) -> Tensor:
         return reference.chunk_logits(hidden, *args)
 
 
-def task_batched_linear(x, weight, logits, thresholds, task_ids=None, bias=None):
+def task_batched_linear(x, weight, logits, thresholds, task_ids, bias):
     """See `reference.task_batched_linear`: one product per task, over the rows that the task has.
 
     In a compiled graph nobody knows how many that are: there every task meets every row, and each row keeps its own.

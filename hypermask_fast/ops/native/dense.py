@@ -1,0 +1,133 @@
+"""The hypernetwork's dense output layer: its logits, its output drift, and its backward pass with Adam's step."""
+
+import torch
+from torch import Tensor
+
+from . import contiguous, operator
+
+_STATIC_SHARED = 256  # bytes that the GPU's kernel over the dense layer has besides, at most
+
+
+def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
+    """Why the GPU's kernel over the dense layer can't hold its tiles, the hidden vectors and the factors."""
+    if not hidden.is_cuda:
+        return ""
+    width = hidden.shape[-1]
+    needed = dense_shared_bytes(tasks, width) + _STATIC_SHARED
+    there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
+    return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
+
+
+def dense_shared_bytes(tasks: int, width: int) -> int:
+    """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout`, for tensors that begin on 16 bytes."""
+    pack, tiles = (4, 4) if width % 4 == 0 else (1, 5)
+    packs = width // pack
+    rows = 4 * min(max(256 // packs, 1), 64)
+    stride = (packs | 1) * 4 if pack == 4 else packs
+    chunk = 8 if tasks > (16 if pack == 4 else 4) else 4
+    slots = -(-max(tasks, 1) // chunk) * chunk
+    return 4 * (tiles * rows * stride + slots * (rows + stride))
+
+
+# -- output_drift ------------------------------------------------------------------------------------------------------
+
+
+def output_drift(hidden, weight, bias, targets):
+    return torch.ops.hypermask_native.output_drift(
+        hidden.contiguous(), weight.contiguous(), bias.contiguous(), targets.detach().contiguous()
+    )
+
+
+def output_drift_condition(hidden, weight, bias, targets):
+    if hidden.shape[1] != 1:
+        return "the layer is chunked; see chunked_output_drift"
+    if targets.shape[1] != weight.shape[0]:
+        return "the targets are not of the layer's whole output"
+    return _shared_memory_problem(hidden, hidden.shape[0])
+
+
+def _output_drift_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _output_drift_backward(ctx, grad):
+    grads = torch.ops.hypermask_native.output_drift_backward(grad.contiguous(), *ctx.saved_tensors)
+    return *grads, None
+
+
+operator(
+    "output_drift",
+    lambda hidden, weight, bias, targets: weight.new_empty(()),
+    _output_drift_backward,
+    _output_drift_setup,
+)
+operator(
+    "output_drift_backward",
+    lambda grad, hidden, weight, bias, targets: tuple(torch.empty_like(t) for t in (hidden, weight, bias)),
+)
+
+
+# -- hypernet_logits ---------------------------------------------------------------------------------------------------
+
+
+def hypernet_logits(hidden, weight, bias, size):
+    row = hidden.reshape(-1).contiguous()
+    return torch.ops.hypermask_native.hypernet_logits(row, weight.contiguous(), bias.contiguous()).unsqueeze(0)
+
+
+def hypernet_logits_form(hidden, weight, bias, size):
+    one = hidden.shape[:2] == (1, 1) and size == weight.shape[0]
+    return "" if one else "more than one task or chunk: a matrix product, torch's own"
+
+
+def hypernet_logits_condition(hidden, weight, bias, size):
+    return _shared_memory_problem(hidden, 1)
+
+
+def _hypernet_logits_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _hypernet_logits_backward(ctx, grad):
+    hidden, weight = ctx.saved_tensors
+    need_hidden, need_weight, need_bias = ctx.needs_input_grad
+    return (
+        weight.t() @ grad if need_hidden else None,
+        torch.outer(grad, hidden) if need_weight else None,
+        grad if need_bias else None,
+    )
+
+
+operator(
+    "hypernet_logits",
+    lambda hidden, weight, bias: weight.new_empty(weight.shape[0]),
+    _hypernet_logits_backward,
+    _hypernet_logits_setup,
+)
+
+
+# -- hypernet_adam -----------------------------------------------------------------------------------------------------
+
+_STEPPED = slice(4, 10)  # of its arguments: weight, bias and their moments, which it modifies
+
+
+@torch.no_grad()
+def hypernet_adam(*args):
+    *tensors, beta1, beta2, eps = args
+    stepped = tensors[_STEPPED]
+    before, behind = contiguous(tensors[: _STEPPED.start]), contiguous(tensors[_STEPPED.stop :])
+    everything = (t.detach() for t in (*before, *stepped, *behind))
+    result = torch.ops.hypermask_native.hypernet_adam(*everything, beta1, beta2, eps)
+    if not torch.compiler.is_compiling():
+        for t in stepped:
+            torch.autograd.graph.increment_version(t)
+    return result
+
+
+def hypernet_adam_condition(hidden, *rest):
+    if not all(t.is_contiguous() for t in (hidden, *rest)[_STEPPED]):  # a copy would be stepped in its place
+        return "weight, bias and their moments are not contiguous"
+    return _shared_memory_problem(hidden, hidden.shape[0])
+
+
+operator("hypernet_adam", lambda hidden, *rest: (torch.empty_like(hidden), hidden.new_empty(())))

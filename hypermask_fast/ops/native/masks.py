@@ -1,0 +1,208 @@
+"""Masks, masked weights and the target's weight drift, over all segments in one call."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import contiguous, operator
+
+
+def same_dtype(weights: Sequence[Tensor], like: Tensor) -> str:
+    return "" if all(w.dtype == like.dtype for w in weights) else "the weights and logits differ in dtype"
+
+
+def _zeros_for_unused(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of outputs, those that nobody used included."""
+    return [torch.zeros_like(y) if g is None else g.contiguous() for g, y in zip(grads, outputs, strict=True)]
+
+
+# -- semi_binary_mask --------------------------------------------------------------------------------------------------
+
+
+def semi_binary_mask(logits, threshold):
+    return torch.ops.hypermask_native.semi_binary_mask(logits.contiguous(), threshold.detach().contiguous())
+
+
+def semi_binary_mask_condition(logits, threshold):
+    if threshold.dtype != logits.dtype:
+        return "logits and threshold differ in dtype"
+    if threshold.numel() == 1:
+        return ""
+    shape = list(threshold.shape)
+    while shape and shape[-1] == 1:
+        shape.pop()
+    fits = threshold.dim() == logits.dim() and tuple(shape) == tuple(logits.shape[: len(shape)])
+    return "" if fits else "the threshold is not one number, nor one per leading row"
+
+
+def _mask_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _mask_backward(ctx, grad):
+    logits, threshold = ctx.saved_tensors
+    return torch.ops.hypermask_native.semi_binary_mask_backward(grad.contiguous(), logits, threshold), None
+
+
+operator("semi_binary_mask", lambda logits, threshold: torch.empty_like(logits), _mask_backward, _mask_setup)
+operator("semi_binary_mask_backward", lambda grad, logits, threshold: torch.empty_like(logits))
+
+
+# -- masked_weights ----------------------------------------------------------------------------------------------------
+
+
+def masked_weights(weights, logits, thresholds, offsets):
+    return torch.ops.hypermask_native.masked_weights(
+        contiguous(weights), logits.contiguous(), thresholds.detach().contiguous(), offsets
+    )
+
+
+def masked_weights_condition(weights, logits, thresholds, offsets):
+    return same_dtype(weights, logits)
+
+
+def _masked_weights_setup(ctx, inputs, output):
+    weights, logits, thresholds, ctx.offsets = inputs
+    ctx.save_for_backward(*weights, logits, thresholds)
+
+
+def _masked_weights_backward(ctx, grads):
+    *weights, logits, thresholds = ctx.saved_tensors
+    grad_weights, grad_logits = torch.ops.hypermask_native.masked_weights_backward(
+        _zeros_for_unused(grads, weights), weights, logits, thresholds, ctx.offsets
+    )
+    return grad_weights, grad_logits, None, None
+
+
+operator(
+    "masked_weights",
+    lambda weights, logits, thresholds, offsets: [torch.empty_like(w) for w in weights],
+    _masked_weights_backward,
+    _masked_weights_setup,
+)
+operator(
+    "masked_weights_backward",
+    lambda grads, weights, logits, thresholds, offsets: (
+        [torch.empty_like(w) for w in weights],
+        torch.empty_like(logits),
+    ),
+)
+
+
+# -- weight_drift ------------------------------------------------------------------------------------------------------
+
+
+def weight_drift(weights, previous, offsets, norm, logits, thresholds):
+    if logits is not None:
+        logits, thresholds = logits.contiguous(), thresholds.detach().contiguous()
+    return torch.ops.hypermask_native.weight_drift(
+        contiguous(weights), previous.detach().contiguous(), offsets, norm, logits, thresholds
+    ).sum()
+
+
+def weight_drift_condition(weights, previous, offsets, norm, logits, thresholds):
+    return same_dtype(weights, previous)
+
+
+def _weight_drift_setup(ctx, inputs, output):
+    weights, previous, ctx.offsets, ctx.norm, logits, thresholds = inputs
+    ctx.masked = logits is not None
+    ctx.save_for_backward(output, *weights, previous, *((logits, thresholds) if ctx.masked else ()))
+
+
+def _weight_drift_backward(ctx, grad):
+    norms, *rest = ctx.saved_tensors
+    logits, thresholds = rest[-2:] if ctx.masked else (None, None)
+    *weights, previous = rest[:-2] if ctx.masked else rest
+    grad_weights, grad_logits = torch.ops.hypermask_native.weight_drift_backward(
+        grad.contiguous(), norms, weights, previous, ctx.offsets, ctx.norm, logits, thresholds
+    )
+    return grad_weights, None, None, None, grad_logits if ctx.masked else None, None
+
+
+operator(
+    "weight_drift",
+    lambda weights, previous, offsets, norm, logits, thresholds: previous.new_empty(len(weights)),
+    _weight_drift_backward,
+    _weight_drift_setup,
+)
+operator(
+    "weight_drift_backward",
+    lambda grad, norms, weights, previous, offsets, norm, logits, thresholds: (
+        [torch.empty_like(w) for w in weights],
+        previous.new_empty(0 if logits is None else logits.shape),
+    ),
+)
+
+
+# -- masked_weights_drift ----------------------------------------------------------------------------------------------
+
+
+def masked_weights_drift(weights, logits, thresholds, offsets, previous, norm):
+    masked, norms = torch.ops.hypermask_native.masked_weights_drift(
+        contiguous(weights),
+        logits.contiguous(),
+        thresholds.detach().contiguous(),
+        offsets,
+        previous.detach().contiguous(),
+        norm,
+    )
+    return masked, norms.sum()
+
+
+def masked_weights_drift_condition(weights, logits, thresholds, offsets, previous, norm):
+    return same_dtype(weights, logits)
+
+
+def _masked_weights_drift_setup(ctx, inputs, output):
+    weights, logits, thresholds, ctx.offsets, previous, ctx.norm = inputs
+    ctx.save_for_backward(output[1], *weights, logits, thresholds, previous)
+
+
+def _masked_weights_drift_backward(ctx, grads, grad):
+    norms, *weights, logits, thresholds, previous = ctx.saved_tensors
+    grad = torch.zeros_like(norms) if grad is None else grad.contiguous()
+    grad_weights, grad_logits = torch.ops.hypermask_native.masked_weights_drift_backward(
+        _zeros_for_unused(grads, weights), grad, norms, weights, logits, thresholds, ctx.offsets, previous, ctx.norm
+    )
+    return grad_weights, grad_logits, None, None, None, None
+
+
+operator(
+    "masked_weights_drift",
+    lambda weights, logits, thresholds, offsets, previous, norm: (
+        [torch.empty_like(w) for w in weights],
+        logits.new_empty(len(weights)),
+    ),
+    _masked_weights_drift_backward,
+    _masked_weights_drift_setup,
+)
+operator(
+    "masked_weights_drift_backward",
+    lambda grads, grad, norms, weights, logits, *rest: (
+        [torch.empty_like(w) for w in weights],
+        torch.empty_like(logits),
+    ),
+)
+
+
+# -- the CPU's layers: the weight is masked once, and the product is the library's own ---------------------------------
+
+
+def _masked_weight(weight, logits, threshold):
+    (masked,) = masked_weights([weight], logits.reshape(-1), threshold.reshape(1), [0, weight.numel()])
+    return masked
+
+
+def masked_linear(x, weight, logits, threshold, bias):
+    return F.linear(x, _masked_weight(weight, logits, threshold), bias)
+
+
+def masked_conv2d(x, weight, logits, threshold, bias, stride, padding, dilation, groups):
+    return F.conv2d(x, _masked_weight(weight, logits, threshold), bias, stride, padding, dilation, groups)
+
+
+def layer_condition(x, weight, logits, threshold, *rest):
+    return "" if weight.dtype == logits.dtype else "weight and logits differ in dtype"

@@ -1,0 +1,53 @@
+"""Each example runs as a user would run it and prints what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def output_of(name: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = ROOT / "examples" / f"{name}.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def number(text: str, behind: str) -> float:
+    """The first number that the output has behind these words."""
+    return float(re.search(re.escape(behind) + r"\D*?([\d.]+(?:e[+-]\d+)?)", text).group(1))
+
+
+def test_mask_one_layer_drops_and_trains_what_it_says():
+    text = output_of("mask_one_layer")
+    assert abs(number(text, "dropped weights:") - 30) < 0.2
+    assert abs(number(text, "logits with a gradient:") - 70) < 0.2
+    assert number(text, "largest difference between the three outputs:") < 1e-5
+    assert "masked_linear: " in text
+
+
+def test_own_loop_learns_five_tasks_and_forgets_none():
+    header, *rows = output_of("own_loop").splitlines()[1:]
+    assert header.split() == ["after", "task", "0", "1", "2", "3", "4"]
+    matrix = [[float(value) for value in row.split()[1:]] for row in rows]
+    assert [len(row) for row in matrix] == [1, 2, 3, 4, 5]
+    assert all(row[-1] > 92 for row in matrix)  # learned
+    assert all(matrix[-1][task] > row[-1] - 3 for task, row in enumerate(matrix))  # and not forgotten
+    assert sum(matrix[-1]) / 5 > 97
+
+
+def test_mixed_batch_finds_classes_and_tasks():
+    text = output_of("mixed_batch")
+    own = number(text, "class found under the mask of the sample's own task:")
+    assert own > 97
+    assert number(text, "class found under the mask of another task:") < own - 20
+    assert number(text, "task found without being told:") > 80
+    assert "the same outputs as the mixed batch: True" in text
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"mask_one_layer", "own_loop", "mixed_batch"}
