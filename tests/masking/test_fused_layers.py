@@ -182,7 +182,7 @@ def as_on_a_gpu(monkeypatch):
     """Values of tensors are not at hand, several tasks pass at once, and Triton is what auto takes on this device."""
     monkeypatch.setattr(model, "_values_at_hand", lambda tensor: False)
     monkeypatch.setattr(hmf.HyperMask, "_in_one_pass", lambda self, x, tasks=None: serves(self.net, x, tasks))
-    monkeypatch.setitem(registry._DEVICE, "cpu", ("cpu", "triton"))
+    monkeypatch.setitem(registry._AUTOMATIC, "cpu", ("cpu", "triton"))
 
 
 class NoWait(TorchDispatchMode):

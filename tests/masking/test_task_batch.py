@@ -7,10 +7,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError
+from hypermask_fast import InputError, ops
 from hypermask_fast.masking.masks import use_mask
 from hypermask_fast.masking.task_batch import TaskBatch, serves
-from hypermask_fast.ops import registry as backends
 from hypermask_fast.ops.plain import mask_first
 
 
@@ -161,8 +160,8 @@ def test_beside_a_fused_layer_the_others_mask_their_own(monkeypatch):
     def first_layer_only(op, x, weight, *rest):
         return mask_first.masked_linear if weight is model.net[0].weight else None
 
-    monkeypatch.setattr(backends, "may_fuse", lambda x: True)
-    monkeypatch.setattr(backends, "fused_function", first_layer_only)
+    monkeypatch.setattr(ops, "may_fuse", lambda x: True)
+    monkeypatch.setattr(ops.Op, "fused", first_layer_only)
     mask = model.mask(1)
     for ours, theirs in zip(
         (model(x, mask), *torch.autograd.grad(model(x, mask).sum(), model.weights())),

@@ -7,7 +7,7 @@ definition's signature, the `device` that its tensors must be on, and `kind`, it
 The layer ops have `LAYERS` instead: "plain" is W * m by the fastest backend there is and then PyTorch's own product,
 "plain-alone" the same as where no extension is built. "automatic" is what is taken where nobody asks for a backend.
 
-What depends on the library's inner names stands here: `EXTENSION`, `native_problem`, `Plain` and `missing`.
+What depends on the library's inner names stands here: `EXTENSION`, `native_problem` and `missing`.
 """
 
 import functools
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from hypermask_fast import ops
 from hypermask_fast.ops import registry
-from hypermask_fast.ops.plain import mask_first
 from support.comparing import DEVICE
 
 ISAS = ("baseline", "avx2", "avx512")
@@ -29,7 +28,7 @@ NATIVE = (*CPU, "emulated")
 BACKENDS = (*NATIVE, "triton", "cuda")
 LAYERS = ("plain", "plain-alone", "triton")
 
-EXTENSION = torch.ops.hypermask_fast  # the operators of csrc/
+EXTENSION = torch.ops.hypermask_native  # the operators of csrc/
 
 
 def native_problem() -> str:
@@ -78,14 +77,7 @@ class Public:
         return kind if self._kinds is None else self._kinds.get(kind, self._kinds["other"])
 
 
-class Plain(Public):
-    """The layer ops as W * m and PyTorch's own products."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, "auto", DEVICE, {"other": "triton"})
-
-    def __getattr__(self, op: str) -> Callable:
-        return getattr(mask_first, op)
+PLAIN = Public("plain", "plain", DEVICE, {"other": "triton"})
 
 
 @contextmanager
@@ -222,10 +214,10 @@ def opened(name: str, emulated: Callable) -> Iterator[Public | Emulated]:
         with instruction_set(name.removeprefix("cpu-")):
             yield Public(name, "cpu")
     elif name == "plain":
-        yield Plain(name)
+        yield PLAIN
     elif name == "plain-alone":
         with missing("cpu", "cuda"):
-            yield Plain(name)
+            yield Public(name, "plain", DEVICE, {"other": "triton"})
     elif name in ("automatic", "reference"):
         yield Public(name, "auto" if name == "automatic" else name, DEVICE, {"other": "triton"})
     else:

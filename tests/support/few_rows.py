@@ -3,7 +3,7 @@
 Most arguments are whole numbers, and logits whose mask is exactly 0 or 1: every sum is exact in every dtype, so that
 one entry too many, too few or in the wrong place shows.
 
-What depends on the library's inner names stands here: `NAMES`, and the functions below it.
+What depends on the library's inner names stands here: the functions from `call` to `gradient`.
 """
 
 import functools
@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hypermask_fast import ops
 from hypermask_fast.ops import reference
 from hypermask_fast.ops.native import few_rows
 from support.tolerances import assert_close
 
 OPS = ("masked_linear", "chunk_masked_linear")
-NAMES = {op: f"small_{op}" for op in OPS}  # op -> its operator, whose messages begin with that name
 MAX_ROWS, MAX_WIDTH = few_rows.MAX_ROWS, few_rows.MAX_WIDTH
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = {"masked_linear": (torch.float32, *HALVES), "chunk_masked_linear": HALVES}  # what each op takes
@@ -28,30 +28,30 @@ GRADIENT_KINDS = {torch.float32: "sum", torch.float16: "gradient float16", torch
 
 def call(op: str, *args: object) -> Tensor:
     """The backend's function: any strides and leading dimensions of x."""
-    return few_rows.CALLS[op][0](*args)
+    return getattr(ops, op).offers["cuda"].function(*args)
 
 
 def refusal(op: str, *args: object) -> str:
     """Why the backend can't serve these arguments on a GPU, "" if it can."""
-    return few_rows.CALLS[op][1](*args)
+    return getattr(ops, op).offers["cuda"].condition(*args)
 
 
 def offered_dtypes(op: str) -> tuple[torch.dtype, ...]:
-    return few_rows.CALLS[op][2]
+    return getattr(ops, op).offers["cuda"].dtypes
 
 
 def gradient(op: str) -> tuple[Callable, Callable]:
     """The operator's backward and its setup_context."""
-    return few_rows.GRADIENTS[NAMES[op]]
+    return getattr(few_rows, f"_{op}_backward"), getattr(few_rows, f"_{op}_setup")
 
 
 @functools.cache
 def emulated_operators() -> None:
     """Gives the emulated operators the shape functions and the gradients of the real ones."""
-    for op, name in NAMES.items():
-        torch.library.register_fake(f"hypermask_emulated::{name}", few_rows.FAKES[name])
+    for op in OPS:
+        torch.library.register_fake(f"hypermask_emulated::{op}", few_rows._shapes)
         backward, setup = gradient(op)
-        torch.library.register_autograd(f"hypermask_emulated::{name}", backward, setup_context=setup)
+        torch.library.register_autograd(f"hypermask_emulated::{op}", backward, setup_context=setup)
 
 
 class FewRows:
@@ -62,11 +62,11 @@ class FewRows:
         self._emulated = emulated
 
     def __getattr__(self, op: str) -> Callable:
-        return getattr(self._emulated, NAMES[op])
+        return getattr(self._emulated, op)
 
     def operator(self, op: str):
         """The operator itself, differentiable."""
-        return getattr(torch.ops.hypermask_emulated, NAMES[op]).default
+        return getattr(torch.ops.hypermask_emulated, op).default
 
 
 def with_forward_of_the_definition(op: str) -> Callable:
@@ -146,7 +146,7 @@ def assert_bad_tensors_are_refused(few_rows: FewRows, op: str, how: str) -> None
             continue
         bad = valid(op)
         bad[i] = changes[how](value)
-        with pytest.raises(RuntimeError, match=f"^{NAMES[op]}: ") as caught:
+        with pytest.raises(RuntimeError, match=f"^{op}: ") as caught:
             getattr(few_rows, op)(*bad)
         assert "\n" not in str(caught.value).split("(origin")[0]
 
