@@ -29,7 +29,7 @@ NATIVE = (*CPU, "emulated")
 BACKENDS = (*NATIVE, "triton", "cuda")
 LAYERS = ("plain", "plain-alone", "triton")
 
-EXTENSION = torch.ops.hypermask_fast  # the operators of csrc/
+EXTENSION = torch.ops.hypermask_native  # the operators of csrc/
 
 
 def native_problem() -> str:
