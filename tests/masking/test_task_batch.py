@@ -10,10 +10,8 @@ import hypermask_fast as hmf
 from hypermask_fast import InputError
 from hypermask_fast.masking.masks import use_mask
 from hypermask_fast.masking.task_batch import TaskBatch, serves
-from hypermask_fast.ops import reference
 from hypermask_fast.ops import registry as backends
 from hypermask_fast.ops.plain import mask_first
-from hypermask_fast.ops.task_rows import TaskRows
 
 
 @pytest.fixture
@@ -30,56 +28,6 @@ def trained(model):
     for task in range(model.num_tasks):
         model((task + 1.0) * images(), task)  # moves each task's statistics
     return model.eval()
-
-
-# -- the op -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ids", [[2, 0, 0, 2, 2], [1] * 5, [], None])
-@pytest.mark.parametrize("bias_shape", [None, (4,), (3, 4)])
-def test_task_batched_linear_mask_first(ids, bias_shape):
-    """Values and gradients of the op in groups, against the definition in which every task meets every row."""
-    rows = 5 if ids is None else len(ids)
-    ids = None if ids is None else torch.tensor(ids, dtype=torch.int64)
-    shapes = [(rows, 7), (4, 7), (3, 4, 7), *([bias_shape] if bias_shape else [])]
-    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    thresholds = torch.tensor([0.1, 0.5, 0.0], dtype=torch.float64)
-    results = []
-    for op in (mask_first.task_batched_linear, reference.task_batched_linear):
-        y = op(*tensors[:3], thresholds, ids, *tensors[3:])
-        grads = torch.autograd.grad(y.square().sum(), tensors, allow_unused=True, materialize_grads=True)
-        results.append((y, *grads))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("op", [mask_first.task_batched_linear, reference.task_batched_linear])
-def test_ids_sorted_beforehand(op):
-    x, weight, logits = torch.randn(4, 7), torch.randn(4, 7), torch.randn(3, 4, 7)
-    ids = torch.tensor([2, 0, 0, 2])
-    args = (x, weight, logits, torch.zeros(3))
-    assert torch.equal(op(*args, TaskRows.of(ids, 3)), op(*args, ids))
-
-
-def test_rows_of_their_own_and_no_tasks():
-    x, weight, logits = torch.randn(3, 5, 7), torch.randn(4, 7), torch.randn(3, 4, 7)
-    args = (x, weight, logits, torch.full((3,), 0.2))
-    torch.testing.assert_close(hmf.functional.task_batched_linear(*args), reference.task_batched_linear(*args))
-    nobody = hmf.functional.task_batched_linear(x[0], weight, logits[:0], torch.zeros(0))
-    assert nobody.shape == (0, 5, 4)
-
-
-@pytest.mark.parametrize("wrong", [-1, 3])
-def test_ids_that_are_no_tasks(wrong):
-    x, weight, logits = torch.randn(2, 7), torch.randn(4, 7), torch.randn(3, 4, 7)
-    with pytest.raises(InputError, match="task ids must be 0 to 2"):
-        hmf.functional.task_batched_linear(x, weight, logits, torch.zeros(3), torch.tensor([0, wrong]))
-
-
-def test_logits_of_another_shape_are_refused():
-    x, weight = torch.randn(2, 7), torch.randn(4, 7)
-    with pytest.raises(InputError, match=r"logits must have the weight's shape \(4, 7\), not \(7, 4\)"):
-        mask_first.masked_linear(x, weight, torch.randn(7, 4), torch.zeros(()))
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -242,17 +190,6 @@ def test_another_task_is_the_same_graph(convnet_model, backend):
     unknown = compiled(images(), torch.tensor([2, 0, 5, 2, -1, 0]))  # values are not looked at
     assert unknown[[2, 4]].isnan().all() and unknown[[0, 1, 3, 5]].isfinite().all()
     assert counters["stats"]["unique_graphs"] == 2
-
-
-@pytest.mark.parametrize("op", [mask_first.task_batched_linear, reference.task_batched_linear])
-def test_ids_that_are_no_tasks_in_a_compiled_graph(op):
-    """Nobody looks at them: their rows are NaN, and no other task's."""
-    x, weight, logits = torch.randn(4, 7), torch.randn(4, 7), torch.randn(3, 4, 7)
-    compiled = torch.compile(op, fullgraph=True, backend="eager")
-    y = compiled(x, weight, logits, torch.zeros(3), torch.tensor([2, 3, -1, 0]))
-    assert y[1:3].isnan().all()
-    known = op(x[::3], weight, logits, torch.zeros(3), torch.tensor([2, 0]))
-    torch.testing.assert_close(y[::3], known)
 
 
 def test_a_compiled_graph_of_the_reference(convnet_model):

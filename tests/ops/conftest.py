@@ -68,6 +68,14 @@ def emulated(tmp_path_factory):
     return emulation.Emulation(emulation.build(folder))
 
 
+@pytest.fixture
+def few_rows(emulated):
+    """masked_linear and chunk_masked_linear of csrc/cuda for a few rows, run by a CPU."""
+    from support.few_rows import FewRows
+
+    return FewRows(emulated)
+
+
 def _emulated(request) -> Callable:
     return lambda: request.getfixturevalue("emulated")
 

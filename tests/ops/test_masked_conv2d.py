@@ -1,17 +1,20 @@
+"""masked_conv2d: y = conv2d(x, W * m) + b, on every backend."""
+
 import pytest
 import torch
-from comparing import DEVICE, DTYPES, assert_close, assert_matches, exact_threshold, randn
+import torch.nn.functional as F
+from support.arguments import on_device, valid
+from support.backends import LAYERS, on
+from support.comparing import DEVICE, DTYPES, assert_matches, exact_threshold, launches, randn
+from support.refusals import assert_refused, each_change, whoever_is_asked
+from support.tolerances import assert_close
 
-from hypermask_fast.errors import InputError
-from hypermask_fast.kernels import masked_conv2d
-from hypermask_fast.kernels.conv2d_shape import Conv2dShape
-from hypermask_fast.kernels.masked_conv2d import launch_convolution, launch_weight_gradient
-from hypermask_fast.kernels.tiles import Tiles
+from hypermask_fast import InputError, ops
 from hypermask_fast.ops import reference
 
 CASES = {  # batch, in, out, height, width, kernel; stride, padding, dilation, groups
     "one": ((1, 1, 1, 1, 1, (1, 1)), (1, 0, 1, 1)),
-    "plain": ((2, 6, 8, 9, 7, (3, 3)), (1, 1, 1, 1)),
+    "simple": ((2, 6, 8, 9, 7, (3, 3)), (1, 1, 1, 1)),
     "strided groups": ((2, 6, 8, 9, 7, (3, 3)), (2, 1, 1, 2)),
     "uneven": ((2, 20, 70, 6, 5, (3, 2)), ((2, 1), (1, 2), (2, 1), 1)),
     "depthwise": ((2, 3, 3, 5, 5, (3, 3)), (1, 1, 1, 3)),
@@ -30,75 +33,107 @@ def tensors(shape, groups, dtype, channels_last):
     return x, weight, logits, randn(outputs, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def masked(op, threshold, *geometry):
+    """The op as a function of what it differentiates."""
+    return lambda x, w, a, b=None: op(x, w, a, threshold, b, *geometry)
+
+
+# The definition
+
+
+def test_masked_conv2d_is_conv2d_of_the_masked_weight():
+    x, weight, logits, bias = (
+        torch.randn(s, dtype=torch.float64) for s in ((2, 4, 9, 8), (6, 2, 3, 3), (6, 2, 3, 3), (6,))
+    )
+    mask = torch.where(logits.abs() >= 0.4, logits.tanh().abs(), 0.0)
+    geometry = (2, 1), 1, (1, 2), 2
+    y = reference.masked_conv2d(x, weight, logits, torch.tensor(0.4), bias, *geometry)
+    assert torch.equal(y, F.conv2d(x, weight * mask, bias, *geometry))
+    assert torch.equal(
+        reference.masked_conv2d(x, weight, logits, torch.tensor(0.4), groups=2),
+        F.conv2d(x, weight * mask, groups=2),
+    )
+
+
+# Plain and Triton
+
+
+@on("automatic", *LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_matches_reference(case, channels_last, dtype):
+def test_masked_conv2d_matches_the_definition(backend, case, channels_last, dtype):
     shape, geometry = CASES[case]
     x, weight, logits, bias = tensors(shape, geometry[3], dtype, channels_last)
     threshold = exact_threshold(logits)
-    y = assert_matches(
-        lambda x, w, a, b: masked_conv2d(x, w, a, threshold, b, *geometry),
-        lambda x, w, a, b: reference.masked_conv2d(x, w, a, threshold.double(), b, *geometry),
-        (x, weight, logits, bias),
-        dtype,
-    )
-    if channels_last and y.numel() > 0:
+    op = masked(backend.masked_conv2d, threshold, *geometry)
+    definition = masked(reference.masked_conv2d, threshold.double(), *geometry)
+    y = assert_matches(op, definition, (x, weight, logits, bias), dtype)
+    if channels_last and y.numel() > 0 and backend.name == "triton":
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_strided_input_without_bias():
-    x = randn(2, 9, 8, 6, dtype=torch.float32)[:, ::2].transpose(2, 3)
-    weight, logits = (
-        randn(4, 3, 3, 10, dtype=torch.float32).permute(0, 3, 1, 2)[:, ::2],
-        randn(4, 5, 3, 3, dtype=torch.float32),
-    )
-    threshold = exact_threshold(logits)
-    assert_matches(
-        lambda x, w, a: masked_conv2d(x, w, a, threshold, None, 1, 1),
-        lambda x, w, a: reference.masked_conv2d(x, w, a, threshold.double(), None, 1, 1),
-        (x, weight, logits),
-        torch.float32,
-    )
+@on(*LAYERS)
+def test_masked_conv2d_takes_any_strides_without_bias(backend):
+    x = randn(2, 9, 8, 6)[:, ::2].transpose(2, 3)
+    weight, logits = randn(4, 3, 3, 10).permute(0, 3, 1, 2)[:, ::2], randn(4, 5, 3, 3)
+    threshold, geometry = exact_threshold(logits), (1, 1, 1, 1)
+    op = masked(backend.masked_conv2d, threshold, *geometry)
+    assert_matches(op, masked(reference.masked_conv2d, threshold.double(), *geometry), (x, weight, logits))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_tiles_that_do_not_divide(splits):
+def test_masked_conv2d_by_triton_in_tiles_that_do_not_divide(triton, splits):
+    from hypermask_fast.kernels.conv2d_shape import Conv2dShape
+    from hypermask_fast.kernels.masked_conv2d import launch_convolution, launch_weight_gradient
+    from hypermask_fast.kernels.tiles import Tiles
+
     x, weight, logits, _ = tensors((2, 5, 21, 7, 6, (3, 3)), 1, torch.float32, False)
     threshold, shape = exact_threshold(logits), Conv2dShape((3, 3), (1, 1), (1, 1), (1, 1), 1)
     leaves = [t.double().requires_grad_() for t in (x, weight, logits)]
     expected = reference.masked_conv2d(*leaves, threshold.double(), None, 1, 1)
     y = torch.empty(expected.shape, device=DEVICE)
     launch_convolution(x, weight, logits, threshold, None, y, shape, tiles=Tiles(16, 32, 16))
-    assert_close("y", y, expected)
-    grad = randn(*y.shape, dtype=torch.float32)
+    assert_close(y, expected, "triton", "y")
+    grad = randn(*y.shape)
     _, dw, da = torch.autograd.grad(expected, leaves, grad.double())
     tiles = Tiles(16, 16, 32, splits=splits)
     ours = launch_weight_gradient(grad, x, weight, logits, threshold, shape, tiles=tiles)
-    assert_close("dW", ours[0], dw)
-    assert_close("da", ours[1], da)
+    assert_close(ours[0], dw, "triton", "dW")
+    assert_close(ours[1], da, "triton", "da")
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        ({"x": torch.ones(1, 3, 5, 5)}, {}, "channels"),
-        ({"x": torch.ones(4, 5, 5)}, {}, "x must be"),
-        ({"x": torch.ones(1, 4, 2, 2)}, {}, "does not fit"),
-        ({"logits": torch.ones(6, 4, 3, 1)}, {}, "logits must have"),
-        ({"bias": torch.ones(4)}, {}, "bias must be"),
-        ({}, {"groups": 5}, "groups must divide"),
-        ({}, {"stride": 0}, "stride"),
-        ({}, {"padding": (1, -1)}, "padding"),
-        ({}, {"padding": "same"}, "padding must be a number or two, not 'same'"),
-        ({"x": torch.ones(1, 4, 5, 5).bool()}, {}, "bool"),
-    ],
+def test_masked_conv2d_by_triton_launches_the_forward_pass_once(triton):
+    x, weight, logits, bias = tensors((2, 6, 8, 9, 7, (3, 3)), 1, torch.float32, False)
+    with launches() as launched:
+        ops.masked_conv2d(x, weight, logits, exact_threshold(logits), bias, 1, 1, backend="triton")
+    assert len(launched) == 1
+
+
+# Bad input
+
+
+@whoever_is_asked
+@each_change(
+    ({"x": torch.ones(1, 3, 5, 5)}, "x must have 4 channels for this weight, not 3"),
+    ({"x": torch.ones(4, 5, 5)}, "x must be (batch, in, height, width), not (4, 5, 5)"),
+    ({"x": torch.ones(1, 4, 2, 2)}, "a kernel of (3, 3) does not fit into an input of (2, 2)"),
+    ({"weight": torch.ones(6, 4)}, "weight must be (out, in / groups, kh, kw), out, kh and kw at least 1, not (6, 4)"),
+    ({"logits": torch.ones(6, 4, 3, 1)}, "logits must have shape (6, 4, 3, 3), not (6, 4, 3, 1)"),
+    ({"threshold": torch.ones(6)}, "threshold must have one entry, not 6"),
+    ({"bias": torch.ones(4)}, "bias must have shape (6,), not (4,)"),
+    ({"groups": 5}, "groups must divide the 6 output channels, 5 does not"),
+    ({"groups": 0}, "groups must divide the 6 output channels, 0 does not"),
+    ({"stride": 0}, "stride must be a number of at least 1, or two, not 0"),
+    ({"dilation": (1, 0)}, "dilation must be a number of at least 1, or two, not (1, 0)"),
+    ({"padding": (1, -1)}, "padding must be a number of at least 0, or two, not (1, -1)"),
+    ({"padding": "same"}, "padding must be a number of at least 0, or two, not 'same'"),
 )
-def test_bad_input(change, options, message):
-    good = {
-        "x": torch.ones(1, 4, 5, 5), "weight": torch.ones(6, 4, 3, 3), "logits": torch.ones(6, 4, 3, 3),
-        "threshold": torch.ones(()), "bias": torch.ones(6),
-    }  # fmt: skip
-    given = {name: t.to(DEVICE) for name, t in (good | change).items()}
-    with pytest.raises(InputError, match=message):
-        masked_conv2d(**given, **options)
+def test_masked_conv2d_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("masked_conv2d", asked, change, message)
+
+
+def test_masked_conv2d_by_triton_refuses_other_dtypes(triton):
+    given = {name: on_device(t, DEVICE) for name, t in valid("masked_conv2d").items()}
+    with pytest.raises(InputError, match="bool"):
+        ops.masked_conv2d(**given | {"x": torch.ones(2, 4, 5, 5, device=DEVICE).bool()}, backend="triton")

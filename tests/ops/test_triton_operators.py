@@ -1,4 +1,4 @@
-"""Triton's operators as PyTorch sees them, and where they run."""
+"""Triton's operators as PyTorch sees them: schemas, shape functions, gradients, graphs, the device they run on."""
 
 import contextlib
 import os
@@ -9,21 +9,68 @@ import pytest
 import torch
 from support.arguments import TRITON_ARGUMENTS
 from support.comparing import DEVICE, randn
+from torch._dynamo.utils import counters
+
+from hypermask_fast.ops.triton import operator
+
+NAMESPACE = "hypermask_triton"
 
 
 @pytest.mark.parametrize("name", TRITON_ARGUMENTS)
-def test_opcheck(triton, name):
-    torch.library.opcheck(getattr(torch.ops.hypermask_triton, name).default, TRITON_ARGUMENTS[name]())
+def test_triton_operators_pass_opcheck(triton, name):
+    torch.library.opcheck(operator(name).default, TRITON_ARGUMENTS[name]())
 
 
-def test_every_operator_is_checked(triton):
-    prefix = "hypermask_triton::"
-    ours = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
-    assert ours == set(TRITON_ARGUMENTS)
+def test_every_triton_operator_is_checked(triton):
+    defined = (schema.name.split("::") for schema in torch._C._jit_get_all_schemas())
+    assert {name for namespace, name in defined if namespace == NAMESPACE} == set(TRITON_ARGUMENTS)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is there")
-def test_cpu_tensors_without_the_interpreter_say_what_to_do(triton):
+def own(values, task):
+    """Those of one task, whose id is a tensor (1,)."""
+    return values.index_select(0, task)[0]
+
+
+# An op under a task that is a tensor, as a compiled model calls it, and the shapes of what it differentiates; what each
+# of the two tasks has of its own comes first. Those of the layers: test_layer_ops.py.
+COMPILED = {
+    "semi_binary_mask": (lambda op, task, limits, a: op(own(a, task), own(limits, task)), ((2, 3, 5),)),
+    "masked_weights": (
+        lambda op, task, limits, a, v, w: torch.cat(
+            [m.flatten() for m in op((v, w), own(a, task), limits, (0, 6, 10))]
+        ),
+        ((2, 10), (2, 3), (4,)),
+    ),
+    "entropy_select": (lambda op, task, limits, x: op(x * own(limits, task)), ((3, 4, 5),)),
+    "weight_drift": (
+        lambda op, task, limits, a, v, w: op((v, w), own(a, 1 - task), (0, 6, 10), 2, own(a, task), limits),
+        ((2, 10), (2, 3), (4,)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_triton_operators_compile_to_one_graph_for_all_tasks(triton, name):
+    """Forward and backward without a graph break, the eager numbers, and no other code for another task."""
+    call, shapes = COMPILED[name]
+    step = lambda *tensors: call(getattr(triton, name), *tensors)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    counters.clear()
+    for task, limits in ((0, (0.3, 0.4)), (1, (0.5, 0.2))):
+        leaves = [randn(*shape).requires_grad_() for shape in shapes]
+        given = torch.tensor([task], device=DEVICE), torch.tensor(limits, device=DEVICE), *leaves
+        y, expected = compiled(*given), step(*given)
+        assert torch.equal(y, expected)
+        if y.is_floating_point():
+            seed = torch.randn_like(y)
+            ours, theirs = (torch.autograd.grad(found, leaves, seed) for found in (y, expected))
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a process where Triton's interpreter can be on and off")
+def test_triton_operators_without_the_interpreter_say_what_to_do_with_cpu_tensors(triton):
     program = (
         "import torch; from hypermask_fast.kernels import masked_linear\n"
         "o = torch.ones(2, 2)\n"
@@ -37,13 +84,11 @@ def test_cpu_tensors_without_the_interpreter_say_what_to_do(triton):
     assert answer.stdout.startswith("InputError Triton kernels need CUDA tensors"), answer.stderr
 
 
-def test_launches_on_the_tensors_own_device(triton, monkeypatch):
+def test_triton_launches_on_the_tensors_own_device(triton, monkeypatch):
     """With several GPUs the current one may be another."""
-    from hypermask_fast.kernels import host
-
     entered = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or contextlib.nullcontext())
     weight, logits = randn(3), randn(3)
-    run = host.on_its_device(lambda *args: len(entered))
+    run = triton.host.on_its_device(lambda *args: len(entered))
     assert run([weight], logits) == 1 and run([], logits) == 2
     assert entered[0] is weight and entered[1] is logits

@@ -7,7 +7,7 @@ definition's signature, the `device` that its tensors must be on, and `kind`, it
 The layer ops have `LAYERS` instead: "plain" is W * m by the fastest backend there is and then PyTorch's own product,
 "plain-alone" the same as where no extension is built. "automatic" is what is taken where nobody asks for a backend.
 
-What depends on the library's inner names stands here: `EXTENSION`, `native_problem`, `Plain`, `without_the_extension`.
+What depends on the library's inner names stands here: `EXTENSION`, `native_problem`, `Plain` and `missing`.
 """
 
 import functools
@@ -89,11 +89,11 @@ class Plain(Public):
 
 
 @contextmanager
-def without_the_extension() -> Iterator[None]:
-    """As where no compiler was there when the package was installed; nobody is warned of it."""
+def missing(*backends: str) -> Iterator[None]:
+    """As where these are not installed; nobody is warned of it."""
     with pytest.MonkeyPatch.context() as patch:
-        for backend in ("cpu", "cuda"):
-            patch.setitem(registry._problems, backend, "no compiler")
+        for backend in backends:
+            patch.setitem(registry._problems, backend, f"{backend} is not installed")
         patch.setattr(registry, "_warned", {("cpu", ""), ("cuda", "")})
         yield
 
@@ -224,10 +224,10 @@ def opened(name: str, emulated: Callable) -> Iterator[Public | Emulated]:
     elif name == "plain":
         yield Plain(name)
     elif name == "plain-alone":
-        with without_the_extension():
+        with missing("cpu", "cuda"):
             yield Plain(name)
-    elif name == "automatic":
-        yield Public(name, "auto", DEVICE, {"other": "triton"})
+    elif name in ("automatic", "reference"):
+        yield Public(name, "auto" if name == "automatic" else name, DEVICE, {"other": "triton"})
     else:
         if problem := registry.problem(name):
             pytest.skip(problem)
