@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.comparing import DEVICE, DTYPES, launches, randn
 
-from hypermask_fast import InputError
 from hypermask_fast.ops import reference
 
 
@@ -49,9 +48,3 @@ def test_triton_launches_one_kernel(triton):
     with launches() as launched:
         triton.entropy_select(randn(3, 40, 5))
     assert launched == ["_entropy_select"]
-
-
-def test_triton_bad_input(triton):
-    for shape in [(0, 3, 4), (3, 4), (2, 3, 0)]:
-        with pytest.raises(InputError, match="logits must be"):
-            triton.entropy_select(torch.ones(shape, device=DEVICE))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.arguments import on_device
 from support.comparing import DEVICE, DTYPES, INF, NAN, assert_matches, launches, output_and_gradients
 from support.segments import Segments, of_shapes
 from support.tolerances import assert_close
@@ -135,25 +134,3 @@ def test_the_backend_serves_weights_of_one_dtype(triton):
     with pytest.raises(InputError, match="the weights differ in dtype"):
         ops.masked_weights(weights, logits, thresholds, offsets, backend="triton")
     assert "triton" in hmf.explain("masked_weights", weights[:1], logits, thresholds, offsets, backend="triton")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"offsets": [0, 6]}, "offsets must be at least 3 borders"),
-        ({"offsets": [0, 5, 8]}, r"weights\[0\] has 6 entries"),
-        ({"offsets": [-6, 0, 2]}, "begin at 0 or later"),
-        ({"logits": torch.ones(7)}, "logits must be flat with at least 8"),
-        ({"logits": torch.ones(2, 4)}, "logits must be flat"),
-        ({"thresholds": torch.ones(1)}, "thresholds must be flat with at least 2"),
-        ({"thresholds": torch.ones(2).double()}, "float64"),
-        ({"weights": [torch.ones(6), torch.ones(2).half()]}, "one dtype"),
-    ],
-)
-def test_bad_input(triton, change, message):
-    good = {
-        "weights": [torch.ones(2, 3), torch.ones(2)], "logits": torch.ones(8), "thresholds": torch.ones(2),
-        "offsets": [0, 6, 8],
-    }  # fmt: skip
-    with pytest.raises(InputError, match=message):
-        triton.masked_weights(**{name: on_device(value, DEVICE) for name, value in (good | change).items()})

@@ -5,14 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.arguments import on_device
 from support.backends import CPU, NATIVE, on
 from support.comparing import DEVICE, DTYPES, check, double, in_half, launches, output_and_gradients, randn
 from support.segments import PROBLEMS, each_problem
 from support.tolerances import TOLERANCES, assert_all_close, assert_close
 from torch.autograd import gradcheck
 
-from hypermask_fast import InputError
 from hypermask_fast.ops import reference
 
 each_norm = pytest.mark.parametrize("norm", [1, 2])
@@ -67,19 +65,11 @@ def build(segments, norm, masked):
     return call
 
 
-def cut(segments):
-    """Triton takes as many segments as there are weights."""
-    count = len(segments.weights)
-    return segments._replace(offsets=segments.offsets[: count + 1], thresholds=segments.thresholds[:count])
-
-
 @each_norm
 @each_kind
 @each_problem(*NATIVE, "cuda", triton=["odd shapes", "a few"])
 def test_drift_and_gradients(backend, problem, norm, masked):
     segments = PROBLEMS[problem]()
-    if backend.name == "triton":
-        segments = cut(segments)
     leaves = segments.leaves if masked else segments.weights
     check(backend, build(segments, norm, masked), leaves, "sum", "sum")
 
@@ -193,21 +183,3 @@ def test_triton_launches(triton):
     with launches() as backward:
         drift.backward()
     assert backward == ["_gradients"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"norm": 3}, "norm must be 1 or 2"),
-        ({"offsets": [0, 6]}, "offsets must be 3 borders"),
-        ({"offsets": [0, 5, 8]}, r"weights\[0\] has 6 entries"),
-        ({"previous": torch.ones(7)}, "previous must be flat"),
-        ({"logits": torch.ones(8)}, "or neither"),
-        ({"logits": torch.ones(7), "thresholds": torch.ones(2)}, "logits must be flat"),
-        ({"weights": [torch.ones(6), torch.ones(2).half()]}, "one dtype"),
-    ],
-)
-def test_triton_bad_input(triton, change, message):
-    good = {"weights": [torch.ones(2, 3), torch.ones(2)], "previous": torch.ones(8), "offsets": [0, 6, 8], "norm": 1}
-    with pytest.raises(InputError, match=message):
-        triton.weight_drift(**{name: on_device(value, DEVICE) for name, value in (good | change).items()})

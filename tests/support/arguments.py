@@ -151,9 +151,9 @@ TRITON_ARGUMENTS: dict[str, Callable[[], tuple]] = {
     "semi_binary_mask_with_slope": lambda: (randn(3, 5), threshold()),
     "semi_binary_mask_backward": lambda: (randn(3, 5), randn(3, 5), threshold()),
     "entropy_select": lambda: (randn(3, 4, 5),),
-    "masked_weights": lambda: ([leaf(2, 3), leaf(4)], leaf(11), threshold().expand(2), [0, 6, 10, 11]),
+    "masked_weights": lambda: ([leaf(2, 3), leaf(4)], leaf(11), threshold().expand(3), [0, 6, 10, 11]),
     "masked_weights_backward": lambda: (
-        [randn(2, 3), randn(4)], [randn(2, 3), randn(4)], randn(11), threshold().expand(2), [0, 6, 10, 11], [True] * 2,
+        [randn(2, 3), randn(4)], [randn(2, 3), randn(4)], randn(11), threshold().expand(3), [0, 6, 10, 11], [True] * 2,
     ),
     "weight_drift": lambda: (
         [leaf(2, 3), leaf(4)], randn(11), [0, 6, 10], 2, leaf(11), threshold().expand(2),

@@ -98,4 +98,5 @@ def of_shapes(dtype: torch.dtype = torch.float32, shapes=SHAPES, first: int = 3,
     thresholds = torch.stack(
         [logits[at].abs() if end > at else logits.new_zeros(()) for at, end in itertools.pairwise(offsets)]
     )
+    thresholds = torch.cat([thresholds, thresholds.new_zeros(1)])
     return Segments(weights, logits, thresholds, [*offsets, offsets[-1] + rest], previous)

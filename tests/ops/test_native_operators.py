@@ -1,4 +1,5 @@
-"""What does not fit is refused before any memory is touched: by the CPU's ops, and by the GPU's, run by a CPU."""
+"""The operators of csrc as PyTorch sees them, and what they refuse before any memory is touched: those of the CPU, and
+those of the GPU, run by a CPU."""
 
 import ctypes
 import mmap
@@ -6,31 +7,44 @@ import sys
 
 import pytest
 import torch
-from op_arguments import NAMES, OFFSETS, arguments
+from support.arguments import NATIVE_OPERATORS, OFFSETS, native_arguments
+from support.backends import EXTENSION, operators_of
+from torch.library import opcheck
 
-from hypermask_fast.ops import registry as backends
-
-native = pytest.mark.native
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def ops(request):
-    """The operators; the emulated GPU's run on copies of their arguments."""
-    if request.param == "cuda":
-        return request.getfixturevalue("emulated")
-    if backends.NATIVE_PROBLEM:
-        pytest.skip(backends.NATIVE_PROBLEM)
-    return torch.ops.hypermask_fast
+ALSO = {"cpu_isa", "masked_linear", "chunk_masked_linear"}  # the last two: see test_few_rows
+each_device = operators_of("cpu-baseline", "emulated")
+each_operator = pytest.mark.parametrize("name", NATIVE_OPERATORS)
 
 
-def uncopied(ops):
-    """The operators themselves, on these very tensors."""
-    return ops if ops is torch.ops.hypermask_fast else torch.ops.hypermask_emulated
+def uncopied(operators):
+    """The operators themselves, on these very tensors; the emulated GPU's run on copies of their arguments."""
+    return operators if operators is EXTENSION else torch.ops.hypermask_emulated
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_valid_arguments_are_taken(ops, name):
-    getattr(ops, name)(*arguments()[name])
+def test_the_emulation_finds_mistakes(emulated):
+    self_test = emulated.library.emulation_self_test
+    self_test.restype = ctypes.c_char_p
+    assert self_test() == b""
+
+
+@pytest.mark.native
+@each_operator
+def test_opcheck(name):
+    torch.use_deterministic_algorithms(False)  # opcheck runs the ops through inductor's own paths
+    opcheck(getattr(EXTENSION, name).default, native_arguments(grad=not name.endswith("backward"))[name])
+
+
+@pytest.mark.native
+def test_every_operator_is_checked():
+    prefix = f"{EXTENSION.name}::"
+    ours = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
+    assert ours == {*NATIVE_OPERATORS, *ALSO}
+
+
+@each_device
+@each_operator
+def test_valid_arguments_are_taken(operators, name):
+    getattr(operators, name)(*native_arguments()[name])
 
 
 def replaced(value, how):
@@ -57,10 +71,11 @@ def replaced(value, how):
 MORE_ALLOWED = {("mask_thresholds", 0), ("masked_weights", 1), ("masked_weights_backward", 2)}
 
 
+@each_device
 @pytest.mark.parametrize("how", ["dtype", "stride", "expanded", "device", "shape"])
-@pytest.mark.parametrize("name", NAMES)
-def test_bad_tensors_are_refused(ops, name, how):
-    valid = arguments()[name]
+@each_operator
+def test_bad_tensors_are_refused(operators, name, how):
+    valid = native_arguments()[name]
     tried = 0
     for i, value in enumerate(valid):
         bad = replaced(value, how)
@@ -70,16 +85,16 @@ def test_bad_tensors_are_refused(ops, name, how):
             continue
         tried += 1
         with pytest.raises(RuntimeError) as caught:
-            getattr(ops, name)(*valid[:i], bad, *valid[i + 1 :])
+            getattr(operators, name)(*valid[:i], bad, *valid[i + 1 :])
         message = str(caught.value).split("(origin")[0]
         assert message.startswith(name.removesuffix("_backward")) and "\n" not in message
     assert tried or how == "shape"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_operator
 def test_tensors_on_two_gpus_are_refused(emulated, name):
     """Each tensor in turn is on the other one."""
-    mark, valid = emulated.library.emulation_set_on_another_gpu, arguments()[name]
+    mark, valid = emulated.library.emulation_set_on_another_gpu, native_arguments()[name]
     flat = [t for value in valid for t in (value if isinstance(value, list) else [value])]
     tensors = {t.data_ptr(): t for t in flat if isinstance(t, torch.Tensor)}
     operator = getattr(torch.ops.hypermask_emulated, name)
@@ -94,9 +109,10 @@ def test_tensors_on_two_gpus_are_refused(emulated, name):
     operator(*valid)
 
 
-WITH_OFFSETS = [name for name in NAMES if OFFSETS in arguments()[name]]
+WITH_OFFSETS = [name for name in NATIVE_OPERATORS if OFFSETS in native_arguments()[name]]
 
 
+@each_device
 @pytest.mark.parametrize("name", WITH_OFFSETS)
 @pytest.mark.parametrize(
     ("offsets", "message"),
@@ -109,58 +125,54 @@ WITH_OFFSETS = [name for name in NAMES if OFFSETS in arguments()[name]]
         ([0, 12, 16, 18], r"(weights|grads) 1 has 5 entries, its segment 4"),
     ],
 )
-def test_bad_offsets_are_refused(ops, name, offsets, message):
+def test_bad_offsets_are_refused(operators, name, offsets, message):
     if "weights" in message and name == "mask_thresholds":
         return  # it has none, and any segments will do
-    valid = list(arguments()[name])
+    valid = list(native_arguments()[name])
     valid[valid.index(OFFSETS)] = offsets
     with pytest.raises(RuntimeError, match=message):
-        getattr(ops, name)(*valid)
+        getattr(operators, name)(*valid)
 
 
-@native
+@pytest.mark.native
 def test_meta_tensors_beside_others_are_refused():
     """One suffices for the shape function to be called, whose result would be memory that nobody has written."""
-    hidden, weight, bias, targets = arguments()["output_drift"]
-    output_drift = torch.ops.hypermask_fast.output_drift
+    hidden, weight, bias, targets = native_arguments()["output_drift"]
+    output_drift = EXTENSION.output_drift
     assert output_drift(*(t.to("meta") for t in (hidden, weight, bias, targets))).is_meta
     with pytest.raises(RuntimeError, match="one device, not on cpu and meta"):
         output_drift(hidden, weight, bias, targets.to("meta"))
 
 
-def test_other_bad_arguments_are_refused(ops):
-    valid = arguments()
+@each_device
+def test_other_bad_arguments_are_refused(operators):
+    valid = native_arguments()
     with pytest.raises(RuntimeError, match="norm must be 1 or 2"):
-        ops.weight_drift(*valid["weight_drift"][:3], 3, None, None)
+        operators.weight_drift(*valid["weight_drift"][:3], 3, None, None)
     with pytest.raises(RuntimeError, match="go together"):
-        ops.weight_drift(*valid["weight_drift"][:5], None)
+        operators.weight_drift(*valid["weight_drift"][:5], None)
     with pytest.raises(RuntimeError, match="2 weights but offsets of 1 segments"):
-        ops.weight_drift(*valid["weight_drift"][:2], [0, 12], 1, None, None)
+        operators.weight_drift(*valid["weight_drift"][:2], [0, 12], 1, None, None)
     with pytest.raises(RuntimeError, match="1 grads for 2 weights"):
-        ops.masked_weights_backward(valid["masked_weights_backward"][0][:1], *valid["masked_weights_backward"][1:])
+        grads, *rest = valid["masked_weights_backward"]
+        operators.masked_weights_backward(grads[:1], *rest)
     with pytest.raises(RuntimeError, match="one chunk"):
-        ops.output_drift(torch.randn(3, 2, 6), *valid["output_drift"][1:])
+        operators.output_drift(torch.randn(3, 2, 6), *valid["output_drift"][1:])
 
 
-def test_moments_in_the_same_memory_are_refused(ops):
-    adam = list(arguments()["hypernet_adam"])
+@each_device
+def test_moments_in_the_same_memory_are_refused(operators):
+    adam = list(native_arguments()["hypernet_adam"])
     with pytest.raises(RuntimeError, match="must not share memory"):
-        uncopied(ops).hypernet_adam(*adam[:6], adam[4], *adam[7:])
-
-
-@native
-def test_ranks_outside_their_segment_are_refused():
-    """By the CPU; a GPU, which is not waited for, gives NaN (`test_cuda_emulated`)."""
-    for ranks, segment in (([1, 5, 0], 1), ([-1, 0, 0], 0)):
-        with pytest.raises(RuntimeError, match=f"outside segment {segment}"):
-            torch.ops.hypermask_fast.mask_thresholds(torch.randn(18), OFFSETS, torch.tensor(ranks))
+        uncopied(operators).hypernet_adam(*adam[:6], adam[4], *adam[7:])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is reserved in Linux's way")
-def test_a_segment_that_32_bits_cannot_count_is_refused(ops):
+@each_device
+def test_a_segment_that_32_bits_cannot_count_is_refused(operators):
     """Addresses without memory behind them, which nobody may read."""
     size = 2**32
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, of Linux
     logits = torch.frombuffer(mmap.mmap(-1, 4 * size, flags=flags), dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"segment 1 has 4294967296 entries, more than 2\^32 - 1"):
-        uncopied(ops).mask_thresholds(logits, [0, 0, size], torch.tensor([0, 5]))
+        uncopied(operators).mask_thresholds(logits, [0, 0, size], torch.tensor([0, 5]))

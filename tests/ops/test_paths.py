@@ -1,17 +1,17 @@
 """Which path a layer takes: by a measured table, by the estimate without one, always mask first on the CPU."""
 
 import dataclasses
+import inspect
 import json
 import warnings
 
 import pytest
 import torch
+from support import internals
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, ops
-from hypermask_fast.ops import paths as dispatch
-from hypermask_fast.ops import reference
-from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops import paths, reference, registry
 
 GPU = "NVIDIA H200"
 
@@ -19,14 +19,9 @@ GPU = "NVIDIA H200"
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """CPU tensors stand for a GPU's; the folder of its tables."""
-    monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
-    monkeypatch.setattr(dispatch, "gpu_name", lambda device: GPU)
     monkeypatch.setenv("HYPERMASK_TABLES", str(tmp_path))
-    dispatch.tables.cache_clear()
-    dispatch._decide.cache_clear()
-    yield tmp_path
-    dispatch.tables.cache_clear()
-    dispatch._decide.cache_clear()
+    with internals.stand_in_gpu(monkeypatch, GPU):
+        yield tmp_path
 
 
 def linear(rows, outputs=4096, inputs=4096, dtype=torch.bfloat16, gradient=False):
@@ -41,8 +36,15 @@ def conv(batch, inputs, outputs, side, window, stride=1):
     return x, weight, weight, torch.zeros(1), None, stride, window // 2
 
 
-def path(op, args, **kwargs):
-    return dispatch.choose(op, args, kwargs).path
+def choose(op, args):
+    """The choice for a call with these arguments, and the defaults of those that are not given."""
+    entry = ops.OPS[op]
+    defaults = [p.default for p in inspect.signature(entry.definition).parameters.values()]
+    return entry.layer.choose(op, (*args, *defaults[len(args) :]))
+
+
+def path(op, args):
+    return choose(op, args).path
 
 
 def entry(**changes):
@@ -68,49 +70,50 @@ def test_the_estimate_without_a_table(gpu):
     assert path("masked_linear", linear(16, 100, 100)) == "mask first"  # saves less than a launch
     assert path("masked_conv2d", conv(32, 32, 32, 32, 3)) == "mask first"
     assert path("masked_conv2d", conv(1, 2048, 2048, 7, 3)) == "fused"
-    choice = dispatch.choose("masked_linear", linear(16), {})
+    choice = choose("masked_linear", linear(16))
     assert choice.why.startswith("fused: 16 rows of 4096 -> 4096 in bfloat16: fused 18.4 us, mask first 31.3 us")
     assert "mask first 31.3 us, estimated for H200: no table of NVIDIA H200; " in choice.why
     assert "; cuda before triton, unmeasured: up to 16 rows W's bytes decide" in choice.why
     assert choice.order == ("cuda", "triton")
-    assert "before" not in dispatch.choose("masked_linear", linear(17), {}).why
+    assert "before" not in choose("masked_linear", linear(17)).why
     x, weight = linear(5)[:2]
     hidden, layer, shift = torch.empty(10, 4), torch.empty(100, 4), torch.empty(100)
-    choice = dispatch.choose("chunk_masked_linear", (x, weight, hidden, layer, shift, 0, torch.zeros(1)), {})
+    choice = choose("chunk_masked_linear", (x, weight, hidden, layer, shift, 0, torch.zeros(1)))
     assert choice.path == "fused" and "cuda before triton" in choice.why
-    assert dispatch.choose("entropy_select", (x,), {}) is None
+    assert ops.entropy_select.layer is None
 
 
 def test_the_estimate_by_hand():
     """One row of a 1000 x 1000 float32 layer on a GPU of round rates, worked out term by term."""
-    slow = dispatch.Gpu("slow", bytes=1e9, float32=1e12, tf32=1e12, half=1e12, tanh=1e12)
-    call = dispatch.Call("masked_linear", 1, 1000, 1000, "float32", 4, gradient=False)
+    slow = paths.Gpu("slow", bytes=1e9, float32=1e12, tf32=1e12, half=1e12, tanh=1e12)
+    call = paths.Call("masked_linear", 1, 1000, 1000, "float32", 4, gradient=False)
     io = 4 * 2000
-    fused, first = dispatch.estimate(call, slow)
+    fused, first = paths.estimate(call, slow)
     assert fused == pytest.approx((8e6 + io) / 0.85e9)
     assert first == pytest.approx(12e6 / 1e9 + (4e6 + io) / 1e9)
-    fused, first = dispatch.estimate(dispatch.Call("masked_linear", 1, 1000, 1000, "float32", 4, True), slow)
+    fused, first = paths.estimate(paths.Call("masked_linear", 1, 1000, 1000, "float32", 4, True), slow)
     assert fused == pytest.approx((2 * (8e6 + io) + 16e6 + io) / 0.85e9 + 8e-3)
     assert first == pytest.approx(12e-3 + 3 * (4e6 + io) / 1e9 + 20e-3)
-    no_tanh = dispatch.Gpu("no tanh", bytes=1e20, float32=1e20, tf32=1e20, half=1e20, tanh=1e6)
-    many = dispatch.Call("masked_linear", 1024, 10, 100, "bfloat16", 2, gradient=False)
-    assert dispatch.estimate(many, no_tanh) == pytest.approx((8 * 1000 / 1e6, 1000 / 1e6))
+    no_tanh = paths.Gpu("no tanh", bytes=1e20, float32=1e20, tf32=1e20, half=1e20, tanh=1e6)
+    many = paths.Call("masked_linear", 1024, 10, 100, "bfloat16", 2, gradient=False)
+    assert paths.estimate(many, no_tanh) == pytest.approx((8 * 1000 / 1e6, 1000 / 1e6))
 
 
 @pytest.mark.parametrize(("dtype", "size", "lines"), [("bfloat16", 2, 5), ("float32", 4, 9)])
 def test_the_estimate_counts_the_lines_that_a_window_is_read_in(dtype, size, lines):
     """32 neighbours along the channels, 9 entries apart, take 5 lines of 128 bytes, or 9; one tap hides behind tanh."""
-    call = dispatch.Call("masked_conv2d", 7, 1024, 9216, dtype, size, gradient=False, taps=9)
-    fused, _ = dispatch.estimate(call, dispatch.H200)
+    call = paths.Call("masked_conv2d", 7, 1024, 9216, dtype, size, gradient=False, taps=9)
+    fused, _ = paths.estimate(call, paths.H200)
     assert fused == pytest.approx(1024 * 9216 * lines / 3.7e12)
-    assert 0.6 < (2 * 1024 * 9216 * size / dispatch.H200.bytes) / fused < 0.85
-    plain, _ = dispatch.estimate(dataclasses.replace(call, taps=1), dispatch.H200)
+    assert 0.6 < (2 * 1024 * 9216 * size / paths.H200.bytes) / fused < 0.85
+    plain, _ = paths.estimate(dataclasses.replace(call, taps=1), paths.H200)
     assert plain < fused and plain == pytest.approx((2 * size * 1024 * 9216 + 7 * 10240 * size) / 0.85 / 4.3e12)
 
 
 @pytest.fixture
 def settings():
-    """PyTorch's settings of float32 products are back at their defaults afterwards."""
+    """PyTorch's settings of float32 products are at their defaults, and back there afterwards."""
+    torch.backends.cudnn.allow_tf32 = True
     yield
     torch.backends.fp32_precision = "none"
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -135,20 +138,20 @@ def test_whether_float32_is_tf32(gpu, settings, change, products, convolutions):
     """By every switch that PyTorch has, older and newer, and for a choice that was made before."""
     calls = [("masked_linear", linear(8192, dtype=torch.float32)), ("masked_conv2d", conv(32, 256, 256, 32, 3))]
     for op, args in calls:
-        dispatch.choose(op, args, {})
+        choose(op, args)
     change()
-    assert (dispatch.allows_tf32(convolution=False), dispatch.allows_tf32(convolution=True)) == (products, convolutions)
+    assert (paths.allows_tf32(convolution=False), paths.allows_tf32(convolution=True)) == (products, convolutions)
     for (op, args), tf32 in zip(calls, (products, convolutions), strict=True):
         rows = 8192 if op == "masked_linear" else 32 * 32 * 32
         outputs, reduced, taps = args[1].shape[0], args[1].shape[1:].numel(), args[1].shape[2:].numel()
-        call = dispatch.Call(op, rows, outputs, reduced, "float32", 4, False, taps, tf32)
-        fused, first = (1e6 * seconds for seconds in dispatch.estimate(call, dispatch.H200))
-        assert f"fused {fused:.3g} us, mask first {first:.3g} us" in dispatch.choose(op, args, {}).why
+        call = paths.Call(op, rows, outputs, reduced, "float32", 4, False, taps, tf32)
+        fused, first = (1e6 * seconds for seconds in paths.estimate(call, paths.H200))
+        assert f"fused {fused:.3g} us, mask first {first:.3g} us" in choose(op, args).why
 
 
 def test_a_table_decides(gpu):
     write(gpu, entry(), entry(rows=1024, fused_us=40.0), entry(gradient=True, fused_us=1.0))
-    choice = dispatch.choose("masked_linear", linear(16), {})
+    choice = choose("masked_linear", linear(16))
     assert choice == (
         "mask first",
         "mask first: 16 rows of 4096 -> 4096 in bfloat16: fused 90 us, mask first 50 us, by the table of NVIDIA H200, "
@@ -158,29 +161,30 @@ def test_a_table_decides(gpu):
     assert path("masked_linear", linear(20, 4096, 4000)) == "mask first"  # near enough
     assert path("masked_linear", linear(700)) == "fused"
     assert path("masked_linear", linear(16, gradient=True)) == "fused"
-    assert "no table" not in dispatch.choose("masked_linear", linear(16, dtype=torch.float32), {}).why
-    assert "estimated" in dispatch.choose("masked_linear", linear(16, dtype=torch.float32), {}).why
-    assert "estimated" in dispatch.choose("masked_linear", linear(16, 400, 784), {}).why  # far from what was measured
+    assert "no table" not in choose("masked_linear", linear(16, dtype=torch.float32)).why
+    assert "estimated" in choose("masked_linear", linear(16, dtype=torch.float32)).why
+    assert "estimated" in choose("masked_linear", linear(16, 400, 784)).why  # far from what was measured
 
 
 def test_a_table_names_the_fused_backend(gpu, monkeypatch):
     """The layer and `explain` follow it; where it can't serve the call, the other one does."""
     write(gpu, entry(fused_us=9.0, backend="triton"), entry(rows=4, fused_us=9.0, backend="cuda"), entry(rows=256))
-    choice = dispatch.choose("masked_linear", linear(16), {})
+    choice = choose("masked_linear", linear(16))
     assert choice.order == ("triton", "cuda") and "fused 9 us by triton, mask first 50 us, by the table" in choice.why
-    assert dispatch.choose("masked_linear", linear(4), {}).order == ("cuda", "triton")
-    assert " by cuda" not in dispatch.choose("masked_linear", linear(256), {}).why
-    monkeypatch.setitem(backends._DEVICE, "meta", ("cuda", "triton"))
-    monkeypatch.setattr(dispatch, "_product_dtype", lambda x: "bfloat16")
+    assert choose("masked_linear", linear(4)).order == ("cuda", "triton")
+    assert " by cuda" not in choose("masked_linear", linear(256)).why
+    internals.automatic(monkeypatch, "meta", "cuda", "triton")
+    internals.product_dtype(monkeypatch, "bfloat16")
     refused = {"triton": "", "cuda": ""}
-    monkeypatch.setattr(backends, "_refusal", lambda op, name, *args: refused.get(name, ""))
-    for name in refused:
-        monkeypatch.setitem(backends._offers, ("masked_linear", name), backends.Offer(name, None, ()))
+    monkeypatch.setattr(registry.Op, "refusal", lambda op, name, *values: refused.get(name, ""))
+    functions = {name: lambda *values, name=name: name for name in refused}
+    for name, function in functions.items():
+        monkeypatch.setitem(ops.masked_linear.offers, name, registry.Offer(function))
     args = [t.to("meta") for t in linear(16)]
-    assert backends.fused_function("masked_linear", *args) == "triton"
+    assert ops.masked_linear.fused(*args, None) is functions["triton"]
     assert hmf.explain("masked_linear", *args).startswith("masked_linear: triton (chosen")
     refused["triton"] = "broken"
-    assert backends.fused_function("masked_linear", *args) == "cuda"
+    assert ops.masked_linear.fused(*args, None) is functions["cuda"]
     assert hmf.explain("masked_linear", *args).splitlines()[0] == "masked_linear: cuda (chosen automatically)"
 
 
@@ -228,27 +232,26 @@ def test_shapes_without_a_kernel_mask_first(gpu):
 
 def test_explain_without_kernels(gpu, monkeypatch):
     """The path, its reason, and why no fused kernel takes the call; the layer then masks first."""
-    monkeypatch.setitem(backends._DEVICE, "meta", ("cuda", "triton"))
-    monkeypatch.setitem(backends._problems, "cuda", "no CUDA device")
-    monkeypatch.setitem(backends._problems, "triton", "triton is not installed")
-    monkeypatch.setattr(dispatch, "_product_dtype", lambda x: "bfloat16")  # meta has no autocast to ask
+    internals.automatic(monkeypatch, "meta", "cuda", "triton")
+    internals.missing(monkeypatch, cuda="no CUDA device", triton="triton is not installed")
+    internals.product_dtype(monkeypatch, "bfloat16")
     args = [t.to("meta") for t in linear(16)]
     lines = hmf.explain("masked_linear", *args).splitlines()
-    assert lines[0] == "masked_linear: mask first (chosen automatically)"
+    assert lines[0] == "masked_linear: plain (chosen automatically)"
     assert lines[1].startswith("  fused: 16 rows of 4096 -> 4096 in bfloat16")
     assert lines[2].startswith("  not cuda: ") and lines[3] == "  not triton: triton is not installed"
-    assert backends.fused_function("masked_linear", *args) is None
+    assert ops.masked_linear.fused(*args, None) is None
     assert (
         hmf.explain("masked_linear", *[t.to("meta") for t in linear(8192)]).splitlines()[1].startswith("  mask first")
     )
-    with pytest.raises(InputError, match="masked_linear needs x and weight"):
-        backends.explain("masked_linear", torch.ones(2))
+    with pytest.raises(InputError, match="explain needs the op's arguments"):
+        registry.explain("masked_linear", torch.ones(2))
 
 
 def test_on_the_cpu_it_is_always_mask_first():
     x, weight, logits = torch.randn(2, 5), torch.randn(3, 5), torch.randn(3, 5)
     args = (x, weight, logits, torch.tensor(0.3))
-    assert backends.fused_function("masked_linear", *args) is None
+    assert ops.masked_linear.fused(*args, None) is None
     assert "\n  mask first: on cpu W * m is made once" in hmf.explain("masked_linear", *args)
     torch.testing.assert_close(ops.masked_linear(*args), reference.masked_linear(*args))
     wide = [t.double() for t in args]
@@ -260,7 +263,7 @@ def test_a_compiled_graph_serves_a_bucket_of_batch_sizes(gpu):
     weight = torch.empty(4096, 4096)
 
     def chosen(x):
-        return x.sum() + (dispatch.choose("masked_linear", (x, weight, weight, weight[0, :1]), {}).path == "fused")
+        return x.sum() + (choose("masked_linear", (x, weight, weight, weight[0, :1])).path == "fused")
 
     from torch._dynamo.utils import counters
 
