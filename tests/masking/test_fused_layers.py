@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import memory
+from support import internals, memory
 from support.comparing import DEVICE, DTYPES, assert_matches, exact_threshold, randn
 from support.tolerances import assert_close
 from torch import nn
@@ -182,7 +182,7 @@ def as_on_a_gpu(monkeypatch):
     """Values of tensors are not at hand, several tasks pass at once, and Triton is what auto takes on this device."""
     monkeypatch.setattr(model, "_values_at_hand", lambda tensor: False)
     monkeypatch.setattr(hmf.HyperMask, "_in_one_pass", lambda self, x, tasks=None: serves(self.net, x, tasks))
-    monkeypatch.setitem(registry._AUTOMATIC, "cpu", ("cpu", "triton"))
+    internals.automatic(monkeypatch, "cpu", "cpu", "triton")
 
 
 class NoWait(TorchDispatchMode):

@@ -71,16 +71,22 @@ REFUSED = [
     ("entropy_select", {"logits": F(2, 3, 0)}, "logits must be"),
     ("masked_linear", {"threshold": F(5)}, "threshold must have one entry, not 5"),
     ("masked_linear", {"logits": F(1, 5)}, "logits must have shape"),
+    ("masked_linear", {"logits": F(5, 4)}, r"logits must have shape \(4, 5\), not \(5, 4\)"),
     ("masked_linear", {"x": F(3, 4)}, "x must be"),
+    ("masked_linear", {"x": F(())}, r"x must be \(\.\.\., 5\) for a weight of \(4, 5\), not \(\)"),
     ("masked_linear", {"bias": F(5)}, "bias must have shape"),
     ("masked_linear", {"weight": F(5)}, "weight must be"),
     ("masked_conv2d", {"x": F(1, 3, 5, 5)}, "x must have 4 channels"),
     ("masked_conv2d", {"x": F(4, 5, 5)}, "x must be"),
     ("masked_conv2d", {"x": F(1, 4, 2, 2)}, "does not fit"),
     ("masked_conv2d", {"logits": F(6, 4, 3, 1)}, "logits must have shape"),
+    ("masked_conv2d", {"weight": F(6, 4)}, r"weight must be \(out, in / groups, kh, kw\)"),
+    ("masked_conv2d", {"threshold": F(6)}, "threshold must have one entry, not 6"),
     ("masked_conv2d", {"bias": F(4)}, "bias must have shape"),
     ("masked_conv2d", {"groups": 5}, "groups must divide"),
+    ("masked_conv2d", {"groups": 0}, "groups must divide"),
     ("masked_conv2d", {"stride": 0}, "stride must be a number of at least 1"),
+    ("masked_conv2d", {"dilation": (1, 0)}, "dilation must be a number of at least 1"),
     ("masked_conv2d", {"padding": (1, -1)}, "padding must be a number of at least 0"),
     ("masked_conv2d", {"padding": "same"}, "padding must be a number of at least 0, or two, not 'same'"),
     *[
@@ -92,16 +98,25 @@ REFUSED = [
             ({"hidden": F(10, 5)}, "hidden must be"),
             ({"output_bias": F(11)}, "output_bias must have shape"),
             ({"threshold": F(3)}, "threshold must have one entry"),
+            ({"bias": F(5)}, "bias must have shape"),
+            ({"weight": F(5)}, "weight must be"),
         )
     ],
     ("chunk_masked_conv2d", {"weight": F(0, 2, 3, 3)}, "out, kh and kw at least 1"),
+    ("chunk_masked_conv2d", {"x": F(2, 3, 5, 5)}, "x must have 2 channels for this weight, not 3"),
+    ("chunk_masked_conv2d", {"padding": "same"}, "padding must be a number of at least 0, or two, not 'same'"),
+    ("chunk_masked_linear", {"x": F(3, 4)}, "x must be"),
     ("task_batched_linear", {"x": F(3, 4)}, "x must be"),
     ("task_batched_linear", {"x": F(2, 3, 5)}, "x must be"),
+    ("task_batched_linear", {"x": F(3, 3, 5), "task_ids": None}, "x must be"),
+    ("task_batched_linear", {"weight": F(5)}, "weight must be"),
+    ("task_batched_linear", {"logits": F(2, 5, 4)}, "logits must have shape"),
     ("task_batched_linear", {"logits": F(4, 5)}, "logits must be"),
     ("task_batched_linear", {"logits": F(())}, "logits must be"),
     ("task_batched_linear", {"thresholds": F(3)}, "thresholds must have shape"),
     ("task_batched_linear", {"task_ids": IDS.int()}, "task_ids must be int64"),
     ("task_batched_linear", {"task_ids": IDS[:1]}, r"task_ids must have shape \(3,\)"),
+    ("task_batched_linear", {"task_ids": IDS.repeat(2)}, r"task_ids must have shape \(3,\), not \(6,\)"),
     ("task_batched_linear", {"bias": F(3, 4)}, "bias must be"),
 ]
 
@@ -201,6 +216,10 @@ def test_tensors_on_two_devices_are_refused(backend):
     given["targets"] = given["targets"].to("meta")
     with pytest.raises(InputError, match="output_drift: all tensors must be on one device, not on cpu and meta"):
         ops.output_drift(**given, backend=backend)
+    given = valid("masked_linear")
+    given["logits"] = given["logits"].to("meta")
+    with pytest.raises(InputError, match="masked_linear: all tensors must be on one device, not on cpu and meta"):
+        ops.masked_linear(**given, backend=backend)
     given = valid("masked_weights")
     given["weights"][0] = given["weights"][0].to("meta")
     with pytest.raises(InputError, match="not on cpu and meta|not on meta and cpu"):

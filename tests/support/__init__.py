@@ -4,7 +4,6 @@
     comparing    an op beside its definition, results and every gradient; random tensors, thresholds, kernel launches
     backends     the ops by each backend, for the fixtures `backend`, `operators`, `emulated`
     chunks       a chunked hypernetwork, and the logits that it generates
-    refusals     what every backend refuses in the same words
     arguments    valid arguments of every op and operator, by name
     memory       uninitialised memory that is NaN
     networks     small networks, models and scenarios

@@ -7,7 +7,7 @@ definition's signature, the `device` that its tensors must be on, and `kind`, it
 The layer ops have `LAYERS` instead: "plain" is W * m by the fastest backend there is and then PyTorch's own product,
 "plain-alone" the same as where no extension is built. "automatic" is what is taken where nobody asks for a backend.
 
-What depends on the library's inner names stands here: `EXTENSION`, `native_problem` and `missing`.
+What depends on the library's inner names stands here, `EXTENSION` and `native_problem`, and in `internals`.
 """
 
 import functools
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hypermask_fast import ops
 from hypermask_fast.ops import registry
+from support import internals
 from support.comparing import DEVICE
 
 ISAS = ("baseline", "avx2", "avx512")
@@ -84,9 +85,8 @@ PLAIN = Public("plain", "plain", DEVICE, {"other": "triton"})
 def missing(*backends: str) -> Iterator[None]:
     """As where these are not installed; nobody is warned of it."""
     with pytest.MonkeyPatch.context() as patch:
-        for backend in backends:
-            patch.setitem(registry._problems, backend, f"{backend} is not installed")
-        patch.setattr(registry, "_warned", {("cpu", ""), ("cuda", "")})
+        internals.missing(patch, **{backend: "it is not installed" for backend in backends})
+        internals.nobody_is_warned(patch)
         yield
 
 

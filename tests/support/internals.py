@@ -23,6 +23,11 @@ def nobody_was_warned(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(registry, "_warned", set())
 
 
+def nobody_is_warned(patch: pytest.MonkeyPatch) -> None:
+    """As if everybody had been."""
+    patch.setattr(registry, "_warned", {("cpu", ""), ("cuda", "")})
+
+
 def environment_asks_for(patch: pytest.MonkeyPatch, backend: str) -> None:
     """As HYPERMASK_BACKEND, which is read at import."""
     patch.setattr(registry, "_ENVIRONMENT", backend)
