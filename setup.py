@@ -4,44 +4,59 @@
 builds and skips the extension. Nothing that goes wrong here fails the install: what was left out and why is printed,
 kept in hypermask_fast/_build.json and shown by `python -m hypermask_fast.env`. Only HYPERMASK_CUDA=1 makes it an error.
 
+Compilation is BuildExtension's, by ninja: side by side, and only what has changed. Without ninja it takes one file
+after the other and leaves out CUDA.
+
 Environment: HYPERMASK_NATIVE=0 leaves the extension out; HYPERMASK_CUDA=auto|0|1 (auto: where it can be built; 1: an
 error where it can't); HYPERMASK_CUDA_ARCHS="80;90;100"; CXX, NVCC, MAX_JOBS.
 """
 
+import contextlib
 import json
+import logging
 import os
-import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
+from typing import BinaryIO
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
-X86 = platform.machine() in ("x86_64", "AMD64")
-OLDEST_NVCC = (12, 8)  # the first that knows sm_100
-# Torch's ABI of 2.11 and CPython's of 3.10: one binary for all later ones.
-ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000", "-std=c++17"]
-CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 LIBRARY = "_native.abi3.so"
-ISA_FLAGS = {
-    "kernels_avx2": ["-mavx2", "-mfma", "-mbmi"],
-    "kernels_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mbmi"],
-}
+OLDEST_NVCC = (12, 8)  # the first that knows sm_100
+# Torch's ABI of 2.11; BuildExtension adds CPython's of 3.10. So one binary serves all later ones.
+ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-std=c++17"]
+# Behind those that Python itself was compiled with, hence -fno-wrapv and -g0.
+CXX_FLAGS = ["-O3", "-fno-wrapv", "-g0", "-fvisibility=hidden"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+NINJA = r"\[\d+/\d+\] |FAILED: |ninja: "  # how its own lines begin
+NVCC_FLAGS = ["-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0", "-DUSE_CUDA"]
+
+try:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of what this file takes care of
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+except ImportError:
+    torch, BuildExtension = None, build_ext
+# Ninja may be among the environment's programs, which pip leaves out of PATH.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+os.environ["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"  # the stable ABI is C's, the same for every compiler
 
 
 def compiler() -> list[str]:
     """The C++ compiler's command, such as ["ccache", "g++"]; [] where there is none."""
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     return shlex.split(found) if found else []
 
 
@@ -67,7 +82,7 @@ def nvcc_problem() -> tuple[str | None, str]:
 def without_cuda(why: str) -> str:
     """`why`, for the record; an error of the build where HYPERMASK_CUDA=1."""
     if os.environ.get("HYPERMASK_CUDA") == "1":
-        raise SetupError(f"HYPERMASK_CUDA=1, but CUDA would be left out: {why}")
+        raise SystemExit(f"error: HYPERMASK_CUDA=1, but CUDA would be left out: {why}")
     return why
 
 
@@ -77,14 +92,15 @@ def native_problem() -> str:
         return "left out by HYPERMASK_NATIVE=0"
     if sys.platform != "linux":
         return f"the extension is built on Linux only, not on {sys.platform}"
-    if not compiler():
-        return "no C++ compiler found"
-    try:
-        import torch
-    except ImportError:
+    if torch is None:
         return "torch was not there while building: pip install --no-build-isolation ."
     release = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
-    return "" if release >= (2, 11) else f"torch {torch.__version__} is older than 2.11"
+    if release < (2, 11):
+        return f"torch {torch.__version__} is older than 2.11"
+    command = compiler()
+    if not command:
+        return "no C++ compiler found"
+    return "" if shutil.which(command[0]) else f"no C++ compiler found: {command[0]} does not run"
 
 
 def architecture_flags() -> list[str]:
@@ -94,92 +110,126 @@ def architecture_flags() -> list[str]:
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]  # PTX for devices to come
 
 
-def run(command: list[str]) -> None:
-    """Runs a compiler from the project's root, unless its output is newer than all sources; raises with its message."""
-    output = Path(command[-1])
-    if "-c" in command and output.exists():
-        newest = max(p.stat().st_mtime for p in [*ROOT.glob("csrc/**/*.*"), ROOT / "setup.py"])
-        if output.stat().st_mtime > newest:
-            return
+def static_cuda_runtime(nvcc: str) -> list[str]:
+    """The linker's flags for it; where it lies, nvcc tells."""
+    dry = subprocess.run([nvcc, "--dryrun", "-shared", "x.o"], capture_output=True, text=True)
+    found = re.search(r"LIBRARIES=(.*)", dry.stderr)
+    return [*shlex.split(found[1] if found else ""), "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
+
+
+@contextlib.contextmanager
+def output_in(file: BinaryIO) -> Iterator[None]:
+    """Whatever this process and those it starts write to their standard output and error goes to `file`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = os.dup(1), os.dup(2)
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError as error:
-        raise RuntimeError(f"{command[0]} does not run: {error.strerror}") from error
-    if done.returncode:
-        text = (done.stderr or done.stdout).strip()
-        print(text, file=sys.stderr)
-        lines = text.splitlines() or ["without a message"]
-        reason = next((line for line in lines if "error" in line), lines[0])
-        raise RuntimeError(f"{command[0]} failed with exit code {done.returncode}: {reason[:300]}")
-    if done.stderr:
-        print(done.stderr, file=sys.stderr)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for at, original in enumerate(before, start=1):
+            os.dup2(original, at)
+            os.close(original)
 
 
-class Build(build_ext):
-    """Compiles all sources side by side, CPU and CUDA apart, so that a failure of CUDA leaves the CPU part."""
+def failure(output: str) -> tuple[str, str]:
+    """Of the first command that failed in a build: all it wrote, and one line with its first error."""
+    lines = output.splitlines()
+    failed = next((i for i, line in enumerate(lines) if line.startswith("FAILED: ")), None)
+    if failed is None:  # not in ninja
+        who, told = "the build", [line for line in lines if not re.match(NINJA, line)]
+    else:
+        who, told = (
+            shlex.split(lines[failed + 1])[0],
+            list(takewhile(lambda s: not re.match(NINJA, s), lines[failed + 2 :])),
+        )
+    told = [line for line in told if line.strip()]
+    reason = next((line for line in told if "error" in line), told[0] if told else "without a message")
+    return "\n".join(told), f"{who} failed: {reason.strip()[:300]}"
+
+
+class Build(BuildExtension):
+    """BuildExtension with a second try without CUDA where CUDA fails, and with a record of what was left out.
+
+    BuildExtension takes for granted that torch and nvcc are of one CUDA version. This extension has a static runtime of
+    its own and needs of torch only its stable ABI: torch's CPU build serves as well.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # objects stay from one install to the next, as those of build_ext --inplace do
+            self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def run(self) -> None:
-        record = {"native": "", "cuda": ""}  # "" is built, otherwise why not
+        inplace = self.inplace  # off while it builds
+        self.record = {"native": problem, "cuda": problem and without_cuda(problem)}
+        if not problem:
+            os.environ["CXX"] = self.one_word(compiler())
+            super().run()
+        write_record(self.record, ROOT / "hypermask_fast" if inplace else Path(self.build_lib, "hypermask_fast"))
+
+    def one_word(self, command: list[str]) -> str:
+        """A program that runs the command: BuildExtension takes CXX for a program's name."""
+        if len(command) == 1:
+            return command[0]
+        os.environ["TORCH_NO_COMPILER_WRAPPER"] = "1"  # the command may name one
+        script = Path(self.build_temp).resolve() / "c++"
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        script.chmod(0o755)
+        return str(script)
+
+    def build_extension(self, ext: Extension) -> None:
         nvcc, why = nvcc_problem()
-        if not nvcc:
-            record["cuda"] = without_cuda(why)
-        try:
-            self.build_native(nvcc)
-        except RuntimeError as error:
-            if nvcc:
-                record["cuda"] = without_cuda(str(error))
-                print(f"hypermask_fast: trying again without CUDA, because {error}", file=sys.stderr)
+        if nvcc and not self.use_ninja:
+            nvcc, why = None, "there is no ninja to compile CUDA with: pip install ninja"
+        self.record = {"native": "", "cuda": "" if nvcc else without_cuda(why)}  # "" is built, otherwise why not
+        problem = self.attempt(ext, nvcc)
+        if nvcc and problem:
+            self.record["cuda"] = without_cuda(problem)
+            print(f"hypermask_fast: trying again without CUDA, because {problem}", file=sys.stderr)
+            problem = self.attempt(ext, None)
+        if problem:
+            self.record = {"native": problem, "cuda": "the extension was not built"}
+
+    def attempt(self, ext: Extension, nvcc: str | None) -> str:
+        """Compiles and links; "" or why that failed."""
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an earlier build's
+        ext.sources = CXX_SOURCES
+        ext.extra_link_args = LINK_FLAGS
+        with tempfile.TemporaryFile() as file:
+            with output_in(file):
                 try:
-                    self.build_native(None)
-                except RuntimeError as again:
-                    record["native"] = str(again)
-            else:
-                record["native"] = str(error)
-        if record["native"]:
-            record["cuda"] = "the extension was not built"
-        self.write_record(record)
-        if self.inplace:
-            self.copy_extensions_to_source()
+                    if nvcc:
+                        self.add_cuda(ext, nvcc)
+                    super().build_extension(ext)
+                    error = None
+                except Exception as caught:
+                    error = caught
+            file.seek(0)
+            output = file.read().decode(errors="replace")
+        if error is None:
+            if "warning" in output:
+                print(output, file=sys.stderr)
+            return ""
+        told, reason = failure(output)
+        print(told or error, file=sys.stderr)
+        return reason
 
-    def write_record(self, record: dict) -> None:
-        target = Path(self.build_lib, "hypermask_fast")
-        write_record(record, [ROOT / "hypermask_fast"] if self.inplace else [target])
-
-    def build_native(self, nvcc: str | None) -> None:
-        import torch
-        from torch.utils.cpp_extension import include_paths
-
-        temp = Path(self.build_temp).resolve() / "csrc"
-        temp.mkdir(parents=True, exist_ok=True)
-        includes = [flag for p in [*include_paths(), sysconfig.get_paths()["include"]] for flag in ("-isystem", p)]
-        defines = [*ABI_FLAGS, *(["-DHYPERMASK_X86"] if X86 else []), *(["-DHYPERMASK_WITH_CUDA"] if nvcc else [])]
-        commands, objects = [], []
-        for source in sorted(Path("csrc").glob("*.cpp")) + sorted(Path("csrc/cpu").glob("*.cpp")):
-            if source.stem in ISA_FLAGS and not X86:
-                continue
-            objects.append(temp / f"{source.stem}{'_cuda' if nvcc else ''}.o")
-            flags = [*CXX_FLAGS, *ISA_FLAGS.get(source.stem, [])]
-            commands.append([*compiler(), *flags, *defines, *includes, "-c", str(source), "-o", str(objects[-1])])
-        for source in sorted(Path("csrc/cuda").glob("*.cu")) if nvcc else []:
-            objects.append(temp / f"{source.stem}.cu.o")
-            commands.append([nvcc, "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads=0",
-                             "--expt-relaxed-constexpr", "-DUSE_CUDA", *architecture_flags(), *defines, *includes,
-                             "-c", str(source), "-o", str(objects[-1])])  # fmt: skip
-        jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(run, commands))
-        output = Path(self.get_ext_fullpath("hypermask_fast._native")).resolve()
-        if self.inplace:
-            output = Path(self.build_lib).resolve() / "hypermask_fast" / LIBRARY
-        output = output.with_name(LIBRARY)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
-        if nvcc:  # which knows where its static runtime lies
-            link = [nvcc, "-shared", "--cudart=static", "-Xlinker", "--no-as-needed,-s"]
-        else:
-            link = [*compiler(), "-shared", "-Wl,--no-as-needed,-s"]
-        link += [*map(str, objects), *libraries, "-o", str(output)]
-        run(link)
+    def add_cuda(self, ext: Extension, nvcc: str) -> None:
+        """Only now, behind BuildExtension's check that nvcc is of torch's own CUDA version."""
+        ext.sources = [*CXX_SOURCES, *sources("csrc/cuda/*.cu")]
+        ext.extra_link_args = [*LINK_FLAGS, *static_cuda_runtime(nvcc)]
+        os.environ["PYTORCH_NVCC"] = shlex.quote(nvcc)
+        # BuildExtension asks nvcc for what a file includes, which ninja goes by, only where torch has CUDA.
+        torch.version.cuda = torch.version.cuda or "none"
 
 
 class Python(build_py):
@@ -190,27 +240,34 @@ class Python(build_py):
         if not self.distribution.ext_modules:
             why = native_problem()
             without_cuda(why)
-            here = [ROOT] if getattr(self, "editable_mode", False) else [Path(self.build_lib)]
-            write_record({"native": why, "cuda": why}, [p / "hypermask_fast" for p in here])
+            here = ROOT if getattr(self, "editable_mode", False) else Path(self.build_lib)
+            write_record({"native": why, "cuda": why}, here / "hypermask_fast")
 
 
-def write_record(record: dict, folders: list[Path]) -> None:
+def write_record(record: dict[str, str], folder: Path) -> None:
     for part, why in record.items():
         if why:
             print(f"hypermask_fast: left out {part}: {why}", file=sys.stderr)
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        if record["native"]:  # an earlier build's library, which may not fit these sources
-            (folder / LIBRARY).unlink(missing_ok=True)
-        (folder / "_build.json").write_text(json.dumps(record))
+    folder.mkdir(parents=True, exist_ok=True)
+    if record["native"]:  # an earlier build's library, which may not fit these sources
+        (folder / LIBRARY).unlink(missing_ok=True)
+    (folder / "_build.json").write_text(json.dumps(record))
 
 
-extension = Extension("hypermask_fast._native", ["csrc/registration.cpp"], py_limited_api=True, optional=True)
+CXX_SOURCES = sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp")
 problem = native_problem()
+extensions = []
+if not problem:
+    both = [*ABI_FLAGS, *(flag for path in include_paths() for flag in ("-isystem", path))]
+    LINK_FLAGS = ["-Wl,--no-as-needed,-s", *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
+    compile_flags = {"cxx": [*CXX_FLAGS, *both], "nvcc": [*NVCC_FLAGS, *architecture_flags(), *both]}
+    # `optional`: setuptools goes on where there is nothing to copy.
+    extensions = [Extension("hypermask_fast._native", CXX_SOURCES, extra_compile_args=compile_flags, language="c++",
+                            py_limited_api=True, optional=True)]  # fmt: skip
 setup(
     packages=find_packages(include=["hypermask_fast*"]),  # hypermask_fast/kernels is a link to kernels/
     package_dir={"": "."},
-    ext_modules=[] if problem else [extension],
+    ext_modules=extensions,
     cmdclass={"build_ext": Build, "build_py": Python},
     options={} if problem else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -102,7 +102,7 @@ def _backend(device: torch.device) -> str:
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     there = [name for name in names if not backends.problem(name)]
     if there == ["cpu"]:
-        return f"cpu ({('baseline', 'AVX2', 'AVX-512')[torch.ops.hypermask_fast.cpu_isa(-1)]})"
+        return f"cpu ({('baseline', 'AVX2', 'AVX-512')[torch.ops.hypermask_native.cpu_isa(-1)]})"
     return "+".join(there) or "reference"
 
 

@@ -6,16 +6,18 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__, env
 from .data import SCENARIOS
 from .errors import InputError
+from .extras import needed_for
 from .regularizers import FIDELITIES
 from .training import evaluation, report, run
 from .training.config import RunConfig, load_preset, presets
 from .training.logs import TerminalLog
 from .training.memory import tune_allocator
+from .training.tables import text_table
 
 PROGRAM = "hypermask-fast"
 EXIT_INPUT, EXIT_INTERRUPTED, EXIT_UNREAD = 2, 130, 141
@@ -32,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            if arguments.run is not _env:
+                _check_packages()
             code = arguments.run(arguments)
             sys.stdout.flush()  # here, where a failure is told
             return code
@@ -48,6 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         hint = "; the same command with --resume goes on from the last checkpoint" if arguments.run is _train else ""
         print(f"\n{PROGRAM}: interrupted{hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _check_packages() -> None:
+    """Refuses a command that could not show what it has done, before it does anything."""
+    with needed_for("the command line"):
+        import rich  # noqa: F401
 
 
 def _refuse(message: str) -> int:
@@ -105,10 +115,7 @@ def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
         print(load_preset(arguments.name).to_toml(), end="")
         return 0
-    known = presets()
-    width = max(map(len, known))
-    for name, config in known.items():
-        print(f"{name:<{width}}  {config.title}")
+    print(text_table([(name, config.title) for name, config in presets().items()], "<<", gap=2))
     return 0
 
 
@@ -165,9 +172,8 @@ def _table(names: list[str], columns: dict[str, list[float]]) -> str:
     """Names and percentages side by side, with the columns' means."""
     rows = [*zip(names, *columns.values(), strict=True)]
     rows.append(("mean", *(sum(values) / len(values) for values in columns.values())))
-    width = max(len(name) for name, *_ in rows)
-    lines = ["task".ljust(width) + "".join(f"{title:>15}" for title in columns)]
-    return "\n".join([*lines, *(name.ljust(width) + "".join(f"{v:15.2f}" for v in values) for name, *values in rows)])
+    texts = [(name, *(f"{value:.2f}" for value in values)) for name, *values in rows]
+    return text_table([("task", *columns), *texts], "<" + ">" * len(columns), gap=3)
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
@@ -176,7 +182,7 @@ def _table(names: list[str], columns: dict[str, list[float]]) -> str:
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(EXIT_INPUT, f"{PROGRAM}: error: {message}; `{self.prog} --help` says more\n")
 
 

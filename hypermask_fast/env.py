@@ -9,17 +9,17 @@ from importlib import metadata
 
 import torch
 
-from . import ops
-from .ops import registry
-from .ops.paths import MASK_FIRST
+from .ops import OPS, registry
 
-_PACKAGES = ("hypermask-fast", "numpy", "safetensors", "scikit-learn", "matplotlib", "pillow", "triton", "tensorboard")
+_PACKAGES = ("hypermask-fast", "numpy", "safetensors")
+_EXTRAS = dict.fromkeys(("scikit-learn", "matplotlib", "pillow", "rich", "tomli-w"), "train")
+_EXTRAS |= {name: name for name in ("triton", "tensorboard")}
 _ISA = ("baseline", "AVX2", "AVX-512")
 _NO_DEVICE = "no CUDA device"  # as `registry.problem` begins
 _REMEDY = {
     "cpu": "pip install --no-build-isolation .   (needs a C++ compiler; prints what it leaves out)",
     "cuda": "HYPERMASK_CUDA=1 pip install --no-build-isolation .   (needs nvcc 12.8 or later on PATH)",
-    "triton": "pip install triton",
+    "triton": 'pip install "hypermask-fast[triton]"',
 }
 
 
@@ -28,7 +28,10 @@ def report() -> str:
     lines = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__} (built for {_built_for()})",
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: _version(name) or "not installed" for name in _PACKAGES},
+        **{
+            name: _version(name) or f'not installed (pip install "hypermask-fast[{_EXTRAS[name]}]")' for name in _EXTRAS
+        },
         "cpu": f"{os.cpu_count()} logical cores, {torch.get_num_threads()} threads used (OMP_NUM_THREADS sets it)",
         **_gpus(),
         **_backends(),
@@ -45,14 +48,15 @@ def _backends() -> dict[str, str]:
         lines["HYPERMASK_BACKEND"] = (
             wanted if known else f"{wanted}, which is none of auto, {', '.join(registry.BACKENDS)}"
         )
-    ready = [name for name in registry.BACKENDS[1:] if not registry.problem(name)]
-    for name in registry.BACKENDS[1:]:
-        kind = f" ({_ISA[torch.ops.hypermask_fast.cpu_isa(-1)]})" if name == "cpu" and name in ready else ""
-        serves = f"ready{kind}: {', '.join(registry.served(name))}"
+    others = [name for name in registry.BACKENDS if name != registry.REFERENCE]
+    ready = [name for name in others if not registry.problem(name)]
+    kinds = {registry.PLAIN: " (PyTorch's own products, on any device)"}
+    if "cpu" in ready:
+        kinds["cpu"] = f" ({_ISA[torch.ops.hypermask_native.cpu_isa(-1)]})"
+    for name in others:
+        serves = f"ready{kinds.get(name, '')}: {', '.join(registry.served(name))}"
         lines[f"backend {name}"] = serves if name in ready else registry.problem(name) + _remedy(name)
-    served = {op for name in (*ready, MASK_FIRST) for op in registry.served(name)}
-    lines[MASK_FIRST] = f"on any device, W * m and then PyTorch's product: {', '.join(registry.served(MASK_FIRST))}"
-    rest = sorted(set(ops.__all__) - served - {"kept_rank", "chunked_output_drift"})
+    rest = sorted(OPS.keys() - {op for name in ready for op in registry.served(name)})
     lines["backend reference"] = f"what no other serves: {', '.join(rest) or 'nothing'}"
     return lines
 
@@ -71,10 +75,11 @@ def _built_for() -> str:
 
 
 def _version(package: str) -> str:
+    """ "" where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return f"not installed (pip install {package})"
+        return ""
 
 
 def _gpus() -> dict[str, str]:

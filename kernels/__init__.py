@@ -8,7 +8,6 @@ from .masked_linear import masked_linear
 from .masked_weights import masked_weights
 from .semi_binary_mask import semi_binary_mask, semi_binary_mask_with_slope
 from .task_batched_linear import task_batched_linear
-from .tuning import tune, tune_masked_linear
 from .weight_drift import weight_drift
 
 __all__ = [
@@ -21,7 +20,5 @@ __all__ = [
     "semi_binary_mask",
     "semi_binary_mask_with_slope",
     "task_batched_linear",
-    "tune",
-    "tune_masked_linear",
     "weight_drift",
 ]

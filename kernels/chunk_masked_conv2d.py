@@ -8,29 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import arguments
 from . import host
-from .chunk_weights import check_chunks, launch_gradients, launch_masked_weight
-from .conv2d_shape import Conv2dShape, pair
+from .chunk_weights import launch_gradients, launch_masked_weight
+from .conv2d_shape import Conv2dShape, pairs
 
 
 def _check(
     x, weight, hidden, output_weight, output_bias, start, threshold, bias, stride, padding, dilation, groups
-) -> Conv2dShape:
+) -> None:
     host.check_tensors(
         x=x, weight=weight, hidden=hidden, output_weight=output_weight, output_bias=output_bias,
         threshold=threshold, bias=bias,
     )  # fmt: skip
-    shape = Conv2dShape.of(weight, stride, padding, dilation, groups)
-    shape.check(x, weight, bias)
-    host.check(weight.shape[0] > 0, "weight must have an output channel")
-    check_chunks(weight, hidden, output_weight, output_bias, start, threshold)
-    return shape
+    arguments.chunk_masked_conv2d(
+        x, weight, hidden, output_weight, output_bias, start, threshold, bias, stride, padding, dilation, groups
+    )
 
 
 def _forward(
     x, weight, hidden, output_weight, output_bias, start, threshold, bias, stride, padding, dilation, groups
 ) -> Tensor:
-    host.check_runnable(x)
     source = (weight, hidden, output_weight, output_bias, start, threshold)
     _check(x, *source, bias, stride, padding, dilation, groups)
     masked = launch_masked_weight(*source, x.dtype)
@@ -61,9 +59,11 @@ def _backward(
     groups,
     needed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    host.check_runnable(grad)
-    want_x, *want = needed
     source = (weight, hidden, output_weight, output_bias, start, threshold)
+    _check(x, *source, None, stride, padding, dilation, groups)
+    host.check_tensors(x=x, grad=grad)
+    arguments.gradient(grad, Conv2dShape.of(weight, stride, padding, dilation, groups).output(x, weight))
+    want_x, *want = needed
     masked = launch_masked_weight(*source, x.dtype)
     dx, gradient, _ = torch.ops.aten.convolution_backward(
         grad, x, masked, None, stride, padding, dilation, False, (0, 0), groups, (want_x, any(want), False)
@@ -108,7 +108,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad: Tensor):
     *needed, _, _, needs_bias = ctx.needs_input_grad[:8]
     *tensors, threshold = ctx.saved_tensors
-    gradients = torch.ops.hypermask_fast.chunk_masked_conv2d_backward(
+    gradients = torch.ops.hypermask_triton.chunk_masked_conv2d_backward(
         grad, *tensors, ctx.start, threshold, *ctx.shape, needed
     )
     bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
@@ -161,7 +161,7 @@ def chunk_masked_conv2d(
         InputError: shapes that do not fit, entries beyond the last chunk, other dtypes, mixed devices, CPU tensors
             outside the interpreter.
     """
-    return torch.ops.hypermask_fast.chunk_masked_conv2d(
+    return torch.ops.hypermask_triton.chunk_masked_conv2d(
         host.autocast(x), weight, hidden, output_weight, output_bias, start, threshold, bias,
-        pair(stride), pair(padding), pair(dilation), groups,
+        *pairs(stride, padding, dilation), groups,
     )  # fmt: skip

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
+from ..ops import arguments
 from . import host, settings
-from .chunk_weights import check_chunks, chunk_tile, launch_gradients, launch_masked_weight, layer_factor
+from .chunk_weights import chunk_tile, launch_gradients, launch_masked_weight, layer_factor
 from .device import masked_tile, multiple
-from .masked_linear import check_linear, sum_splits
+from .host import cdiv
+from .masked_linear import sum_splits
 
 FUSED_ROWS = 64  # up to here bytes count, and one tile of rows means that each weight tile is made once
 
@@ -79,7 +80,7 @@ def launch_fused(
     """x (rows, in) to (rows, out) by `_chunk_product`; None where `aligned_block` has none."""
     (outputs, inputs), chunk_size, width = weight.shape, len(output_weight), hidden.shape[1]
     residues = chunk_size // math.gcd(chunk_size, inputs)
-    tiles = settings.chunk_product(len(x), cdiv(outputs, residues), residues, inputs, x.dtype, x.device)
+    tiles = settings.chunk_product(len(x), cdiv(outputs, residues), residues, inputs, x.dtype, host.gpu(x.device))
     block_k = aligned_block(outputs, inputs, chunk_size, start, tiles.block_k)
     if block_k is None:
         return None
@@ -110,12 +111,10 @@ def _check(x, weight, hidden, output_weight, output_bias, start, threshold, bias
         x=x, weight=weight, hidden=hidden, output_weight=output_weight, output_bias=output_bias,
         threshold=threshold, bias=bias,
     )  # fmt: skip
-    check_linear(x, weight, bias)
-    check_chunks(weight, hidden, output_weight, output_bias, start, threshold)
+    arguments.chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias)
 
 
-def _forward(x, weight, hidden, output_weight, output_bias, start, threshold, bias=None) -> Tensor:
-    host.check_runnable(x)
+def _forward(x, weight, hidden, output_weight, output_bias, start, threshold, bias) -> Tensor:
     _check(x, weight, hidden, output_weight, output_bias, start, threshold, bias)
     rows = host.rows_of(x)
     source = (weight, hidden, output_weight, output_bias, start, threshold)
@@ -128,7 +127,7 @@ def _forward(x, weight, hidden, output_weight, output_bias, start, threshold, bi
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _forward_shapes(x, weight, hidden, output_weight, output_bias, start, threshold, bias=None) -> Tensor:
+def _forward_shapes(x, weight, hidden, output_weight, output_bias, start, threshold, bias) -> Tensor:
     _check(x, weight, hidden, output_weight, output_bias, start, threshold, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -136,9 +135,11 @@ def _forward_shapes(x, weight, hidden, output_weight, output_bias, start, thresh
 def _backward(
     grad, x, weight, hidden, output_weight, output_bias, start, threshold, needed
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    host.check_runnable(grad)
-    want_x, *want = needed
     source = (weight, hidden, output_weight, output_bias, start, threshold)
+    _check(x, *source, None)
+    host.check_tensors(x=x, grad=grad)
+    arguments.gradient(grad, (*x.shape[:-1], weight.shape[0]))
+    want_x, *want = needed
     grad_rows, dx = host.rows_of(grad), x.new_empty(0)
     if want_x:
         dx = (grad_rows @ launch_masked_weight(*source, x.dtype)).view(x.shape)
@@ -162,7 +163,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad: Tensor):
     *needed, _, _, needs_bias = ctx.needs_input_grad
     *tensors, threshold = ctx.saved_tensors
-    gradients = torch.ops.hypermask_fast.chunk_masked_linear_backward(grad, *tensors, ctx.start, threshold, needed)
+    gradients = torch.ops.hypermask_triton.chunk_masked_linear_backward(grad, *tensors, ctx.start, threshold, needed)
     bias = host.rows_of(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
     return *host.none_if_unneeded(gradients, tuple(needed)), None, None, bias
 
@@ -209,6 +210,6 @@ def chunk_masked_linear(
         InputError: shapes that do not fit, entries beyond the last chunk, other dtypes, mixed devices, CPU tensors
             outside the interpreter.
     """
-    return torch.ops.hypermask_fast.chunk_masked_linear(
+    return torch.ops.hypermask_triton.chunk_masked_linear(
         host.autocast(x), weight, hidden, output_weight, output_bias, start, threshold, bias
     )

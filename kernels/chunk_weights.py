@@ -9,11 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, multiple
-from .host import check
+from .host import cdiv
 
 
 @triton.jit
@@ -102,7 +101,7 @@ def _launch_arguments(
     """What both kernels are launched with: grid, arguments from `start` on, constants."""
     chunk_size, width = output_weight.shape
     first, chunks = _span(start, weights, chunk_size)
-    tiles = settings.chunk_tiles(chunks, chunk_size, width, output_weight.dtype, output_weight.device)
+    tiles = settings.chunk_tiles(chunks, chunk_size, width)
     grid = cdiv(chunk_size, tiles.block_n), cdiv(chunks, tiles.block_m)
     strides = *hidden.stride(), *output_weight.stride(), *output_bias.stride()
     constants = {
@@ -172,24 +171,3 @@ def _layer_gradients(
     if want_bias:
         db = da.sum(0, dtype=torch.float32).to(output_bias.dtype)
     return dh, dw, db
-
-
-def check_chunks(
-    weight: Tensor, hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, threshold: Tensor
-) -> None:
-    """Raises InputError where the hypernetwork's last layer does not fit the weight."""
-    check(
-        hidden.dim() == 2 and output_weight.dim() == 2 and hidden.shape[1] == output_weight.shape[1],
-        "hidden must be (chunks, H) and output_weight (C, H), "
-        f"not {tuple(hidden.shape)} and {tuple(output_weight.shape)}",
-    )
-    check(
-        output_bias.shape == output_weight.shape[:1],
-        f"output_bias must be ({output_weight.shape[0]},), not {tuple(output_bias.shape)}",
-    )
-    generated = hidden.shape[0] * output_weight.shape[0]
-    check(
-        start >= 0 and start + weight.numel() <= generated,
-        f"entries {start} to {start + weight.numel()} lie outside the {generated} that the chunks generate",
-    )
-    check(threshold.numel() == 1, f"threshold must be one entry, not {tuple(threshold.shape)}")

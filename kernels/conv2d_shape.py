@@ -1,18 +1,18 @@
-"""The geometry of a 2-D convolution: its checks, its output's shape, its constants in a kernel."""
+"""The geometry of a 2-D convolution: its output's shape, its constants in a kernel."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .host import check
+from ..ops.arguments import Size, pair
 
 Pair = tuple[int, int]
 
 
-def pair(value: int | tuple[int, int]) -> Pair:
-    check(not isinstance(value, str), f"padding must be a number or two, not {value!r}")
-    return (value, value) if isinstance(value, int) else tuple(value)
+def pairs(stride: Size, padding: Size, dilation: Size) -> tuple[Pair, Pair, Pair]:
+    """Each as (height, width). Raises InputError on anything but a number or two, large enough."""
+    return pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +25,11 @@ class Conv2dShape:
 
     @classmethod
     def of(cls, weight: Tensor, stride, padding, dilation, groups: int) -> "Conv2dShape":
-        check(weight.dim() == 4, f"weight must be (out, in / groups, kh, kw), not {tuple(weight.shape)}")
         return cls(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
 
     @property
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
-
-    def __str__(self) -> str:
-        """The part of a key that `tune` keeps settings under."""
-        pairs = zip("kspd", (self.kernel, self.stride, self.padding, self.dilation), strict=True)
-        return "".join(f"{name}{h},{w}" for name, (h, w) in pairs) + f"g{self.groups}"
 
     def constants(self) -> dict[str, int]:
         names = ("K{}", "STRIDE_{}", "PAD_{}", "DILATION_{}")
@@ -48,29 +42,12 @@ class Conv2dShape:
             for n, p, d, k, s in zip(size, self.padding, self.dilation, self.kernel, self.stride, strict=True)
         )
 
-    def check(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """Raises InputError where x, weight, bias and this geometry do not fit together."""
-        check(x.dim() == 4, f"x must be (batch, in, height, width), not {tuple(x.shape)}")
-        check(
-            len(self.stride) == len(self.padding) == len(self.dilation) == 2
-            and min(self.stride) > 0 and min(self.dilation) > 0 and min(self.padding) >= 0,
-            "stride and dilation must be pairs of at least 1, padding a pair of at least 0",
-        )  # fmt: skip
-        check(
-            self.groups > 0 and weight.shape[0] % self.groups == 0,
-            f"groups must divide the {weight.shape[0]} output channels, {self.groups} does not",
-        )
-        channels = weight.shape[1] * self.groups
-        check(x.shape[1] == channels, f"x must have {channels} channels for this weight, not {x.shape[1]}")
-        check(min(self.kernel) > 0, f"the kernel must be at least 1 x 1, not {self.kernel}")
-        out = self.output_size(x.shape[2:])
-        check(min(out) > 0, f"a kernel of {self.kernel} does not fit into an input of {tuple(x.shape[2:])}")
-        if bias is not None:
-            check(bias.shape == weight.shape[:1], f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
+    def output(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+        """(batch, out, height', width')"""
+        return (x.shape[0], weight.shape[0], *self.output_size(x.shape[2:]))
 
     def new_output(self, x: Tensor, weight: Tensor) -> Tensor:
         """Empty (batch, out, height', width') in x's memory format."""
         nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         memory = torch.channels_last if nhwc else torch.contiguous_format
-        size = (x.shape[0], weight.shape[0], *self.output_size(x.shape[2:]))
-        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory)
+        return torch.empty(self.output(x, weight), dtype=x.dtype, device=x.device, memory_format=memory)

@@ -4,9 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
+from ..ops import arguments
 from . import host
+from .host import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["batch", "tasks"])
@@ -53,16 +54,7 @@ def _entropy_select(
     tl.store(out_ptr + row, chosen, mask=row < batch)
 
 
-def _check(logits: Tensor) -> None:
-    host.check_tensors(logits=logits)
-    host.check(
-        logits.dim() == 3 and logits.shape[0] > 0 and logits.shape[2] > 0,
-        f"logits must be (tasks, batch, classes) with a task and a class, not {tuple(logits.shape)}",
-    )
-
-
 def _forward(logits: Tensor) -> Tensor:
-    host.check_runnable(logits)
     out = _shapes(logits)
     tasks, batch, classes = logits.shape
     if batch > 0:
@@ -75,7 +67,8 @@ def _forward(logits: Tensor) -> Tensor:
 
 
 def _shapes(logits: Tensor) -> Tensor:
-    _check(logits)
+    host.check_tensors(logits=logits)
+    arguments.entropy_select(logits)
     return logits.new_empty(logits.shape[1], dtype=torch.int64)
 
 
@@ -95,4 +88,4 @@ def entropy_select(logits: Tensor) -> Tensor:
     Raises:
         InputError: no task or no class, other dtypes, a CPU tensor outside the interpreter.
     """
-    return torch.ops.hypermask_fast.entropy_select(logits.detach())
+    return torch.ops.hypermask_triton.entropy_select(logits.detach())

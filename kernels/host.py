@@ -1,8 +1,9 @@
-"""What every launch function needs on the host: registration, checks of the input, facts of the device."""
+"""What every launch function needs on the host: registration, checks of dtype and device, facts of the GPU."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,23 +11,23 @@ import triton.language as tl
 from torch import Tensor, library
 
 from ..errors import InputError
+from ..ops.arguments import tensors
 from ..ops.paths import allows_tf32
-from ..ops.registry import tensors
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-_LIBRARY = library.Library("hypermask_fast", "FRAGMENT")
+_LIBRARY = library.Library("hypermask_triton", "DEF")
 
 
 def register(schema: str, implementation: Callable, shapes: Callable) -> None:
-    """Define hypermask_fast::<schema>, run by `implementation`, with `shapes` as its shape function."""
+    """Define hypermask_triton::<schema>, run by `implementation`, with `shapes` as its shape function."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, on_its_device(implementation), "CUDA")
-    _LIBRARY.impl(name, implementation, "CPU")  # serves the interpreter; without it `check_runnable` raises
-    library.register_fake(f"hypermask_fast::{name}", shapes, lib=_LIBRARY)
+    _LIBRARY.impl(name, in_the_interpreter(implementation), "CPU")
+    library.register_fake(f"hypermask_triton::{name}", shapes, lib=_LIBRARY)
 
 
 def on_its_device(implementation: Callable) -> Callable:
@@ -40,30 +41,56 @@ def on_its_device(implementation: Callable) -> Callable:
     return run
 
 
+def in_the_interpreter(implementation: Callable) -> Callable:
+    """On the CPU kernels run in Triton's interpreter only; else `check_runnable` raises."""
+
+    @functools.wraps(implementation)
+    def run(*args):
+        check_runnable(next(tensors(args)))
+        return implementation(*args)
+
+    return run
+
+
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
-    library.register_autograd(f"hypermask_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    library.register_autograd(f"hypermask_triton::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
+# What an op's arguments must be is said by its rule in ops/arguments.py. An operator can be called directly too, so it
+# asks that rule before it launches, and these for what Triton's kernels need besides.
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
-    """All on the first one's device and of a dtype the kernels know.
+def check_tensors(**named: Tensor | Sequence[Tensor] | None) -> None:
+    """Raises InputError unless all tensors have dtypes that the kernels know and are on the first one's device."""
+    for name, value in named.items():
+        for tensor in tensors((value,)):
+            if tensor.dtype not in FLOATS:
+                raise InputError(
+                    f"{_label(name, value)} is {tensor.dtype}; Triton kernels take float32, float16 and bfloat16"
+                )
+    check_device(**named)
 
-    Raises:
-        InputError: naming the tensor that is not.
-    """
-    device = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in FLOATS:
-            raise InputError(f"{name} is {tensor.dtype}; Triton kernels take float32, float16 and bfloat16")
-        device = device or tensor.device
-        if tensor.device != device:
-            raise InputError(f"{name} is on {tensor.device}, {next(iter(tensors))} on {device}: use one device")
+
+def check_device(**named: Tensor | Sequence[Tensor] | None) -> None:
+    """Raises InputError unless all tensors are on the first one's device."""
+    first = None
+    for name, value in named.items():
+        for tensor in tensors((value,)):
+            first = first or (_label(name, value), tensor.device)
+            if tensor.device != first[1]:
+                raise InputError(
+                    f"{_label(name, value)} is on {tensor.device}, {first[0]} on {first[1]}: use one device"
+                )
+
+
+def _label(name: str, value: Tensor | Sequence[Tensor] | None) -> str:
+    return name if isinstance(value, Tensor) else f"one of {name}"
+
+
+def check_one_dtype(weights: Sequence[Tensor]) -> None:
+    """Raises InputError unless all weights have one dtype, as tensors must whose addresses a kernel chooses from."""
+    if len({weight.dtype for weight in weights}) > 1:
+        raise InputError("the weights differ in dtype")
 
 
 def check_runnable(tensor: Tensor) -> None:
@@ -88,18 +115,25 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-@functools.cache
-def multiprocessors(index: int | None) -> int:
-    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+class Gpu(NamedTuple):
+    """What launch settings depend on besides sizes and dtypes.
+
+    Attributes:
+        capability: compute capability as one number, 90 for Hopper; 0 in the interpreter.
+        multiprocessors: how many there are.
+    """
+
+    capability: int
+    multiprocessors: int
 
 
 @functools.cache
-def capability(index: int | None) -> int:
-    """Compute capability as one number, 90 for Hopper; 0 for the interpreter."""
-    if index is None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+def gpu(device: torch.device) -> Gpu:
+    """Facts of a tensor's device."""
+    if device.type != "cuda":
+        return Gpu(capability=0, multiprocessors=4)
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(10 * found.major + found.minor, found.multi_processor_count)
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
@@ -130,6 +164,16 @@ def common_factor(*values: int) -> int:
 def index_type(size: int) -> tl.dtype:
     """Type for offsets up to size: 32 bits where they do, for 64-bit divisions are calls."""
     return tl.int64 if size >= 2**31 - 2**16 else tl.int32
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. (Triton's own is made for kernels too: on the host a call of it takes microseconds.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is n or more, for n of at least 1. (See `cdiv`.)"""
+    return 1 << (n - 1).bit_length()
 
 
 def none_if_unneeded(gradients: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

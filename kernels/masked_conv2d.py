@@ -4,12 +4,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
+from ..ops import arguments
 from . import host, settings
-from .conv2d_shape import Conv2dShape, pair
+from .conv2d_shape import Conv2dShape, pairs
 from .device import gradient_of_logits, mask_of, masked_tile
-from .host import check
+from .host import cdiv
 from .tiles import Tiles
 
 
@@ -232,7 +232,9 @@ def launch_convolution(
     group_out, group_in = weight.shape[0] // shape.groups, weight.shape[1]
     channels, reduced = (group_in, group_out) if transposed else (group_out, group_in)
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
-    tiles = tiles or settings.convolution(channels, pixels, reduced, shape, x.dtype, x.device)
+    tiles = tiles or settings.convolution(
+        channels, pixels, reduced, shape.taps, shape.groups, x.dtype, host.gpu(x.device)
+    )
     w, a = ((t.permute(1, 0, 2, 3) if transposed else t).stride() for t in (weight, logits))
     w_group, a_group = weight.stride(0) * group_out, logits.stride(0) * group_out
     grid = (cdiv(pixels, tiles.block_n), cdiv(channels, tiles.block_m) * shape.groups)
@@ -257,7 +259,9 @@ def launch_weight_gradient(
         return dw, da
     channels, in_channels = weight.shape[0] // shape.groups, weight.shape[1]
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
-    tiles = tiles or settings.convolution_gradient(channels, in_channels, pixels, shape, x.dtype, x.device)
+    tiles = tiles or settings.convolution_gradient(
+        channels, in_channels, pixels, shape.taps, shape.groups, x.dtype, host.gpu(x.device)
+    )
     split = tiles.splits > 1
     partial = x.new_empty((tiles.splits, weight.numel()) if split else 0, dtype=torch.float32)
     strides = (*weight.stride(), *logits.stride(), *dw.stride(), *da.stride())
@@ -280,20 +284,12 @@ def launch_weight_gradient(
     return dw, da
 
 
-def _check(
-    x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None, shape: Conv2dShape
-) -> None:
+def _check(x, weight, logits, threshold, bias, stride, padding, dilation, groups) -> None:
     host.check_tensors(x=x, weight=weight, logits=logits, threshold=threshold, bias=bias)
-    shape.check(x, weight, bias)
-    check(
-        logits.shape == weight.shape,
-        f"logits must have the weight's shape {tuple(weight.shape)}, not {tuple(logits.shape)}",
-    )
-    check(threshold.numel() == 1, f"threshold must be one entry, not {tuple(threshold.shape)}")
+    arguments.masked_conv2d(x, weight, logits, threshold, bias, stride, padding, dilation, groups)
 
 
 def _forward(x, weight, logits, threshold, bias, stride, padding, dilation, groups) -> Tensor:
-    host.check_runnable(x)
     y = _forward_shapes(x, weight, logits, threshold, bias, stride, padding, dilation, groups)
     bias = None if bias is None else bias.contiguous()
     shape = Conv2dShape.of(weight, stride, padding, dilation, groups)
@@ -302,17 +298,18 @@ def _forward(x, weight, logits, threshold, bias, stride, padding, dilation, grou
 
 
 def _forward_shapes(x, weight, logits, threshold, bias, stride, padding, dilation, groups) -> Tensor:
-    shape = Conv2dShape.of(weight, stride, padding, dilation, groups)
-    _check(x, weight, logits, threshold, bias, shape)
-    return shape.new_output(x, weight)
+    _check(x, weight, logits, threshold, bias, stride, padding, dilation, groups)
+    return Conv2dShape.of(weight, stride, padding, dilation, groups).new_output(x, weight)
 
 
 def _backward(
     grad, x, weight, logits, threshold, stride, padding, dilation, groups, needed
 ) -> tuple[Tensor, Tensor, Tensor]:
-    host.check_runnable(grad)
-    want_x, want_weight, want_logits = needed
+    _check(x, weight, logits, threshold, None, stride, padding, dilation, groups)
+    host.check_tensors(x=x, grad=grad)
     shape = Conv2dShape.of(weight, stride, padding, dilation, groups)
+    arguments.gradient(grad, shape.output(x, weight))
+    want_x, want_weight, want_logits = needed
     dx = torch.empty_like(x) if want_x else x.new_empty(0, 0, 0, 0)
     if want_x:
         launch_convolution(grad, weight, logits, threshold, None, dx, shape, transposed=True)
@@ -335,7 +332,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad: Tensor):
     needs_x, needs_weight, needs_logits, _, needs_bias = ctx.needs_input_grad[:5]
     needed = (needs_x, needs_weight, needs_logits)
-    op = torch.ops.hypermask_fast.masked_conv2d_backward
+    op = torch.ops.hypermask_triton.masked_conv2d_backward
     gradients = op(grad, *ctx.saved_tensors, *ctx.shape, needed)
     bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
     return *host.none_if_unneeded(gradients, needed), None, bias, None, None, None, None
@@ -381,6 +378,6 @@ def masked_conv2d(
     Raises:
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.
     """
-    return torch.ops.hypermask_fast.masked_conv2d(
-        host.autocast(x), weight, logits, threshold, bias, pair(stride), pair(padding), pair(dilation), groups
+    return torch.ops.hypermask_triton.masked_conv2d(
+        host.autocast(x), weight, logits, threshold, bias, *pairs(stride, padding, dilation), groups
     )

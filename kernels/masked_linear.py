@@ -4,11 +4,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
+from ..ops import arguments
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
-from .host import check
+from .host import cdiv
 from .tiles import Tiles
 
 
@@ -159,7 +159,7 @@ def launch_product(
     y = x.new_empty((rows, outputs))
     if y.numel() == 0:
         return y
-    tiles = tiles or settings.masked_product(rows, outputs, reduced, x.dtype, x.device)
+    tiles = tiles or settings.masked_product(rows, outputs, reduced, x.dtype, host.gpu(x.device))
     steps = cdiv(cdiv(reduced, tiles.block_k), tiles.splits)
     split = tiles.splits > 1
     target = x.new_empty((tiles.splits, rows, outputs), dtype=torch.float32) if split else y[None]
@@ -185,7 +185,7 @@ def launch_weight_gradient(
     da = logits.new_empty(logits.shape if want_logits else 0)
     if weight.numel() == 0 or not (want_weight or want_logits):
         return dw, da
-    tiles = tiles or settings.weight_gradient(outputs, inputs, len(x), x.dtype, x.device)
+    tiles = tiles or settings.weight_gradient(outputs, inputs, len(x), x.dtype, host.gpu(x.device))
     grid = (cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m))
     _weight_gradient[grid](
         grad, x, weight, logits, threshold, dw, da, len(x), outputs, inputs,
@@ -197,36 +197,19 @@ def launch_weight_gradient(
     return dw, da
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises InputError where x (..., in), weight (out, in) and bias (out,) do not fit together."""
-    check(weight.dim() == 2, f"weight must be (out, in), not {tuple(weight.shape)}")
-    check(
-        x.dim() >= 1 and x.shape[-1] == weight.shape[1],
-        f"x must be (..., {weight.shape[1]}) for a weight of {tuple(weight.shape)}, not {tuple(x.shape)}",
-    )
-    if bias is not None:
-        check(bias.shape == weight.shape[:1], f"bias must be ({weight.shape[0]},), not {tuple(bias.shape)}")
-
-
 def _check(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None) -> None:
     host.check_tensors(x=x, weight=weight, logits=logits, threshold=threshold, bias=bias)
-    check_linear(x, weight, bias)
-    check(
-        logits.shape == weight.shape,
-        f"logits must have the weight's shape {tuple(weight.shape)}, not {tuple(logits.shape)}",
-    )
-    check(threshold.numel() == 1, f"threshold must be one entry, not {tuple(threshold.shape)}")
+    arguments.masked_linear(x, weight, logits, threshold, bias)
 
 
-def _forward(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-    host.check_runnable(x)
+def _forward(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, logits, threshold, bias)
     bias = None if bias is None else bias.contiguous()
     y = launch_product(host.rows_of(x), weight, logits, threshold, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _forward_shapes(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
+def _forward_shapes(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, weight, logits, threshold, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -234,7 +217,9 @@ def _forward_shapes(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    host.check_runnable(grad)
+    host.check_tensors(grad=grad, x=x, weight=weight, logits=logits, threshold=threshold)
+    arguments.masked_linear(x, weight, logits, threshold, None)
+    arguments.gradient(grad, (*x.shape[:-1], weight.shape[0]))
     want_x, want_weight, want_logits = needed
     grad = host.rows_of(grad)
     dx = launch_product(grad, weight.t(), logits.t(), threshold, None).view(x.shape) if want_x else x.new_empty(0)
@@ -257,7 +242,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad: Tensor):
     needs_x, needs_weight, needs_logits, _, needs_bias = ctx.needs_input_grad
     needed = (needs_x, needs_weight, needs_logits)
-    gradients = torch.ops.hypermask_fast.masked_linear_backward(grad, *ctx.saved_tensors, needed)
+    gradients = torch.ops.hypermask_triton.masked_linear_backward(grad, *ctx.saved_tensors, needed)
     bias = host.rows_of(grad).sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None
     return *host.none_if_unneeded(gradients, needed), None, bias
 
@@ -291,4 +276,4 @@ def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, 
     Raises:
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.
     """
-    return torch.ops.hypermask_fast.masked_linear(host.autocast(x), weight, logits, threshold, bias)
+    return torch.ops.hypermask_triton.masked_linear(host.autocast(x), weight, logits, threshold, bias)

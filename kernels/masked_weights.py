@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops import arguments
 from . import host
 from .device import gradient_of_logits, mask_of, masked_tile
-from .segments import check_flat, check_segments, constants, fill_gap, place_of, tables, tensor_of
+from .segments import borders_of, constants, fill_gap, place_of, tables, tensor_of
 
 
 @triton.jit
@@ -63,16 +64,19 @@ def _gradients(
             tl.store(da_ptr + flat + local, da.to(da_ptr.dtype.element_ty), mask=inside)
 
 
-def _borders(weights: Sequence[Tensor], offsets: Sequence[int]) -> tuple[int, ...]:
-    return tuple(offsets[: len(weights) + 1])
-
-
-def _check(weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offsets: Sequence[int]) -> None:
-    named = {f"weights[{s}]": weight for s, weight in enumerate(weights)}
-    host.check_tensors(logits=logits, thresholds=thresholds, **named)
-    host.check(len(offsets) > len(weights), f"offsets must be at least {len(weights) + 1} borders, not {len(offsets)}")
-    check_segments(weights, offsets, logits=logits)
-    check_flat("thresholds", thresholds, len(weights))
+def _check(
+    weights: Sequence[Tensor],
+    logits: Tensor,
+    thresholds: Tensor,
+    offsets: Sequence[int],
+    grads: Sequence[Tensor] | None = None,
+) -> None:
+    host.check_tensors(logits=logits, thresholds=thresholds, weights=weights, grads=grads)
+    host.check_one_dtype(weights)
+    arguments.masked_weights(weights, logits, thresholds, offsets)
+    if grads is not None:
+        host.check_one_dtype(grads)
+        arguments.masked_weights_gradients(grads, weights)
 
 
 def _shapes(weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offsets: Sequence[int]) -> list[Tensor]:
@@ -85,9 +89,8 @@ def _dtype(weight: Tensor, logits: Tensor) -> torch.dtype:
 
 
 def _forward(weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offsets: Sequence[int]) -> list[Tensor]:
-    host.check_runnable(logits)
     masked = _shapes(weights, logits, thresholds, offsets)
-    borders, flat = _borders(weights, offsets), [w.contiguous() for w in weights]
+    borders, flat = borders_of(weights, offsets), [w.contiguous() for w in weights]
     logits, thresholds = logits.contiguous(), thresholds.contiguous()
     for part, table in tables(borders, None, logits.device):
         if len(table) > 0:
@@ -99,12 +102,12 @@ def _forward(weights: Sequence[Tensor], logits: Tensor, thresholds: Tensor, offs
 
 
 def _backward(grads, weights, logits, thresholds, offsets, needed) -> tuple[list[Tensor], Tensor]:
-    host.check_runnable(logits)
+    _check(weights, logits, thresholds, offsets, grads)
     dws, da = _backward_shapes(grads, weights, logits, thresholds, offsets, needed)
     want_weights, want_logits = needed
     if not (want_weights or want_logits):
         return dws, da
-    borders, flat = _borders(weights, offsets), [w.contiguous() for w in weights]
+    borders, flat = borders_of(weights, offsets), [w.contiguous() for w in weights]
     grads, logits, thresholds = [g.contiguous() for g in grads], logits.contiguous(), thresholds.contiguous()
     for part, table in tables(borders, len(da) if want_logits else None, logits.device):
         if len(table) > 0:
@@ -132,19 +135,19 @@ def _autograd(ctx, grads: Sequence[Tensor | None]):
     grads = [
         torch.zeros_like(w, dtype=_dtype(w, logits)) if g is None else g for g, w in zip(grads, weights, strict=True)
     ]
-    dws, da = torch.ops.hypermask_fast.triton_masked_weights_backward(
+    dws, da = torch.ops.hypermask_triton.masked_weights_backward(
         grads, weights, logits, thresholds, ctx.offsets, needed
     )
     return dws if needed[0] else [None] * len(weights), da if needed[1] else None, None, None
 
 
 _INPUTS = "Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets"
-host.register(f"triton_masked_weights({_INPUTS}) -> Tensor[]", _forward, _shapes)
+host.register(f"masked_weights({_INPUTS}) -> Tensor[]", _forward, _shapes)
 host.register(
-    f"triton_masked_weights_backward(Tensor[] grads, {_INPUTS}, bool[2] needed) -> (Tensor[], Tensor)",
+    f"masked_weights_backward(Tensor[] grads, {_INPUTS}, bool[2] needed) -> (Tensor[], Tensor)",
     _backward, _backward_shapes,
 )  # fmt: skip
-host.register_autograd("triton_masked_weights", _setup_context, _autograd)
+host.register_autograd("masked_weights", _setup_context, _autograd)
 
 
 def masked_weights(
@@ -167,4 +170,4 @@ def masked_weights(
     """
     if len(weights) == 0:
         return []
-    return torch.ops.hypermask_fast.triton_masked_weights(list(weights), logits, thresholds, list(offsets))
+    return torch.ops.hypermask_triton.masked_weights(list(weights), logits, thresholds, list(offsets))

@@ -12,11 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from . import host
 from .device import multiple
-from .host import check
+from .host import cdiv
 
 BLOCK = 2048
 MOST = 64  # segments per launch: three addresses each are 1.5 of the 4 KiB that arguments may take
@@ -80,26 +79,11 @@ def first_blocks(offsets: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int64, device=device)
 
 
+def borders_of(weights: Sequence[Tensor], offsets: Sequence[int]) -> tuple[int, ...]:
+    """Those of the weights' segments: more may follow."""
+    return tuple(offsets[: len(weights) + 1])
+
+
 def constants(offsets: Sequence[int]) -> dict[str, int]:
     """BY and BLOCK of the functions above: all segments begin and end at multiples of BY."""
     return {"BY": host.common_factor(*offsets), "BLOCK": BLOCK}
-
-
-def check_segments(weights: Sequence[Tensor], offsets: Sequence[int], **flat: Tensor) -> None:
-    """Raises InputError unless the weights have one dtype and fill the first segments, within each flat tensor."""
-    check(len({weight.dtype for weight in weights}) <= 1, "all weights must have one dtype")
-    for s, weight in enumerate(weights):
-        check(
-            weight.numel() == offsets[s + 1] - offsets[s],
-            f"weights[{s}] has {weight.numel()} entries, its offsets say {offsets[s + 1] - offsets[s]}",
-        )
-    check(offsets[0] >= 0, f"offsets must begin at 0 or later, not {offsets[0]}")
-    for name, tensor in flat.items():
-        check_flat(name, tensor, offsets[len(weights)])
-
-
-def check_flat(name: str, tensor: Tensor, entries: int) -> None:
-    check(
-        tensor.dim() == 1 and len(tensor) >= entries,
-        f"{name} must be flat with at least {entries} entries, not {tuple(tensor.shape)}",
-    )

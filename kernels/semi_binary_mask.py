@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
+from ..ops import arguments
 from . import host
 from .device import mask_of, slope_of
+from .host import cdiv, next_power_of_2
 
 _BLOCK = 1024
 
@@ -49,8 +50,7 @@ def _thresholds(threshold: Tensor, shape: torch.Size) -> tuple[Tensor, int]:
 
 
 def _launch(logits: Tensor, threshold: Tensor, grad: Tensor | None, slope: Tensor | None) -> Tensor:
-    host.check_runnable(logits)
-    _check(logits, threshold)
+    _check(logits, threshold, grad)
     out = logits.new_empty(logits.shape)
     if out.numel() > 0:
         thresholds, run = _thresholds(threshold, logits.shape)
@@ -64,13 +64,11 @@ def _launch(logits: Tensor, threshold: Tensor, grad: Tensor | None, slope: Tenso
     return out
 
 
-def _check(logits: Tensor, threshold: Tensor) -> None:
-    host.check_tensors(logits=logits, threshold=threshold)
-    sizes = zip(reversed(threshold.shape), reversed(logits.shape), strict=False)
-    host.check(
-        threshold.dim() <= logits.dim() and all(n in (1, m) for n, m in sizes),
-        f"threshold of {tuple(threshold.shape)} does not broadcast to logits of {tuple(logits.shape)}",
-    )
+def _check(logits: Tensor, threshold: Tensor, grad: Tensor | None = None) -> None:
+    host.check_tensors(logits=logits, threshold=threshold, grad=grad)
+    arguments.semi_binary_mask(logits, threshold)
+    if grad is not None:
+        arguments.gradient(grad, logits.shape)
 
 
 def _forward(logits: Tensor, threshold: Tensor) -> Tensor:
@@ -96,19 +94,19 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad: Tensor):
-    return torch.ops.hypermask_fast.triton_semi_binary_mask_backward(grad, *ctx.saved_tensors), None
+    return torch.ops.hypermask_triton.semi_binary_mask_backward(grad, *ctx.saved_tensors), None
 
 
-host.register("triton_semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor", _forward, _shapes)
+host.register("semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor", _forward, _shapes)
 host.register(
-    "triton_semi_binary_mask_with_slope(Tensor logits, Tensor threshold) -> (Tensor, Tensor)",
+    "semi_binary_mask_with_slope(Tensor logits, Tensor threshold) -> (Tensor, Tensor)",
     _forward_with_slope, lambda logits, threshold: (_shapes(logits, threshold), _shapes(logits, threshold)),
 )  # fmt: skip
 host.register(
-    "triton_semi_binary_mask_backward(Tensor grad, Tensor logits, Tensor threshold) -> Tensor",
+    "semi_binary_mask_backward(Tensor grad, Tensor logits, Tensor threshold) -> Tensor",
     _backward, lambda grad, logits, threshold: _shapes(logits, threshold),
 )  # fmt: skip
-host.register_autograd("triton_semi_binary_mask", _setup_context, _autograd)
+host.register_autograd("semi_binary_mask", _setup_context, _autograd)
 
 
 def semi_binary_mask(logits: Tensor, threshold: Tensor) -> Tensor:
@@ -123,7 +121,7 @@ def semi_binary_mask(logits: Tensor, threshold: Tensor) -> Tensor:
     Raises:
         InputError: shapes that do not broadcast, other dtypes, mixed devices, CPU tensors outside the interpreter.
     """
-    return torch.ops.hypermask_fast.triton_semi_binary_mask(logits, threshold)
+    return torch.ops.hypermask_triton.semi_binary_mask(logits, threshold)
 
 
 def semi_binary_mask_with_slope(logits: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,4 +132,4 @@ def semi_binary_mask_with_slope(logits: Tensor, threshold: Tensor) -> tuple[Tens
     Returns:
         Two tensors of the shape and dtype of logits, contiguous.
     """
-    return torch.ops.hypermask_fast.triton_semi_binary_mask_with_slope(logits, threshold)
+    return torch.ops.hypermask_triton.semi_binary_mask_with_slope(logits, threshold)

@@ -1,24 +1,25 @@
-"""The heuristics that choose launch settings. `tune` (tuning.py) can measure better ones on request.
+"""The heuristics that choose launch settings, from sizes, the dtype of the products and facts of the GPU alone.
 
-Every `tunable` one takes sizes, the dtype of the products and the device, and is asked before each launch.
+They are asked before each launch and remember their answers.
 """
 
-import torch
-from triton import cdiv, next_power_of_2
+import functools
 
-from . import host
-from .conv2d_shape import Conv2dShape
+import torch
+
+from .host import Gpu, cdiv, next_power_of_2
 from .tiles import Tiles
-from .tuning import tunable
+
+_remembered = functools.lru_cache(maxsize=1024)
 
 
 def _clip(size: int, low: int, high: int) -> int:
     return max(low, min(high, next_power_of_2(max(size, 1))))
 
 
-def _splits(programs: int, steps: int, device: torch.device) -> int:
+def _splits(programs: int, steps: int, gpu: Gpu) -> int:
     """Enough programs for two per multiprocessor, each with at least four steps of the reduction."""
-    wanted = 2 * host.multiprocessors(device.index) // max(programs, 1)
+    wanted = 2 * gpu.multiprocessors // max(programs, 1)
     return max(1, min(wanted, steps // 4, 32))
 
 
@@ -28,21 +29,27 @@ def _splits(programs: int, steps: int, device: torch.device) -> int:
 _HALF_TILES = ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4))
 
 
-def _filling(outputs: int, rows: int, copies: int, device: torch.device, widest: int = 256) -> tuple[int, int, int]:
+def _filling(outputs: int, rows: int, copies: int, gpu: Gpu, widest: int = 256) -> tuple[int, int, int]:
     """The largest of _HALF_TILES of which every multiprocessor gets one, over `copies` products (outputs, rows);
     the last where none does. block_n is no wider than `widest` or than the rows need."""
-    if host.capability(device.index) < 90:
+    if gpu.capability < 90:
         widest = min(widest, 128)  # without wgmma the operands need registers too
     widest = _clip(rows, 16, widest)
     fitting = [(m, min(n, widest), w) for m, n, w in _HALF_TILES if m == 64 or (widest >= 128 and outputs > 64)]
     for tile in fitting:
-        if copies * cdiv(outputs, tile[0]) * cdiv(rows, tile[1]) >= host.multiprocessors(device.index):
+        if copies * cdiv(outputs, tile[0]) * cdiv(rows, tile[1]) >= gpu.multiprocessors:
             return tile
     return fitting[-1]
 
 
-@tunable
-def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+def _float32_step(gpu: Gpu) -> int:
+    """block_k of a product in float32. Before Hopper 32 is too much: for compute capability 8.0 ptxas then spills one or
+    two registers, in one kernel or another by the version of Triton, to fit one more program on a multiprocessor."""
+    return 16 if gpu.capability < 90 else 32
+
+
+@_remembered
+def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
     """(W * m) x^T, an (outputs, rows) product: block_m over outputs, block_n over rows of x.
 
     Up to 64 rows bytes count: W and the logits are read once, by at least two programs per multiprocessor with
@@ -56,26 +63,26 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, de
     """
     if dtype == torch.float32:
         block_n = _clip(rows, 16, 64)
-        block_m, block_k, warps = 64, 32, 8 if block_n == 64 else 4
+        block_m, block_k, warps = 64, _float32_step(gpu), 8 if block_n == 64 else 4
     else:
-        block_m, block_n, warps = _filling(outputs, rows, 1, device) if rows > 64 else (64, _clip(rows, 16, 64), 4)
+        block_m, block_n, warps = _filling(outputs, rows, 1, gpu) if rows > 64 else (64, _clip(rows, 16, 64), 4)
         block_k = 64
     block_k = _clip(reduced, 16, block_k)
     programs = cdiv(outputs, block_m) * cdiv(rows, block_n)
-    if rows > 64 and (dtype == torch.float32 or programs >= host.multiprocessors(device.index)):
+    if rows > 64 and (dtype == torch.float32 or programs >= gpu.multiprocessors):
         return Tiles(block_m, block_n, block_k, warps, stages=2 if dtype == torch.float32 else 3)
     stages = 4 if rows <= 64 else 3
-    splits = _splits(programs, cdiv(reduced, block_k), device)
+    splits = _splits(programs, cdiv(reduced, block_k), gpu)
     return Tiles(block_m, block_n, block_k, warps, stages, splits)
 
 
-@tunable
-def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+@_remembered
+def weight_gradient(outputs: int, inputs: int, rows: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
     """G = dy^T x, an (outputs, inputs) product reduced over rows; its epilogue reads W and a and writes dW and da once,
     4 * 2 bytes an entry: 31 us at 4096 x 4096 in bfloat16, where 8192 rows take the tensor cores 370 us."""
     if dtype == torch.float32:
         return Tiles(64, _clip(inputs, 16, 64), _clip(rows, 16, 32), warps=8)
-    block_m, block_n, warps = _filling(outputs, inputs, 1, device)
+    block_m, block_n, warps = _filling(outputs, inputs, 1, gpu)
     return Tiles(block_m, block_n, _clip(rows, 16, 64), warps)
 
 
@@ -90,51 +97,49 @@ def convolution_columns(channels: int, taps: int, block: int) -> int:
     return taps * cdiv(channels, block) if by_tap(channels) else cdiv(channels * taps, block)
 
 
-@tunable
+@_remembered
 def convolution(
-    channels: int, pixels: int, in_channels: int, shape: Conv2dShape, dtype: torch.dtype, device: torch.device
+    channels: int, pixels: int, in_channels: int, taps: int, groups: int, dtype: torch.dtype, gpu: Gpu
 ) -> Tiles:
     """Implicit GEMM: block_m over output channels of one group, block_n over pixels.
 
     A step of 64 x 128 x 64 takes 256 clocks of Hopper's tensor cores, its mask 256 clocks of tanh, and the 128 pixels
     some 30 instructions each where a tile is of one tap; entry by entry the 8192 of x would take 960 clocks.
     """
-    reduced = in_channels if by_tap(in_channels) else in_channels * shape.taps
+    reduced = in_channels if by_tap(in_channels) else in_channels * taps
     if dtype == torch.float32:
         return Tiles(_clip(channels, 16, 64), _clip(pixels, 16, 64), _clip(reduced, 16, 32), warps=8)
-    m, n, warps = _filling(channels, pixels, shape.groups, device, widest=128)
+    m, n, warps = _filling(channels, pixels, groups, gpu, widest=128)
     return Tiles(_clip(channels, 16, m), n, _clip(reduced, 16, 64 if by_tap(in_channels) else 32), warps)
 
 
-@tunable
+@_remembered
 def convolution_gradient(
-    channels: int, in_channels: int, pixels: int, shape: Conv2dShape, dtype: torch.dtype, device: torch.device
+    channels: int, in_channels: int, pixels: int, taps: int, groups: int, dtype: torch.dtype, gpu: Gpu
 ) -> Tiles:
     """G over (channels, in * kh * kw) of a group, reduced over all pixels: few tiles, so the reduction is split."""
-    reduced = in_channels if by_tap(in_channels) else in_channels * shape.taps
+    reduced = in_channels if by_tap(in_channels) else in_channels * taps
     block_m, block_n = _clip(channels, 16, 64), _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
     block_k = _clip(pixels, 16, 32)
-    programs = cdiv(channels, block_m) * convolution_columns(in_channels, shape.taps, block_n) * shape.groups
-    splits = _splits(programs, cdiv(pixels, block_k), device)
+    programs = cdiv(channels, block_m) * convolution_columns(in_channels, taps, block_n) * groups
+    splits = _splits(programs, cdiv(pixels, block_k), gpu)
     stages = 2 if dtype == torch.float32 else 3
     return Tiles(block_m, block_n, block_k, 4 if splits > 1 else 8, stages, splits)
 
 
-@tunable
-def chunk_tiles(chunks: int, chunk_size: int, width: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+@_remembered
+def chunk_tiles(chunks: int, chunk_size: int, width: int) -> Tiles:
     """A tile of (chunk, position) whose logits are a product over `width`; block_k is the step over it."""
     return Tiles(_clip(chunks, 16, 64), _clip(chunk_size, 16, 64), _clip(width, 16, 32), warps=8, stages=2)
 
 
-@tunable
-def chunk_product(
-    rows: int, outputs: int, residues: int, reduced: int, dtype: torch.dtype, device: torch.device
-) -> Tiles:
+@_remembered
+def chunk_product(rows: int, outputs: int, residues: int, reduced: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
     """As `masked_product` for few rows: `outputs` rows of the weight share their positions, for each of `residues`."""
     block_m, block_n = _clip(outputs, 16, 64), _clip(rows, 16, 64)
     block_k = _clip(reduced, 16, 32 if dtype == torch.float32 else 64)
     programs = cdiv(outputs, block_m) * residues * cdiv(rows, block_n)
-    splits = _splits(programs, cdiv(reduced, block_k), device)
+    splits = _splits(programs, cdiv(reduced, block_k), gpu)
     return Tiles(block_m, block_n, block_k, warps=8, stages=2, splits=splits)
 
 
@@ -144,8 +149,8 @@ def width_block(width: int) -> int:
     return _clip(width, 16, 16 if width % 8 else 64)
 
 
-@tunable
-def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+@_remembered
+def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
     """As `masked_product` with `rows` the rows that a task may expect: every task fills tiles of its own.
 
     10 tasks over 1000 rows of 1024 x 1000: 20 GFLOP, 27 us; each entry's tanh is made once per 256 rows, 11 us;
@@ -153,14 +158,12 @@ def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch
     """
     if dtype == torch.float32:
         block_n = _clip(rows, 16, 64)
-        return Tiles(64, block_n, _clip(reduced, 16, 32), warps=8 if block_n == 64 else 4)
-    block_m, block_n, warps = _filling(outputs, rows, tasks, device)
+        return Tiles(64, block_n, _clip(reduced, 16, _float32_step(gpu)), warps=8 if block_n == 64 else 4)
+    block_m, block_n, warps = _filling(outputs, rows, tasks, gpu)
     return Tiles(block_m, block_n, _clip(reduced, 16, 64), warps)
 
 
-@tunable
-def task_weight_gradient(
-    tasks: int, outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: torch.device
-) -> Tiles:
+@_remembered
+def task_weight_gradient(inputs: int, rows: int, dtype: torch.dtype) -> Tiles:
     """As `weight_gradient`, narrower: dW's sum over the tasks stays in registers beside each task's G."""
     return Tiles(64, _clip(inputs, 16, 32 if dtype == torch.float32 else 64), _clip(rows, 16, 32), warps=8)

@@ -4,14 +4,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
-from ..errors import InputError
+from ..ops import arguments
 from ..ops.registry import debug
 from ..ops.task_rows import TaskRows
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
-from .host import check
+from .host import cdiv, next_power_of_2
 from .tiles import Tiles
 
 
@@ -149,7 +148,7 @@ def launch_task_product(
         return y.fill_(float("nan"))  # no id is a task's
     grouped = order is not None
     per_task = cdiv(rows, tasks) if grouped else rows
-    tiles = tiles or settings.task_product(tasks, per_task, outputs, reduced, x.dtype, x.device)
+    tiles = tiles or settings.task_product(tasks, per_task, outputs, reduced, x.dtype, host.gpu(x.device))
     row_tiles = cdiv(rows, tiles.block_n)
     grid = (row_tiles + tasks + 1 if grouped else row_tiles * tasks, cdiv(outputs, tiles.block_m))
     bias_strides = (0, 0) if bias is None else (0, *bias.stride())[-2:]
@@ -174,7 +173,7 @@ def launch_task_weight_gradient(
     if weight.numel() == 0 or not (want_weight or want_logits):
         return dw, da
     (outputs, inputs), rows = weight.shape, grad.shape[-2]
-    tiles = tiles or settings.task_weight_gradient(len(logits), outputs, inputs, rows, x.dtype, x.device)
+    tiles = tiles or settings.task_weight_gradient(inputs, rows, x.dtype)
     grid = (cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m))
     _task_weight_gradient[grid](
         grad, x, weight, logits, thresholds, dw, da, order, begins, rows, outputs, inputs, len(logits),
@@ -189,51 +188,30 @@ def launch_task_weight_gradient(
     return dw, da
 
 
-def _check(x, weight, logits, thresholds, task_ids, bias) -> None:
+def _check(x, weight, logits, thresholds, rows: TaskRows | None, bias: Tensor | None) -> None:
     host.check_tensors(x=x, weight=weight, logits=logits, thresholds=thresholds, bias=bias)
-    check(weight.dim() == 2, f"weight must be (out, in), not {tuple(weight.shape)}")
-    check(
-        logits.dim() == 3 and logits.shape[1:] == weight.shape,
-        f"logits must be (tasks, {weight.shape[0]}, {weight.shape[1]}), not {tuple(logits.shape)}",
-    )
-    tasks, (outputs, inputs) = logits.shape[0], weight.shape
-    check(thresholds.shape == (tasks,), f"thresholds must be ({tasks},), not {tuple(thresholds.shape)}")
-    rows_ok = x.dim() == 2 or (x.dim() == 3 and task_ids is None and x.shape[0] == tasks)
-    check(
-        rows_ok and x.shape[-1] == inputs,
-        f"x must be (batch, {inputs}), or ({tasks}, batch, {inputs}) without task_ids, not {tuple(x.shape)}",
-    )
-    if bias is not None:
-        check(
-            bias.shape in ((outputs,), (tasks, outputs)),
-            f"bias must be ({outputs},) or ({tasks}, {outputs}), not {tuple(bias.shape)}",
-        )
+    host.check_device(x=x, task_ids=rows)
+    arguments.task_batched_linear(x, weight, logits, thresholds, rows, bias)
 
 
-def _check_ids(x: Tensor, ids: Tensor) -> None:
-    if x.dim() == 2 and (ids.dtype != torch.int64 or ids.shape != x.shape[:1] or ids.device != x.device):
-        raise InputError(
-            f"task_ids must be ({len(x)},) int64 on {x.device}, not {tuple(ids.shape)} {ids.dtype} on {ids.device}"
-        )
-
-
-def _forward(x, weight, logits, thresholds, task_ids=None, order=None, begins=None, bias=None) -> Tensor:
-    host.check_runnable(x)
+def _forward(x, weight, logits, thresholds, task_ids, order, begins, bias) -> Tensor:
     y = _forward_shapes(x, weight, logits, thresholds, task_ids, order, begins, bias)
     if task_ids is not None and debug():
-        known = (task_ids >= 0) & (task_ids < len(logits))
-        check(bool(known.all()), f"task_ids must be 0 to {len(logits) - 1}")
+        arguments.known_tasks(task_ids, len(logits))
     return launch_task_product(x, weight, logits, thresholds.contiguous(), bias, y, order, begins)
 
 
-def _forward_shapes(x, weight, logits, thresholds, task_ids=None, order=None, begins=None, bias=None) -> Tensor:
-    _check(x, weight, logits, thresholds, task_ids, bias)
+def _forward_shapes(x, weight, logits, thresholds, task_ids, order, begins, bias) -> Tensor:
+    _check(x, weight, logits, thresholds, arguments.sorted_rows(task_ids, order, begins), bias)
     tasks = () if task_ids is not None else (logits.shape[0],)
     return x.new_empty((*tasks, x.shape[-2], weight.shape[0]))
 
 
 def _backward(grad, x, weight, logits, thresholds, order, begins, needed) -> tuple[Tensor, Tensor, Tensor]:
-    host.check_runnable(grad)
+    _check(x, weight, logits, thresholds, arguments.sorted_rows(order, order, begins), None)
+    host.check_tensors(x=x, grad=grad)
+    tasks = () if order is not None else (len(logits),)
+    arguments.gradient(grad, (*tasks, x.shape[-2], weight.shape[0]))
     want_x, want_weight, want_logits = needed
     thresholds, table = thresholds.contiguous(), (order, begins)
     dx = x.new_empty(0)
@@ -271,7 +249,7 @@ def _bias_gradient(grad: Tensor, task_ids: Tensor | None, tasks: int, dims: int,
 def _autograd(ctx, grad: Tensor):
     *needed, _, _, _, _, needs_bias = ctx.needs_input_grad
     x, weight, logits, thresholds, task_ids, order, begins = ctx.saved_tensors
-    gradients = torch.ops.hypermask_fast.task_batched_linear_backward(
+    gradients = torch.ops.hypermask_triton.task_batched_linear_backward(
         grad, x, weight, logits, thresholds, order, begins, needed
     )
     bias = _bias_gradient(grad, task_ids, len(logits), *ctx.bias) if needs_bias else None
@@ -319,7 +297,7 @@ def task_batched_linear(
         InputError: shapes that do not fit, other dtypes, mixed devices, CPU tensors outside the interpreter.
     """
     rows = (None, None, None)
-    if task_ids is not None:
-        _check_ids(x, task_ids.ids if isinstance(task_ids, TaskRows) else task_ids)
-        rows = TaskRows.of(task_ids, logits.shape[0] if logits.dim() else 0)
-    return torch.ops.hypermask_fast.task_batched_linear(host.autocast(x), weight, logits, thresholds, *rows, bias)
+    if task_ids is not None:  # judged before they are sorted
+        arguments.task_batched_linear(x, weight, logits, thresholds, task_ids, bias)
+        rows = TaskRows.of(task_ids, len(logits))
+    return torch.ops.hypermask_triton.task_batched_linear(host.autocast(x), weight, logits, thresholds, *rows, bias)

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops import arguments
 from . import host
 from .device import mask_of, slope_of
-from .host import check
-from .segments import check_flat, check_segments, constants, fill_gap, first_blocks, place_of, tables, tensor_of
+from .segments import borders_of, constants, fill_gap, first_blocks, place_of, tables, tensor_of
 
 
 @triton.jit
@@ -105,11 +105,10 @@ def _gradients(
 
 
 def _forward(weights, previous, offsets, norm, logits=None, thresholds=None) -> tuple[Tensor, Tensor]:
-    host.check_runnable(previous)
     total, norms = _forward_shapes(weights, previous, offsets, norm, logits, thresholds)
     if not weights:
         return total.zero_(), norms
-    borders, flat = tuple(offsets), [w.contiguous() for w in weights]
+    borders, flat = borders_of(weights, offsets), [w.contiguous() for w in weights]
     previous, logits = previous.contiguous(), None if logits is None else logits.contiguous()
     launches = tables(borders, None, previous.device)
     partial = previous.new_empty(sum(len(table) for _, table in launches), dtype=torch.float32)
@@ -134,22 +133,19 @@ def _forward_shapes(weights, previous, offsets, norm, logits=None, thresholds=No
 
 
 def _check(weights, previous, offsets, norm, logits, thresholds) -> None:
-    named = {f"weights[{s}]": weight for s, weight in enumerate(weights)}
-    host.check_tensors(previous=previous, **named, logits=logits, thresholds=thresholds)
-    check(norm in (1, 2), f"norm must be 1 or 2, not {norm}")
-    check(len(offsets) == len(weights) + 1, f"offsets must be {len(weights) + 1} borders, not {len(offsets)}")
-    check((logits is None) == (thresholds is None), "give logits and thresholds, or neither")
-    check_segments(weights, offsets, previous=previous, **({} if logits is None else {"logits": logits}))
-    if thresholds is not None:
-        check_flat("thresholds", thresholds, len(weights))
+    host.check_tensors(previous=previous, weights=weights, logits=logits, thresholds=thresholds)
+    host.check_one_dtype(weights)
+    arguments.weight_drift(weights, previous, offsets, norm, logits, thresholds)
 
 
 def _backward(grad, norms, weights, previous, offsets, norm, logits, thresholds) -> tuple[list[Tensor], Tensor]:
-    host.check_runnable(previous)
+    _check(weights, previous, offsets, norm, logits, thresholds)
+    host.check_tensors(previous=previous, grad=grad, norms=norms)
+    arguments.weight_drift_gradient(grad, norms, weights)
     dws, da = _backward_shapes(grad, norms, weights, previous, offsets, norm, logits, thresholds)
     if not weights:
         return dws, da.zero_()
-    borders, flat = tuple(offsets), [w.contiguous() for w in weights]
+    borders, flat = borders_of(weights, offsets), [w.contiguous() for w in weights]
     previous, logits = previous.contiguous(), None if logits is None else logits.contiguous()
     for part, table in tables(borders, None if logits is None else len(da), previous.device):
         if len(table) > 0:
@@ -177,19 +173,19 @@ def _autograd(ctx, grad: Tensor | None, grad_norms: Tensor | None):
     norms, previous, logits, thresholds, *weights = ctx.saved_tensors
     if grad is None:
         return [None] * len(weights), None, None, None, None, None
-    dws, da = torch.ops.hypermask_fast.triton_weight_drift_backward(
+    dws, da = torch.ops.hypermask_triton.weight_drift_backward(
         grad, norms, weights, previous, ctx.offsets, ctx.norm, logits, thresholds
     )
     return dws, None, None, None, None if logits is None else da, None
 
 
 _INPUTS = "Tensor[] weights, Tensor previous, int[] offsets, int norm, Tensor? logits, Tensor? thresholds"
-host.register(f"triton_weight_drift({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_shapes)
+host.register(f"weight_drift({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_shapes)
 host.register(
-    f"triton_weight_drift_backward(Tensor grad, Tensor norms, {_INPUTS}) -> (Tensor[], Tensor)",
+    f"weight_drift_backward(Tensor grad, Tensor norms, {_INPUTS}) -> (Tensor[], Tensor)",
     _backward, _backward_shapes,
 )  # fmt: skip
-host.register_autograd("triton_weight_drift", _setup_context, _autograd)
+host.register_autograd("weight_drift", _setup_context, _autograd)
 
 
 def weight_drift(
@@ -216,7 +212,5 @@ def weight_drift(
         InputError: sizes that do not fit, another norm, other dtypes, mixed devices, CPU tensors outside the
             interpreter.
     """
-    total, _ = torch.ops.hypermask_fast.triton_weight_drift(
-        list(weights), previous, list(offsets), norm, logits, thresholds
-    )
+    total, _ = torch.ops.hypermask_triton.weight_drift(list(weights), previous, list(offsets), norm, logits, thresholds)
     return total

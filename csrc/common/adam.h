@@ -9,7 +9,7 @@ namespace hypermask {
 
 struct AdamStep {
   float one_minus_beta1, beta2, one_minus_beta2;
-  float step_size;         // lr / (1 - beta1^step)
+  float step_size;          // lr / (1 - beta1^step)
   float inverse_sqrt_bias;  // 1 / sqrt(1 - beta2^step)
   float eps;
 };
@@ -20,8 +20,7 @@ __host__ __device__ inline
 #else
 static inline
 #endif
-    AdamStep
-    adam_step(double step, double lr, double beta1, double beta2, double eps) {
+    AdamStep adam_step(double step, double lr, double beta1, double beta2, double eps) {
   AdamStep s;
   s.one_minus_beta1 = static_cast<float>(1.0 - beta1);
   s.beta2 = static_cast<float>(beta2);

@@ -1,4 +1,5 @@
-// The semi-binary mask m = |tanh a| for |a| >= threshold, else 0, its derivative, and the key thresholds are selected by.
+// The semi-binary mask m = |tanh a| for |a| >= threshold, else 0, its derivative, and the key that thresholds are
+// chosen by.
 #pragma once
 
 #include "portable.h"
@@ -6,9 +7,7 @@
 namespace hypermask {
 
 // Order-preserving key of |x|: |x| < |y| exactly when key(x) < key(y); every NaN ranks above Inf.
-HM_INLINE uint32_t magnitude_key(float x) {
-  return static_cast<uint32_t>(Lane<float>::bits(x) & kMagnitudeBits);
-}
+HM_INLINE uint32_t magnitude_key(float x) { return static_cast<uint32_t>(Lane<float>::bits(x) & kMagnitudeBits); }
 
 HM_INLINE float magnitude_from_key(uint32_t key) { return Lane<float>::from_bits(static_cast<int32_t>(key)); }
 
@@ -21,9 +20,7 @@ HM_INLINE uint32_t radix_digit(uint32_t key, int pass) {
   return (key >> radix_shift(pass)) & (pass == 0 ? 0x7ffu : 0x3ffu);
 }
 // All digits above the one of this pass; 0 in the first pass, where every entry takes part.
-HM_INLINE uint32_t radix_prefix(uint32_t key, int pass) {
-  return pass == 0 ? 0u : key >> (radix_shift(pass) + 10);
-}
+HM_INLINE uint32_t radix_prefix(uint32_t key, int pass) { return pass == 0 ? 0u : key >> (radix_shift(pass) + 10); }
 
 // e^y for 0 <= y <= 87, relative error below 2 ulp (Cody and Waite's reduction, a polynomial of degree 7); for other y
 // any number.

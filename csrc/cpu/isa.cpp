@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../common/checks.h"
+#include "../common/registration.h"
 
 namespace hypermask {
 namespace {
@@ -12,7 +13,7 @@ namespace {
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
 bool machine_has(int64_t isa) {
-#if defined(HYPERMASK_X86)
+#if defined(__x86_64__)
   __builtin_cpu_init();
   if (isa == 2) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
@@ -38,10 +39,20 @@ std::atomic<int>& choice() {
   return isa;
 }
 
+// 0 baseline, 1 AVX2, 2 AVX-512; other numbers only ask. Returns the choice in force. A set that the machine or the
+// build lacks is an error.
+int64_t cpu_isa(int64_t isa) {
+  if (isa >= 0 && isa <= 2) {
+    if (!machine_has(isa)) fail("cpu_isa", kNames[isa], " is not to be had on this machine");
+    choice() = static_cast<int>(isa);
+  }
+  return choice();
+}
+
 }  // namespace
 
 const Kernels& kernels() {
-#if defined(HYPERMASK_X86)
+#if defined(__x86_64__)
   const int isa = choice().load(std::memory_order_relaxed);
   if (isa == 2) return kernels_avx512();
   if (isa == 1) return kernels_avx2();
@@ -49,12 +60,8 @@ const Kernels& kernels() {
   return kernels_baseline();
 }
 
-int64_t choose_isa(int64_t isa) {
-  if (isa >= 0 && isa <= 2) {
-    if (!machine_has(isa)) fail("cpu_isa", kNames[isa], " is not to be had on this machine");
-    choice() = static_cast<int>(isa);
-  }
-  return choice();
-}
+HM_SCHEMAS(m) { m.def("cpu_isa(int isa) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(hypermask_native, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 }  // namespace hypermask

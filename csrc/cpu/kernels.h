@@ -1,7 +1,7 @@
 // The table of CPU kernels: plain functions over raw pointers, compiled once per instruction set.
 //
-// They are serial; the ops around them (csrc/cpu/*_ops.cpp) check arguments, split the work into parts that do not
-// depend on the number of threads, and run the parts in parallel.
+// They are serial; the ops around them (csrc/cpu/thresholds.cpp, masks.cpp, dense.cpp) check arguments, split the work
+// into parts that do not depend on the number of threads, and run the parts in parallel.
 #pragma once
 
 #include <cstdint>
@@ -15,17 +15,17 @@ constexpr int kBlockRows = 16;  // rows of the dense layer handled together, rea
 // The dense output layer a_j = W h_j + b, and what its pass over W works on.
 // Rows j of hidden and scratch: first the drift tasks (with targets), then, if grad_logits, the current one.
 struct DenseLayer {
-  int64_t rows;            // N
-  int64_t width;           // H
-  int64_t padded;          // H rounded up to whole vectors of 16
-  int64_t drift_tasks;     // t
-  int64_t tasks;           // t, or t + 1 with grad_logits
-  const float* weight;     // [N, H]
-  const float* bias;       // [N]
-  const float* hidden;     // [tasks, padded], padding 0
-  const float* targets;    // [t, N]
+  int64_t rows;              // N
+  int64_t width;             // H
+  int64_t padded;            // H rounded up to whole vectors of 16
+  int64_t drift_tasks;       // t
+  int64_t tasks;             // t, or t + 1 with grad_logits
+  const float* weight;       // [N, H]
+  const float* bias;         // [N]
+  const float* hidden;       // [tasks, padded], padding 0
+  const float* targets;      // [t, N]
   const float* grad_logits;  // [N] dLoss/da of the current task, or null
-  float coefficient;       // 2 dLoss/dR
+  float coefficient;         // 2 dLoss/dR
   // gradient mode
   float* grad_weight;  // [N, H] or null
   float* grad_bias;    // [N]

@@ -1,3 +1,5 @@
+// The kernels for what every processor has.
+#define HM_LANES 4
 #include "kernels_table.h"
 
 namespace hypermask {

@@ -13,11 +13,11 @@ namespace {
 
 // Tiles are sized so that accumulators and operands fit the registers (32 with AVX-512, else 16), with eight sums or
 // more side by side, which is what hides a multiply-add's latency.
-constexpr int kDotTasks = kLanes == 16 ? 5 : 3;      // of 4 rows each
+constexpr int kDotTasks = kLanes == 16 ? 5 : 3;  // of 4 rows each
 constexpr int kHiddenTasks = kLanes == 16 ? 5 : 6;
 constexpr int hidden_columns(int tasks) { return kLanes == 16 ? 4 : tasks == 1 ? 7 : 12 / tasks; }  // vectors
 constexpr int kOuterColumns = kLanes == 16 ? 7 : 4;  // vectors, of 2 rows each
-constexpr int kAdamWork = 12;  // Adam on an entry takes about as long as this many multiply-adds
+constexpr int kAdamWork = 12;                        // Adam on an entry takes about as long as this many multiply-adds
 
 // For lambdas in the inner loops: as calls they would cost as much as a narrow layer's whole product.
 #define HM_LAMBDA __attribute__((always_inline))
@@ -79,9 +79,9 @@ struct Cut {
 };
 
 // Asks for a later block of W, m and v a few cache lines at a time, in step with the work on this one: so the memory is
-// busy all through the block, not only where the block itself reads and writes. Narrow layers' next block comes into the
-// L1 cache; where that can't hold it beside this one, the block after the next comes into L2, as more lines can be under
-// way there.
+// busy all through the block, not only where the block itself reads and writes. Narrow layers' next block comes into
+// the L1 cache; where that can't hold it beside this one, the block after the next comes into L2, as more lines can be
+// under way there.
 class Ahead {
  public:
   HM_INLINE Ahead of_block(const DenseLayer& d, int64_t row) {
@@ -246,8 +246,8 @@ HM_INLINE void hidden_gradient(const DenseLayer& d, const Cut& cut, const float*
   });
 }
 
-// What becomes of a gradient: written, or Adam on the entry at once. `at` counts from the layer's first entry. By value,
-// so that the compiler need not fear that a store changes a pointer or a constant.
+// What becomes of a gradient: written, or Adam on the entry at once. `at` counts from the layer's first entry. By
+// value, so that the compiler need not fear that a store changes a pointer or a constant.
 struct WriteGradient {
   float* grad;
   HM_INLINE void take(WriteGradient to, Vec grad, int64_t at, int64_t count) { store_up_to(to.grad + at, grad, count); }
@@ -319,7 +319,8 @@ HM_INLINE void bias_gradient(const DenseLayer& d, int rows, const float* factors
   }
 }
 
-// Row after row, in the order of the memory: nothing but the layer is read, and the processor's own prefetching keeps up.
+// Row after row, in the order of the memory: nothing but the layer is read, and the processor's own prefetching keeps
+// up.
 void dense_logits(const DenseLayer& d, int64_t begin, int64_t end, float* logits) {
   const auto dot = [&](int64_t row) HM_LAMBDA { return row_dot(d.weight + row * d.width, d.width, d.hidden); };
   int64_t row = begin;

@@ -32,8 +32,8 @@ void weights_forward(const float* weight, const float* logits, float threshold, 
   }
 }
 
-void weights_backward(const float* weight, const float* logits, float threshold, const float* grad,
-                      float* grad_weight, float* grad_logits, int64_t n) {
+void weights_backward(const float* weight, const float* logits, float threshold, const float* grad, float* grad_weight,
+                      float* grad_logits, int64_t n) {
   const Vec limit = broadcast(threshold);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec a = load_up_to(logits + i, n - i), g = load_up_to(grad + i, n - i);
@@ -127,9 +127,9 @@ void radix_count_pass(const float* logits, int64_t n, uint32_t prefix, uint32_t*
   for (; kPass > 0 && i + kLanes <= n; i += kLanes) {
     const IntVec keys = Lane<Vec>::bits(load(logits + i)) & kMagnitudeBits;
     const IntVec match = (keys >> (radix_shift(kPass) + 10)) == static_cast<int32_t>(prefix);
-#if defined(__AVX512F__)
+#if HM_LANES == 16
     uint32_t bits = _mm512_movepi32_mask((__m512i)match);
-#elif defined(__AVX2__)
+#elif HM_LANES == 8
     uint32_t bits = static_cast<uint32_t>(_mm256_movemask_ps((__m256)match));
 #else
     uint32_t bits = 0;

@@ -1,4 +1,5 @@
-// Work cut into parts that depend on the sizes alone, never on the number of threads: so sums are the same bits for any.
+// Work cut into parts that depend on the sizes alone, never on the number of threads: so sums are the same bits for
+// any.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +11,7 @@
 namespace hypermask {
 
 struct Part {
-  int64_t item;         // which segment
+  int64_t item;        // which segment
   int64_t begin, end;  // entries within it
 };
 

@@ -1,8 +1,9 @@
-// Vectors of 16, 8 or 4 floats, by what the including file is compiled for. GCC and Clang vector types carry the
-// arithmetic; only loads of a part, square roots and sums over lanes need more.
+// Vectors of HM_LANES floats: 16 with AVX-512, 8 with AVX2, else 4. The file that includes this one (kernels_*.cpp)
+// says which, beside its target pragma: g++ does not define __AVX2__ and the like for a pragma. GCC's vector types
+// carry the arithmetic; only loads of a part, square roots and sums over lanes need more.
 #pragma once
 
-#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -10,13 +11,7 @@
 
 namespace hypermask {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
+constexpr int kLanes = HM_LANES;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
@@ -32,7 +27,7 @@ struct Lane<Vec> {
   HM_INLINE Vec broadcast(float x) { return x - Vec{}; }
   // x / y within 1 ulp for finite x and normal y in the range of Adam's denominators (y and 1/y not denormal).
   HM_INLINE Vec divide(Vec x, Vec y) {
-#if defined(__AVX512F__)
+#if HM_LANES == 16
     const __m512 n = (__m512)x, d = (__m512)y, two = _mm512_set1_ps(2.0f);
     __m512 r = _mm512_rcp14_ps(d);
     r = _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, two));
@@ -44,9 +39,9 @@ struct Lane<Vec> {
 #endif
   }
   HM_INLINE Vec sqrt(Vec x) {
-#if defined(__AVX512F__)
+#if HM_LANES == 16
     return (Vec)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
+#elif HM_LANES == 8
     return (Vec)_mm256_sqrt_ps((__m256)x);
 #elif defined(__SSE2__)
     return (Vec)_mm_sqrt_ps((__m128)x);
@@ -69,9 +64,9 @@ HM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // The first count lanes, 0 < count < kLanes; the others are 0 and their memory is not touched.
 HM_INLINE Vec load_part(const float* p, int count) {
-#if defined(__AVX512F__)
+#if HM_LANES == 16
   return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
-#elif defined(__AVX2__)
+#elif HM_LANES == 8
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return (Vec)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
 #else
@@ -82,9 +77,9 @@ HM_INLINE Vec load_part(const float* p, int count) {
 }
 
 HM_INLINE void store_part(float* p, Vec v, int count) {
-#if defined(__AVX2__)
+#if HM_LANES >= 8
   // By halves: with a masked store AMD lets the loads of what lies behind it wait, the next row's first vector.
-#if defined(__AVX512F__)
+#if HM_LANES == 16
   __m256 eight = _mm512_castps512_ps256((__m512)v);
   if (count & 8) {
     _mm256_storeu_ps(p, eight);
@@ -125,11 +120,11 @@ HM_INLINE void store_up_to(float* p, Vec v, int64_t count) {
 
 // Sum of the vector's groups of four lanes.
 HM_INLINE Quad fold(Vec v) {
-#if defined(__AVX512F__)
+#if HM_LANES == 16
   const __m512 x = (__m512)v;
   return ((Quad)_mm512_castps512_ps128(x) + (Quad)_mm512_extractf32x4_ps(x, 1)) +
          ((Quad)_mm512_extractf32x4_ps(x, 2) + (Quad)_mm512_extractf32x4_ps(x, 3));
-#elif defined(__AVX2__)
+#elif HM_LANES == 8
   return (Quad)_mm256_castps256_ps128((__m256)v) + (Quad)_mm256_extractf128_ps((__m256)v, 1);
 #else
   return v;

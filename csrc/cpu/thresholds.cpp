@@ -3,7 +3,9 @@
 #include <memory>
 #include <vector>
 
-#include "cpu_ops.h"
+#include "../common/mask_math.h"
+#include "../common/registration.h"
+#include "../common/thresholds.h"
 #include "isa.h"
 #include "parts.h"
 
@@ -76,9 +78,7 @@ void select_together(std::vector<Selection>& large, const Kernels& k) {
   }
 }
 
-}  // namespace
-
-Tensor mask_thresholds_cpu(const Tensor& logits, const std::vector<int64_t>& offsets, const Tensor& ranks) {
+Tensor mask_thresholds(const Tensor& logits, const Offsets& offsets, const Tensor& ranks) {
   const int64_t entries = check_thresholds(kOp, logits, offsets, ranks, Place::kCpu);
   const int64_t count = segments(offsets), rows = entries ? logits.numel() / entries : 0;
   const int64_t* rank = ranks.const_data_ptr<int64_t>();
@@ -109,5 +109,11 @@ Tensor mask_thresholds_cpu(const Tensor& logits, const std::vector<int64_t>& off
   if (!large.empty()) select_together(large, k);
   return result;
 }
+
+}  // namespace
+
+HM_SCHEMAS(m) { m.def("mask_thresholds(Tensor logits, int[] offsets, Tensor ranks) -> Tensor"); }
+
+HM_CPU(m) { m.impl("mask_thresholds", TORCH_BOX(&mask_thresholds)); }
 
 }  // namespace hypermask

@@ -1,5 +1,8 @@
 // The ops over the hypernetwork's dense output layer on the GPU.
-#include "cuda_ops.h"
+#include <tuple>
+
+#include "../common/dense.h"
+#include "../common/registration.h"
 #include "dense_kernels.h"
 #include "launcher.h"
 
@@ -29,14 +32,16 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
   gpu.launch(kernel, blocks, kThreads, bytes, d);
   if (!grad_hidden && !drift) return;
   const auto finish_blocks = static_cast<unsigned>(std::max<int64_t>(ceil_div(outputs, 32), 1));
-  gpu.launch(finish_kernel, finish_blocks, kThreads, 0, d.partial, d.partial_drift, blocks, outputs, grad_hidden, drift);
+  gpu.launch(finish_kernel, finish_blocks, kThreads, 0, d.partial, d.partial_drift, blocks, outputs, grad_hidden,
+             drift);
 }
 
 template <Mode kMode>
 void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
   d.layout = dense_layout(d.tasks, d.width, on_16_bytes(d.weight, d.weight_m, d.weight_v, d.grad_weight));
-  const auto run_with = d.layout.pack == 4 ? d.layout.chunk == 4 ? run<4, 4, kMode> : run<4, 8, kMode>
-                        : d.layout.chunk == 4 ? run<1, 4, kMode> : run<1, 8, kMode>;
+  const auto run_with = d.layout.pack == 4    ? d.layout.chunk == 4 ? run<4, 4, kMode> : run<4, 8, kMode>
+                        : d.layout.chunk == 4 ? run<1, 4, kMode>
+                                              : run<1, 8, kMode>;
   run_with(op, d, like, grad_hidden, drift);
 }
 
@@ -52,10 +57,8 @@ Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, co
   return d;
 }
 
-}  // namespace
-
 // The logits of one task, in the arithmetic of its drift: against them as targets that is exactly 0.
-Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
+Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
   const char* op = "hypernet_logits";
   check_dense(op, hidden, weight, bias, Place::gpu_of(weight));
   check_float(op, "hidden", hidden, Place::gpu_of(weight), {weight.size(1)});
@@ -66,7 +69,7 @@ Tensor hypernet_logits_cuda(const Tensor& hidden, const Tensor& weight, const Te
   return logits;
 }
 
-Tensor output_drift_cuda(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets) {
+Tensor output_drift(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets) {
   const char* op = "output_drift";
   check_output_drift(op, hidden, weight, bias, targets, Place::gpu_of(weight));
   Tensor drift = empty_float(weight, {});
@@ -76,9 +79,8 @@ Tensor output_drift_cuda(const Tensor& hidden, const Tensor& weight, const Tenso
   return drift;
 }
 
-std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cuda(const Tensor& grad, const Tensor& hidden,
-                                                              const Tensor& weight, const Tensor& bias,
-                                                              const Tensor& targets) {
+std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight,
+                                                         const Tensor& bias, const Tensor& targets) {
   const char* op = "output_drift_backward";
   check_output_drift(op, hidden, weight, bias, targets, Place::gpu_of(weight));
   check_scalar(op, "grad", grad, Place::gpu_of(weight));
@@ -94,14 +96,14 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cuda(const Tensor& grad
   return {grad_hidden, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor> hypernet_adam_cuda(const Tensor& hidden, const Tensor& grad_logits, const Tensor& targets,
-                                              const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
-                                              const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
-                                              const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
-                                              double beta2, double eps) {
+std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& grad_logits, const Tensor& targets,
+                                         const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
+                                         const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
+                                         const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
+                                         double beta2, double eps) {
   const char* op = "hypernet_adam";
-  check_adam(op, hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m, bias_v, step,
-             lr, Place::gpu_of(weight));
+  check_adam(op, hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m, bias_v, step, lr,
+             Place::gpu_of(weight));
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
   Tensor drift = empty_float(hidden, {});
   Dense d = dense_layer(op, hidden, weight, bias, targets.size(0));
@@ -120,6 +122,15 @@ std::tuple<Tensor, Tensor> hypernet_adam_cuda(const Tensor& hidden, const Tensor
   d.eps = eps;
   run<kAdam>(op, d, weight, mutable_data(grad_hidden), mutable_data(drift));
   return {grad_hidden, drift};
+}
+
+}  // namespace
+
+HM_CUDA(m) {
+  m.impl("hypernet_logits", TORCH_BOX(&hypernet_logits));
+  m.impl("output_drift", TORCH_BOX(&output_drift));
+  m.impl("output_drift_backward", TORCH_BOX(&output_drift_backward));
+  m.impl("hypernet_adam", TORCH_BOX(&hypernet_adam));
 }
 
 }  // namespace hypermask

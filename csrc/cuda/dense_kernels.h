@@ -2,10 +2,10 @@
 //
 // A block takes tiles of the layer in turn. In shared memory it makes the factors g of the tile (a thread per row and
 // chunk of tasks), adds to the hidden vectors' gradient (a thread per pack of columns and chunk of tasks, sums in
-// registers from tile to tile), and makes the tile's gradient for Adam (a thread per pack of columns, kDensePacks rows),
-// so that each value loaded from shared memory feeds 4 multiply-adds or more. Copies run ahead: while a tile is
-// worked on, W of the next one is on its way, and each m and v follows as soon as its place is free. W, m and v are read
-// and written once. Sums over rows are added in a fixed order: the same bits every time on the same device.
+// registers from tile to tile), and makes the tile's gradient for Adam (a thread per pack of columns, kDensePacks
+// rows), so that each value loaded from shared memory feeds 4 multiply-adds or more. Copies run ahead: while a tile is
+// worked on, W of the next one is on its way, and each m and v follows as soon as its place is free. W, m and v are
+// read and written once. Sums over rows are added in a fixed order: the same bits every time on the same device.
 #pragma once
 
 #include "../common/adam.h"
@@ -14,11 +14,11 @@
 namespace hypermask {
 namespace {
 
-// factors[r][j] = dLoss/da_jr for one row and a chunk of tasks per thread. Returns this thread's squared residuals. A dot
-// product is one chain of multiply-adds over the columns: its bits depend neither on the mode nor on the other tasks.
+// factors[r][j] = dLoss/da_jr for one row and a chunk of tasks per thread. Returns this thread's squared residuals. A
+// dot product is one chain of multiply-adds over the columns: its bits depend neither on the mode nor on the other
+// tasks.
 template <int kPack, int kChunk, Mode kMode>
-__device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile, const Shared& s,
-                                               float coefficient) {
+__device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile, const Shared& s, float coefficient) {
   const DenseLayout& l = d.layout;
   double squares = 0;
   for (int i = threadIdx.x; i < l.rows * (l.slots / kChunk); i += kThreads) {
@@ -31,7 +31,7 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) target[j] = j < drift && d.targets ? d.targets[(first + j) * d.rows + at] : 0.0f;
       const float *w = s.weight + r * l.stride, *h = s.hidden + first * l.stride;
-#pragma unroll (kPack == 4 ? 8 / kChunk : 4)
+#pragma unroll(kPack == 4 ? 8 / kChunk : 4)
       for (int k = 0; k < d.width; k += kPack) {
         const Pack<kPack> wk = pack_at<kPack>(w + k);
 #pragma unroll
@@ -94,7 +94,7 @@ struct HiddenGradient {
   __device__ __forceinline__ void add_rows(const DenseLayout& l, const Shared& s, int strip) {
     Pack<kPack> tile_sum[kChunk] = {};
     const int chunk = strip / l.packs, column = (strip - chunk * l.packs) * kPack;
-#pragma unroll (8 / kChunk)
+#pragma unroll(8 / kChunk)
     for (int r = lane; r < l.rows; r += lanes) {
       const Pack<kPack> w = pack_at<kPack>(s.weight + r * l.stride + column);
 #pragma unroll
@@ -241,8 +241,8 @@ struct BiasRow {
   }
 };
 
-// Blocks on a multiprocessor, which decide how many registers a thread may have: 80 or 128. What needs more than 80 on an
-// architecture gets 128, for nothing may spill.
+// Blocks on a multiprocessor, which decide how many registers a thread may have: 80 or 128. What needs more than 80 on
+// an architecture gets 128, for nothing may spill.
 template <int kPack, int kChunk, Mode kMode>
 constexpr int dense_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000

@@ -23,8 +23,8 @@ struct Dense {
   float *weight_m, *weight_v, *bias_m, *bias_v;
   const float *step, *lr;  // read on the device, so that a captured step sees them change
   double beta1, beta2, eps;
-  float* partial;          // [blocks, tasks, width]
-  double* partial_drift;   // [blocks]
+  float* partial;         // [blocks, tasks, width]
+  double* partial_drift;  // [blocks]
 };
 
 // sum += a x
@@ -73,8 +73,8 @@ struct Tile {
 template <int kSize>
 struct Piece {
   static constexpr int size = kSize;  // floats
-  int shared;     // offset in the tile in shared memory
-  int64_t where;  // in the layer
+  int shared;                         // offset in the tile in shared memory
+  int64_t where;                      // in the layer
   bool there;
 
   // From global to shared memory; zeros where the layer has ended.

@@ -1,5 +1,5 @@
 // What kernels share: shared memory of a size chosen at launch, accesses of 16 bytes, the sum over a block. For device
-// code only, which the tests also compile for the CPU (tests/ops/cuda_emulation).
+// code only, which the tests also compile for the CPU (tests/support/cuda_emulation).
 #pragma once
 
 #include <cuda_runtime.h>

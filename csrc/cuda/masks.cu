@@ -1,6 +1,9 @@
 // Masks, masked weights and weight drift on the GPU, all segments in one launch (per 64 of them).
+#include <tuple>
+
 #include "../common/mask_math.h"
-#include "cuda_ops.h"
+#include "../common/masks.h"
+#include "../common/registration.h"
 #include "launcher.h"
 #include "quads.h"
 
@@ -63,10 +66,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for_quads(count, on_16_bytes(a, g, da), [&](const auto& quad) {
       const Pack<4> logit = quad.load(a), outer = quad.load(g);
       quad.store(da, each_of([&](int n) {
-        float mask, slope;
-        mask_and_slope(logit.x[n], limit, mask, slope);
-        return logit_gradient(logit.x[n], limit, slope, outer.x[n]);
-      }));
+                   float mask, slope;
+                   mask_and_slope(logit.x[n], limit, mask, slope);
+                   return logit_gradient(logit.x[n], limit, slope, outer.x[n]);
+                 }));
     });
   });
 }
@@ -92,16 +95,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const Pack<4> weight = quad.load(w), logit = quad.load(a), outer = quad.load(g);
     Pack<4> grad_logit;
     quad.store(dw, each_of([&](int n) {
-      float mask, slope;
-      mask_and_slope(logit.x[n], limit, mask, slope);
-      grad_logit.x[n] = logit_gradient(logit.x[n], limit, slope, outer.x[n] * weight.x[n]);
-      return outer.x[n] * mask;
-    }));
+                 float mask, slope;
+                 mask_and_slope(logit.x[n], limit, mask, slope);
+                 grad_logit.x[n] = logit_gradient(logit.x[n], limit, slope, outer.x[n] * weight.x[n]);
+                 return outer.x[n] * mask;
+               }));
     quad.store(da, grad_logit);
   });
 }
 
-// partial[block] = the tile's sum of |x| or x^2, x = (weight - previous) mask; writes weight mask too where there are outs.
+// partial[block] = the tile's sum of |x| or x^2, x = (weight - previous) mask; writes weight mask too where there are
+// outs.
 __global__ void __launch_bounds__(kThreads, kBlocks)
     drift_forward_kernel(Segments s, const float* previous, const float* logits, const float* thresholds, int norm,
                          double* partial) {
@@ -152,15 +156,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const Pack<4> from_above = g ? quad.load(g) : Pack<4>{};
     Pack<4> grad_logit;
     quad.store(dw, each_of([&](int n) {
-      const float change = weight.x[n] - before.x[n];
-      float mask = 1.0f, slope = 0.0f;
-      if (a) mask_and_slope(logit.x[n], limit, mask, slope);
-      const float x = change * mask;
-      const float outer = scale * (norm == 1 ? sign(x) : x);
-      const float of_weight = g ? from_above.x[n] * weight.x[n] : 0.0f;  // 0 * weight would be NaN where that is Inf
-      grad_logit.x[n] = logit_gradient(logit.x[n], limit, slope, outer * change + of_weight);
-      return (outer + from_above.x[n]) * mask;
-    }));
+                 const float change = weight.x[n] - before.x[n];
+                 float mask = 1.0f, slope = 0.0f;
+                 if (a) mask_and_slope(logit.x[n], limit, mask, slope);
+                 const float x = change * mask;
+                 const float outer = scale * (norm == 1 ? sign(x) : x);
+                 const float of_weight =
+                     g ? from_above.x[n] * weight.x[n] : 0.0f;  // 0 * weight would be NaN where that is Inf
+                 grad_logit.x[n] = logit_gradient(logit.x[n], limit, slope, outer * change + of_weight);
+                 return (outer + from_above.x[n]) * mask;
+               }));
     if (a) quad.store(da, grad_logit);
   });
 }
@@ -205,9 +210,7 @@ unsigned row_blocks(const Launcher& gpu, int64_t rows, int64_t columns) {
   return static_cast<unsigned>(std::min(rows * ceil_div(columns, kTileEntries), held));
 }
 
-}  // namespace
-
-Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
+Tensor semi_binary_mask(const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask";
   const int64_t rows = check_mask(op, logits, threshold, Place::gpu_of(logits)), total = logits.numel();
   Tensor mask = empty_float(logits, shape_of(logits));
@@ -219,7 +222,7 @@ Tensor semi_binary_mask_cuda(const Tensor& logits, const Tensor& threshold) {
   return mask;
 }
 
-Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
+Tensor semi_binary_mask_backward(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask_backward";
   const int64_t rows = check_mask(op, logits, threshold, Place::gpu_of(logits)), total = logits.numel();
   check_float(op, "grad", grad, Place::gpu_of(logits), shape_of(logits));
@@ -232,8 +235,7 @@ Tensor semi_binary_mask_backward_cuda(const Tensor& grad, const Tensor& logits, 
   return result;
 }
 
-Tensors masked_weights_cuda(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
-                            const Offsets& offsets) {
+Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tensor& thresholds, const Offsets& offsets) {
   const char* op = "masked_weights";
   check_masked(op, weights, logits, thresholds, offsets, Place::gpu_of(logits));
   Tensors masked = empty_like_all(weights);
@@ -245,9 +247,8 @@ Tensors masked_weights_cuda(const Tensors& weights, const Tensor& logits, const 
   return masked;
 }
 
-std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, const Tensors& weights,
-                                                         const Tensor& logits, const Tensor& thresholds,
-                                                         const Offsets& offsets) {
+std::tuple<Tensors, Tensor> masked_weights_backward(const Tensors& grads, const Tensors& weights, const Tensor& logits,
+                                                    const Tensor& thresholds, const Offsets& offsets) {
   const char* op = "masked_weights_backward";
   check_masked(op, weights, logits, thresholds, offsets, Place::gpu_of(logits));
   check_grads(op, grads, weights, offsets, Place::gpu_of(logits));
@@ -264,8 +265,6 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cuda(const Tensors& grads, c
   });
   return {grad_weights, grad_logits};
 }
-
-namespace {
 
 // The drift's norm per segment; also writes weight * mask to `masked`, a tensor per weight, unless that is null.
 Tensor drift_norms(const char* op, const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
@@ -309,27 +308,24 @@ std::tuple<Tensors, Tensor> drift_gradients(const char* op, const Tensor& grad, 
   return {grad_weights, grad_logits};
 }
 
-}  // namespace
-
-Tensor weight_drift_cuda(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
-                         const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
+Tensor weight_drift(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
+                    const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift";
   check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   return drift_norms(op, weights, previous, offsets, norm, logits, thresholds, nullptr);
 }
 
-std::tuple<Tensors, Tensor> weight_drift_backward_cuda(const Tensor& grad, const Tensor& norms, const Tensors& weights,
-                                                       const Tensor& previous, const Offsets& offsets, int64_t norm,
-                                                       const std::optional<Tensor>& logits,
-                                                       const std::optional<Tensor>& thresholds) {
+std::tuple<Tensors, Tensor> weight_drift_backward(const Tensor& grad, const Tensor& norms, const Tensors& weights,
+                                                  const Tensor& previous, const Offsets& offsets, int64_t norm,
+                                                  const std::optional<Tensor>& logits,
+                                                  const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift_backward";
   check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   return drift_gradients(op, grad, norms, nullptr, weights, previous, offsets, norm, logits, thresholds);
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_cuda(const Tensors& weights, const Tensor& logits,
-                                                      const Tensor& thresholds, const Offsets& offsets,
-                                                      const Tensor& previous, int64_t norm) {
+std::tuple<Tensors, Tensor> masked_weights_drift(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
+                                                 const Offsets& offsets, const Tensor& previous, int64_t norm) {
   const char* op = "masked_weights_drift";
   check_drift(op, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   Tensors masked = empty_like_all(weights);
@@ -337,15 +333,27 @@ std::tuple<Tensors, Tensor> masked_weights_drift_cuda(const Tensors& weights, co
   return {masked, norms};
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_backward_cuda(const Tensors& grads, const Tensor& grad,
-                                                               const Tensor& norms, const Tensors& weights,
-                                                               const Tensor& logits, const Tensor& thresholds,
-                                                               const Offsets& offsets, const Tensor& previous,
-                                                               int64_t norm) {
+std::tuple<Tensors, Tensor> masked_weights_drift_backward(const Tensors& grads, const Tensor& grad, const Tensor& norms,
+                                                          const Tensors& weights, const Tensor& logits,
+                                                          const Tensor& thresholds, const Offsets& offsets,
+                                                          const Tensor& previous, int64_t norm) {
   const char* op = "masked_weights_drift_backward";
   check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::gpu_of(previous));
   check_grads(op, grads, weights, offsets, Place::gpu_of(previous));
   return drift_gradients(op, grad, norms, &grads, weights, previous, offsets, norm, logits, thresholds);
+}
+
+}  // namespace
+
+HM_CUDA(m) {
+  m.impl("semi_binary_mask", TORCH_BOX(&semi_binary_mask));
+  m.impl("semi_binary_mask_backward", TORCH_BOX(&semi_binary_mask_backward));
+  m.impl("masked_weights", TORCH_BOX(&masked_weights));
+  m.impl("masked_weights_backward", TORCH_BOX(&masked_weights_backward));
+  m.impl("weight_drift", TORCH_BOX(&weight_drift));
+  m.impl("weight_drift_backward", TORCH_BOX(&weight_drift_backward));
+  m.impl("masked_weights_drift", TORCH_BOX(&masked_weights_drift));
+  m.impl("masked_weights_drift_backward", TORCH_BOX(&masked_weights_drift_backward));
 }
 
 }  // namespace hypermask

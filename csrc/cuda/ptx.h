@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ has no name for, as functions. tests/ops/cuda_emulation/emulated_ptx.h has the same functions
-// for the CPU, written from the PTX ISA's description.
+// Instructions that CUDA C++ has no name for, as functions. tests/support/cuda_emulation/emulated_ptx.h has the same
+// functions for the CPU, written from the PTX ISA's description.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,8 @@
 // mask_thresholds on the GPU: radix selection over all rows and segments, no host sync. Four launches: a start, and
 // three passes that count the entries by digit; the block that is the last to count a selection finds its digit.
 #include "../common/mask_math.h"
-#include "cuda_ops.h"
+#include "../common/registration.h"
+#include "../common/thresholds.h"
 #include "launcher.h"
 #include "quads.h"
 
@@ -114,9 +115,7 @@ __global__ void count_kernel(Selections s, int pass, State* states, uint32_t* co
   if (last) descend(pass, state, states[item], counts, thresholds[item]);
 }
 
-}  // namespace
-
-Tensor mask_thresholds_cuda(const Tensor& logits, const Offsets& offsets, const Tensor& ranks) {
+Tensor mask_thresholds(const Tensor& logits, const Offsets& offsets, const Tensor& ranks) {
   const int64_t entries = check_thresholds(kOp, logits, offsets, ranks, Place::gpu_of(logits));
   const int64_t total = segments(offsets), rows = entries ? logits.numel() / entries : 0;
   if (rows > 65535) fail(kOp, rows, " rows are more than the 65535 of one launch");
@@ -151,5 +150,9 @@ Tensor mask_thresholds_cuda(const Tensor& logits, const Offsets& offsets, const 
   }
   return thresholds;
 }
+
+}  // namespace
+
+HM_CUDA(m) { m.impl("mask_thresholds", TORCH_BOX(&mask_thresholds)); }
 
 }  // namespace hypermask

@@ -79,16 +79,15 @@ def _split(dataset: Any, in_memory: bool, num_workers: int) -> Split:
 
 def _common_shape(tasks: list[TaskData]) -> tuple[int, ...]:
     """The shape of one sample, the same in every split."""
-    shape = None
+    shapes: list[tuple[int, ...]] = []
     for t, part, split in _parts(tasks):
         if len(split) == 0:
             continue
         with _naming(t, part):
-            found = _peek(split)
-            shape = found if shape is None else shape
-            if found != shape:
-                raise InputError(f"inputs have shape {found}, those before {shape}: all need one shape")
-    return shape
+            shapes.append(_peek(split))
+            if shapes[-1] != shapes[0]:
+                raise InputError(f"inputs have shape {shapes[-1]}, those before {shapes[0]}: all need one shape")
+    return shapes[0]
 
 
 def _common_classes(tasks: list[TaskData], num_classes: int | None) -> int:

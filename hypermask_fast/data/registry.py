@@ -31,7 +31,7 @@ class ScenarioInfo:
         num_classes: classes per task.
         validation: default size of each task's validation set.
         files: what data_dir must hold; None where no files are needed.
-        build: (name, data_dir, seed, validation, tasks) to the scenario.
+        build: (name, data_dir, seed, validation, tasks) to the scenario; data_dir is not looked at without files.
     """
 
     summary: str
@@ -39,7 +39,7 @@ class ScenarioInfo:
     num_classes: int
     validation: int
     files: str | None
-    build: Callable[[str, Path | None, int, int, int], Scenario]
+    build: Callable[[str, Path, int, int, int], Scenario]
 
 
 def load_scenario(
@@ -76,16 +76,16 @@ def load_scenario(
     check_whole("seed", seed, 0, 2**63 - 1)
     if info.files is not None and data_dir is None:
         raise InputError(f"{name} needs its data: give the folder (--data-dir) that holds {info.files}")
-    return info.build(name, None if data_dir is None else Path(data_dir), seed, validation, tasks)
+    return info.build(name, Path(data_dir or "."), seed, validation, tasks)
 
 
 def _by_class(
-    read: Callable[[Path | None, int], RawImages],
+    read: Callable[[Path, int], RawImages],
     classes_per_task: int,
     prepare: Transform,
     augment: Transform | None = None,
     order: Sequence[int] | None = None,
-) -> Callable[[str, Path | None, int, int, int], Scenario]:
+) -> Callable[[str, Path, int, int, int], Scenario]:
     """Builder of a scenario whose task t has the classes order[t k] .. order[t k + k - 1].
 
     Args:
@@ -95,7 +95,7 @@ def _by_class(
         order: of all classes; None is 0, 1, 2, ...
     """
 
-    def build(name: str, data_dir: Path | None, seed: int, validation: int, tasks: int) -> Scenario:
+    def build(name: str, data_dir: Path, seed: int, validation: int, tasks: int) -> Scenario:
         needed = tasks * classes_per_task
         chosen = range(needed) if order is None else order[:needed]
         groups = [chosen[i : i + classes_per_task] for i in range(0, needed, classes_per_task)]
@@ -104,7 +104,7 @@ def _by_class(
     return build
 
 
-def _permuted_mnist(name: str, data_dir: Path | None, seed: int, validation: int, tasks: int) -> Scenario:
+def _permuted_mnist(name: str, data_dir: Path, seed: int, validation: int, tasks: int) -> Scenario:
     """All ten digits in every task, their 32 x 32 padded pixels in an order of the task's own.
 
     The images are stored once: every task's splits are the same tensors with another `prepare`. Task t's

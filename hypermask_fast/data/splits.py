@@ -34,21 +34,27 @@ class Split(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the batches are."""
+        ...
 
     def __len__(self) -> int:
         """Number of samples."""
+        ...
 
     def to(self, device: torch.device | str) -> Split:
         """The same data with its batches on `device`."""
+        ...
 
     def batch(self, index: Tensor, train: bool = False) -> Batch:
         """The samples index (B,) int64, in that order; augmented where `train`."""
+        ...
 
     def batches(self, rows: Tensor | Iterable[Tensor], train: bool = False) -> Iterator[Batch]:
         """`batch(row, train)` for each row of an int64 (steps, B) tensor or iterable of index tensors."""
+        ...
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """All samples in order, `size` at a time (the last batch may be smaller), never augmented."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

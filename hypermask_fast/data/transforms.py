@@ -78,7 +78,8 @@ class Normalize:
     @cached_property
     def _mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Kept: making them in each call would copy to the device, which waits and cannot be captured."""
-        return tuple(torch.tensor(values, dtype=torch.float32, device=self.device) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(x, dtype=torch.float32, device=self.device) for x in (self.mean, self.std))
+        return mean, std
 
     def to(self, device: torch.device | str) -> Normalize:
         return replace(self, device=device)

@@ -146,7 +146,8 @@ def masked_linear(x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, 
     _one_entry("threshold", threshold)
 
 
-def _pair(name: str, value: Size, least: int) -> tuple[int, int]:
+def pair(name: str, value: Size, least: int) -> tuple[int, int]:
+    """A number for both directions, or two, as (height, width). Raises InputError on anything else."""
     both = (value, value) if isinstance(value, int) else value
     if isinstance(both, str) or len(both) != 2 or min(both) < least:
         raise InputError(f"{name} must be a number of at least {least}, or two, not {value!r}")
@@ -167,8 +168,8 @@ def _conv2d(
         raise InputError(f"x must have {weight.shape[1] * groups} channels for this weight, not {x.shape[1]}")
     if bias is not None:
         _shape("bias", bias, (weight.shape[0],))
-    _pair("stride", stride, 1)
-    pads, dilations = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    pair("stride", stride, 1)
+    pads, dilations = pair("padding", padding, 0), pair("dilation", dilation, 1)
     kernel = tuple(weight.shape[2:])
     spans = zip(x.shape[2:], kernel, pads, dilations, strict=True)
     if any(size + 2 * pad < d * (k - 1) + 1 for size, k, pad, d in spans):
@@ -262,6 +263,8 @@ def task_batched_linear(
         if ids.dtype != torch.int64:
             raise InputError(f"task_ids must be int64, not {ids.dtype}")
         _shape("task_ids", ids, (x.shape[0],))
+    if isinstance(task_ids, TaskRows):
+        _shape("order", TaskRows.of(task_ids, tasks).order, (x.shape[0],))
 
 
 # -- hypernetwork ------------------------------------------------------------------------------------------------------
@@ -339,3 +342,39 @@ def entropy_select(logits: Tensor) -> None:
     if logits.dim() != 3 or 0 in (logits.shape[0], logits.shape[2]) or not logits.is_floating_point():
         wanted = "float (T, batch, classes) with T of 1 or more and a class"
         raise InputError(f"logits must be {wanted}, not {logits.dtype} {tuple(logits.shape)}")
+
+
+# -- what a backend's operators take besides, which can be called directly ---------------------------------------------
+
+
+def gradient(grad: Tensor, shape: Sequence[int]) -> None:
+    """Of an output of this shape."""
+    _shape("grad", grad, tuple(shape))
+
+
+def masked_weights_gradients(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Of W_s * m_s, one per weight."""
+    if len(grads) != len(weights):
+        raise InputError(f"{len(weights)} weights need as many grads, not {len(grads)}")
+    for s, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+        if grad.shape != weight.shape:
+            raise InputError(f"grads {s} must have shape {tuple(weight.shape)}, not {tuple(grad.shape)}")
+
+
+def weight_drift_gradient(grad: Tensor, norms: Tensor, weights: Sequence[Tensor]) -> None:
+    """Of the drift, whose norm of every weight the forward pass has kept."""
+    _one_entry("grad", grad)
+    _shape("norms", norms, (len(weights),))
+
+
+def sorted_rows(task_ids: Tensor | None, order: Tensor | None, begins: Tensor | None) -> TaskRows | None:
+    """The parts of a `TaskRows`, given one by one, as `task_batched_linear` takes them."""
+    if task_ids is None or order is None or begins is None:
+        _require(task_ids is order is begins, "task_ids, order and begins go together, one is missing")
+        return None
+    return TaskRows(task_ids, order, begins)
+
+
+def known_tasks(task_ids: Tensor, tasks: int) -> None:
+    """Looks at the ids' values, for which a GPU has to be waited for."""
+    _require(bool(((task_ids >= 0) & (task_ids < tasks)).all()), f"task_ids must be 0 to {tasks - 1}")

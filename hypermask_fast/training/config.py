@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import sys
@@ -14,16 +15,12 @@ from typing import Any
 
 from ..data.checks import check_whole
 from ..errors import InputError
+from ..extras import needed_for
 from ..hypernet import HypernetConfig
 from ..ops.reference import kept_rank
 from ..optim import GRADIENTS
 from ..regularizers import FIDELITIES
 from .targets import TargetConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class TrainingConfig:
 
     def length(self, samples: int) -> int:
         """Iterations of a task with that many training samples; an epoch's last, partial batch counts."""
-        return self.iterations or self.epochs * self.epoch_length(samples)
+        return self.iterations or (self.epochs or 0) * self.epoch_length(samples)
 
     def epoch_length(self, samples: int) -> int:
         return -(-samples // self.batch_size)
@@ -130,6 +127,7 @@ class RunConfig:
 
     @classmethod
     def from_toml(cls, text: str, source: str) -> "RunConfig":
+        tomllib = _tomllib()
         try:
             return cls.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
@@ -150,8 +148,8 @@ class RunConfig:
         return _without_none(dataclasses.asdict(self))
 
     def to_toml(self) -> str:
-        import tomli_w  # which presets can be read and measured without, on a machine that has torch alone
-
+        with needed_for("writing a configuration"):
+            import tomli_w
         return tomli_w.dumps(self.to_dict())
 
     def digest(self) -> str:
@@ -197,7 +195,19 @@ def load_preset(name: str) -> RunConfig:
     return known[name]
 
 
+@functools.cache
+def _tomllib() -> types.ModuleType:
+    """Python's own reader of TOML, or the same as a package for Python 3.10."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        with needed_for("reading a configuration"):
+            import tomli as tomllib
+    return tomllib
+
+
 def _parse(text: str) -> Any:
+    tomllib = _tomllib()
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -225,7 +235,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """`value` as the field's type: integers pass for floats, lists become tuples; anything else is an error."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, where)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:

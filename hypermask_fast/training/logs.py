@@ -2,14 +2,19 @@
 
 import csv
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ..extras import needed_for
 from .files import write_atomic, writing
 
-COLUMNS = (
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+COLUMNS: tuple[str, ...] = (
     "task",
     "iteration",
     "loss",
@@ -96,12 +101,15 @@ def _is_upto(line: str, position: tuple[int, int]) -> bool:
 
 
 class TerminalLog:
-    """A progress bar per task where `stream` is a terminal, otherwise about ten plain lines per task.
+    """A progress bar of the running task where `stream` is a terminal, otherwise about ten plain lines per task.
 
     Args:
         tasks: how many the run has, to say "task 2 of 5".
         title: a line shown when the first task begins, so when all that can be wrong with a run has been checked.
         stream: standard error by default, so that standard output holds results only.
+
+    Raises:
+        InputError: `stream` is a terminal and the package rich is missing.
     """
 
     LINES_PER_TASK = 10
@@ -110,56 +118,70 @@ class TerminalLog:
     def __init__(self, tasks: int, title: str = "", stream: TextIO | None = None) -> None:
         self.tasks, self.title = tasks, title
         self.stream = stream or sys.stderr
-        self._bar: Any = None
+        moves = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._progress = _progress(self.stream) if moves else None
         self._total = self._reported = 0
 
     def begin_task(self, task: int, iterations: int, start_iteration: int) -> None:
-        self._end_bar()
         if self.title:
             self.message(self.title)
             self.title = ""
         self._total, self._reported = iterations, self._tenth(start_iteration, iterations)
         name = f"task {task + 1} of {self.tasks}"
-        if self.stream.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=iterations, initial=start_iteration, desc=name, file=self.stream, unit="it", dynamic_ncols=True
-            )
-        else:
+        if self._progress is None:
             self.message(f"{name}: iterations {start_iteration + 1} to {iterations}")
+            return
+        bar = self._progress.task_ids[0]
+        self._progress.reset(bar, total=iterations, completed=start_iteration, description=name, numbers="")
+        self._progress.start()
 
     def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
-        shown = {name: f"{values[name]:.4g}" for name in self._SHOWN if name in values}
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
+        shown = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in self._SHOWN if name in values]
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], numbers="  ".join(shown))
             return
         tenth = self._tenth(iteration, self._total)
         if tenth > self._reported:
             self._reported = tenth
-            numbers = "".join(f"  {name.replace('_', ' ')} {value}" for name, value in shown.items())
-            self.message(f"task {task + 1} of {self.tasks}  iteration {iteration} of {self._total}{numbers}")
+            place = f"task {task + 1} of {self.tasks}  iteration {iteration} of {self._total}"
+            self.message("  ".join([place, *shown]))
 
     def advance(self, iterations: int) -> None:
-        if self._bar is not None:
-            self._bar.update(iterations)
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0], iterations)
 
     def message(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
+        if self._progress is not None:
+            self._progress.console.print(text, soft_wrap=True)
         else:
             print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
-        self._end_bar()
-
-    def _end_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._progress is not None:
+            self._progress.stop()
 
     def _tenth(self, iteration: int, iterations: int) -> int:
         return self.LINES_PER_TASK * iteration // max(iterations, 1)
+
+
+def _progress(stream: TextIO) -> "Progress":
+    """rich's progress display with one bar, which serves task after task."""
+    with needed_for("the progress bar"):
+        from rich import progress
+        from rich.console import Console
+    console = Console(file=stream, markup=False, emoji=False, highlight=False)
+    display = progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[numbers]}", markup=False),
+        console=console,
+        refresh_per_second=4,
+    )
+    display.add_task("", total=None, numbers="")
+    return display
 
 
 class TensorBoardLog:

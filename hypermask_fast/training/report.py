@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import __version__
+from ..extras import needed_for
 from .config import RunConfig
 from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
+from .tables import text_table
+from .trainer import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .trainer import Result
 
 METRICS, TIMING = "metrics.json", "timing.json"
 MATRIX_TABLE, MATRIX_PICTURE = "accuracy_matrix.csv", "accuracy_matrix.png"
 _WIDE = 10  # tasks up to which accuracies are shown with a decimal
 
 
-def write_reports(run_dir: Path, config: RunConfig, result: "Result", device: torch.device | str) -> None:
+def write_reports(run_dir: Path, config: RunConfig, result: Result, device: torch.device | str) -> None:
     """All four files of `run_dir`, from the result so far."""
     write_metrics(run_dir, config, result)
     write_timing(run_dir, result, device)
@@ -32,7 +34,7 @@ def write_reports(run_dir: Path, config: RunConfig, result: "Result", device: to
     write_matrix_picture(run_dir, result, config.title)
 
 
-def write_metrics(run_dir: Path, config: RunConfig, result: "Result") -> None:
+def write_metrics(run_dir: Path, config: RunConfig, result: Result) -> None:
     """metrics.json: the run's deterministic numbers and nothing else, so that equal runs give equal bytes.
 
     Keys: title, seed, fidelity; summary (see `Summary`); baseline (T,) and matrix (T, T), percent, null where not
@@ -49,7 +51,7 @@ def write_metrics(run_dir: Path, config: RunConfig, result: "Result") -> None:
     write_atomic(run_dir / METRICS, _json(content))
 
 
-def write_timing(run_dir: Path, result: "Result", device: torch.device | str) -> None:
+def write_timing(run_dir: Path, result: Result, device: torch.device | str) -> None:
     """timing.json: seconds in training steps, steps, steps_per_second, peak_memory_bytes, device, threads, versions."""
     content = {
         "seconds": result.seconds,
@@ -63,7 +65,7 @@ def write_timing(run_dir: Path, result: "Result", device: torch.device | str) ->
     write_atomic(run_dir / TIMING, _json(content))
 
 
-def write_matrix_table(run_dir: Path, result: "Result") -> None:
+def write_matrix_table(run_dir: Path, result: Result) -> None:
     """accuracy_matrix.csv: columns after_task, task_0, ...; first the untrained model's row, then one per task learned.
 
     Percent; empty where not measured.
@@ -75,25 +77,30 @@ def write_matrix_table(run_dir: Path, result: "Result") -> None:
     write_atomic(run_dir / MATRIX_TABLE, "".join(",".join(row) + "\n" for row in rows))
 
 
-def write_matrix_picture(run_dir: Path, result: "Result", title: str) -> None:
+def write_matrix_picture(run_dir: Path, result: Result, title: str) -> None:
     """accuracy_matrix.png: the matrix as a heat map with its numbers, legible for up to about 40 tasks."""
+    figure = matrix_figure(result, title)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = matrix_figure(result, title)
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content)
     write_atomic(run_dir / MATRIX_PICTURE, content.getvalue())
 
 
-def matrix_figure(result: "Result", title: str) -> "Figure":
-    """The heat map as a matplotlib Figure (made without pyplot, so nothing global changes)."""
-    from matplotlib.figure import Figure
+def figure_class() -> "type[Figure]":
+    """matplotlib's Figure, used without pyplot, so that nothing global changes. InputError: matplotlib is missing."""
+    with needed_for("drawing pictures"):
+        from matplotlib.figure import Figure
+    return Figure
 
+
+def matrix_figure(result: Result, title: str) -> "Figure":
+    """The heat map as a matplotlib Figure."""
     matrix, tasks = result.matrix.numpy(), len(result.matrix)
     cell = 0.75 if tasks <= _WIDE else 0.42  # inches
     size = max(4.0, cell * tasks)
     large = 10 if tasks <= _WIDE else 16  # points
-    figure = Figure(figsize=(size + 2.0, size + 1.4), dpi=110, layout="constrained")
+    figure = figure_class()(figsize=(size + 2.0, size + 1.4), dpi=110, layout="constrained")
     axes = figure.add_subplot(facecolor="0.92")  # unmeasured cells show this grey
     image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
     axes.set(xticks=range(tasks), yticks=range(tasks))
@@ -114,16 +121,15 @@ def matrix_figure(result: "Result", title: str) -> "Figure":
     return figure
 
 
-def text_matrix(result: "Result") -> str:
+def text_matrix(result: Result) -> str:
     """The learned rows of the matrix as aligned text with the metrics below, several lines."""
-    wide = len(result.matrix) <= _WIDE
-    cell = "{:7.2f}" if wide else "{:4.0f}"
-    width = 7 if wide else 4
-    lines = ["after task".rjust(10) + "".join(f"{j:{width}d}" for j in range(len(result.matrix)))]
+    tasks = range(len(result.matrix))
+    cell = "6.2f" if len(tasks) <= _WIDE else "3.0f"
+    rows = [["after task", *map(str, tasks)]]
     for label, values in _rows(result, "none"):
-        cells = ("-".rjust(width) if math.isnan(value) else cell.format(value) for value in values)
-        lines.append(label.rjust(10) + "".join(cells))
-    return "\n".join([*lines, "", *summary_lines(summarize(result.matrix, result.baseline))])
+        rows.append([label, *("-" if math.isnan(value) else format(value, cell) for value in values)])
+    matrix = text_table(rows, ">" * len(rows[0]))
+    return "\n".join([matrix, "", *summary_lines(summarize(result.matrix, result.baseline))])
 
 
 def summary_lines(summary: Summary) -> list[str]:
@@ -141,8 +147,6 @@ def summary_lines(summary: Summary) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, PyTorch and this package."""
-    from .. import __version__
-
     return {"python": platform.python_version(), "torch": str(torch.__version__), "hypermask_fast": __version__}
 
 
@@ -152,7 +156,7 @@ def device_name(device: torch.device | str) -> str:
     return f"{device.type}: {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()}"
 
 
-def _rows(result: "Result", untrained: str) -> list[tuple[str, list[float]]]:
+def _rows(result: Result, untrained: str) -> list[tuple[str, list[float]]]:
     learned = tasks_learned(result.matrix)
     return [(untrained, result.baseline.tolist()), *((str(i), result.matrix[i].tolist()) for i in range(learned))]
 

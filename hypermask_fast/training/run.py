@@ -12,16 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..model import HyperMask
 from . import checkpoint, report
-from .config import RunConfig, TargetConfig
+from .config import RunConfig
 from .files import write_atomic, writing
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
-from .targets import build_target
+from .targets import TargetConfig, build_target
 from .trainer import Result, Trainer
 
 CONFIG, LOG, TENSORBOARD = "config.toml", "log.csv", "tensorboard"
@@ -82,10 +81,12 @@ def train(
         logger: is told of progress besides log.csv and TensorBoard.
 
     Raises:
-        InputError: the folder is in use, data or settings are wrong. Nothing was written then, unless the run itself
-            fails later.
+        InputError: the folder is in use, data or settings are wrong, a package is missing. Nothing was written then,
+            unless the run itself fails later.
     """
     run_dir = Path(run_dir)
+    report.figure_class()
+    settings = config.to_toml()
     if resume:
         stored_config(run_dir)
         checkpoint.exists(run_dir)  # or was lost
@@ -115,7 +116,7 @@ def train(
     if not resume:
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / CONFIG, config.to_toml())
+        write_atomic(run_dir / CONFIG, settings)
     loggers.loggers = tuple(_loggers(run_dir, resume, logger))
     try:
         return trainer.fit(resume=resume)
@@ -229,7 +230,10 @@ def load_exported(path: Path | str) -> nn.Module:
 def _without_absent_statistics(net: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Batch norm of an official-fidelity run has no running statistics: it uses each batch's own."""
     for name, module in net.named_modules():
-        if isinstance(module, _BatchNorm) and f"{name}.running_mean" not in tensors:
+        if (
+            isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+            and f"{name}.running_mean" not in tensors
+        ):
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
 

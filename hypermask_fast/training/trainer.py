@@ -108,6 +108,7 @@ class Trainer:
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
         self.result = Result(nothing[1:], nothing[0])
         self._at = _Position()
+        self._restored_state: dict[str, Any] = {}
 
     def fit(self, resume: bool = False) -> Result:
         """Trains every task, or every task that is left.
@@ -125,10 +126,11 @@ class Trainer:
 
     def _fit(self, resume: bool) -> Result:
         restored: dict[str, Tensor] = {}
-        if self._has_checkpoint():
+        saved = self._checkpoint_folder()
+        if saved is not None:
             if not resume:
-                raise InputError(f"{self.run_dir} holds a checkpoint: fit(resume=True) goes on from it")
-            restored = self._restore()
+                raise InputError(f"{saved} holds a checkpoint: fit(resume=True) goes on from it")
+            restored = self._restore(saved)
             if self._at.task > 0:
                 self.on_task_end(self.result)
         else:
@@ -238,13 +240,13 @@ class Trainer:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _has_checkpoint(self) -> bool:
-        """Whether run_dir, which is there afterwards, holds one."""
+    def _checkpoint_folder(self) -> Path | None:
+        """run_dir, where it holds a checkpoint; it is there afterwards."""
         if self.run_dir is None:
-            return False
+            return None
         with writing(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
-        return checkpoint.exists(self.run_dir)
+        return self.run_dir if checkpoint.exists(self.run_dir) else None
 
     def _checkpoint_due(self, length: int) -> bool:
         every, done = self.config.checkpoint_every, self._at.iteration
@@ -268,24 +270,26 @@ class Trainer:
         }
         if optimizer is not None:
             tensors |= checkpoint.optimizer_tensors(optimizer, self.model)
-            tensors["anchor.weights"] = self.model.anchor.weights
-            tensors |= {f"anchor.targets.{i}": target for i, target in enumerate(self.model.anchor.targets)}
+            anchor = self.model.anchor
+            assert anchor is not None, "begin_task made it"
+            tensors["anchor.weights"] = anchor.weights
+            tensors |= {f"anchor.targets.{i}": target for i, target in enumerate(anchor.targets)}
             tensors |= {f"best.{name}": tensor for name, tensor in at.best_model.items()}
             state["lr"] = float(optimizer.param_groups[0]["lr"])
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
 
-    def _restore(self) -> dict[str, Tensor]:
+    def _restore(self, run_dir: Path) -> dict[str, Tensor]:
         """Goes to the checkpoint's position; returns its tensors where that is within a task."""
-        tensors, state = checkpoint.load(self.run_dir, self.device)
+        tensors, state = checkpoint.load(run_dir, self.device)
         checkpoint.restore_model(self.model, tensors)
         if tensors["result.matrix"].shape != self.result.matrix.shape:
             raise InputError(
-                f"the checkpoint in {self.run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
+                f"the checkpoint in {run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
                 f"not {len(self.result.matrix)}"
             )
-        checkpoint.check_settings(self.run_dir, state, self.settings)
+        checkpoint.check_settings(run_dir, state, self.settings)
         checkpoint.restore_generators(tensors, self.device)
         self.result = Result(
             tensors["result.matrix"].cpu(),

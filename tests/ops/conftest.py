@@ -1,6 +1,5 @@
 """Fixtures of the op tests: poisoned memory, a fixed seed, every backend."""
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -56,16 +55,13 @@ def triton():
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
+def emulated():
     """The operators of csrc/cuda, compiled for the CPU."""
     from support import emulation
 
     if emulation.PROBLEM:
         pytest.skip(emulation.PROBLEM)
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # shared by the processes of this run, and new in each
-    return emulation.Emulation(emulation.build(folder))
+    return emulation.Emulation(emulation.build())
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from support.arguments import TRITON_ARGUMENTS
 from support.comparing import DEVICE, randn
 from torch._dynamo.utils import counters
 
+from hypermask_fast import InputError
 from hypermask_fast.ops.triton import operator
 
 NAMESPACE = "hypermask_triton"
@@ -24,6 +25,32 @@ def test_triton_operators_pass_opcheck(triton, name):
 def test_every_triton_operator_is_checked(triton):
     defined = (schema.name.split("::") for schema in torch._C._jit_get_all_schemas())
     assert {name for namespace, name in defined if namespace == NAMESPACE} == set(TRITON_ARGUMENTS)
+
+
+# Tensors of which half is an argument too.
+HALVES = {
+    ("semi_binary_mask", 0), ("semi_binary_mask_with_slope", 0), ("entropy_select", 0), ("masked_conv2d", 0),
+    ("chunk_masked_conv2d", 0),
+}  # fmt: skip
+
+
+def another_shape(value):
+    if isinstance(value, list):
+        return [another_shape(value[0]), *value[1:]]
+    return value[..., : value.shape[-1] // 2] if value.dim() else value.expand(2)
+
+
+@pytest.mark.parametrize("name", TRITON_ARGUMENTS)
+def test_triton_operators_called_directly_refuse_what_does_not_fit(triton, name):
+    """Every tensor of every operator, those of the backward passes too: nothing is read beyond an end."""
+    for i, value in enumerate(TRITON_ARGUMENTS[name]()):
+        tensors = isinstance(value, torch.Tensor) or (isinstance(value, list) and isinstance(value[0], torch.Tensor))
+        if not tensors or (name, i) in HALVES:
+            continue
+        arguments = list(TRITON_ARGUMENTS[name]())
+        arguments[i] = another_shape(value)
+        with pytest.raises(InputError):
+            operator(name)(*arguments)
 
 
 def own(values, task):

@@ -85,7 +85,7 @@ PLAIN = Public("plain", "plain", DEVICE, {"other": "triton"})
 def missing(*backends: str) -> Iterator[None]:
     """As where these are not installed; nobody is warned of it."""
     with pytest.MonkeyPatch.context() as patch:
-        internals.missing(patch, **{backend: "it is not installed" for backend in backends})
+        internals.missing(patch, **dict.fromkeys(backends, "it is not installed"))
         internals.nobody_is_warned(patch)
         yield
 

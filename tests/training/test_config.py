@@ -79,6 +79,22 @@ def test_toml_round_trip(name):
     assert RunConfig.from_toml(config.to_toml(), name) == config
 
 
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("split-digits", "01e5e1cf2aca98a7d6c87ccdfcf6608c8273174a8488ed1f457fccb005898615"),
+        ("tiny-imagenet-zenkenet", "6023b36e9500dd0e9d0b370db60498242eba5a401a47a2743867fa1174cbdbb5"),
+    ],
+)
+def test_digests_stay_what_they_were(name, digest):
+    """Checkpoints hold them: one that changes makes every run refuse to go on."""
+    config = load_preset(name)
+    assert config.digest() == digest
+    assert dataclasses.replace(config, data=dataclasses.replace(config.data, dir="elsewhere")).digest() == digest
+    assert config.with_values({"seed": 1}).digest() != digest
+    assert config.with_values({"method.sparsity": int(config.method.sparsity)}).digest() == digest, "30 is 30.0"
+
+
 def test_with_values_parses_as_toml_does():
     config = RunConfig.from_dict(MINIMAL).with_values(
         {
@@ -114,6 +130,11 @@ def test_lengths_count_the_last_partial_batch():
     ("values", "message"),
     [
         ({"training.sparsty": "1"}, "unknown setting 'training.sparsty'"),
+        (
+            {"training.lrr": "1"},
+            r"unknown setting 'training.lrr' .did you mean 'training.lr'..; training has lr, batch",
+        ),
+        ({"nothing": "1"}, "unknown setting 'nothing'; the top level has data, target, training, hypernet"),
         ({"method.sparsty": "1"}, "did you mean 'method.sparsity'"),
         ({"sparsity": "1"}, "did you mean 'method.sparsity'"),
         ({"training.beta": "1"}, "did you mean 'method.beta'"),
@@ -123,6 +144,12 @@ def test_lengths_count_the_last_partial_batch():
         ({"method.sparsity": "-1"}, "percentage from 0 to 100, not -1"),
         ({"method.sparsity": "nan"}, "percentage from 0 to 100, not nan"),
         ({"method.sparsity": "many"}, "'method.sparsity' must be a number, not 'many'"),
+        ({"training.lr": "abc"}, "^setting 'training.lr' must be a number, not 'abc'$"),
+        ({"training.lr": "true"}, "^setting 'training.lr' must be a number, not True$"),
+        ({"seed": "true"}, "^setting 'seed' must be an integer, not True$"),
+        ({"seed": "1.0"}, "^setting 'seed' must be an integer, not 1.0$"),
+        ({"title": "7"}, "^setting 'title' must be a string, not 7$"),
+        ({"data.tasks": "two"}, "^setting 'data.tasks' must be an integer, not 'two'$"),
         ({"method.ramp": "1"}, "'method.ramp' must be true or false, not 1"),
         ({"training.batch_size": "1.5"}, "'training.batch_size' must be .*an integer.*, not 1.5"),
         ({"training.batch_size": "0"}, "training.batch_size must be a whole number, 1 or more, not 0"),
@@ -135,6 +162,8 @@ def test_lengths_count_the_last_partial_batch():
         ({"training.checkpoint_every": "-1"}, "0 or more, not -1"),
         ({"fidelity": "exact"}, "fidelity must be"),
         ({"target.hidden": "[1.5]"}, "must be a list of integers"),
+        ({"target.hidden": "[true]"}, "^setting 'target.hidden' must be a list of integers, not .True.$"),
+        ({"target.hidden": "12"}, "^setting 'target.hidden' must be a list of integers, not 12$"),
         ({"hypernet.hidden": "[]"}, "one or more positive widths"),
         ({"data": "3"}, "data must be a table"),
     ],

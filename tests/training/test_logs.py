@@ -121,12 +121,43 @@ def test_plain_lines_are_few_and_name_their_task():
     assert len(lines) == 3 + TerminalLog.LINES_PER_TASK
 
 
-def test_a_bar_on_a_terminal():
+def test_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     run_through(TerminalLog(5, stream=stream), iterations=50, every=10)
     assert "task 2 of 5" in stream.getvalue()
     assert "50/50" in stream.getvalue()
     assert "done" in stream.getvalue()
+
+
+def test_no_control_characters_in_files_nor_on_dumb_terminals(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    streams = [io.StringIO(), Terminal()]
+    for stream in streams:
+        run_through(TerminalLog(5, "a [bold]title[/bold]", stream), iterations=20, every=5)
+    assert streams[0].getvalue() == streams[1].getvalue()
+    assert streams[0].getvalue().startswith("a [bold]title[/bold]\ntask 2 of 5: iterations 1 to 20\n")
+    assert streams[0].getvalue().replace("\n", "").isprintable()
+
+
+def test_a_bar_serves_task_after_task_and_leaves_the_stream_as_it_was(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream, outputs = Terminal(), (sys.stdout, sys.stderr)
+    log = TerminalLog(2, "a [bold]title[/bold]", stream)
+    for task in range(2):
+        log.begin_task(task, 30, 10 * task)
+        log.step(task, 20, values_at(task, 20))
+        log.advance(30 - 10 * task)
+        log.message(f"after task {task + 1}")
+    log.close()
+    log.close()
+    shown = stream.getvalue()
+    assert "a [bold]title[/bold]" in shown and "loss 120" in shown
+    assert shown.index("task 1 of 2") < shown.index("after task 1") < shown.index("task 2 of 2")
+    assert "10/30" in shown, "a task that is gone on with begins where it was"
+    assert shown.rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
+    assert (sys.stdout, sys.stderr) == outputs
 
 
 def test_loggers_tell_all(tmp_path):

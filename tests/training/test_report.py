@@ -12,6 +12,7 @@ from hypermask_fast import InputError
 from hypermask_fast.training import report
 from hypermask_fast.training.config import load_preset
 from hypermask_fast.training.files import write_atomic
+from hypermask_fast.training.tables import text_table
 from hypermask_fast.training.trainer import Result
 
 CONFIG = load_preset("split-digits")
@@ -94,6 +95,16 @@ def test_text_matrix():
     assert lines[3].split() == ["1", "80.00", "95.50"]
     assert "forgetting           10.00 points" in lines
     assert max(map(len, report.text_matrix(a_result(40)).splitlines())) <= 10 + 4 * 40
+
+
+def test_tables_align_and_cut_nothing(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [("name", "n", "text"), ("[red]a[/red]", "10.5", "x" * 300), ("b :smile:", "7", "")]
+    assert text_table(rows, "<><", gap=2).splitlines() == [
+        "name             n  text",
+        "[red]a[/red]  10.5  " + "x" * 300,
+        "b :smile:        7",
+    ]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ...errors import InputError
+from ...extras import needed_for
 from .images import RawImages
 
 
@@ -17,13 +17,12 @@ def read_digits() -> RawImages:
     Raises:
         InputError: scikit-learn is missing.
     """
-    try:
+    with needed_for("the digits data set"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError("the digits data set needs scikit-learn: pip install scikit-learn") from error
-    digits = load_digits()
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    inputs = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    pixels, digits = load_digits(return_X_y=True)
+    labels = torch.from_numpy(np.asarray(digits, dtype=np.int64))
+    images = np.rint(np.asarray(pixels) * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    inputs = torch.from_numpy(images)
     # Each sample's place among those of its class: no random numbers, so the split is the same everywhere.
     one_hot = torch.nn.functional.one_hot(labels, 10)
     place = (one_hot.cumsum(0) * one_hot).sum(1) - 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...extras import needed_for
 
 
 class RawImages(NamedTuple):
@@ -59,10 +60,8 @@ def decode_jpegs(files: Sequence[bytes], side: int, where: str) -> Tensor:
     Raises:
         InputError: Pillow is missing; a file is damaged or of another size.
     """
-    try:
+    with needed_for("reading JPEG images"):
         from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise InputError("reading JPEG images needs Pillow: pip install pillow") from error
     pixels = np.empty((len(files), side, side, 3), dtype=np.uint8)
 
     def decode(i: int) -> None:

@@ -6,13 +6,14 @@
 // vectors. So a block takes up to 48 rows of one residue modulo the period, and 32 k of them have logits
 // hidden (48, H) output_weight^T (H, 32), tensor cores' work; the bias is one more column, against a hidden entry of 1.
 // Columns are numbered so that the logits come out in the lanes, and in the order, in which W's entries are loaded.
-// Each warp stages its rows of output_weight in shared memory; the hidden vectors are the block's. A chunk ends where it
-// likes: a block goes chunk by chunk, and takes a step across the border twice, each time with its part of the entries.
+// Each warp stages its rows of output_weight in shared memory; the hidden vectors are the block's. A chunk ends where
+// it likes: a block goes chunk by chunk, and takes a step across the border twice, each time with its part of the
+// entries.
 #include <numeric>
 
-#include "cuda_ops.h"
-#include "small_kernels.h"
-#include "small_launch.h"
+#include "../common/registration.h"
+#include "few_rows_kernels.h"
+#include "few_rows_launch.h"
 
 namespace hypermask {
 namespace {
@@ -25,9 +26,9 @@ struct Chunks {
   const void *hidden, *output_weight, *output_bias;  // [chunks, width], [chunk_size, width], [chunk_size]
   int64_t start, chunk_size, period;
   int64_t chunks_per_period;
-  int64_t tiles;    // of rows of one residue
+  int64_t tiles;  // of rows of one residue
   int width;
-  bool vectors;     // rows of output_weight begin at multiples of 8 bytes
+  bool vectors;  // rows of output_weight begin at multiples of 8 bytes
 };
 
 // Columns of a matrix in shared memory: the width and the bias up to whole products, and 8 more, so that the rows of an
@@ -74,8 +75,7 @@ __device__ __forceinline__ void stage_layer(const Chunks& c, int64_t first, T* s
     }
   }
   const bool inside = first + lane >= 0 && first + lane < c.chunk_size;
-  shared[place_of(lane) * stride + c.width] =
-      inside ? static_cast<const T*>(c.output_bias)[first + lane] : zero;
+  shared[place_of(lane) * stride + c.width] = inside ? static_cast<const T*>(c.output_bias)[first + lane] : zero;
   cp_async_commit();
 }
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ void make_logits(int width, int tiles, const T* hidde
 }
 
 template <class T, int kRowTiles, bool kAligned>
-__global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kernel(SmallLinear s, Chunks c) {
+__global__ void __launch_bounds__(32 * kMaxWarps) chunk_masked_linear_kernel(FewRows s, Chunks c) {
   using Sums = Product<T, kOutputTiles, kRowTiles, kAligned>;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, group = threadIdx.x % 32 / 4;
   const int stride = stride_of(c.width);
@@ -166,9 +166,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kern
           if constexpr (!kAligned) load(2 * m + i);
           if (kTileOutputs * m + 8 * i >= outputs) continue;  // W is 0 there
           Entries<T>& part = w[2 * m + i];
-          part.make([&](int e) {
-            return part.entry(e) * Element<T>::mask(logits[m][e / 2][2 * i + e % 2], threshold);
-          });
+          part.make(
+              [&](int e) { return part.entry(e) * Element<T>::mask(logits[m][e / 2][2 * i + e % 2], threshold); });
 #pragma unroll
           for (int j = 0; j < Entries<T>::kWords; ++j) part.words[j] &= keep[j];
         }
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) small_chunk_masked_linear_kern
 }
 
 template <class T, int kRowTiles, bool kAligned>
-void run(const Launcher& gpu, SmallLinear& s, const Chunks& c, const Tensor& x, const char* op) {
+void run(const Launcher& gpu, FewRows& s, const Chunks& c, const Tensor& x, const char* op) {
   using Sums = Product<T, kOutputTiles, kRowTiles, kAligned>;
   const int64_t row_bytes = stride_of(c.width) * sizeof(T);
   const auto bytes = [&](int warps) {
@@ -190,13 +189,13 @@ void run(const Launcher& gpu, SmallLinear& s, const Chunks& c, const Tensor& x, 
   int warps = kMaxWarps;
   while (warps > 1 && bytes(warps) > limit) --warps;
   if (bytes(warps) > limit) fail(op, "hidden is too wide, ", c.width, ", for this GPU's shared memory");
-  const auto kernel = small_chunk_masked_linear_kernel<T, kRowTiles, kAligned>;
+  const auto kernel = chunk_masked_linear_kernel<T, kRowTiles, kAligned>;
   gpu.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes(warps))));
   launch_splits<T>(gpu, s, x, c.period * c.tiles, warps,
                    [&](dim3 grid) { gpu.launch(kernel, grid, 32 * warps, bytes(warps), s, c); });
 }
 
-Chunks chunks_of(const SmallLinear& s, const Tensor& hidden, const Tensor& output_weight, const Tensor& output_bias,
+Chunks chunks_of(const FewRows& s, const Tensor& hidden, const Tensor& output_weight, const Tensor& output_bias,
                  int64_t start) {
   Chunks c{};
   c.hidden = hidden.const_data_ptr();
@@ -213,24 +212,21 @@ Chunks chunks_of(const SmallLinear& s, const Tensor& hidden, const Tensor& outpu
   return c;
 }
 
-}  // namespace
-
-Tensor small_chunk_masked_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& hidden,
-                                      const Tensor& output_weight, const Tensor& output_bias, int64_t start,
-                                      const Tensor& threshold, const std::optional<Tensor>& bias) {
-  const char* op = "small_chunk_masked_linear";
-  check_small_linear(op, x, weight, threshold, bias, Place::gpu_of(x));
+Tensor chunk_masked_linear(const Tensor& x, const Tensor& weight, const Tensor& hidden, const Tensor& output_weight,
+                           const Tensor& output_bias, int64_t start, const Tensor& threshold,
+                           const std::optional<Tensor>& bias) {
+  const char* op = "chunk_masked_linear";
+  check_few_rows(op, x, weight, threshold, bias, Place::gpu_of(x));
   check_chunks(op, weight, hidden, output_weight, output_bias, start, Place::gpu_of(x));
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   if (y.numel() == 0) return y;
   const Launcher gpu(op, x);
-  SmallLinear s = small_linear(x, weight, threshold, bias, y);
+  FewRows s = few_rows(x, weight, threshold, bias, y);
   const auto launch = [&](auto zero) {
     using T = decltype(zero);
     const Chunks c = chunks_of(s, hidden, output_weight, output_bias, start);
-    with_shape(s, vectors_fit({&x, &weight}, s.inputs), [&](auto row_tiles, auto aligned) {
-      run<T, row_tiles(), aligned()>(gpu, s, c, x, op);
-    });
+    with_shape(s, vectors_fit({&x, &weight}, s.inputs),
+               [&](auto row_tiles, auto aligned) { run<T, row_tiles(), aligned()>(gpu, s, c, x, op); });
   };
   if (x.scalar_type() == ScalarType::Half) {
     launch(__half{});
@@ -239,5 +235,9 @@ Tensor small_chunk_masked_linear_cuda(const Tensor& x, const Tensor& weight, con
   }
   return y;
 }
+
+}  // namespace
+
+HM_CUDA(m) { m.impl("chunk_masked_linear", TORCH_BOX(&chunk_masked_linear)); }
 
 }  // namespace hypermask

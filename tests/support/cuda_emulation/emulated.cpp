@@ -1,13 +1,11 @@
-// The GPU's ops as the library hypermask_emulated, on tensors in the CPU's memory.
+// What the ops of csrc/cuda see of torch's devices, and what the tests set: the CPU's memory is the GPU's.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "block.h"
-#include "cuda/cuda_ops.h"
 #include "cuda_runtime.h"
 #include "memory.h"
-#include "ops.h"
 
-// This library's own answers to what csrc/ asks torch about devices: the CPU's memory is the GPU's.
+// This library's own answers to what csrc/ asks torch about devices.
 extern "C" {
 int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
@@ -45,8 +43,3 @@ AOTI_TORCH_EXPORT const char* emulation_end() {
 
 AOTI_TORCH_EXPORT void emulation_set_error_direction(int direction) { emulation::error_direction = direction; }
 }
-
-STABLE_TORCH_LIBRARY(hypermask_emulated, m) { hypermask::define_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(hypermask_emulated, CPU, m) { HM_IMPLEMENT_GPU(m); }
-// One tensor on "meta" suffices for this to be called: it stands for one that is not on the GPU.
-STABLE_TORCH_LIBRARY_IMPL(hypermask_emulated, Meta, m) { HM_IMPLEMENT(m, cuda); }

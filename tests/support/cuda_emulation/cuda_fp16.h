@@ -4,8 +4,12 @@
 #include <cuda_runtime.h>
 #include <torch/headeronly/util/Half.h>
 
-struct __half { uint16_t bits; };
-struct alignas(4) __half2 { __half x, y; };
+struct __half {
+  uint16_t bits;
+};
+struct alignas(4) __half2 {
+  __half x, y;
+};
 
 inline __half __float2half_rn(float f) { return {c10::detail::fp16_ieee_from_fp32_value(f)}; }
 inline __half __float2half(float f) { return __float2half_rn(f); }

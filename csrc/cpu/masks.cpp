@@ -1,7 +1,9 @@
 // Masks, masked weights and weight drift over all segments in one call.
 #include <cmath>
+#include <tuple>
 
-#include "cpu_ops.h"
+#include "../common/masks.h"
+#include "../common/registration.h"
 #include "isa.h"
 #include "parts.h"
 
@@ -37,9 +39,7 @@ std::vector<Part> row_parts(const Tensor& logits, int64_t rows) {
   return cut(std::vector<int64_t>(rows, rows ? logits.numel() / rows : 0));
 }
 
-}  // namespace
-
-Tensor semi_binary_mask_cpu(const Tensor& logits, const Tensor& threshold) {
+Tensor semi_binary_mask(const Tensor& logits, const Tensor& threshold) {
   const int64_t rows = check_mask("semi_binary_mask", logits, threshold, Place::kCpu);
   Tensor mask = empty_float(logits, shape_of(logits));
   const int64_t columns = rows ? logits.numel() / rows : 0;
@@ -53,7 +53,7 @@ Tensor semi_binary_mask_cpu(const Tensor& logits, const Tensor& threshold) {
   return mask;
 }
 
-Tensor semi_binary_mask_backward_cpu(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
+Tensor semi_binary_mask_backward(const Tensor& grad, const Tensor& logits, const Tensor& threshold) {
   const char* op = "semi_binary_mask_backward";
   const int64_t rows = check_mask(op, logits, threshold, Place::kCpu);
   check_float(op, "grad", grad, Place::kCpu, shape_of(logits));
@@ -69,8 +69,7 @@ Tensor semi_binary_mask_backward_cpu(const Tensor& grad, const Tensor& logits, c
   return result;
 }
 
-Tensors masked_weights_cpu(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
-                           const Offsets& offsets) {
+Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tensor& thresholds, const Offsets& offsets) {
   check_masked("masked_weights", weights, logits, thresholds, offsets, Place::kCpu);
   Tensors masked = empty_like_all(weights);
   const auto w = pointers(weights);
@@ -84,9 +83,8 @@ Tensors masked_weights_cpu(const Tensors& weights, const Tensor& logits, const T
   return masked;
 }
 
-std::tuple<Tensors, Tensor> masked_weights_backward_cpu(const Tensors& grads, const Tensors& weights,
-                                                        const Tensor& logits, const Tensor& thresholds,
-                                                        const Offsets& offsets) {
+std::tuple<Tensors, Tensor> masked_weights_backward(const Tensors& grads, const Tensors& weights, const Tensor& logits,
+                                                    const Tensor& thresholds, const Offsets& offsets) {
   const char* op = "masked_weights_backward";
   check_masked(op, weights, logits, thresholds, offsets, Place::kCpu);
   check_grads(op, grads, weights, offsets, Place::kCpu);
@@ -106,8 +104,6 @@ std::tuple<Tensors, Tensor> masked_weights_backward_cpu(const Tensors& grads, co
   return {grad_weights, grad_logits};
 }
 
-namespace {
-
 // The drift's norm per segment; also writes weight * mask to `masked`, a tensor per weight, unless that is empty.
 Tensor drift_norms(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
                    const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds,
@@ -122,9 +118,9 @@ Tensor drift_norms(const Tensors& weights, const Tensor& previous, const Offsets
   const Kernels& k = kernels();
   for_parts(parts, [&](const Part& part, int64_t i) {
     const int64_t s = part.item, flat = offsets[s] + part.begin;
-    sums[i] = k.drift_forward(w[s] + part.begin, before + flat, a ? a + flat : nullptr, a ? limit[s] : 0.0f,
-                              static_cast<int>(norm), out.empty() ? nullptr : out[s] + part.begin,
-                              part.end - part.begin);
+    sums[i] =
+        k.drift_forward(w[s] + part.begin, before + flat, a ? a + flat : nullptr, a ? limit[s] : 0.0f,
+                        static_cast<int>(norm), out.empty() ? nullptr : out[s] + part.begin, part.end - part.begin);
   });
   Tensor norms = empty_float(previous, {static_cast<int64_t>(weights.size())});
   std::vector<double> total(weights.size());
@@ -162,41 +158,71 @@ std::tuple<Tensors, Tensor> drift_gradients(const Tensor& grad, const Tensor& no
   return {grad_weights, grad_logits};
 }
 
-}  // namespace
-
-Tensor weight_drift_cpu(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
-                        const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
+Tensor weight_drift(const Tensors& weights, const Tensor& previous, const Offsets& offsets, int64_t norm,
+                    const std::optional<Tensor>& logits, const std::optional<Tensor>& thresholds) {
   check_drift("weight_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   return drift_norms(weights, previous, offsets, norm, logits, thresholds, {});
 }
 
-std::tuple<Tensors, Tensor> weight_drift_backward_cpu(const Tensor& grad, const Tensor& norms, const Tensors& weights,
-                                                      const Tensor& previous, const Offsets& offsets, int64_t norm,
-                                                      const std::optional<Tensor>& logits,
-                                                      const std::optional<Tensor>& thresholds) {
+std::tuple<Tensors, Tensor> weight_drift_backward(const Tensor& grad, const Tensor& norms, const Tensors& weights,
+                                                  const Tensor& previous, const Offsets& offsets, int64_t norm,
+                                                  const std::optional<Tensor>& logits,
+                                                  const std::optional<Tensor>& thresholds) {
   const char* op = "weight_drift_backward";
   check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   return drift_gradients(grad, norms, {}, weights, previous, offsets, norm, logits, thresholds);
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_cpu(const Tensors& weights, const Tensor& logits,
-                                                     const Tensor& thresholds, const Offsets& offsets,
-                                                     const Tensor& previous, int64_t norm) {
+std::tuple<Tensors, Tensor> masked_weights_drift(const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
+                                                 const Offsets& offsets, const Tensor& previous, int64_t norm) {
   check_drift("masked_weights_drift", weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   Tensors masked = empty_like_all(weights);
   Tensor norms = drift_norms(weights, previous, offsets, norm, logits, thresholds, masked);
   return {masked, norms};
 }
 
-std::tuple<Tensors, Tensor> masked_weights_drift_backward_cpu(const Tensors& grads, const Tensor& grad,
-                                                              const Tensor& norms, const Tensors& weights,
-                                                              const Tensor& logits, const Tensor& thresholds,
-                                                              const Offsets& offsets, const Tensor& previous,
-                                                              int64_t norm) {
+std::tuple<Tensors, Tensor> masked_weights_drift_backward(const Tensors& grads, const Tensor& grad, const Tensor& norms,
+                                                          const Tensors& weights, const Tensor& logits,
+                                                          const Tensor& thresholds, const Offsets& offsets,
+                                                          const Tensor& previous, int64_t norm) {
   const char* op = "masked_weights_drift_backward";
   check_drift_backward(op, grad, norms, weights, previous, offsets, norm, logits, thresholds, Place::kCpu);
   check_grads(op, grads, weights, offsets, Place::kCpu);
   return drift_gradients(grad, norms, grads, weights, previous, offsets, norm, logits, thresholds);
+}
+
+}  // namespace
+
+HM_SCHEMAS(m) {
+  m.def("semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor");
+  m.def("semi_binary_mask_backward(Tensor grad, Tensor logits, Tensor threshold) -> Tensor");
+  m.def("masked_weights(Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets) -> Tensor[]");
+  m.def(
+      "masked_weights_backward(Tensor[] grads, Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets)"
+      " -> (Tensor[], Tensor)");
+  m.def(
+      "weight_drift(Tensor[] weights, Tensor previous, int[] offsets, int norm, Tensor? logits, Tensor? thresholds)"
+      " -> Tensor");
+  m.def(
+      "weight_drift_backward(Tensor grad, Tensor norms, Tensor[] weights, Tensor previous, int[] offsets, int norm,"
+      " Tensor? logits, Tensor? thresholds) -> (Tensor[], Tensor)");
+  m.def(
+      "masked_weights_drift(Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets, Tensor previous,"
+      " int norm) -> (Tensor[], Tensor)");
+  m.def(
+      "masked_weights_drift_backward(Tensor[] grads, Tensor grad, Tensor norms, Tensor[] weights, Tensor logits,"
+      " Tensor thresholds, int[] offsets, Tensor previous, int norm) -> (Tensor[], Tensor)");
+}
+
+HM_CPU(m) {
+  m.impl("semi_binary_mask", TORCH_BOX(&semi_binary_mask));
+  m.impl("semi_binary_mask_backward", TORCH_BOX(&semi_binary_mask_backward));
+  m.impl("masked_weights", TORCH_BOX(&masked_weights));
+  m.impl("masked_weights_backward", TORCH_BOX(&masked_weights_backward));
+  m.impl("weight_drift", TORCH_BOX(&weight_drift));
+  m.impl("weight_drift_backward", TORCH_BOX(&weight_drift_backward));
+  m.impl("masked_weights_drift", TORCH_BOX(&masked_weights_drift));
+  m.impl("masked_weights_drift_backward", TORCH_BOX(&masked_weights_drift_backward));
 }
 
 }  // namespace hypermask

@@ -18,8 +18,8 @@ ARCHITECTURES = ("80", "90a", "100")
 # Registers per thread: four blocks of 256 threads on a multiprocessor, or what the kernel's own number leaves it.
 REGISTERS = {
     "dense.cu": 128,  # two blocks
-    "small_masked_linear.cu": 128,  # one block of 512: W and logits of a step ahead are on their way into registers
-    "small_chunk_masked_linear.cu": 168,  # one block of 384: a warp has the logits and weights of 48 x 32 entries
+    "few_rows.cu": 128,  # one block of 512: W and logits of a step ahead are on their way into registers
+    "chunk_few_rows.cu": 168,  # one block of 384: a warp has the logits and weights of 48 x 32 entries
 }
 # What a kernel reads and writes in bulk goes by 16 bytes: (part of the mangled name, loads, stores) at least, in the
 # code for aligned rows and segments. ILi4: packs of 4 floats, ModeE2: Adam; Lb1: aligned rows.
@@ -35,8 +35,8 @@ STREAMS = {
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE0E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE2E", 6, 3),
         (r"dense_kernelILi1ELi[48]ELN\w+ModeE1E", 2, 1), (r"dense_kernelILi1ELi[48]ELN\w+ModeE0E", 2, 0),
     ],
-    "small_masked_linear.cu": [(r"small_masked_linear_kernelI\w+Li[12]ELb1E", 16, 0)],  # 4 of W, 4 of logits, two steps
-    "small_chunk_masked_linear.cu": [(r"small_chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],
+    "few_rows.cu": [(r"\d+masked_linear_kernelI\w+Li[12]ELb1E", 16, 0)],  # 4 of W, 4 of logits, two steps
+    "chunk_few_rows.cu": [(r"chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],
 }  # fmt: skip
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
 

@@ -215,7 +215,7 @@ void insert_block() {
 class CatchAccesses {
  public:
   CatchAccesses() {
-    struct sigaction mine {};
+    struct sigaction mine{};
     mine.sa_sigaction = [](int, siginfo_t*, void*) {
       stop("thread " + std::to_string(current) + " of block " + std::to_string(blockIdx.x) +
            " accesses memory outside of all tensors, or not aligned to the access's size");
@@ -226,7 +226,7 @@ class CatchAccesses {
   ~CatchAccesses() { sigaction(SIGSEGV, &before_, nullptr); }
 
  private:
-  struct sigaction before_ {};
+  struct sigaction before_{};
 };
 
 void wait(State state, unsigned mask, Place place) {

@@ -1,7 +1,7 @@
 // masked_linear for 1 to 16 rows of x: W and the logits are read once, 16 bytes a lane, and masked in registers.
-#include "cuda_ops.h"
-#include "small_kernels.h"
-#include "small_launch.h"
+#include "../common/registration.h"
+#include "few_rows_kernels.h"
+#include "few_rows_launch.h"
 
 namespace hypermask {
 namespace {
@@ -13,7 +13,7 @@ template <class T>
 constexpr int kOutputTiles = Element<T>::kTensorCores ? 2 : 1;
 
 template <class T, int kRowTiles, bool kAligned>
-__global__ void __launch_bounds__(32 * kWarps) small_masked_linear_kernel(SmallLinear s, const void* logits) {
+__global__ void __launch_bounds__(32 * kWarps) masked_linear_kernel(FewRows s, const void* logits) {
   using Sums = Product<T, kOutputTiles<T>, kRowTiles, kAligned>;
   constexpr int kHalves = 2 * kOutputTiles<T>;  // of 8 outputs; this lane has one of each
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4;
@@ -65,33 +65,33 @@ __global__ void __launch_bounds__(32 * kWarps) small_masked_linear_kernel(SmallL
 }
 
 template <class T, int kRowTiles, bool kAligned>
-void run(const Launcher& gpu, SmallLinear& s, const Tensor& x, const Tensor& logits) {
+void run(const Launcher& gpu, FewRows& s, const Tensor& x, const Tensor& logits) {
   using Sums = Product<T, kOutputTiles<T>, kRowTiles, kAligned>;
   launch_splits<T>(gpu, s, x, ceil_div(s.outputs, Sums::kOutputs), kWarps, [&](dim3 grid) {
     constexpr int64_t kBytes = kWarps * Sums::kSharedFloats * sizeof(float);
-    gpu.launch(small_masked_linear_kernel<T, kRowTiles, kAligned>, grid, 32 * kWarps, kBytes, s,
-               logits.const_data_ptr());
+    gpu.launch(masked_linear_kernel<T, kRowTiles, kAligned>, grid, 32 * kWarps, kBytes, s, logits.const_data_ptr());
   });
 }
 
-}  // namespace
-
-Tensor small_masked_linear_cuda(const Tensor& x, const Tensor& weight, const Tensor& logits, const Tensor& threshold,
-                                const std::optional<Tensor>& bias) {
-  const char* op = "small_masked_linear";
-  check_small_linear(op, x, weight, threshold, bias, Place::gpu_of(x));
+Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& logits, const Tensor& threshold,
+                     const std::optional<Tensor>& bias) {
+  const char* op = "masked_linear";
+  check_few_rows(op, x, weight, threshold, bias, Place::gpu_of(x));
   check_like(op, "logits", logits, weight, Place::gpu_of(x), shape_of(weight));
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   if (y.numel() == 0) return y;
   const Launcher gpu(op, x);
-  SmallLinear s = small_linear(x, weight, threshold, bias, y);
+  FewRows s = few_rows(x, weight, threshold, bias, y);
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
-    with_shape(s, vectors_fit({&x, &weight, &logits}, s.inputs), [&](auto row_tiles, auto aligned) {
-      run<T, row_tiles(), aligned()>(gpu, s, x, logits);
-    });
+    with_shape(s, vectors_fit({&x, &weight, &logits}, s.inputs),
+               [&](auto row_tiles, auto aligned) { run<T, row_tiles(), aligned()>(gpu, s, x, logits); });
   });
   return y;
 }
+
+}  // namespace
+
+HM_CUDA(m) { m.impl("masked_linear", TORCH_BOX(&masked_linear)); }
 
 }  // namespace hypermask

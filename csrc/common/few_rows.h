@@ -7,10 +7,14 @@ namespace hypermask {
 
 inline const char* name_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    default: return "";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "";
   }
 }
 
@@ -24,8 +28,8 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   if (shape_of(t) != shape) fail(op, name, " must have shape ", to_string(shape), ", not ", to_string(shape_of(t)));
 }
 
-inline void check_small_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& threshold,
-                               const std::optional<Tensor>& bias, Place place) {
+inline void check_few_rows(const char* op, const Tensor& x, const Tensor& weight, const Tensor& threshold,
+                           const std::optional<Tensor>& bias, Place place) {
   if (!*name_of(x.scalar_type())) fail(op, "x must be float32, float16 or bfloat16");
   check_tensor(op, "x", x, place, x.scalar_type());
   if (x.dim() != 2) fail(op, "x must have shape (rows, in), not ", to_string(shape_of(x)));

@@ -9,19 +9,27 @@
 namespace hypermask {
 
 template <class T>
-inline T* dynamic_shared() { return static_cast<T*>(emulation::dynamic_memory()); }
+inline T* dynamic_shared() {
+  return static_cast<T*>(emulation::dynamic_memory());
+}
 
 template <int kBytes>
-inline void cp_async(void* shared, const void* global) { emulation::copy_later(shared, global, kBytes); }
+inline void cp_async(void* shared, const void* global) {
+  emulation::copy_later(shared, global, kBytes);
+}
 inline void cp_async_commit() { emulation::close_copies(); }
 template <int kPending>
-inline void cp_async_wait() { emulation::finish_copies(kPending); }
+inline void cp_async_wait() {
+  emulation::finish_copies(kPending);
+}
 
 // PTX ISA, tanh.approx.f32: relative error 2^-11.
 inline float tanh_approx(float x) { return std::tanh(x) * (1 + emulation::error_direction / 2048.0f); }
 
 // Adam's arithmetic of csrc/common with the GPU's square root and quotient, which portable.h has for device code only.
-struct Approximate { float x; };
+struct Approximate {
+  float x;
+};
 inline Approximate operator+(Approximate a, Approximate b) { return {a.x + b.x}; }
 inline Approximate operator-(Approximate a, Approximate b) { return {a.x - b.x}; }
 inline Approximate operator*(Approximate a, Approximate b) { return {a.x * b.x}; }
@@ -67,7 +75,9 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, int line = __built
 template <class Value>
 inline void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], emulation::Place place,
                          Value value) {
-  struct Operands { uint32_t a[4], b[2]; } mine;
+  struct Operands {
+    uint32_t a[4], b[2];
+  } mine;
   std::memcpy(mine.a, a, sizeof a);
   std::memcpy(mine.b, b, sizeof b);
   unsigned char all[emulation::kWarp][emulation::kExchanged];

@@ -19,11 +19,21 @@
 
 // Vectors
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -32,12 +42,24 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 // Functions
 
 template <class T>
-inline T min(T a, T b) { return b < a ? b : a; }
+inline T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-inline T max(T a, T b) { return a < b ? b : a; }
+inline T max(T a, T b) {
+  return a < b ? b : a;
+}
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float __uint_as_float(unsigned x) { float f; std::memcpy(&f, &x, sizeof f); return f; }
-inline unsigned __float_as_uint(float f) { unsigned x; std::memcpy(&x, &f, sizeof x); return x; }
+inline float __uint_as_float(unsigned x) {
+  float f;
+  std::memcpy(&f, &x, sizeof f);
+  return f;
+}
+inline unsigned __float_as_uint(float f) {
+  unsigned x;
+  std::memcpy(&x, &f, sizeof x);
+  return x;
+}
 
 // Approximate instructions are as far off as documented, all towards larger results or all towards smaller ones.
 namespace emulation {
@@ -66,28 +88,51 @@ inline const T& aligned(const T* p) {
   return *p;
 }
 template <class T>
-inline T __ldg(const T* p) { return aligned(p); }
+inline T __ldg(const T* p) {
+  return aligned(p);
+}
 template <class T>
-inline T __ldcs(const T* p) { return aligned(p); }
+inline T __ldcs(const T* p) {
+  return aligned(p);
+}
 template <class T>
-inline T __ldcg(const T* p) { return aligned(p); }
+inline T __ldcg(const T* p) {
+  return aligned(p);
+}
 template <class T>
-inline void __stcs(T* p, T value) { const_cast<T&>(aligned(p)) = value; }
+inline void __stcs(T* p, T value) {
+  const_cast<T&>(aligned(p)) = value;
+}
 template <class T>
-inline void __stcg(T* p, T value) { const_cast<T&>(aligned(p)) = value; }
+inline void __stcg(T* p, T value) {
+  const_cast<T&>(aligned(p)) = value;
+}
 
 // One thread runs at a time: nothing else can come in between, and all see the same memory.
 inline void __threadfence() {}
 template <class T>
-inline T atomicAdd(T* p, T value) { const T before = *p; *p += value; return before; }
+inline T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p += value;
+  return before;
+}
 template <class T>
-inline T atomicMax(T* p, T value) { const T before = *p; *p = max(before, value); return before; }
+inline T atomicMax(T* p, T value) {
+  const T before = *p;
+  *p = max(before, value);
+  return before;
+}
 template <class T>
-inline T atomicMin(T* p, T value) { const T before = *p; *p = min(before, value); return before; }
+inline T atomicMin(T* p, T value) {
+  const T before = *p;
+  *p = min(before, value);
+  return before;
+}
 
 // Waiting and warps; the default arguments are the caller's place.
 
-#define EMULATION_PLACE(what) emulation::Place{what, file, line}
+#define EMULATION_PLACE(what) \
+  emulation::Place { what, file, line }
 #define EMULATION_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(EMULATION_CALLER) { emulation::wait_for_block(EMULATION_PLACE("__syncthreads")); }
@@ -124,7 +169,8 @@ inline T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width =
 template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, EMULATION_CALLER) {
   const unsigned lane = emulation::lane();
-  return emulated_shuffle(mask, value, lane % width >= distance ? lane - distance : lane, EMULATION_PLACE("__shfl_up_sync"));
+  return emulated_shuffle(mask, value, lane % width >= distance ? lane - distance : lane,
+                          EMULATION_PLACE("__shfl_up_sync"));
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_CALLER) {
   unsigned char all[emulation::kWarp][emulation::kExchanged];

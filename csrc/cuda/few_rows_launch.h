@@ -6,15 +6,15 @@
 #include <optional>
 #include <type_traits>
 
-#include "../common/checks_small.h"
+#include "../common/few_rows.h"
+#include "few_rows_kernels.h"
 #include "launcher.h"
-#include "small_kernels.h"
 
 namespace hypermask {
 
-inline SmallLinear small_linear(const Tensor& x, const Tensor& weight, const Tensor& threshold,
-                                const std::optional<Tensor>& bias, const Tensor& y) {
-  SmallLinear s{};
+inline FewRows few_rows(const Tensor& x, const Tensor& weight, const Tensor& threshold,
+                        const std::optional<Tensor>& bias, const Tensor& y) {
+  FewRows s{};
   s.x = x.const_data_ptr();
   s.weight = weight.const_data_ptr();
   s.threshold = threshold.const_data_ptr();
@@ -48,7 +48,7 @@ void with_type(const Tensor& x, const F& f) {
 
 // f(tiles of 8 rows of x, whether vectors fit), as constants. Where they don't, one instance serves all rows.
 template <class F>
-void with_shape(const SmallLinear& s, bool fit, const F& f) {
+void with_shape(const FewRows& s, bool fit, const F& f) {
   using One = std::integral_constant<int, 1>;
   using Two = std::integral_constant<int, 2>;
   if (!fit) {
@@ -60,11 +60,10 @@ void with_shape(const SmallLinear& s, bool fit, const F& f) {
   }
 }
 
-// launch(grid) with `tiles` blocks of `warps` warps, and several times as many where that is less than the GPU can hold,
-// as long as each warp has a step of the reduction to do.
+// launch(grid) with `tiles` blocks of `warps` warps, and several times as many where that is less than the GPU can
+// hold, as long as each warp has a step of the reduction to do.
 template <class T, class Launch>
-void launch_splits(const Launcher& gpu, SmallLinear& s, const Tensor& x, int64_t tiles, int warps,
-                   const Launch& launch) {
+void launch_splits(const Launcher& gpu, FewRows& s, const Tensor& x, int64_t tiles, int warps, const Launch& launch) {
   const int64_t steps = ceil_div(s.inputs, kStep), processors = gpu.attribute(cudaDevAttrMultiProcessorCount);
   const int64_t wanted = std::max<int64_t>(std::min(processors / tiles, steps / warps), 1);
   s.steps = std::max<int64_t>(ceil_div(steps, wanted), 1);

@@ -123,17 +123,16 @@ def compiling(capability: int) -> Iterator[list[dict]]:
         compiled.append({"kernel": name, "block_m": options.get("BLOCK_M", 64), **facts(kernel)})
         return kernel
 
-    saved = host.check_runnable, host.multiprocessors, host.capability
+    saved = host.check_runnable, host.gpu
     host.check_runnable = lambda tensor: None
-    host.multiprocessors = lambda index: MULTIPROCESSORS[capability]
-    host.capability = lambda index: capability
+    host.gpu = lambda device: host.Gpu(capability, MULTIPROCESSORS[capability])
     JITFunction.run = record
     triton.runtime.driver.set_active(_Driver(capability))
     try:
         yield compiled
     finally:
         JITFunction.run = run
-        host.check_runnable, host.multiprocessors, host.capability = saved
+        host.check_runnable, host.gpu = saved
 
 
 def linear(dtype: torch.dtype) -> None:
@@ -258,20 +257,20 @@ def _target_tasks(dtype: torch.dtype) -> None:
 
 def elementwise(dtype: torch.dtype) -> None:
     logits, thresholds = empty(10, 4096, dtype=dtype), empty(10, 1, dtype=dtype)
-    ops = torch.ops.hypermask_fast
-    ops.triton_semi_binary_mask_with_slope(logits, thresholds)
-    ops.triton_semi_binary_mask_backward(logits, logits, thresholds)
+    ops = torch.ops.hypermask_triton
+    ops.semi_binary_mask_with_slope(logits, thresholds)
+    ops.semi_binary_mask_backward(logits, logits, thresholds)
     ops.entropy_select(empty(10, 64, 100, dtype=dtype))
     weights = [empty(64, 64, dtype=dtype), empty(64, dtype=dtype)] * 22  # as many tensors as ResNet-20 has
     offsets = [0, *itertools.accumulate(w.numel() for w in weights)]
     flat, thresholds = empty(offsets[-1], dtype=dtype), empty(44, dtype=dtype)
     masked = weights, flat, thresholds, offsets
-    ops.triton_masked_weights(*masked)
-    ops.triton_masked_weights_backward(weights, *masked, (True, True))
+    ops.masked_weights(*masked)
+    ops.masked_weights_backward(weights, *masked, (True, True))
     for norm in (1, 2):
         arguments = weights, flat, offsets, norm, flat, thresholds
-        _, norms = ops.triton_weight_drift(*arguments)
-        ops.triton_weight_drift_backward(empty(()), norms, *arguments)
+        _, norms = ops.weight_drift(*arguments)
+        ops.weight_drift_backward(empty(()), norms, *arguments)
 
 
 def ones(dtype: torch.dtype) -> None:
@@ -293,15 +292,15 @@ def ones(dtype: torch.dtype) -> None:
     for y, table in ((row[None], ()), (row, TaskRows.of(torch.zeros(1, dtype=torch.int64), 1)[1:])):
         tasks.launch_task_product(row, row, row[None], one, row, y, *table)
         tasks.launch_task_weight_gradient(y, row, row, row[None], one, *table)
-    ops, masked = torch.ops.hypermask_fast, ([one], one, one, [0, 1])
-    ops.triton_semi_binary_mask_with_slope(row, row)
-    ops.triton_semi_binary_mask_backward(row, row, row)
+    ops, masked = torch.ops.hypermask_triton, ([one], one, one, [0, 1])
+    ops.semi_binary_mask_with_slope(row, row)
+    ops.semi_binary_mask_backward(row, row, row)
     ops.entropy_select(row[None])
-    ops.triton_masked_weights(*masked)
-    ops.triton_masked_weights_backward([one], *masked, (True, True))
+    ops.masked_weights(*masked)
+    ops.masked_weights_backward([one], *masked, (True, True))
     arguments = [one], one, [0, 1], 2, one, one
-    _, norms = ops.triton_weight_drift(*arguments)
-    ops.triton_weight_drift_backward(empty(()), norms, *arguments)
+    _, norms = ops.weight_drift(*arguments)
+    ops.weight_drift_backward(empty(()), norms, *arguments)
 
 
 ONCE = (targets, ones)  # in bfloat16 only

@@ -1,7 +1,9 @@
 // Ops over the hypernetwork's dense output layer: logits, drift of the earlier tasks, backward with Adam in one pass.
 #include <memory>
+#include <tuple>
 
-#include "cpu_ops.h"
+#include "../common/dense.h"
+#include "../common/registration.h"
 #include "isa.h"
 #include "parts.h"
 
@@ -86,9 +88,7 @@ double run_pass(const DenseLayer& d, float* grad_hidden) {
   return total;
 }
 
-}  // namespace
-
-Tensor hypernet_logits_cpu(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
+Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
   const char* op = "hypernet_logits";
   check_dense(op, hidden, weight, bias, Place::kCpu);
   check_float(op, "hidden", hidden, Place::kCpu, {weight.size(1)});
@@ -105,7 +105,7 @@ Tensor hypernet_logits_cpu(const Tensor& hidden, const Tensor& weight, const Ten
   return logits;
 }
 
-Tensor output_drift_cpu(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets) {
+Tensor output_drift(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& targets) {
   check_output_drift("output_drift", hidden, weight, bias, targets, Place::kCpu);
   DenseLayer d = dense_layer(weight, bias, hidden.size(0));
   const Buffer padded = padded_rows(data(hidden), d.tasks, d.width, d.padded);
@@ -127,9 +127,8 @@ Tensor output_drift_cpu(const Tensor& hidden, const Tensor& weight, const Tensor
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cpu(const Tensor& grad, const Tensor& hidden,
-                                                             const Tensor& weight, const Tensor& bias,
-                                                             const Tensor& targets) {
+std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight,
+                                                         const Tensor& bias, const Tensor& targets) {
   const char* op = "output_drift_backward";
   check_output_drift(op, hidden, weight, bias, targets, Place::kCpu);
   check_scalar(op, "grad", grad, Place::kCpu);
@@ -147,11 +146,11 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward_cpu(const Tensor& grad,
   return {grad_hidden, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor> hypernet_adam_cpu(const Tensor& hidden, const Tensor& grad_logits, const Tensor& targets,
-                                             const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
-                                             const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
-                                             const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
-                                             double beta2, double eps) {
+std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& grad_logits, const Tensor& targets,
+                                         const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
+                                         const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
+                                         const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
+                                         double beta2, double eps) {
   check_adam("hypernet_adam", hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m,
              bias_v, step, lr, Place::kCpu);
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
@@ -172,6 +171,27 @@ std::tuple<Tensor, Tensor> hypernet_adam_cpu(const Tensor& hidden, const Tensor&
   d.adam = adam_step(*data(step), *data(lr), beta1, beta2, eps);
   *mutable_data(drift) = static_cast<float>(run_pass(d, mutable_data(grad_hidden)));
   return {grad_hidden, drift};
+}
+
+}  // namespace
+
+HM_SCHEMAS(m) {
+  m.def("hypernet_logits(Tensor hidden, Tensor weight, Tensor bias) -> Tensor");
+  m.def("output_drift(Tensor hidden, Tensor weight, Tensor bias, Tensor targets) -> Tensor");
+  m.def(
+      "output_drift_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor bias, Tensor targets)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "hypernet_adam(Tensor hidden, Tensor grad_logits, Tensor targets, Tensor drift_weight, Tensor(a!) weight,"
+      " Tensor(b!) bias, Tensor(c!) weight_m, Tensor(d!) weight_v, Tensor(e!) bias_m, Tensor(f!) bias_v, Tensor step,"
+      " Tensor lr, float beta1, float beta2, float eps) -> (Tensor hidden_grad, Tensor drift)");
+}
+
+HM_CPU(m) {
+  m.impl("hypernet_logits", TORCH_BOX(&hypernet_logits));
+  m.impl("output_drift", TORCH_BOX(&output_drift));
+  m.impl("output_drift_backward", TORCH_BOX(&output_drift_backward));
+  m.impl("hypernet_adam", TORCH_BOX(&hypernet_adam));
 }
 
 }  // namespace hypermask

@@ -1,11 +1,11 @@
 // What the ops for a few rows of x share: y = x (W * m)^T + b for 1 to 16 rows, where the bytes of W decide the time.
 //
-// A warp takes 16 rows of W (outputs) by kStep entries of the reduction at a time. Lane l holds 8 consecutive entries of
-// rows l / 4 and l / 4 + 8, beginning at 8 (l % 4): loads of 16 bytes, and for 16-bit types just the entries of two A
-// operands of mma.m16n8k16, if the reduction is numbered so that a lane's k are consecutive. x has the same layout as B
-// operand (8 rows of x in n), so nothing is ever shuffled. Warps of a block share their outputs and take every warps-th
-// step; where blocks are too few for the GPU, its splits share the steps too, and sum_splits_kernel adds them up. All sums
-// are made in a fixed order.
+// A warp takes 16 rows of W (outputs) by kStep entries of the reduction at a time. Lane l holds 8 consecutive entries
+// of rows l / 4 and l / 4 + 8, beginning at 8 (l % 4): loads of 16 bytes, and for 16-bit types just the entries of two
+// A operands of mma.m16n8k16, if the reduction is numbered so that a lane's k are consecutive. x has the same layout as
+// B operand (8 rows of x in n), so nothing is ever shuffled. Warps of a block share their outputs and take every
+// warps-th step; where blocks are too few for the GPU, its splits share the steps too, and sum_splits_kernel adds them
+// up. All sums are made in a fixed order.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +17,7 @@
 
 namespace hypermask {
 
-struct SmallLinear {
+struct FewRows {
   const void *x, *weight;  // [rows, inputs], [outputs, inputs]
   const void* threshold;   // one entry
   const void* bias;        // [outputs] or null
@@ -156,7 +156,7 @@ struct Entries {
 
 // x's entries k to k + 8 for the columns of a warp's products: of row 8 n + lane / 4.
 template <class T, int kRowTiles, bool kAligned>
-__device__ __forceinline__ void load_x(const SmallLinear& s, int64_t k, Entries<T> (&x)[kRowTiles]) {
+__device__ __forceinline__ void load_x(const FewRows& s, int64_t k, Entries<T> (&x)[kRowTiles]) {
 #pragma unroll
   for (int n = 0; n < kRowTiles; ++n) {
     const int row = 8 * n + threadIdx.x % 32 / 4;
@@ -183,8 +183,8 @@ struct Product {
   }
 
   // Adds tile m's entries from k on: `low` of output lane / 4, `high` of the one 8 further on.
-  __device__ __forceinline__ void add(const SmallLinear& s, int m, int64_t k, const Entries<T>& low,
-                                      const Entries<T>& high, const Entries<T> (&x)[kRowTiles]) {
+  __device__ __forceinline__ void add(const FewRows& s, int m, int64_t k, const Entries<T>& low, const Entries<T>& high,
+                                      const Entries<T> (&x)[kRowTiles]) {
     if constexpr (kTensorCores) {
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
@@ -210,7 +210,7 @@ struct Product {
     }
   }
 
-  static constexpr int kStride = kColumns + 1;  // odd, for the banks of shared memory
+  static constexpr int kStride = kColumns + 1;              // odd, for the banks of shared memory
   static constexpr int kSharedFloats = kOutputs * kStride;  // of a warp
 
   // This warp's sums to shared [outputs][kStride].
@@ -244,21 +244,20 @@ struct Product {
 };
 
 template <class T>
-__device__ __forceinline__ float threshold_of(const SmallLinear& s, T*) {
+__device__ __forceinline__ float threshold_of(const FewRows& s, T*) {
   return s.float_threshold ? *static_cast<const float*>(s.threshold)
                            : Element<T>::to_float(*static_cast<const T*>(s.threshold));
 }
 
 template <class T>
-__device__ __forceinline__ void write(const SmallLinear& s, int64_t row, int64_t output, float value) {
+__device__ __forceinline__ void write(const FewRows& s, int64_t row, int64_t output, float value) {
   if (s.bias) value += Element<T>::to_float(static_cast<const T*>(s.bias)[output]);
   static_cast<T*>(s.y)[row * s.outputs + output] = Element<T>::from_float(value);
 }
 
 // Adds the warps' sums in their order; the block's outputs are first, first + distance, ... The whole block calls it.
 template <class T, class P>
-__device__ __forceinline__ void finish(const SmallLinear& s, P& product, float* shared, int64_t first,
-                                       int64_t distance) {
+__device__ __forceinline__ void finish(const FewRows& s, P& product, float* shared, int64_t first, int64_t distance) {
   __syncthreads();  // shared memory may still be read
   product.store(shared + threadIdx.x / 32 * P::kSharedFloats);
   __syncthreads();
@@ -279,7 +278,7 @@ __device__ __forceinline__ void finish(const SmallLinear& s, P& product, float* 
 
 // y = the splits' sums, added in their order, and the bias.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_splits_kernel(SmallLinear s, int splits) {
+__global__ void __launch_bounds__(kThreads) sum_splits_kernel(FewRows s, int splits) {
   const int64_t size = s.rows * s.outputs, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= size) return;
   float value = 0;
