@@ -40,8 +40,8 @@ WIDTHS = {"linear": 16, "pointwise": 16, "tasks": 16, "elementwise": 16, "chunks
 WIDE_KERNELS = PRODUCTS | OF_SEGMENTS
 VECTORS = {"bias", "ob", "order", "offsets"}  # one entry per row or column: not tiles
 # Bytes that may be spilled with one version of Triton, because it does not matter: with 3.6 one address of the chunked
-# product in float32, stored before the loop and read once in each step. ptxas does so to keep to 80 registers, with which
-# three programs run on a multiprocessor; 3.7 and newer need no spill, so the setting stays.
+# product in float32, stored before the loop and read once in each step. ptxas does so to keep to 80 registers, with
+# which three programs run on a multiprocessor; 3.7 and newer need no spill, so the setting stays.
 SPILLS = {("3.6", "chunk_masked_linear._chunk_product", "float32"): 8}
 TRITON = ".".join(version("triton").split(".")[:2])
 TENSOR_CORE_PRECISIONS = PRECISIONS - {"float32"}
