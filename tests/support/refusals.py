@@ -17,11 +17,21 @@ def each_change(*cases: tuple[dict[str, object], str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("change", "message"), cases, ids=["-".join(change) for change, _ in cases])
 
 
+def changed(op: str, change: dict[str, object]) -> dict[str, object]:
+    """The op's valid arguments with this change, where Triton runs."""
+    moved = {n: v if isinstance(v, Tensor) and v.is_meta else on_device(v, DEVICE) for n, v in change.items()}
+    return valid(op, DEVICE) | moved
+
+
 def assert_refused(op: str, asked: str | None, change: dict[str, object], message: str) -> None:
     """The valid arguments with this change raise InputError with just this message."""
-    given = valid(op, DEVICE)
-    for name, value in change.items():
-        given[name] = value if isinstance(value, Tensor) and value.is_meta else on_device(value, DEVICE)
     with pytest.raises(InputError) as caught:
-        getattr(ops, op)(**given, backend=asked)
+        getattr(ops, op)(**changed(op, change), backend=asked)
+    assert str(caught.value) == message
+
+
+def assert_kernel_refuses(triton, op: str, change: dict[str, object], message: str) -> None:
+    """So does Triton's kernel, called without the op around it."""
+    with pytest.raises(InputError) as caught:
+        getattr(triton, op)(**changed(op, change))
     assert str(caught.value) == message
