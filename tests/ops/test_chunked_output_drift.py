@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.refusals import assert_refused, each_change, whoever_is_asked
 
 from hypermask_fast import ops
 from hypermask_fast.ops import reference
@@ -9,7 +10,7 @@ from hypermask_fast.ops import reference
 
 @pytest.mark.parametrize("size", [45, 48, 60, 41])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_drift_and_gradients(size, dtype):
+def test_chunked_output_drift_matches_the_definition(size, dtype):
     torch.manual_seed(1)
     tasks, chunks, rows, width = 3, -(-size // 12), 12, 5
     old = [torch.randn(tasks, chunks, width), torch.randn(rows, width), torch.randn(rows)]
@@ -25,3 +26,18 @@ def test_drift_and_gradients(size, dtype):
     for x, y in zip(mine, exact, strict=True):
         scale = y.grad.abs().max()
         torch.testing.assert_close(x.grad.double() / scale, y.grad / scale, rtol=0, atol=1e-4)
+
+
+# Bad input
+
+does_not_fit = each_change(
+    ({"old_hidden": torch.ones(2, 2, 6)}, "old_hidden must have shape (3, 2, 6), not (2, 2, 6)"),
+    ({"old_bias": torch.ones(49)}, "old_bias must have shape (50,), not (49,)"),
+    ({"size": -1}, "size must be 0 to chunks * chunk_size = 100, not -1"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_chunked_output_drift_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("chunked_output_drift", asked, change, message)

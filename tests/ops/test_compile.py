@@ -5,8 +5,6 @@ import shutil
 import pytest
 import torch
 from support.arguments import OFFSETS, native_arguments
-from support.comparing import DEVICE, randn
-from torch._dynamo.utils import counters
 
 
 def results_and_grads(step, inputs):
@@ -80,55 +78,3 @@ def test_cpu_inductor_compiles_a_step(cpu, tmp_path, monkeypatch):
 
     weights, previous, _, _, logits, _ = a["weight_drift"]
     check_compiled(step, [*weights, logits, previous, *a["output_drift"]], "inductor")
-
-
-def own(values, task):
-    """Those of one task, whose id is a tensor (1,)."""
-    return values.index_select(0, task)[0]
-
-
-# An op under a task that is a tensor, as a compiled model calls it, and the shapes of what it differentiates; what each
-# of the two tasks has of its own comes first. The layers are in test_layer_ops.
-OF_A_TASK = {
-    "semi_binary_mask": (
-        lambda kernels, task, limits, a: kernels.semi_binary_mask(own(a, task), own(limits, task)),
-        ((2, 3, 5),),
-    ),
-    "masked_weights": (
-        lambda kernels, task, limits, a, v, w: torch.cat(
-            [m.flatten() for m in kernels.masked_weights((v, w), own(a, task), limits, (0, 6, 10))]
-        ),
-        ((2, 10), (2, 3), (4,)),
-    ),
-    "entropy_select": (
-        lambda kernels, task, limits, x: kernels.entropy_select(x * own(limits, task)), ((3, 4, 5),),
-    ),
-    "weight_drift": (
-        lambda kernels, task, limits, a, v, w: kernels.weight_drift(
-            (v, w), own(a, 1 - task), (0, 6, 10), 2, own(a, task), limits
-        ),
-        ((2, 10), (2, 3), (4,)),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OF_A_TASK)
-def test_triton_compiles_to_one_graph_for_all_tasks(triton, name):
-    """Forward and backward without a graph break, the eager numbers, and no other code for another task."""
-    call, shapes = OF_A_TASK[name]
-
-    def op(*args):
-        return call(triton, *args)
-
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    counters.clear()
-    for task, limits in ((0, (0.3, 0.4)), (1, (0.5, 0.2))):
-        leaves = [randn(*shape).requires_grad_() for shape in shapes]
-        given = torch.tensor([task], device=DEVICE), torch.tensor(limits, device=DEVICE), *leaves
-        y, expected = compiled(*given), op(*given)
-        assert torch.equal(y, expected)
-        if y.is_floating_point():
-            seed = torch.randn_like(y)
-            ours, theirs = (torch.autograd.grad(found, leaves, seed) for found in (y, expected))
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert counters["stats"]["unique_graphs"] == 1

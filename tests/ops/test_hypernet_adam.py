@@ -5,8 +5,10 @@ import torch
 from support.backends import CPU, NATIVE, on
 from support.comparing import NAN
 from support.dense import SHAPES, dense_problem
+from support.refusals import assert_refused, changed, each_change, whoever_is_asked
 from support.tolerances import assert_close
 
+from hypermask_fast import InputError, ops
 from hypermask_fast.ops import reference
 
 NAMES = ("hidden's gradient", "drift", "weight", "bias", "weight_m", "weight_v", "bias_m", "bias_v")
@@ -30,7 +32,7 @@ def assert_step_as_defined(backend, rest, state, tail, kind="dense"):
 @on(*NATIVE, "cuda")
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize(("shape", "tasks"), SIZES)
-def test_step(backend, shape, tasks, moments):
+def test_hypernet_adam_matches_the_definition(backend, shape, tasks, moments):
     weight, bias, hidden, targets, state = dense_problem(*shape, tasks, *MOMENTS[moments])
     grad_logits = torch.randn(shape[0])
     grad_logits[shape[0] // 2] = 0
@@ -40,7 +42,7 @@ def test_step(backend, shape, tasks, moments):
 
 @on("cuda")
 @pytest.mark.parametrize(("size", "width", "tasks"), [(1, 1, 1), (101, 25, 5), (3000, 100, 10), (515, 64, 40)])
-def test_step_of_large_weights(backend, size, width, tasks):
+def test_hypernet_adam_of_large_weights(backend, size, width, tasks):
     layer = [torch.randn(size, width), torch.randn(size), 0.1 * torch.randn(size, width), torch.rand(size, width)]
     layer += [0.1 * torch.randn(size), torch.rand(size)]
     rest = [torch.randn(tasks, width), torch.randn(size), torch.randn(tasks - 1, size), torch.tensor(0.3)]
@@ -72,20 +74,20 @@ def hundred_steps(backend, rows, width, tasks):
 
 @on(*CPU)
 @pytest.mark.parametrize("tasks", [0, 3])
-def test_a_hundred_steps_are_those_of_torch_adam(backend, tasks):
+def test_hypernet_adam_for_a_hundred_steps_is_torch_adam(backend, tasks):
     hundred_steps(backend, 331, 27, tasks)
 
 
 @on("emulated")
 @pytest.mark.parametrize("tasks", [0, 3])
-def test_a_hundred_steps_of_approximate_roots_and_quotients(backend, instruction_errors, tasks):
+def test_hypernet_adam_for_a_hundred_steps_of_approximate_roots_and_quotients(backend, instruction_errors, tasks):
     """Roots too small and quotients too large in each step, or the other way round: as far as they can be off."""
     hundred_steps(backend, 61, 12, tasks)
 
 
 @on(*CPU)
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
-def test_extreme_gradients(backend, eps):
+def test_hypernet_adam_of_extreme_gradients(backend, eps):
     """Zero, denormal and overflowing second moments follow the same formula; eps = 0 gives NaN at 0 / 0 as in torch."""
     rows, width = 64, 16
     grad_logits = torch.logspace(-30, 18, rows)
@@ -113,7 +115,7 @@ def nan_gradient(backend):
 
 
 @on(*NATIVE, "cuda")
-def test_nan_shows_where_it_belongs(backend):
+def test_hypernet_adam_shows_nan_where_it_belongs(backend):
     """A NaN gradient reaches its own row and the current task's hidden gradient, nothing else."""
     (grad_hidden, drift), state = nan_gradient(backend)
     assert grad_hidden[2].isnan().all() and grad_hidden[:2].isfinite().all() and drift.isfinite()
@@ -128,7 +130,7 @@ def unaligned(x):
 
 
 @pytest.mark.parametrize("rows, width", [(63, 7), (301, 100)])
-def test_unaligned_tensors_on_the_gpu(emulated, rows, width):
+def test_hypernet_adam_of_unaligned_tensors_on_an_emulated_gpu(emulated, rows, width):
     weight, bias, hidden, targets, moments = dense_problem(rows, width, 2)
     rest, tail = [hidden, torch.randn(rows), targets, torch.tensor(0.02)], [torch.tensor(3.0), torch.tensor(1e-3)]
     aligned = [weight, bias, *moments]
@@ -141,7 +143,7 @@ def test_unaligned_tensors_on_the_gpu(emulated, rows, width):
 
 
 @pytest.mark.parametrize("rows, width", [(203, 100), (201, 25)])
-def test_a_task_that_has_not_moved_is_not_stepped(emulated, rows, width):
+def test_hypernet_adam_does_not_step_a_task_that_has_not_moved(emulated, rows, width):
     """To the bit: the predictions in the step are those of hypernet_logits, so that the drift is exactly 0."""
     weight, bias, hidden, _, _ = dense_problem(rows, width, 20)
     logits = torch.stack([emulated.hypernet_logits(h, weight, bias) for h in hidden])
@@ -152,10 +154,41 @@ def test_a_task_that_has_not_moved_is_not_stepped(emulated, rows, width):
     assert drift == 0 and not grad_hidden.any() and torch.equal(state[0], weight)
 
 
-def test_too_many_tasks_for_the_gpu_are_refused(emulated):
+def test_hypernet_adam_of_too_many_tasks_is_refused_on_an_emulated_gpu(emulated):
     weight, bias, hidden, targets, moments = dense_problem(5, 100, 400)
     one = torch.tensor(1.0)
     with pytest.raises(RuntimeError, match="bytes of shared memory"):
         emulated.hypernet_adam(
             hidden, torch.randn(5), targets, one, weight, bias, *moments, one, one, 0.9, 0.999, 1e-8
         )  # fmt: skip
+
+
+# Bad input
+
+does_not_fit = each_change(
+    ({"hidden": torch.ones(3, 5)}, "hidden must have shape (3, 6), not (3, 5)"),
+    ({"hidden": torch.ones(0, 6)}, "hidden must be (t + 1, H) and weight (N, H), not (0, 6) and (50, 6)"),
+    ({"targets": torch.ones(2, 49)}, "targets must have shape (2, 50), not (2, 49)"),
+    ({"bias_m": torch.ones(1)}, "bias_m must have shape (50,), not (1,)"),
+    (
+        {"bias_v": torch.ones(50).double()},
+        "bias and bias_v must be torch.float32, as weight, not torch.float32 and torch.float64",
+    ),
+    ({"lr": torch.ones(2)}, "lr must have one entry, not 2"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_hypernet_adam_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("hypernet_adam", asked, change, message)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_hypernet_adam_that_is_refused_changes_nothing(asked, change, message):
+    given = changed("hypernet_adam", change)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    with pytest.raises(InputError):
+        ops.hypernet_adam(**given, backend=asked)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in given.items())

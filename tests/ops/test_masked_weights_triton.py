@@ -27,7 +27,7 @@ def assert_as_defined(triton, segments: Segments, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype(triton, dtype):
+def test_masked_weights_by_triton_in_every_dtype(triton, dtype):
     """Odd sizes, empty and single entries, blocks that are full; the gradient of logits is 0 where no weight is."""
     segments = of_shapes(dtype)
     assert_as_defined(triton, segments, dtype)
@@ -38,7 +38,7 @@ def test_every_dtype(triton, dtype):
 
 
 @pytest.mark.parametrize("count", ["9", "a launch", "three launches"])
-def test_many_segments_share_launches(triton, count):
+def test_masked_weights_by_triton_of_many_segments_share_launches(triton, count):
     from hypermask_fast.kernels import segments as limits
 
     number = {"9": 9, "a launch": limits.MOST, "three launches": 2 * limits.MOST + 1}[count]
@@ -49,7 +49,7 @@ def test_many_segments_share_launches(triton, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides(triton, dtype):
+def test_masked_weights_by_triton_take_any_strides(triton, dtype):
     segments = of_shapes(dtype)
     weights = segments.weights
     weights[0] = weights[0].t().contiguous().t()
@@ -61,7 +61,7 @@ def test_any_strides(triton, dtype):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's exponential is approximate")
-def test_half_precision_is_rounded_once(triton):
+def test_masked_weights_by_triton_in_half_precision_are_rounded_once(triton):
     segments = of_shapes(torch.float16)
     grads = [torch.randn_like(w) for w in segments.weights]
     found = output_and_gradients(run(triton, segments), segments.leaves, grads)
@@ -72,7 +72,7 @@ def test_half_precision_is_rounded_once(triton):
 
 
 @pytest.mark.parametrize("wanted", ["logits", 0, 3])
-def test_each_gradient_alone(triton, wanted):
+def test_masked_weights_by_triton_each_gradient_alone(triton, wanted):
     segments = of_shapes()
     grads = [torch.randn_like(w) for w in segments.weights]
     expected = output_and_gradients(run(triton, segments), segments.leaves, grads)
@@ -83,7 +83,7 @@ def test_each_gradient_alone(triton, wanted):
     assert all(t.grad is None for t in segments.leaves if t is not leaf)
 
 
-def test_results_that_nobody_used(triton):
+def test_masked_weights_by_triton_that_nobody_used_have_no_gradient(triton):
     """Their gradient is 0; one that is an expanded number is taken as well."""
     segments = of_shapes()
     leaves = [t.requires_grad_() for t in segments.leaves]
@@ -95,7 +95,7 @@ def test_results_that_nobody_used(triton):
     assert_close(dws[0].flatten(), mask, "triton", "dW")
 
 
-def test_what_is_not_finite_to_a_few_roundings(triton):
+def test_masked_weights_by_triton_of_what_is_not_finite_to_a_few_roundings(triton):
     """|a| = threshold is kept, NaN too, and gives NaN; Inf is a mask of 1."""
     logits = torch.tensor([0.5, -0.5, 0.25, NAN, INF, -INF, 0.25], device=DEVICE)
     weight = torch.ones(7, device=DEVICE)
@@ -107,7 +107,7 @@ def test_what_is_not_finite_to_a_few_roundings(triton):
             torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-12, equal_nan=True)
 
 
-def test_weights_and_logits_of_two_dtypes(triton):
+def test_masked_weights_by_triton_of_weights_and_logits_of_two_dtypes(triton):
     """As PyTorch promotes them; each gradient in its tensor's own dtype."""
     segments = of_shapes(torch.float16)
     wide = [w.float() for w in segments.weights]
@@ -120,12 +120,12 @@ def test_weights_and_logits_of_two_dtypes(triton):
             assert_close(m, e, "triton", "W * m")
 
 
-def test_no_weights(triton):
+def test_masked_weights_by_triton_of_no_weights(triton):
     logits, thresholds = torch.ones(3, device=DEVICE), torch.ones(1, device=DEVICE)
     assert triton.masked_weights([], logits, thresholds, [0, 0]) == []
 
 
-def test_the_backend_serves_weights_of_one_dtype(triton):
+def test_masked_weights_by_triton_serves_weights_of_one_dtype(triton):
     weights, logits, thresholds, offsets, _ = of_shapes(torch.float16)
     with launches() as launched:
         ops.masked_weights(weights, logits, thresholds, offsets, backend="triton")

@@ -7,10 +7,12 @@ import pytest
 import torch
 from support.backends import CPU, NATIVE, on
 from support.comparing import DEVICE, DTYPES, check, double, in_half, launches, output_and_gradients, randn
+from support.refusals import assert_kernel_refuses, assert_refused, changed, each_change, whoever_is_asked
 from support.segments import PROBLEMS, each_problem
 from support.tolerances import TOLERANCES, assert_all_close, assert_close
 from torch.autograd import gradcheck
 
+from hypermask_fast import InputError, ops
 from hypermask_fast.ops import reference
 
 each_norm = pytest.mark.parametrize("norm", [1, 2])
@@ -26,7 +28,7 @@ def logits_of(*shape, seed=0):
 
 @each_norm
 @each_kind
-def test_definition_by_hand(norm, masked):
+def test_weight_drift_definition_by_hand(norm, masked):
     weights = [logits_of(3, 4, seed=1).requires_grad_(), logits_of(5, seed=2).requires_grad_()]
     previous, offsets = logits_of(17, seed=3), [0, 12, 17]
     logits = logits_of(17, seed=4).requires_grad_() if masked else None
@@ -46,7 +48,7 @@ def test_definition_by_hand(norm, masked):
     assert gradcheck(drift, (*weights, logits) if masked else tuple(weights))
 
 
-def test_definition_has_no_gradient_at_the_start_of_a_task():
+def test_weight_drift_definition_has_no_gradient_at_the_start_of_a_task():
     weight = logits_of(4).requires_grad_()
     for norm in (1, 2):
         reference.weight_drift([weight], weight.detach().clone(), [0, 4], norm).backward()
@@ -68,7 +70,7 @@ def build(segments, norm, masked):
 @each_norm
 @each_kind
 @each_problem(*NATIVE, "cuda", triton=["odd shapes", "a few"])
-def test_drift_and_gradients(backend, problem, norm, masked):
+def test_weight_drift_matches_the_definition(backend, problem, norm, masked):
     segments = PROBLEMS[problem]()
     leaves = segments.leaves if masked else segments.weights
     check(backend, build(segments, norm, masked), leaves, "sum", "sum")
@@ -77,7 +79,7 @@ def test_drift_and_gradients(backend, problem, norm, masked):
 @each_norm
 @each_kind
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_norm_of_every_segment(operators, problem, norm, masked):
+def test_weight_drift_norm_of_every_segment(operators, problem, norm, masked):
     """The operators return them one by one, and take a gradient for each."""
     weights, logits, thresholds, offsets, previous = segments = PROBLEMS[problem]()
     weights = [w.contiguous() for w in weights]
@@ -105,7 +107,7 @@ def test_norm_of_every_segment(operators, problem, norm, masked):
 
 
 @on(*CPU, "triton", "cuda")
-def test_nothing(backend):
+def test_weight_drift_of_nothing(backend):
     empty = torch.empty(0, device=backend.device)
     assert backend.weight_drift([empty], empty, [0, 0]).item() == 0
     assert backend.weight_drift([], empty, [0]).item() == 0
@@ -128,7 +130,7 @@ def network(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_kind
 @each_norm
-def test_triton_in_every_dtype(triton, norm, masked, dtype):
+def test_weight_drift_by_triton_in_every_dtype(triton, norm, masked, dtype):
     """The sums are in float32 always."""
     weights, previous, offsets = network(dtype)
     logits, thresholds = randn(len(previous), dtype=dtype), randn(4, dtype=dtype).abs()
@@ -156,7 +158,7 @@ def test_triton_in_every_dtype(triton, norm, masked, dtype):
 
 
 @each_norm
-def test_triton_of_more_segments_than_a_launch_takes(triton, norm):
+def test_weight_drift_by_triton_of_more_segments_than_a_launch_takes(triton, norm):
     from hypermask_fast.kernels import segments
 
     count = 2 * segments.MOST + 1
@@ -173,7 +175,7 @@ def test_triton_of_more_segments_than_a_launch_takes(triton, norm):
     )  # fmt: skip
 
 
-def test_triton_launches(triton):
+def test_weight_drift_by_triton_launches_two_kernels_and_one_back(triton):
     """One forward, one for the sums over blocks, one backward."""
     weights, previous, offsets = network()
     leaves = [t.requires_grad_() for t in (*weights, randn(len(previous)))]
@@ -183,3 +185,38 @@ def test_triton_launches(triton):
     with launches() as backward:
         drift.backward()
     assert backward == ["_gradients"]
+
+
+# Bad input
+
+does_not_fit = each_change(
+    ({"norm": 3}, "norm must be 1 or 2, not 3"),
+    ({"thresholds": None}, "logits and thresholds go together, one is missing"),
+    ({"logits": None}, "logits and thresholds go together, one is missing"),
+    ({"logits": torch.ones(10)}, "offsets must ascend from 0 or more to at most 10 entries, not [0, 12, 17, 18]"),
+    ({"logits": torch.ones(2, 9)}, "logits and previous weights must be flat, not of shape (2, 9)"),
+    ({"previous": torch.ones(17)}, "offsets must ascend from 0 or more to at most 17 entries, not [0, 12, 17, 18]"),
+    ({"previous": torch.ones(2, 9)}, "logits and previous weights must be flat, not of shape (2, 9)"),
+    ({"offsets": [0, 12]}, "2 weights need 3 offsets, not 2"),
+    ({"offsets": [0, 11, 16, 18]}, "weights 0 has 12 entries, its segment 11"),
+    ({"thresholds": torch.ones(2)}, "thresholds must be one per segment, (3,), not (2,)"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_weight_drift_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("weight_drift", asked, change, message)
+
+
+@does_not_fit
+def test_weight_drift_by_triton_called_directly_refuses_in_the_same_words(triton, change, message):
+    assert_kernel_refuses(triton, "weight_drift", change, message)
+
+
+def test_weight_drift_by_triton_refuses_weights_of_two_dtypes(triton):
+    given = changed("weight_drift", {"weights": [torch.ones(12), torch.ones(5).half()]})
+    with pytest.raises(InputError, match="the weights differ in dtype"):
+        ops.weight_drift(**given, backend="triton")
+    with pytest.raises(InputError, match="the weights differ in dtype"):
+        triton.weight_drift(**given)

@@ -117,6 +117,10 @@ class Emulated:
     def __init__(self, operators) -> None:
         self.operators = operators
 
+    def __getattr__(self, op: str) -> Callable:
+        """An op without a gradient, whose operator takes its arguments."""
+        return getattr(self.operators, op)
+
     def kind(self, kind: str) -> str:
         return kind
 
