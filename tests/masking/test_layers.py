@@ -27,6 +27,7 @@ def test_drop_in(ours, plain, x):
     """Same constructor, same names; without a mask the plain layer, with one the plain layer of masked weights."""
     ours.load_state_dict(plain.state_dict())
     assert torch.equal(ours(x), plain(x))
+    assert torch.equal(ours(input=x), plain(input=x))
     logits, bias_logits = torch.randn_like(plain.weight), torch.randn_like(plain.bias)
     masked = ours(x, LayerMask(logits, torch.tensor(0.5), bias_logits, torch.tensor(0.2)))
     with torch.no_grad():
