@@ -12,8 +12,11 @@ import torch
 from .ops import OPS, registry
 
 _PACKAGES = ("hypermask-fast", "numpy", "safetensors")
-_EXTRAS = dict.fromkeys(("scikit-learn", "matplotlib", "pillow", "rich", "tomli-w"), "train")
-_EXTRAS |= {name: name for name in ("triton", "tensorboard")}
+_EXTRAS = {  # package -> the extra that it comes with
+    **dict.fromkeys(("scikit-learn", "matplotlib", "pillow", "rich", "tomli-w"), "train"),
+    "triton": "triton",
+    "tensorboard": "tensorboard",
+}
 _ISA = ("baseline", "AVX2", "AVX-512")
 _NO_DEVICE = "no CUDA device"  # as `registry.problem` begins
 _REMEDY = {

@@ -16,7 +16,6 @@ from ..ops.paths import allows_tf32
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 _LIBRARY = library.Library("hypermask_triton", "DEF")
 
@@ -62,29 +61,24 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
 
 def check_tensors(**named: Tensor | Sequence[Tensor] | None) -> None:
     """Raises InputError unless all tensors have dtypes that the kernels know and are on the first one's device."""
-    for name, value in named.items():
-        for tensor in tensors((value,)):
-            if tensor.dtype not in FLOATS:
-                raise InputError(
-                    f"{_label(name, value)} is {tensor.dtype}; Triton kernels take float32, float16 and bfloat16"
-                )
-    check_device(**named)
+    _check(named, FLOATS)
 
 
 def check_device(**named: Tensor | Sequence[Tensor] | None) -> None:
     """Raises InputError unless all tensors are on the first one's device."""
-    first = None
+    _check(named, None)
+
+
+def _check(named: dict[str, Tensor | Sequence[Tensor] | None], dtypes: Sequence[torch.dtype] | None) -> None:
+    first, device = "", None
     for name, value in named.items():
-        for tensor in tensors((value,)):
-            first = first or (_label(name, value), tensor.device)
-            if tensor.device != first[1]:
-                raise InputError(
-                    f"{_label(name, value)} is on {tensor.device}, {first[0]} on {first[1]}: use one device"
-                )
-
-
-def _label(name: str, value: Tensor | Sequence[Tensor] | None) -> str:
-    return name if isinstance(value, Tensor) else f"one of {name}"
+        for tensor in (value,) if isinstance(value, Tensor) else value or ():
+            if dtypes is not None and tensor.dtype not in dtypes:
+                raise InputError(f"{name} is {tensor.dtype}; Triton kernels take float32, float16 and bfloat16")
+            if device is None:
+                first, device = name, tensor.device
+            elif tensor.device != device:
+                raise InputError(f"{name} is on {tensor.device}, {first} on {device}: use one device")
 
 
 def check_one_dtype(weights: Sequence[Tensor]) -> None:

@@ -43,8 +43,8 @@ def _filling(outputs: int, rows: int, copies: int, gpu: Gpu, widest: int = 256) 
 
 
 def _float32_step(gpu: Gpu) -> int:
-    """block_k of a product in float32. Before Hopper 32 is too much: for compute capability 8.0 ptxas then spills one or
-    two registers, in one kernel or another by the version of Triton, to fit one more program on a multiprocessor."""
+    """block_k of a product in float32. Before Hopper 32 is too much: for compute capability 8.0 ptxas then spills one
+    or two registers, in one kernel or another by the version of Triton, to fit one more program on a multiprocessor."""
     return 16 if gpu.capability < 90 else 32
 
 

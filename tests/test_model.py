@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import blob_model, small_convnet
 from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
 from hypermask_fast.masking.masks import active_mask
-
-from .conftest import blob_model, small_convnet
 
 
 def images(n=6, seed=0):

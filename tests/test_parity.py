@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support.tolerances import EPS
 from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast.ops import registry as backends
-
-from .tolerances import EPS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 hypnettorch_loop = pytest.importorskip("bench.peers.hypnettorch_loop", reason="hypnettorch is not installed")

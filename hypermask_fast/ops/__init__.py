@@ -10,7 +10,7 @@ dtypes go to the reference or to plain PyTorch products.
 """
 
 from . import arguments, native, reference, triton
-from .native import dense, few_rows, masks, thresholds
+from .native import dense, few_rows, masks, overlap, thresholds
 from .paths import Layer
 from .plain import chunked, mask_first
 from .reference import kept_rank
@@ -27,6 +27,7 @@ __all__ = [
     "hypernet_adam",
     "hypernet_logits",
     "kept_rank",
+    "mask_overlap",
     "mask_thresholds",
     "masked_conv2d",
     "masked_linear",
@@ -73,6 +74,12 @@ masked_weights_drift = Op(
     reference.masked_weights_drift,
     arguments.masked_weights_drift,
     **native.offers(masks.masked_weights_drift, masks.masked_weights_drift_condition),
+)
+
+mask_overlap = Op(
+    reference.mask_overlap,
+    arguments.mask_overlap,
+    **native.offers(overlap.mask_overlap, overlap.mask_overlap_condition),
 )
 
 # -- layers ------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,13 @@ def masked_weights_drift(
     weight_drift(weights, previous, offsets, norm, logits, thresholds)
 
 
+def mask_overlap(logits: Tensor, thresholds: Tensor, offsets: Sequence[int]) -> None:
+    if logits.dim() != 2:
+        raise InputError(f"logits must be (T, N), not {tuple(logits.shape)}")
+    _offsets(offsets, logits.shape[1])
+    _shape("thresholds", thresholds, (logits.shape[0], len(offsets) - 1))
+
+
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 

@@ -395,6 +395,27 @@ def masked_weights_drift(
     return masked, weight_drift(weights, previous, offsets, norm, logits, thresholds)
 
 
+def mask_overlap(logits: Tensor, thresholds: Tensor, offsets: Sequence[int]) -> Tensor:
+    """c[s, i, j] = the number of entries in segment s that the masks of tasks i and j both keep.
+
+    Summed over s it is the overlap of whole masks; c[s, i, i] counts what task i keeps. What is kept is as in
+    `semi_binary_mask`. No gradient flows through a count.
+
+    Args:
+        logits: (T, N) flat logits of T tasks; thresholds: (T, S) on |a|; offsets: S + 1 segment borders.
+
+    Returns:
+        (S, T, T) int64, symmetric in the tasks.
+    """
+    overlap = []
+    for s in range(len(offsets) - 1):
+        magnitude = logits.detach()[:, offsets[s] : offsets[s + 1]].abs()
+        kept = (~(magnitude < thresholds[:, s, None])).double()  # whose products count exactly, up to 2^53
+        overlap.append(kept @ kept.t())
+    tasks = logits.shape[0]
+    return torch.stack(overlap).long() if overlap else logits.new_empty(0, tasks, tasks, dtype=torch.int64)
+
+
 def entropy_select(logits: Tensor) -> Tensor:
     """argmin over tasks of the softmax entropy -sum_c p log p; the lowest index among equals, NaN counts as Inf.
 

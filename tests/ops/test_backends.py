@@ -9,10 +9,10 @@ import warnings
 
 import pytest
 import torch
+from support import internals
 
 from hypermask_fast import InputError, env, ops
-from hypermask_fast.ops import reference
-from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops import reference, registry
 
 
 def run_python(code, **environment):
@@ -25,19 +25,27 @@ def run_python(code, **environment):
 
 @pytest.mark.native
 def test_order_of_choice():
-    a = torch.randn(5)
-    choose = lambda backend=None: backends.choose("semi_binary_mask", backend, a, (a, torch.tensor(0.1)), {})  # noqa: E731
-    assert choose() is not reference.semi_binary_mask
-    with backends.use_backend("reference"):
-        assert choose() is reference.semi_binary_mask
-        assert choose("cpu") is not reference.semi_binary_mask
-        with backends.use_backend("auto"):
-            assert choose() is not reference.semi_binary_mask
+    a, threshold = torch.randn(5), torch.tensor(0.1)
+    choose = lambda backend=None: ops.semi_binary_mask.choose(a, threshold, backend=backend).backend  # noqa: E731
+    assert choose() == "cpu"
+    with registry.use_backend("reference"):
+        assert choose() == "reference"
+        assert choose("cpu") == "cpu"
+        with registry.use_backend("auto"):
+            assert choose() == "cpu"
         seen = []
         thread = threading.Thread(target=lambda: seen.append(choose()))
         thread.start()
         thread.join()
-        assert seen[0] is not reference.semi_binary_mask  # another thread has its own scope
+        assert seen == ["cpu"]  # another thread has its own scope
+
+
+@pytest.mark.native
+def test_the_function_chosen_is_the_backends_own():
+    a, threshold = torch.randn(5), torch.tensor(0.1)
+    op = ops.semi_binary_mask
+    assert op.choose(a, threshold).function is op.offers["cpu"].function is not reference.semi_binary_mask
+    assert op.choose(a, threshold, backend="reference").function is op.definition is reference.semi_binary_mask
 
 
 @pytest.mark.native
@@ -51,7 +59,7 @@ def test_a_named_backend_says_why_it_cannot():
         ops.semi_binary_mask(a, threshold, backend="cuda")
     with pytest.raises(InputError, match="must be one of"):
         ops.semi_binary_mask(a, threshold, backend="gpu")
-    with pytest.raises(InputError, match="must be one of"), backends.use_backend("gpu"):
+    with pytest.raises(InputError, match="must be one of"), registry.use_backend("gpu"):
         pass
 
 
@@ -79,7 +87,7 @@ def test_what_is_stepped_is_not_copied():
     for weight_now, chosen in ((weight.clone(memory_format=torch.contiguous_format), "cpu"), (weight, "reference")):
         moments = [m.clone() for m in state[1:]]
         now = *arguments[:4], weight_now, *moments, *arguments[-2:]
-        assert backends.explain("hypernet_adam", *now).startswith(f"hypernet_adam: {chosen} ")
+        assert registry.explain("hypernet_adam", *now).startswith(f"hypernet_adam: {chosen} ")
         results.append([*ops.hypernet_adam(*now), weight_now, *moments])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -100,13 +108,14 @@ def warnings_of(dtype=torch.float32):
 @pytest.fixture
 def problems(monkeypatch):
     """Sets why backends are not to be had; nobody has been warned yet."""
-    monkeypatch.setattr(backends, "_warned", set())
-    return lambda **why: [monkeypatch.setitem(backends._problems, name, text) for name, text in why.items()]
+    internals.nobody_was_warned(monkeypatch)
+    return lambda **why: internals.missing(monkeypatch, **why)
 
 
 def test_the_reference_in_place_of_one_missing_backend_is_said_once_per_op(problems, monkeypatch):
     """As on a GPU with Triton but without the extension: most ops run fast, and these don't."""
-    monkeypatch.setitem(backends._DEVICE, "cpu", ("cpu", "triton"))
+    internals.automatic(monkeypatch, "cpu", "cpu", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # so that Triton does not serve the drift
     problems(cpu="nvcc failed", triton="")
     assert warnings_of(torch.float64) == []  # which neither serves
     said = "hypermask_fast runs the reference of {} on cpu (cpu: nvcc failed)"
@@ -128,17 +137,17 @@ def test_a_backend_that_is_there_and_does_not_serve_is_no_surprise(problems):
 @pytest.mark.native
 def test_explain():
     a, threshold = torch.randn(5), torch.tensor(0.1)
-    assert backends.explain("semi_binary_mask", a, threshold) == "semi_binary_mask: cpu (chosen automatically)"
-    text = backends.explain("semi_binary_mask", a.double(), threshold.double())
+    assert registry.explain("semi_binary_mask", a, threshold) == "semi_binary_mask: cpu (chosen automatically)"
+    text = registry.explain("semi_binary_mask", a.double(), threshold.double())
     assert "reference" in text and "not cpu: cpu computes in float32" in text
-    text = backends.explain("masked_weights", [a], a, threshold, [0, 5], backend="cuda")
+    text = registry.explain("masked_weights", [a], a, threshold[None], [0, 5], backend="cuda")
     assert "nothing (asked for)" in text
     with pytest.raises(InputError, match="no op"):
-        backends.explain("sofmax", a)
+        registry.explain("sofmax", a)
 
 
 def test_environment_chooses():
-    code = "import torch; from hypermask_fast import backends as b; print(b.requested())"
+    code = "import torch; from hypermask_fast.ops import registry as r; print(r.requested())"
     assert run_python(code, HYPERMASK_BACKEND="reference").strip() == "reference"
     code = "import torch; from hypermask_fast import ops; ops.semi_binary_mask(torch.ones(2), torch.tensor(0.))"
     with pytest.raises(AssertionError, match="backend must be one of"):
@@ -149,7 +158,7 @@ def test_without_the_extension_the_reference_serves_and_says_so_once():
     code = """
 import importlib.util as util
 find = util.find_spec
-util.find_spec = lambda name, package=None: None if name == "._native" else find(name, package)
+util.find_spec = lambda name, package=None: None if name == "hypermask_fast._native" else find(name, package)
 import torch
 from hypermask_fast import ops, env
 for _ in range(3):
@@ -165,19 +174,18 @@ print(env.report())
 def test_report():
     text = env.report()
     assert re.search(r"backend cpu: +ready \(.*\): hypernet_adam", text)
-    rest = "entropy_select" if backends.problem("triton") else ": nothing"  # Triton's kernels serve what is left
+    rest = "entropy_select" if registry.problem("triton") else ": nothing"  # Triton's kernels serve what is left
     assert rest in text.splitlines()[-1]
 
 
 @pytest.mark.native
 def test_the_ops_that_the_cpu_has():
     """Under `use_backend("cpu")` one that it lost would be chosen automatically, and no test of values would fail."""
-    missing = set(ops.__all__) - set(backends.served("cpu"))
+    missing = set(ops.OPS) - set(registry.served("cpu"))
     assert missing == {
         "chunk_masked_conv2d",
         "chunk_masked_linear",
         "chunked_output_drift",
         "entropy_select",
-        "kept_rank",
         "task_batched_linear",
     }

@@ -1,39 +1,21 @@
-"""NaN and Inf in logits, weights and what comes from above: on the CPU, and in csrc/cuda run by a CPU, where the
-reference has them, and exactly 0 for a dropped logit whatever comes from above."""
+"""NaN and Inf in logits, weights and what comes from above, in every combination: the operators of csrc/cpu, and those
+of csrc/cuda run by a CPU, have them where the reference has them, and exactly 0 for a dropped logit whatever comes from
+above."""
 
 from itertools import product
 
 import pytest
 import torch
-from tolerances import assert_close
+from support.comparing import INF, NAN
+from support.tolerances import assert_close
 
 from hypermask_fast.ops import reference
-from hypermask_fast.ops import registry as backends
 
-NAN, INF = float("nan"), float("inf")
 WEIGHTS = (1.5, 0.0, NAN, INF, -INF)
 PREVIOUS = (1.5, -0.5, NAN, INF)
 LOGITS = (0.0, 0.1, -0.1, 0.7, -2.0, -88.0, NAN, INF, -INF)
 OUTERS = 4 * (1.0, -0.3, 0.0, NAN, INF, -INF)  # 24: whole vectors of any width, and a part
 THRESHOLDS = (0.3, 0.0, NAN, INF)
-ISAS = ("baseline", "avx2", "avx512")
-
-
-@pytest.fixture(params=[*ISAS, "cuda"])
-def ops(request):
-    """The operators of each instruction set that this machine has, and the emulated ones of the GPU."""
-    if request.param == "cuda":
-        yield request.getfixturevalue("emulated")
-        return
-    if backends.NATIVE_PROBLEM:
-        pytest.skip(backends.NATIVE_PROBLEM)
-    before = torch.ops.hypermask_native.cpu_isa(-1)
-    try:
-        torch.ops.hypermask_native.cpu_isa(ISAS.index(request.param))
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield torch.ops.hypermask_native
-    torch.ops.hypermask_native.cpu_isa(before)
 
 
 def every_case():
@@ -71,25 +53,25 @@ def assert_dropped_are_zero(grad_logits, logits, threshold):
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_semi_binary_mask(ops, threshold):
+def test_semi_binary_mask(operators, threshold):
     _, outers, _, logits, _ = every_case()
     outer, limit = torch.cat(outers), torch.tensor(threshold)
     (a64,) = doubles([logits])
     expected = reference.semi_binary_mask(a64, limit.double())
-    assert_same([ops.semi_binary_mask(logits, limit)], [expected], "mask")
-    grad_logits = ops.semi_binary_mask_backward(outer, logits, limit)
+    assert_same([operators.semi_binary_mask(logits, limit)], [expected], "mask")
+    grad_logits = operators.semi_binary_mask_backward(outer, logits, limit)
     assert_same([grad_logits], gradients([expected], [outer], [a64]), "gradient")
     assert_dropped_are_zero(grad_logits, logits, threshold)
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_masked_weights(ops, threshold):
+def test_masked_weights(operators, threshold):
     weights, outers, _, logits, offsets = every_case()
     thresholds = torch.full((len(weights),), threshold)
     *w64, a64 = doubles([*weights, logits])
     expected = reference.masked_weights(w64, a64, thresholds.double(), offsets)
-    assert_same(ops.masked_weights(weights, logits, thresholds, offsets), expected, "weights")
-    grad_weights, grad_logits = ops.masked_weights_backward(outers, weights, logits, thresholds, offsets)
+    assert_same(operators.masked_weights(weights, logits, thresholds, offsets), expected, "weights")
+    grad_weights, grad_logits = operators.masked_weights_backward(outers, weights, logits, thresholds, offsets)
     *w_expected, a_expected = gradients(expected, outers, [*w64, a64])
     assert_same(grad_weights, w_expected, "gradient of weights")
     assert_same([grad_logits], [a_expected], "gradient of logits")
@@ -107,7 +89,7 @@ def norms_of(w64, previous, offsets, norm, a64=None, thresholds=None):
 
 @pytest.mark.parametrize("norm", [1, 2])
 @pytest.mark.parametrize("threshold", [None, 0.3, NAN])
-def test_weight_drift(ops, norm, threshold):
+def test_weight_drift(operators, norm, threshold):
     weights, _, previous, logits, offsets = every_case()
     *w64, a64 = leaves = doubles([*weights, logits])
     masking, masking64 = (None, None), ()
@@ -117,13 +99,13 @@ def test_weight_drift(ops, norm, threshold):
     else:
         leaves = w64
     expected = norms_of(w64, previous, offsets, norm, *masking64)
-    norms = ops.weight_drift(weights, previous, offsets, norm, *masking)
+    norms = operators.weight_drift(weights, previous, offsets, norm, *masking)
     assert_same([norms], expected, "norms")
     for from_above in (0.7, 0.0, NAN, INF):
         outer = torch.full_like(norms, from_above)
         grads = gradients_of_norms(expected, outer, leaves)
         arguments = outer, norms, weights, previous, offsets, norm, *masking
-        grad_weights, grad_logits = ops.weight_drift_backward(*arguments)
+        grad_weights, grad_logits = operators.weight_drift_backward(*arguments)
         assert_same(grad_weights, grads[: len(weights)], f"gradient of weights, {from_above} from above")
         if threshold is not None:
             assert_same([grad_logits], grads[len(weights) :], f"gradient of logits, {from_above} from above")
@@ -136,13 +118,13 @@ def gradients_of_norms(norms, outer, leaves):
 
 @pytest.mark.parametrize("norm", [1, 2])
 @pytest.mark.parametrize("threshold", [0.3, 0.0])
-def test_masked_weights_drift(ops, norm, threshold):
+def test_masked_weights_drift(operators, norm, threshold):
     weights, outers, previous, logits, offsets = every_case()
     thresholds = torch.full((len(weights),), threshold)
     *w64, a64 = leaves = doubles([*weights, logits])
     masked = reference.masked_weights(w64, a64, thresholds.double(), offsets)
     drifts = norms_of(w64, previous, offsets, norm, a64, thresholds)
-    actual, norms = ops.masked_weights_drift(weights, logits, thresholds, offsets, previous, norm)
+    actual, norms = operators.masked_weights_drift(weights, logits, thresholds, offsets, previous, norm)
     assert_same(actual, masked, "weights")
     assert_same([norms], drifts, "norms")
     for from_above in (0.7, -INF):
@@ -150,7 +132,7 @@ def test_masked_weights_drift(ops, norm, threshold):
         both = [o.double() for o in (*outers, *outer)]
         *w_expected, a_expected = torch.autograd.grad([*masked, *drifts], leaves, both, retain_graph=True)
         common = norms, weights, logits, thresholds, offsets, previous, norm
-        grad_weights, grad_logits = ops.masked_weights_drift_backward(outers, outer, *common)
+        grad_weights, grad_logits = operators.masked_weights_drift_backward(outers, outer, *common)
         assert_same(grad_weights, w_expected, f"gradient of weights, {from_above} from above")
         assert_same([grad_logits], [a_expected], f"gradient of logits, {from_above} from above")
         assert_dropped_are_zero(grad_logits, logits, threshold)

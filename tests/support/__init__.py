@@ -1,1 +1,17 @@
-"""What the tests share."""
+"""What the tests share. Imported as `from support.tolerances import assert_close`.
+
+    tolerances   how far a result may be from the float64 reference: one table, and the comparison by it
+    comparing    an op beside its definition, results and every gradient; random tensors, thresholds, kernel launches
+    backends     the ops by each backend, for the fixtures `backend`, `operators`, `emulated`
+    chunks       a chunked hypernetwork, and the logits that it generates
+    arguments    valid arguments of every op and operator, by name
+    memory       uninitialised memory that is NaN
+    networks     small networks, models and scenarios
+    few_rows     csrc/cuda's masked_linear and chunk_masked_linear run by a CPU, and arguments for them
+    segments     weights, logits, thresholds and previous weights of several segments
+    dense        the dense output layer with hidden vectors, targets and moments
+    internals    what tests reach into the registry for
+    emulation    csrc/cuda compiled for the CPU, out of cuda_emulation/
+
+Fixtures are in tests/conftest.py and tests/ops/conftest.py only; this package holds what they do.
+"""

@@ -130,7 +130,10 @@ def test_lengths_count_the_last_partial_batch():
     ("values", "message"),
     [
         ({"training.sparsty": "1"}, "unknown setting 'training.sparsty'"),
-        ({"training.lrr": "1"}, r"unknown setting 'training.lrr' .did you mean 'training.lr'..; training has lr, batch"),
+        (
+            {"training.lrr": "1"},
+            r"unknown setting 'training.lrr' .did you mean 'training.lr'..; training has lr, batch",
+        ),
         ({"nothing": "1"}, "unknown setting 'nothing'; the top level has data, target, training, hypernet"),
         ({"method.sparsty": "1"}, "did you mean 'method.sparsity'"),
         ({"sparsity": "1"}, "did you mean 'method.sparsity'"),

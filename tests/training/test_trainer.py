@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.networks import blob_model, blob_scenario
 from torch import nn
 
 import hypermask_fast as hmf
@@ -15,8 +16,6 @@ from hypermask_fast.training import evaluation
 from hypermask_fast.training import trainer as trainer_module
 from hypermask_fast.training.config import TrainingConfig
 from hypermask_fast.training.trainer import Trainer, batch_rows
-
-from ..conftest import blob_model, blob_scenario
 
 
 class Recorder:

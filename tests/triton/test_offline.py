@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,11 @@ PRECISIONS = {"float32", "tf32", "float16", "bfloat16"}
 WIDTHS = {"linear": 16, "pointwise": 16, "tasks": 16, "elementwise": 16, "chunks": 8}
 WIDE_KERNELS = PRODUCTS | OF_SEGMENTS
 VECTORS = {"bias", "ob", "order", "offsets"}  # one entry per row or column: not tiles
+# Bytes that may be spilled with one version of Triton, because it does not matter: with 3.6 one address of the chunked
+# product in float32, stored before the loop and read once in each step. ptxas does so to keep to 80 registers, with
+# which three programs run on a multiprocessor; 3.7 and newer need no spill, so the setting stays.
+SPILLS = {("3.6", "chunk_masked_linear._chunk_product", "float32"): 8}
+TRITON = ".".join(version("triton").split(".")[:2])
 TENSOR_CORE_PRECISIONS = PRECISIONS - {"float32"}
 HERE = Path(__file__).parent
 
@@ -76,7 +82,7 @@ def faults(kernel: dict, capability: int, group: str, precision: str) -> list[st
     name, on_tensor_cores = kernel["kernel"], precision in TENSOR_CORE_PRECISIONS
     instruction = MATRIX_INSTRUCTION[capability] if kernel["block_m"] >= 64 else "mma"  # wgmma's and tcgen05's least
     found = {
-        "spills": kernel["spilled"] > 0,
+        "spills": kernel["spilled"] > SPILLS.get((TRITON, name, precision), 0),
         "shared memory": kernel["shared"] > SHARED_LIMIT[capability],
         "no tensor cores": name in PRODUCTS and on_tensor_cores and not kernel[instruction],
         "tensor cores in float32": precision == "float32" and any(kernel[i] for i in MATRIX_INSTRUCTION.values()),

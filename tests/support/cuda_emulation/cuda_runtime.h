@@ -55,6 +55,7 @@ inline float __uint_as_float(unsigned x) {
   std::memcpy(&f, &x, sizeof f);
   return f;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __float_as_uint(float f) {
   unsigned x;
   std::memcpy(&x, &f, sizeof x);

@@ -1,0 +1,43 @@
+"""chunked_output_drift: R against the same layer as it stood, from the Gram matrices of both."""
+
+import pytest
+import torch
+from support.refusals import assert_refused, each_change, whoever_is_asked
+
+from hypermask_fast import ops
+from hypermask_fast.ops import reference
+
+
+@pytest.mark.parametrize("size", [45, 48, 60, 41])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunked_output_drift_matches_the_definition(size, dtype):
+    torch.manual_seed(1)
+    tasks, chunks, rows, width = 3, -(-size // 12), 12, 5
+    old = [torch.randn(tasks, chunks, width), torch.randn(rows, width), torch.randn(rows)]
+    new = [(x + 1e-3 * torch.randn_like(x)) for x in old]
+    mine = [x.to(dtype, copy=True).requires_grad_() for x in new]
+    drift = ops.chunked_output_drift(*mine, *(x.to(dtype) for x in old), size)
+    drift.backward()
+    exact = [x.to(dtype).double().detach().clone().requires_grad_() for x in new]
+    expected = reference.chunked_output_drift(*exact, *(x.double() for x in old), size)
+    expected.backward()
+    # Subtracting outputs in float32 would cost three digits here; the Gram form does not subtract them.
+    torch.testing.assert_close(drift.double(), expected, rtol=2e-5 if dtype is torch.float32 else 1e-9, atol=0)
+    for x, y in zip(mine, exact, strict=True):
+        scale = y.grad.abs().max()
+        torch.testing.assert_close(x.grad.double() / scale, y.grad / scale, rtol=0, atol=1e-4)
+
+
+# Bad input
+
+does_not_fit = each_change(
+    ({"old_hidden": torch.ones(2, 2, 6)}, "old_hidden must have shape (3, 2, 6), not (2, 2, 6)"),
+    ({"old_bias": torch.ones(49)}, "old_bias must have shape (50,), not (49,)"),
+    ({"size": -1}, "size must be 0 to chunks * chunk_size = 100, not -1"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_chunked_output_drift_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("chunked_output_drift", asked, change, message)
