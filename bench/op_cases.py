@@ -81,6 +81,31 @@ def _previous(draw: Draw, weights: list[Tensor]) -> Tensor:
     return old + draw(old.numel(), low=-0.01, high=0.01)
 
 
+def mask_overlap(shapes: Shapes, tasks: int) -> OpCase:
+    """Entries that the masks of every two tasks share, per tensor of a network."""
+    size = sum(map(prod, shapes))
+
+    def arguments(draw: Draw) -> tuple:
+        return draw(tasks, size, low=-2, high=2), draw.full(tasks, len(shapes), value=THRESHOLD), _offsets(shapes)
+
+    # Logits read, counts of 8 bytes written; an entry's bit is compared with those of all tasks behind.
+    work = {FORWARD: Work(tasks * size + 2 * len(shapes) * tasks**2, size * tasks * (tasks + 1) / 64)}
+    return OpCase("mask_overlap", f"N {size} in {len(shapes)} tensors, {tasks} tasks", arguments, work, tolerance=0.0)
+
+
+def of_network(shapes: Shapes, tasks: int) -> list[OpCase]:
+    """The ops over the masks of a network of tensors of these shapes."""
+    sizes = [prod(shape) for shape in shapes]
+    return [
+        mask_thresholds(sizes, 30),
+        semi_binary_mask(sum(sizes)),
+        masked_weights(shapes),
+        weight_drift(shapes),
+        masked_weights_drift(shapes),
+        mask_overlap(shapes, tasks),
+    ]
+
+
 def weight_drift(shapes: Shapes) -> OpCase:
     """D, 1-norm with the mask."""
     size = sum(map(prod, shapes))
