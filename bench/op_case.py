@@ -42,7 +42,7 @@ class Draw:
 
     def __call__(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
         self._seed += 1
-        return self._rounded(uniform(*shape, low=low, high=high, seed=self._seed, device=self.device))
+        return self.rounded(uniform(*shape, low=low, high=high, seed=self._seed, device=self.device))
 
     def leaf(self, *shape: int, reach: float = 1.0, channels_last: bool = False) -> nn.Parameter:
         values = self(*shape, low=-reach, high=reach)
@@ -51,9 +51,10 @@ class Draw:
         return nn.Parameter(values, requires_grad=self._trained)
 
     def full(self, *shape: int, value: float) -> Tensor:
-        return self._rounded(torch.full(shape, value, device=self.device))
+        return self.rounded(torch.full(shape, value, device=self.device))
 
-    def _rounded(self, values: Tensor) -> Tensor:
+    def rounded(self, values: Tensor) -> Tensor:
+        """Numbers that float32 has, as the op is given them."""
         values = values.to(self.dtype)
         return values.double() if self._exact else values
 

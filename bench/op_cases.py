@@ -21,6 +21,8 @@ THRESHOLD = 0.5  # of logits that are uniform on (-2, 2): a quarter is dropped
 BLOCK = 1 << 20  # entries handled at a time wherever a copy of the largest tensor would show in the peak memory
 # Logits that an op generates by itself move across the threshold by rounding, and their entries with them.
 GENERATED, GENERATED_HALF = 1e-2, 5e-2
+# Sums over all N entries, which PyTorch in float32 adds up in an order that depends on the number of threads.
+OF_SUMS = {"drift": 1e-4, "hidden_grad": 1e-4, "grad/hidden": 1e-4}
 
 
 def _offsets(shapes: Shapes) -> tuple[int, ...]:
@@ -77,8 +79,8 @@ def masked_weights(shapes: Shapes) -> OpCase:
 
 def _previous(draw: Draw, weights: list[Tensor]) -> Tensor:
     """Weights as the task began, a tenth of their range away."""
-    old = torch.cat([weight.detach().flatten() for weight in weights])
-    return old + draw(old.numel(), low=-0.01, high=0.01)
+    old = torch.cat([weight.detach().flatten() for weight in weights]).float()
+    return draw.rounded(old + draw(old.numel(), low=-0.01, high=0.01).float())
 
 
 def mask_overlap(shapes: Shapes, tasks: int) -> OpCase:
@@ -116,9 +118,8 @@ def weight_drift(shapes: Shapes) -> OpCase:
 
     # W, W_prev and logits read; backward: the same, both gradients written.
     work = {FORWARD: Work(3 * size), BOTH: Work(8 * size)}
-    return OpCase(
-        "weight_drift", f"N {size} in {len(shapes)} tensors, 1-norm, masked", arguments, work, results=("drift",)
-    )
+    sizes = f"N {size} in {len(shapes)} tensors, 1-norm, masked"
+    return OpCase("weight_drift", sizes, arguments, work, results=("drift",), loose=OF_SUMS)
 
 
 def masked_weights_drift(shapes: Shapes) -> OpCase:
@@ -132,7 +133,7 @@ def masked_weights_drift(shapes: Shapes) -> OpCase:
     # W, W_prev and logits read, product written; backward: these and the gradient read, both gradients written.
     work = {FORWARD: Work(4 * size), BOTH: Work(10 * size)}
     sizes = f"N {size} in {len(shapes)} tensors, 1-norm"
-    return OpCase("masked_weights_drift", sizes, arguments, work, results=("masked", "drift"))
+    return OpCase("masked_weights_drift", sizes, arguments, work, results=("masked", "drift"), loose=OF_SUMS)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -317,8 +318,7 @@ def hypernet_logits(tasks: int, size: int, width: int, chunk_size: int | None = 
     }
     sizes = f"{rows} x {width}, {tasks} task{'s' if tasks > 1 else ''}"
     sizes += f", {chunks} chunks" if chunk_size else ""
-    # The hidden vectors' gradient is a sum over N terms, which float32 matrix products add up in any order.
-    return OpCase("hypernet_logits", sizes, arguments, work, loose={"grad/hidden": 1e-4})
+    return OpCase("hypernet_logits", sizes, arguments, work, loose=OF_SUMS)
 
 
 def output_drift(tasks: int, size: int, width: int) -> OpCase:
@@ -331,7 +331,9 @@ def output_drift(tasks: int, size: int, width: int) -> OpCase:
     # Layer and targets read; backward: the same, the layer's gradient written.
     layer, targets, product = size * (width + 1), tasks * size, 2.0 * size * width * tasks
     work = {FORWARD: Work(layer + targets, product), BOTH: Work(3 * layer + 2 * targets, 3 * product)}
-    return OpCase("output_drift", f"{size} x {width}, {tasks} tasks", arguments, work, results=("drift",))
+    return OpCase(
+        "output_drift", f"{size} x {width}, {tasks} tasks", arguments, work, results=("drift",), loose=OF_SUMS
+    )
 
 
 def chunked_output_drift(tasks: int, size: int, width: int, chunk_size: int) -> OpCase:
@@ -340,7 +342,8 @@ def chunked_output_drift(tasks: int, size: int, width: int, chunk_size: int) -> 
 
     def arguments(draw: Draw) -> tuple:
         new = draw.leaf(tasks, chunks, width), draw.leaf(chunk_size, width, reach=0.3), draw.leaf(chunk_size, reach=0.3)
-        old = [tensor.detach() + draw(*tensor.shape, low=-0.05, high=0.05) for tensor in new]
+        changes = [draw(*tensor.shape, low=-0.05, high=0.05) for tensor in new]
+        old = [draw.rounded(t.detach().float() + change.float()) for t, change in zip(new, changes, strict=True)]
         return *new, *old, size
 
     # Both layers and hidden vectors read; backward: the gradients written. Products of H x H over the rows of both:
@@ -371,8 +374,7 @@ def hypernet_adam(tasks: int, size: int, width: int) -> OpCase:
         {FORWARD: Work(6 * size * (width + 1) + tasks * size, 6.0 * size * width * tasks)},
         results=("hidden_grad", "drift"),
         changed=("weight", "bias", "weight_m", "weight_v", "bias_m", "bias_v"),
-        # The hidden vectors' gradient is a sum over N terms, which float32 matrix products add up in any order.
-        loose={"hidden_grad": 1e-4},
+        loose=OF_SUMS,
         oracle=_adam_in_float64,
     )
 

@@ -33,7 +33,7 @@ def _about(results: dict[str, Any]) -> str:
     for name, about in results["machine_info"].items():
         if name.startswith("hypermask_fast"):
             text += f"; {about['device']}, {about['threads']} threads, torch {about['torch']}, {about['backend']}"
-    return text + "."
+    return f"{text}. The machine's load average was {results['load_average_before']:.1f} before."
 
 
 def _table(benchmarks: list[dict[str, Any]], column: str) -> str:
