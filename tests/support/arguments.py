@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hypermask_fast.ops import OPS
 from hypermask_fast.ops.task_rows import TaskRows
 from support.comparing import DEVICE, randn
 
@@ -22,7 +23,7 @@ def native_arguments(grad: bool = False) -> dict[str, tuple]:
     state = [torch.rand(50, 6), torch.rand(50), torch.rand(50, 6), torch.rand(50, 6), torch.rand(50), torch.rand(50)]
     one = torch.tensor(1.0)
     plain = [w.detach() for w in weights]
-    return {
+    known = {
         "mask_thresholds": (logits.detach(), OFFSETS, torch.tensor([1, 2, 0])),
         "semi_binary_mask": (logits, torch.tensor(0.3)),
         "semi_binary_mask_backward": (torch.randn(18), logits.detach(), torch.tensor(0.3)),
@@ -40,9 +41,9 @@ def native_arguments(grad: bool = False) -> dict[str, tuple]:
         "hypernet_logits": (hidden.detach()[0, 0], weight, bias),
         "hypernet_adam": (torch.randn(3, 6), torch.randn(50), targets[:2], one, *state, one, one, 0.9, 0.99, 1e-8),
     }
-
-
-NATIVE_OPERATORS = sorted(native_arguments())
+    # An operator that takes just what its op takes needs no line above.
+    others = [name for name, op in OPS.items() if "cpu" in op.offers and op.layer is None and name not in known]
+    return known | {name: tuple(valid(name).values()) for name in others}
 
 
 def valid(op: str, device: str | torch.device = "cpu") -> dict[str, object]:
@@ -174,3 +175,6 @@ TRITON_ARGUMENTS: dict[str, Callable[[], tuple]] = {
         randn(), randn(2).abs(), [randn(2, 3), randn(4)], randn(11), [0, 6, 10], 1, randn(11), threshold().expand(2),
     ),
 }  # fmt: skip
+
+
+NATIVE_OPERATORS = sorted(native_arguments())
