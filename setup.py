@@ -139,19 +139,18 @@ def output_in(file: BinaryIO) -> Iterator[None]:
             os.close(original)
 
 
-def failure(output: str) -> tuple[str, str]:
-    """Of the first command that failed in a build: all it wrote, and one line with its first error."""
+def failure(output: str, error: Exception) -> tuple[str, str]:
+    """Of what made a build fail: all that it wrote, and one line with its first error."""
     lines = output.splitlines()
     failed = next((i for i, line in enumerate(lines) if line.startswith("FAILED: ")), None)
-    if failed is None:  # not in ninja
-        who, told = "the build", [line for line in lines if not re.match(NINJA, line)]
-    else:
-        who, told = (
-            shlex.split(lines[failed + 1])[0],
-            list(takewhile(lambda s: not re.match(NINJA, s), lines[failed + 2 :])),
-        )
+    if failed is None:  # not in ninja: the linker, or something unforeseen
+        who, silent = "the build", str(error)
+        told = [line for line in lines if not re.match(NINJA, line)]
+    else:  # the command follows, then what it wrote
+        who, silent = shlex.split(lines[failed + 1])[0], "without a message"
+        told = list(takewhile(lambda line: not re.match(NINJA, line), lines[failed + 2 :]))
     told = [line for line in told if line.strip()]
-    reason = next((line for line in told if "error" in line), told[0] if told else "without a message")
+    reason = next((line for line in told if "error" in line), told[0] if told else silent)
     return "\n".join(told), f"{who} failed: {reason.strip()[:300]}"
 
 
@@ -219,8 +218,8 @@ class Build(BuildExtension):
             if "warning" in output:
                 print(output, file=sys.stderr)
             return ""
-        told, reason = failure(output)
-        print(told or error, file=sys.stderr)
+        told, reason = failure(output, error)
+        print(told, file=sys.stderr)
         return reason
 
     def add_cuda(self, ext: Extension, nvcc: str) -> None:
