@@ -111,6 +111,19 @@ def masked_weights_drift(shapes: Shapes) -> OpCase:
     return OpCase("masked_weights_drift", sizes, arguments, work, results=("masked", "drift"), loose=OF_SUMS)
 
 
+def mask_overlap(shapes: Shapes, tasks: int) -> OpCase:
+    """Entries that the masks of two tasks both keep, per segment and pair of tasks."""
+    offsets = _offsets(shapes)
+
+    def arguments(draw: Draw) -> tuple:
+        logits = draw(tasks, offsets[-1], low=-2, high=2)
+        return logits, draw.full(tasks, len(shapes), value=THRESHOLD), offsets
+
+    # Logits read; what is left is counting bits.
+    sizes = f"N {offsets[-1]} in {len(shapes)} tensors, {tasks} tasks"
+    return OpCase("mask_overlap", sizes, arguments, {FORWARD: Work(tasks * offsets[-1])}, results=("kept",))
+
+
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 

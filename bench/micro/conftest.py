@@ -8,7 +8,6 @@ import torch
 from .. import machine
 from .timing import DEVICES, Timing
 
-
 LOAD = os.getloadavg()[0]  # before this run adds its own
 
 

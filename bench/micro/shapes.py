@@ -43,6 +43,7 @@ def _network(experiment: Experiment) -> list[OpCase]:
         op_cases.masked_weights(shapes),
         op_cases.weight_drift(shapes),
         op_cases.masked_weights_drift(shapes),
+        op_cases.mask_overlap(shapes, experiment.tasks),
     ]
 
 
