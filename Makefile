@@ -1,13 +1,24 @@
-# make demo: environment, a training run on real data, its accuracy matrix.   make test: environment, lint, tests.
-# make bench: the library against its peers, as a table (BENCH="--quick" or names: python -m bench --help).
-# Variables: PYTHON (3.10 or newer), VENV (where the environment goes), TORCH (what pip installs as PyTorch).
-# A smaller PyTorch without CUDA: make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# `make help` lists what there is. Variables: PYTHON (3.10 or newer), VENV (where the environment goes), TORCH (what pip
+# installs as PyTorch). A smaller PyTorch without CUDA:
+#     make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= 3.6.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench env clean
+.PHONY: help demo test lint bench microbench test-triton compile_commands env clean
+
+help:
+	@echo "make demo              environment; trains on real digits (no download), a minute; the accuracy matrix"
+	@echo "make test              environment; lint, types, import rules and all tests, some minutes"
+	@echo "make lint              the same without the tests"
+	@echo "make bench             the library against its peers (BENCH=\"--quick\" or names: python -m bench --help)"
+	@echo "make microbench        every op and layer by itself, under 3 minutes (MICRO=\"-k linear\" for a part)"
+	@echo "make test-triton       the Triton kernels with another Triton, in an environment of its own (TRITON=3.6.0)"
+	@echo "make compile_commands  compile_commands.json for editors, from the last build of csrc/"
+	@echo "make env               environment; what this installation is and sees"
+	@echo "make clean             all of that away again; runs are kept"
 
 # The digits' network is too small to be worth sharing among cores, hence one thread. Every run gets a fresh folder.
 demo: $(VENV)/.package
@@ -15,21 +26,40 @@ demo: $(VENV)/.package
 	OMP_NUM_THREADS=1 $(BIN)/hypermask-fast train split-digits --out "$$out" && \
 	echo "the matrix as a picture: $$out/accuracy_matrix.png"
 
-test: $(VENV)/.test
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST)
+
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore tests/kernels $(PYTEST)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/kernels
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(BENCH)
+
+microbench: $(VENV)/.bench
+	$(BIN)/python -m pytest bench/micro --benchmark-only $(MICRO)
+
+# Triton 3.6's interpreter needs a numpy before 2.4.
+test-triton:
+	$(MAKE) VENV=$(VENV)-triton-$(TRITON) $(VENV)-triton-$(TRITON)/.test
+	$(VENV)-triton-$(TRITON)/bin/pip install --quiet --constraint $(VENV)-triton-$(TRITON)/constraints.txt \
+	"triton==$(TRITON)" "numpy<2.4"
+	OMP_NUM_THREADS=1 $(VENV)-triton-$(TRITON)/bin/python -m pytest -n auto -k triton tests/triton tests/ops $(PYTEST)
+
+# Where BuildExtension lets ninja compile; the flags are those of the environment's own build.
+compile_commands: $(VENV)/.test
+	for folder in build/temp.*; do $(BIN)/ninja -C "$$folder" -t compdb > compile_commands.json; done
 
 env: $(VENV)/.package
 	$(BIN)/hypermask-fast env
 
 # Runs are kept.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f compile_commands.json
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # PyTorch goes first and is then held: what is installed later can never replace it by another build.
@@ -37,8 +67,9 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	{ echo "Python 3.10 or newer is needed; name one by: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch, some minutes where it has to be downloaded"
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel
+	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	touch $@
 
@@ -46,7 +77,8 @@ $(VENV)/.torch:
 PIP_EDITABLE = $(BIN)/pip install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
-	$(PIP_EDITABLE) .
+	@echo "compiling csrc/, a minute or more where nvcc is there"
+	$(PIP_EDITABLE) ".[train]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.package

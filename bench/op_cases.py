@@ -83,6 +83,31 @@ def _previous(draw: Draw, weights: list[Tensor]) -> Tensor:
     return draw.rounded(old + draw(old.numel(), low=-0.01, high=0.01).float())
 
 
+def mask_overlap(shapes: Shapes, tasks: int) -> OpCase:
+    """Entries that the masks of every two tasks share, per tensor of a network."""
+    size = sum(map(prod, shapes))
+
+    def arguments(draw: Draw) -> tuple:
+        return draw(tasks, size, low=-2, high=2), draw.full(tasks, len(shapes), value=THRESHOLD), _offsets(shapes)
+
+    # Logits read, counts of 8 bytes written; an entry's bit is compared with those of all tasks behind.
+    work = {FORWARD: Work(tasks * size + 2 * len(shapes) * tasks**2, size * tasks * (tasks + 1) / 64)}
+    return OpCase("mask_overlap", f"N {size} in {len(shapes)} tensors, {tasks} tasks", arguments, work, tolerance=0.0)
+
+
+def of_network(shapes: Shapes, tasks: int) -> list[OpCase]:
+    """The ops over the masks of a network of tensors of these shapes."""
+    sizes = [prod(shape) for shape in shapes]
+    return [
+        mask_thresholds(sizes, 30),
+        semi_binary_mask(sum(sizes)),
+        masked_weights(shapes),
+        weight_drift(shapes),
+        masked_weights_drift(shapes),
+        mask_overlap(shapes, tasks),
+    ]
+
+
 def weight_drift(shapes: Shapes) -> OpCase:
     """D, 1-norm with the mask."""
     size = sum(map(prod, shapes))
@@ -109,19 +134,6 @@ def masked_weights_drift(shapes: Shapes) -> OpCase:
     work = {FORWARD: Work(4 * size), BOTH: Work(10 * size)}
     sizes = f"N {size} in {len(shapes)} tensors, 1-norm"
     return OpCase("masked_weights_drift", sizes, arguments, work, results=("masked", "drift"), loose=OF_SUMS)
-
-
-def mask_overlap(shapes: Shapes, tasks: int) -> OpCase:
-    """Entries that the masks of two tasks both keep, per segment and pair of tasks."""
-    offsets = _offsets(shapes)
-
-    def arguments(draw: Draw) -> tuple:
-        logits = draw(tasks, offsets[-1], low=-2, high=2)
-        return logits, draw.full(tasks, len(shapes), value=THRESHOLD), offsets
-
-    # Logits read; what is left is counting bits.
-    sizes = f"N {offsets[-1]} in {len(shapes)} tensors, {tasks} tasks"
-    return OpCase("mask_overlap", sizes, arguments, {FORWARD: Work(tasks * offsets[-1])}, results=("kept",))
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

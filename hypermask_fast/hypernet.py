@@ -215,8 +215,9 @@ class _SteppedOutput(torch.autograd.Function):
         return logits, drift
 
     @staticmethod
-    def backward(ctx: Any, grad_logits: Tensor, grad_drift: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors
+        grad_logits, grad_drift = grads
         hidden_grad, drift = ctx.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
         ctx.drift.copy_(drift)
         return hidden_grad, None, None, None
@@ -251,7 +252,7 @@ class ChunkedHyperNetwork(HyperNetwork):
 
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task and chunk."""
-        first = self.trunk[0]
+        first: Any = self.trunk[0]  # an nn.Linear
         of_chunk, of_task = first.weight.split(
             [self.chunk_embeddings.shape[1], first.in_features - self.chunk_embeddings.shape[1]], dim=1
         )
@@ -266,4 +267,6 @@ class ChunkedHyperNetwork(HyperNetwork):
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`."""
-        return ops.chunked_output_drift(hidden, self.output.weight, self.output.bias, *targets, self.size)
+        old_hidden, old_weight, old_bias = targets
+        layer = self.output
+        return ops.chunked_output_drift(hidden, layer.weight, layer.bias, old_hidden, old_weight, old_bias, self.size)

@@ -98,7 +98,7 @@ class HyperMask(nn.Module):
     def _assign_segments(self) -> list[tuple[nn.Module, str]]:
         """Tells each layer its segments; returns who owns each segment's Parameter, by module and attribute."""
         number = {id(self.net.get_parameter(name)): s for s, name in enumerate(self.layout.names)}
-        owners: list[tuple[nn.Module, str] | None] = [None] * len(number)
+        owners: dict[int, tuple[nn.Module, str]] = {}
         for module in self.net.modules():
             if not getattr(module, "is_masked_layer", False):
                 continue
@@ -107,7 +107,7 @@ class HyperMask(nn.Module):
                 setattr(module, f"{name}_segment", segment)
                 if segment is not None:
                     owners[segment] = (module, name)
-        return owners
+        return [owners[segment] for segment in range(len(number))]
 
     @property
     def num_tasks(self) -> int:
@@ -147,17 +147,13 @@ class HyperMask(nn.Module):
         Raises:
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
-        ids = self._task_ids(task)
-        if isinstance(task, Tensor) and not _values_at_hand(task):
-            known = self._known(ids)
-            ids = ids.where(known, 0)
-            hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
-            return self._mask_of(ids[0], self.hypernet.logits(hidden).squeeze(0), sparsity, ranks)
-        trainable = self.training and torch.is_grad_enabled() and not isinstance(task, Tensor)
-        stepper = self.hypernet.stepper if trainable else None
+        if isinstance(task, Tensor):
+            return self._mask_by_tensor(task, sparsity, ranks)
+        self._check_task(task)
+        stepper = self.hypernet.stepper if self.training and torch.is_grad_enabled() else None
         anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of(task)
         if anchor is None:
-            return self._mask_of(task, self.hypernet(ids).squeeze(0), sparsity, ranks)
+            return self._mask_of(task, self.hypernet([task]).squeeze(0), sparsity, ranks)
         hidden = self.hypernet.hidden(range(task + 1))
         for_drifts: dict[str, Any] = {}
         if stepper is None:
@@ -167,6 +163,22 @@ class HyperMask(nn.Module):
         if self.drift.masked and self.drift.weight_scale(task) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
+
+    def _mask_by_tensor(self, task: Tensor, sparsity: float | None, ranks: Tensor | None) -> TaskMask:
+        """`mask` of a task whose id is a tensor, which is looked at where that costs no host sync."""
+        if task.dtype != torch.int64 or task.dim() > 1 or task.numel() != 1:
+            raise InputError(
+                "a task tensor is int64, 0-dim (or, for a forward pass, one id per sample), "
+                f"not {task.dtype} of {tuple(task.shape)}"
+            )
+        ids = task.reshape(1)
+        if _values_at_hand(task):
+            self._check_task(int(task))
+            return self._mask_of(task, self.hypernet(ids).squeeze(0), sparsity, ranks)
+        known = self._known(ids)
+        ids = ids.where(known, 0)
+        hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
+        return self._mask_of(ids[0], self.hypernet.logits(hidden).squeeze(0), sparsity, ranks)
 
     def _mask_of(
         self,
@@ -179,10 +191,10 @@ class HyperMask(nn.Module):
         thresholds = self._thresholds(logits, sparsity, ranks)
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
 
-    def _anchor_in_training(self, task: int | Tensor) -> Anchor | None:
+    def _anchor_in_training(self, task: int) -> Anchor | None:
         """The anchor of the task that is being trained; None of any other."""
         anchor = self.anchor
-        if anchor is None or isinstance(task, Tensor) or anchor.task != task:
+        if anchor is None or anchor.task != task:
             return None
         return anchor if torch.is_grad_enabled() else None
 
@@ -204,20 +216,6 @@ class HyperMask(nn.Module):
         if key not in self._ranks:
             self._ranks[key] = self.layout.ranks(sparsity, device)
         return self._ranks[key]
-
-    def _task_ids(self, task: int | Tensor) -> list[int] | Tensor:
-        """One task as ids for the hypernetwork, checked where that costs no host sync."""
-        if isinstance(task, Tensor):
-            if task.dtype != torch.int64 or task.dim() > 1 or task.numel() != 1:
-                raise InputError(
-                    "a task tensor is int64, 0-dim (or, for a forward pass, one id per sample), "
-                    f"not {task.dtype} of {tuple(task.shape)}"
-                )
-            if _values_at_hand(task):
-                self._check_task(int(task))
-            return task.reshape(1)
-        self._check_task(task)
-        return [task]
 
     def _known(self, tasks: Tensor) -> Tensor:
         """Which task ids exist, without a wait for the device."""
@@ -308,9 +306,9 @@ class HyperMask(nn.Module):
         """
         masks = self.all_masks() if masks is None else masks
         if isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(x, len(masks)):
-            batch = TaskBatch.every(masks, x)
-            with use_mask(batch):
-                y = self.net(batch.shared[1])
+            repeated = x.expand(len(masks), *x.shape).flatten(0, 1)
+            with use_mask(TaskBatch.every(masks, x, repeated)):
+                y = self.net(repeated)
             return y.view(len(masks), x.shape[0], *y.shape[1:])
         return torch.stack([self(x, mask) for mask in masks])
 
@@ -325,13 +323,17 @@ class HyperMask(nn.Module):
 
         `regularizer` does this by itself at its first call for a task; call it where another moment is meant.
         """
+        self.anchor = self._captured(task)
+
+    def _captured(self, task: int) -> Anchor:
         self._check_task(task)
-        self.anchor = regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
+        return regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
 
     def _anchor_of(self, task: int) -> Anchor:
-        if self.anchor is None or self.anchor.task != task:
-            self.begin_task(task)
-        return self.anchor
+        anchor = self.anchor
+        if anchor is None or anchor.task != task:
+            anchor = self.anchor = self._captured(task)
+        return anchor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HyperMask":
         """Moves the anchor with the Parameters, wherever nn.Module takes them."""
@@ -347,13 +349,14 @@ class HyperMask(nn.Module):
         Args:
             task: the task being trained, or its mask, which spares generating it again.
         """
-        mask = task if isinstance(task, TaskMask) else None
-        anchor = self._anchor_of(int(mask.task) if mask else task)
+        mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
+        anchor = self._anchor_of(number)
         if mask is None and self.drift.masked:
-            mask = self.mask(task)
+            mask = self.mask(number)
         weight = None if mask is None else mask.weight_drift(anchor.weights)
         if weight is None:
-            logits, thresholds = (mask.logits, mask.thresholds) if self.drift.masked else (None, None)
+            of_mask = mask if self.drift.masked else None
+            logits, thresholds = (None, None) if of_mask is None else (of_mask.logits, of_mask.thresholds)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.drift.weight_scale(anchor.task) > 0):
                 weight = ops.weight_drift(
                     self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
@@ -373,6 +376,7 @@ class HyperMask(nn.Module):
             Scalar with gradient to both networks and all embeddings of tasks 0..t.
         """
         drifts = self.drifts(task)
+        assert self.anchor is not None, "drifts made it"
         return self.drift.loss(drifts, self.anchor.task)
 
     # -- export ---------------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ class Adam(torch.optim.Adam):
         for step in (state["step"], bias_state["step"]):
             step.add_(1)
         group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
         return ops.hypernet_adam(
             hidden,
             grad_logits,
@@ -126,7 +127,8 @@ class Adam(torch.optim.Adam):
             bias_state["exp_avg_sq"],
             state["step"],
             self._lr_beside(weight),
-            *group["betas"],
+            beta1,
+            beta2,
             group["eps"],
         )
 
@@ -151,7 +153,7 @@ class Adam(torch.optim.Adam):
             )
         self._task = task
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The same entries as torch.optim.Adam's, so that a state_dict serves either."""
         state = self.state[parameter]
         if not state:

@@ -1,6 +1,6 @@
 """What keeps earlier tasks as they were: output drift of the hypernetwork, weight drift of the target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from numbers import Real
@@ -35,7 +35,7 @@ class DriftConfig:
 
     def __post_init__(self) -> None:
         for name in ("beta", "lam"):
-            value = getattr(self, name)
+            value: float = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < inf:
                 raise InputError(f"{name} must be a finite number >= 0, not {value!r}")
         if self.norm not in (1, 2) or isinstance(self.norm, bool):
@@ -83,7 +83,7 @@ class Anchor(NamedTuple):
         return Anchor(self.task, function(self.weights), tuple(function(target) for target in self.targets))
 
 
-def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: list[Tensor], task: int) -> Anchor:
+def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: Sequence[Tensor], task: int) -> Anchor:
     """How things stand as `task` begins; weights: one tensor per segment of the layout."""
     targets = hypernet.drift_targets(task) if task > 0 else ()
     return Anchor(task, layout.flatten([weight.detach() for weight in weights]), targets)

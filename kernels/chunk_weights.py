@@ -144,7 +144,8 @@ def launch_gradients(
     dw = weight.new_empty(weight.shape if want_weight else 0)
     if weight.numel() == 0:
         layer = (hidden, output_weight, output_bias)
-        return dw, *(t.new_zeros(t.shape if want else 0) for t, want in zip(layer, want_layer, strict=True))
+        dh, d_layer, db = (t.new_zeros(t.shape if want else 0) for t, want in zip(layer, want_layer, strict=True))
+        return dw, dh, d_layer, db
     first, chunks = _span(start, weight.numel(), len(output_weight))
     da = output_weight.new_empty((chunks, len(output_weight)) if any(want_layer) else 0)
     if any(needed):

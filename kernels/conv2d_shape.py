@@ -1,5 +1,6 @@
 """The geometry of a 2-D convolution: its output's shape, its constants in a kernel."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,8 @@ class Conv2dShape:
 
     @classmethod
     def of(cls, weight: Tensor, stride, padding, dilation, groups: int) -> "Conv2dShape":
-        return cls(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups)
+        height, width = weight.shape[2:]
+        return cls((height, width), tuple(stride), tuple(padding), tuple(dilation), groups)
 
     @property
     def taps(self) -> int:
@@ -36,11 +38,12 @@ class Conv2dShape:
         values = (self.kernel, self.stride, self.padding, self.dilation)
         return {n.format(axis): v[i] for n, v in zip(names, values, strict=True) for i, axis in enumerate("HW")}
 
-    def output_size(self, size: tuple[int, int]) -> Pair:
-        return tuple(
+    def output_size(self, size: Sequence[int]) -> Pair:
+        height, width = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(size, self.padding, self.dilation, self.kernel, self.stride, strict=True)
         )
+        return height, width
 
     def output(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
         """(batch, out, height', width')"""

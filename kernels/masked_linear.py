@@ -228,7 +228,7 @@ def _backward(
 
 def _backward_shapes(
     grad: Tensor, x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, needed: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     shapes = [(t, t.shape if need else 0) for t, need in zip((x, weight, logits), needed, strict=True)]
     return tuple(t.new_empty(shape) for t, shape in shapes)
 

@@ -42,10 +42,11 @@ def _filling(outputs: int, rows: int, copies: int, gpu: Gpu, widest: int = 256) 
     return fitting[-1]
 
 
-def _float32_step(gpu: Gpu) -> int:
-    """block_k of a product in float32. Before Hopper 32 is too much: for compute capability 8.0 ptxas then spills one
-    or two registers, in one kernel or another by the version of Triton, to fit one more program on a multiprocessor."""
-    return 16 if gpu.capability < 90 else 32
+def _float32_step(block_n: int, gpu: Gpu) -> int:
+    """block_k of a product in float32. Before Hopper 32 is too much for a tile of more than 16 rows: for compute
+    capability 8.0 ptxas then spills one or two registers, in one kernel or another by the version of Triton, to fit one
+    more program on a multiprocessor."""
+    return 16 if block_n > 16 and gpu.capability < 90 else 32
 
 
 @_remembered
@@ -63,7 +64,7 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, gp
     """
     if dtype == torch.float32:
         block_n = _clip(rows, 16, 64)
-        block_m, block_k, warps = 64, _float32_step(gpu), 8 if block_n == 64 else 4
+        block_m, block_k, warps = 64, _float32_step(block_n, gpu), 8 if block_n == 64 else 4
     else:
         block_m, block_n, warps = _filling(outputs, rows, 1, gpu) if rows > 64 else (64, _clip(rows, 16, 64), 4)
         block_k = 64
@@ -158,7 +159,7 @@ def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch
     """
     if dtype == torch.float32:
         block_n = _clip(rows, 16, 64)
-        return Tiles(64, block_n, _clip(reduced, 16, _float32_step(gpu)), warps=8 if block_n == 64 else 4)
+        return Tiles(64, block_n, _clip(reduced, 16, _float32_step(block_n, gpu)), warps=8 if block_n == 64 else 4)
     block_m, block_n, warps = _filling(outputs, rows, tasks, gpu)
     return Tiles(block_m, block_n, _clip(reduced, 16, 64), warps)
 

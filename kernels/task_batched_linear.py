@@ -132,7 +132,7 @@ def _task_weight_gradient(
         tl.store(dw_ptr + entry, dw.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
-def _strides3(x: Tensor) -> tuple[int, int, int]:
+def _strides3(x: Tensor) -> tuple[int, ...]:
     return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 

@@ -1,5 +1,6 @@
 """Step-for-step parity with the method written with hypnettorch's hypernetwork and regulariser."""
 
+import dataclasses
 import sys
 from collections import Counter
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support.backends import native_problem
 from support.tolerances import EPS
 from torch import nn
 
 import hypermask_fast as hmf
-from hypermask_fast.ops import registry as backends
+from hypermask_fast.ops import OPS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 hypnettorch_loop = pytest.importorskip("bench.peers.hypnettorch_loop", reason="hypnettorch is not installed")
@@ -149,15 +151,15 @@ def spied(monkeypatch):
             calls[op] += 1
             return offer.function(*args)
 
-        return offer._replace(function=call)
+        return dataclasses.replace(offer, function=call)
 
-    for (op, backend), offer in backends._offers.items():
-        if backend == "cpu":
-            monkeypatch.setitem(backends._offers, (op, backend), counting(op, offer))
+    for name, op in OPS.items():
+        if "cpu" in op.offers:
+            monkeypatch.setitem(op.offers, "cpu", counting(name, op.offers["cpu"]))
     return calls
 
 
-@pytest.mark.skipif(bool(backends.NATIVE_PROBLEM), reason=backends.NATIVE_PROBLEM)
+@pytest.mark.skipif(bool(native_problem()), reason=native_problem())
 @pytest.mark.parametrize("task", [1, 2])
 @pytest.mark.parametrize(("chunk_size", "make_optimizer"), [(None, our_adam), (None, torch_adam), (100, our_adam)])
 @pytest.mark.parametrize("norm", [1, 2])

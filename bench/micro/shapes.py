@@ -1,7 +1,6 @@
 """The named shapes that the microbenchmarks run over, and every op's case at each of them."""
 
 from functools import cache
-from math import prod
 
 from .. import op_cases
 from ..experiments import Experiment, experiments, quick
@@ -34,17 +33,7 @@ def experiment(shape: str) -> Experiment:
 
 
 def _network(experiment: Experiment) -> list[OpCase]:
-    """Ops over a whole network's masks."""
-    shapes = experiment.shapes()
-    sizes = [prod(shape) for shape in shapes]
-    return [
-        op_cases.mask_thresholds(sizes, 30),
-        op_cases.semi_binary_mask(sum(sizes)),
-        op_cases.masked_weights(shapes),
-        op_cases.weight_drift(shapes),
-        op_cases.masked_weights_drift(shapes),
-        op_cases.mask_overlap(shapes, experiment.tasks),
-    ]
+    return op_cases.of_network(experiment.shapes(), experiment.tasks)
 
 
 def _chunked(experiment: Experiment, chunk: int) -> list[OpCase]:

@@ -1,6 +1,6 @@
 """MaskedLinear and MaskedConv2d: nn.Linear and nn.Conv2d with a mask; a network's modules turned into ours and back."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
-from .masks import active_mask, convolution_geometry
+from .masks import active_mask
 from .norms import TASK_NORM_OF, TaskBatchNorm
 
 
@@ -29,6 +29,8 @@ class LayerMask(NamedTuple):
 class _Masked:
     """What both masked layers share: where their segments lie, and a mask of their own."""
 
+    weight: Tensor
+    bias: Tensor | None
     is_masked_layer = True
     # Segment numbers in the model's layout, set by HyperMask; None: not masked (alone, or excluded by name).
     weight_segment: int | None = None
@@ -48,7 +50,7 @@ class _Masked:
             )
 
     def _bias_by(self, mask: LayerMask) -> Tensor | None:
-        if mask.bias_logits is None or self.bias is None:
+        if self.bias is None or mask.bias_logits is None or mask.bias_threshold is None:
             return self.bias
         return self.bias * ops.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
 
@@ -66,16 +68,16 @@ class MaskedLinear(_Masked, nn.Linear):
     is an ordinary nn.Linear.
     """
 
-    def forward(self, x: Tensor, mask: LayerMask | None = None) -> Tensor:
-        """x: (..., in_features) of the weight's dtype -> (..., out_features). Raises InputError on another shape."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise InputError(f"MaskedLinear expects input (..., {self.in_features}), not {tuple(x.shape)}")
-        self._check_dtype(x)
+    def forward(self, input: Tensor, mask: LayerMask | None = None) -> Tensor:
+        """input: (..., in_features), the weight's dtype -> (..., out_features). Raises InputError on another shape."""
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise InputError(f"MaskedLinear expects input (..., {self.in_features}), not {tuple(input.shape)}")
+        self._check_dtype(input)
         if mask is not None:
             self._check_mask(mask)
-            return ops.masked_linear(x, self.weight, mask.logits, mask.threshold, self._bias_by(mask))
+            return ops.masked_linear(input, self.weight, mask.logits, mask.threshold, self._bias_by(mask))
         running = active_mask()
-        return F.linear(x, self.weight, self.bias) if running is None else running.linear(self, x)
+        return F.linear(input, self.weight, self.bias) if running is None else running.linear(self, input)
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):
@@ -85,21 +87,39 @@ class MaskedConv2d(_Masked, nn.Conv2d):
     is an ordinary nn.Conv2d.
     """
 
-    def forward(self, x: Tensor, mask: LayerMask | None = None) -> Tensor:
-        """x: (batch, in_channels, h, w) or (in_channels, h, w). Raises InputError on another shape."""
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+    def forward(self, input: Tensor, mask: LayerMask | None = None) -> Tensor:
+        """input: (batch, in_channels, h, w) or (in_channels, h, w). Raises InputError on another shape."""
+        if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
             raise InputError(
-                f"MaskedConv2d expects input (batch, {self.in_channels}, height, width), not {tuple(x.shape)}"
+                f"MaskedConv2d expects input (batch, {self.in_channels}, height, width), not {tuple(input.shape)}"
             )
-        self._check_dtype(x)
+        self._check_dtype(input)
         if mask is not None:
-            return self._forward_masked(x, mask)
+            return self._forward_masked(input, mask)
         running = active_mask()
-        return self._conv_forward(x, self.weight, self.bias) if running is None else running.conv2d(self, x)
+        return self._conv_forward(input, self.weight, self.bias) if running is None else running.conv2d(self, input)
+
+    def geometry(self, x: Tensor) -> tuple | None:
+        """Stride, padding, dilation and groups for `ops.masked_conv2d`; None where it can't serve: x without a batch,
+        padding other than by a number of zeros."""
+        if x.dim() != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """x, padded where that is more than a number of zeros, and the zeros (height, width) still to pad it with."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return x, self.padding
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._reversed_padding_repeated_twice, mode), (0, 0)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """This layer's convolution, padding mode included, with another weight and bias."""
+        return self._conv_forward(x, weight, bias)
 
     def _forward_masked(self, x: Tensor, mask: LayerMask) -> Tensor:
         self._check_mask(mask)
-        geometry, bias = convolution_geometry(self, x), self._bias_by(mask)
+        geometry, bias = self.geometry(x), self._bias_by(mask)
         if geometry is None:
             weight = self.weight * ops.semi_binary_mask(mask.logits, mask.threshold)
             return self._conv_forward(x, weight, bias)
@@ -120,7 +140,7 @@ def swap_in(net: nn.Module, num_tasks: int, batch_statistics: bool) -> None:
             module.__class__ = _MASKED_OF[kind]
         elif kind in TASK_NORM_OF and module.track_running_stats:
             module.__class__ = TASK_NORM_OF[kind]
-            module.batch_statistics = batch_statistics
+            cast(TaskBatchNorm, module).batch_statistics = batch_statistics
             for name in ("running_mean", "running_var", "num_batches_tracked"):
                 buffer = getattr(module, name)
                 setattr(module, name, buffer.expand(num_tasks, *buffer.shape).clone())

@@ -4,16 +4,49 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from .layout import MaskLayout
 
 _T = TypeVar("_T")
+
+
+class Layer(Protocol):
+    """What a mask needs of a `layers.MaskedLinear`. Segments: numbers in the model's layout, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_segment: int | None
+    bias_segment: int | None
+
+
+class Convolution(Layer, Protocol):
+    """What it needs of a `layers.MaskedConv2d`, which says what each method does."""
+
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def geometry(self, x: Tensor) -> tuple | None: ...
+
+    def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]: ...
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+class TaskNorm(Protocol):
+    """What it needs of a `norms.TaskBatchNorm`, which says what each method does."""
+
+    def forward_task(self, x: Tensor, task: int | Tensor) -> Tensor: ...
+
+    def forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor: ...
 
 
 class Running(Protocol):
@@ -22,11 +55,11 @@ class Running(Protocol):
     Each method is a layer's forward pass; the layer has checked the shape of x.
     """
 
-    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor: ...
+    def linear(self, layer: Layer, x: Tensor) -> Tensor: ...
 
-    def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor: ...
+    def conv2d(self, layer: Convolution, x: Tensor) -> Tensor: ...
 
-    def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor: ...
+    def batch_norm(self, layer: TaskNorm, x: Tensor) -> Tensor: ...
 
 
 class Made:
@@ -99,7 +132,7 @@ class TaskMask(Made):
             return None
         return self._made["weight drift", torch.is_grad_enabled()]
 
-    def _biases(self) -> dict[int, Tensor]:
+    def _biases(self) -> dict[int | None, Tensor]:
         """Segment number -> masked bias of all layers, in one launch: what fused layers need besides their op."""
         chosen = [s for s, segment in enumerate(self.layout.segments) if len(segment.shape) == 1 and segment.selected]
         if not chosen:
@@ -117,28 +150,28 @@ class TaskMask(Made):
 
     # -- layers ---------------------------------------------------------------------------------------------------
 
-    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+    def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """x (W * m)^T + b, fused or with `effective`, as `Op.fused` says for this call."""
         y = self._alone(ops.masked_linear, layer, x)
         return F.linear(x, *self.of_layer(layer)) if y is None else y
 
-    def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    def conv2d(self, layer: Convolution, x: Tensor) -> Tensor:
         """conv2d(x, W * m) + b, chosen likewise."""
-        geometry = convolution_geometry(layer, x)
+        geometry = layer.geometry(x)
         y = None if geometry is None else self._alone(ops.masked_conv2d, layer, x, *geometry)
-        return convolve(layer, x, *self.of_layer(layer)) if y is None else y
+        return layer.convolve(x, *self.of_layer(layer)) if y is None else y
 
-    def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def batch_norm(self, layer: TaskNorm, x: Tensor) -> Tensor:
         """Batch norm with this task's statistics."""
         return layer.forward_task(x, self.task)
 
-    def of_layer(self, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def of_layer(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of a layer as they are multiplied with: `effective`, or its own where not masked."""
-        segments = ((layer.weight, layer.weight_segment), (layer.bias, layer.bias_segment))
-        weight, bias = (own if segment is None else self.effective[segment] for own, segment in segments)
+        weight = layer.weight if layer.weight_segment is None else self.effective[layer.weight_segment]
+        bias = layer.bias if layer.bias_segment is None else self.effective[layer.bias_segment]
         return weight, bias
 
-    def _alone(self, op: ops.Op, layer: nn.Module, x: Tensor, *geometry: object) -> Tensor | None:
+    def _alone(self, op: ops.Op, layer: Layer, x: Tensor, *geometry: object) -> Tensor | None:
         """The layer's output by an op of its own; None where it should use `effective`.
 
         Once a layer has run fused, W * m of all layers would be made for a few: the others then mask their own.
@@ -167,21 +200,8 @@ class TaskMask(Made):
         """Scalar: percent of the masked entries (the output layer's bias apart) whose mask is 0."""
         masks = self.masks()
         applied = [masks[segment.name] for segment in self.layout.segments if segment.selected]
-        zeros = sum((mask == 0).sum() for mask in applied)
+        zeros: Any = sum((mask == 0).sum() for mask in applied)
         return 100.0 * zeros / sum(mask.numel() for mask in applied)
-
-
-def convolution_geometry(layer: nn.Conv2d, x: Tensor) -> tuple | None:
-    """Stride, padding, dilation and groups for `ops.masked_conv2d`; None where it can't serve: x without a batch,
-    padding other than by a number of zeros."""
-    if x.dim() != 4 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return None
-    return layer.stride, layer.padding, layer.dilation, layer.groups
-
-
-def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's convolution, padding mode included, with another weight and bias."""
-    return layer._conv_forward(x, weight, bias)
 
 
 class _Active(threading.local):

@@ -1,27 +1,36 @@
 """Batch norm with running statistics per task."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC2701 # pyright: ignore[reportPrivateUsage]
 
 from .masks import active_mask
 
+BatchNorm = _BatchNorm  # what all of PyTorch's are, nn.SyncBatchNorm too, and users' own; it has no public name
 
-class TaskBatchNorm:
+
+class TaskBatchNorm(BatchNorm):
     """Batch norm whose affine parameters all tasks share and whose running statistics are per task.
 
     running_mean, running_var: (tasks, features); num_batches_tracked: (tasks,). With `batch_statistics` (the
     official fidelity), and outside of a HyperMask forward pass, the batch's own statistics are used, always.
     """
 
-    batch_statistics = False
+    batch_statistics: bool = False
+    # Tensors, always: nn.BatchNorm's are declared as Tensor | None.
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
         running = active_mask()
         if self.batch_statistics or running is None:
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return running.batch_norm(self, x)
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return running.batch_norm(self, input)
 
     def forward_task(self, x: Tensor, task: int | Tensor) -> Tensor:
         """The whole batch with one task's statistics, which training moves."""
@@ -68,13 +77,17 @@ class TaskBatchNorm:
             buffer = getattr(self, name)
             setattr(self, name, torch.cat([buffer, buffer.new_full((1, *buffer.shape[1:]), value)]))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         # A plain network's statistics serve every task.
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value, own = state_dict.get(prefix + name), getattr(self, name)
             if value is not None and value.dim() == own.dim() - 1:
                 state_dict[prefix + name] = value.expand_as(own).clone()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class TaskBatchNorm1d(TaskBatchNorm, nn.BatchNorm1d):

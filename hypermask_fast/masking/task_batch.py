@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import overload
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import ops
 from ..errors import InputError
 from ..ops.task_rows import TaskRows
 from .layout import MaskLayout
-from .masks import Made, TaskMask, convolve, use_mask
+from .masks import Convolution, Layer, Made, TaskMask, TaskNorm, use_mask
+from .norms import BatchNorm
 
 # Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
 # GPU task by task, by cuBLAS and cuDNN, and so many images under all tasks would not fit beside each other.
@@ -43,6 +44,10 @@ class TaskMasks(Made, Sequence[TaskMask]):
     def __len__(self) -> int:
         return len(self.logits)
 
+    @overload
+    def __getitem__(self, index: int) -> TaskMask: ...
+    @overload
+    def __getitem__(self, index: slice) -> "TaskMasks": ...
     def __getitem__(self, index: int | slice) -> "TaskMask | TaskMasks":
         if isinstance(index, slice):
             rows = (self.tasks[index], self.layout, self.logits[index], self.thresholds[index], self.weights)
@@ -64,19 +69,24 @@ class TaskMasks(Made, Sequence[TaskMask]):
             return self.tasks
         return torch.arange(self.tasks.start, self.tasks.stop, self.tasks.step, device=self.logits.device)
 
-    def of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """Logits (T, *weight shape) and thresholds (T,) of a layer's weight."""
+    def of(self, segment: int) -> tuple[Tensor, Tensor]:
+        """Logits (T, *weight shape) and thresholds (T,) of a layer's weight, by its segment's number."""
         views = self._once("views", lambda: self.layout.views(self.logits))
-        return views[layer.weight_segment], self.thresholds[:, layer.weight_segment]
+        return views[segment], self.thresholds[:, segment]
 
-    def bias(self, layer: nn.Module) -> Tensor | None:
+    def bias(self, layer: Layer) -> Tensor | None:
         """(T, out) masked biases of a layer; (out,) where the bias is used as it is."""
         segment = layer.bias_segment
         if segment is None or not self.layout.segments[segment].selected:
             return layer.bias
         views = self._once("views", lambda: self.layout.views(self.logits))
         limits = self.thresholds[:, segment, None]
-        return self._once(f"bias {segment}", lambda: layer.bias * ops.semi_binary_mask(views[segment], limits))
+
+        def make() -> Tensor:
+            assert layer.bias is not None, "it has a segment"
+            return layer.bias * ops.semi_binary_mask(views[segment], limits)
+
+        return self._once(f"bias {segment}", make)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,42 +112,41 @@ class TaskBatch:
         return cls(masks, TaskRows.of(rows, len(masks)), rows.shape[0])
 
     @classmethod
-    def every(cls, masks: TaskMasks, x: Tensor) -> "TaskBatch":
-        repeated = x.expand(len(masks), *x.shape).flatten(0, 1)
+    def every(cls, masks: TaskMasks, x: Tensor, repeated: Tensor) -> "TaskBatch":
+        """Samples x (B, ...) under all masks; repeated (T * B, ...): the same once per mask, for the network."""
         return cls(masks, None, repeated.shape[0], (x, repeated))
 
-    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+    def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """Each row of x (rows, ..., in) times its own (W * m_t)^T, plus its bias."""
         self._check(x, layer)
-        if layer.weight_segment is None:
+        segment = layer.weight_segment
+        if segment is None:
             return F.linear(x, layer.weight, layer.bias)
-        logits, thresholds = self.masks.of(layer)
+        logits, thresholds = self.masks.of(segment)
         if self.shared is not None and x is self.shared[1] and x.dim() == 2:  # the first layer: x is read once
             call = (self.shared[0], layer.weight, logits, thresholds, None, self.masks.bias(layer))
             return ops.task_batched_linear(*call).flatten(0, 1)
         return self._product(x, layer.weight, logits, thresholds, self.masks.bias(layer))
 
-    def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    def conv2d(self, layer: Convolution, x: Tensor) -> Tensor:
         """Each row of x (rows, in, h, w) convolved with its own W * m_t.
 
         Windows of x as rows of the linear op; with groups, whose weights are small, a convolution of more groups.
         """
         self._check(x, layer)
-        if layer.weight_segment is None:
-            return convolve(layer, x, layer.weight, layer.bias)
-        padding = layer.padding
-        if layer.padding_mode != "zeros" or isinstance(padding, str):
-            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode), (0, 0)
+        segment = layer.weight_segment
+        if segment is None:
+            return layer.convolve(x, layer.weight, layer.bias)
+        x, padding = layer.padded(x)
+        logits, thresholds = self.masks.of(segment)
         if layer.groups > 1:
-            return self._grouped(layer, x, padding)
-        logits, thresholds = self.masks.of(layer)
+            return self._grouped(layer, x, padding, logits, thresholds)
         windows = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
         weight, logits = layer.weight.flatten(1), logits.flatten(2)
         y = self._product(windows, weight, logits, thresholds, self.masks.bias(layer)).transpose(1, 2)
         return y.unflatten(2, _output_size(layer, x, padding))
 
-    def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def batch_norm(self, layer: TaskNorm, x: Tensor) -> Tensor:
         """Each row with its own task's statistics."""
         self._check(x, layer)
         return layer.forward_rows(x, self.masks.ids().index_select(0, self._of_rows(1)))
@@ -160,14 +169,15 @@ class TaskBatch:
         tasks = len(self.masks)
         return torch.arange(tasks, device=self.masks.logits.device).repeat_interleave(each * (self.count // tasks))
 
-    def _grouped(self, layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        logits, thresholds = self.masks.of(layer)
+    def _grouped(
+        self, layer: Convolution, x: Tensor, padding: tuple[int, ...], logits: Tensor, thresholds: Tensor
+    ) -> Tensor:
         weight = layer.weight * ops.semi_binary_mask(logits, thresholds[:, None, None, None, None])
         if self.rows is not None:
             weight = weight.index_select(0, self.rows.ids)
         sets = weight.shape[0]  # of weights, each for as many rows as there are per set
         if sets == 0:
-            return convolve(layer, x, layer.weight, layer.bias)
+            return layer.convolve(x, layer.weight, layer.bias)
         across = x.unflatten(0, (sets, x.shape[0] // sets)).transpose(0, 1).flatten(1, 2)
         groups = sets * layer.groups
         y = F.conv2d(across, weight.flatten(0, 1), None, layer.stride, padding, layer.dilation, groups)
@@ -179,7 +189,7 @@ class TaskBatch:
             bias = bias.index_select(0, self._of_rows(1))
         return y + bias.to(y.dtype)[..., None, None]
 
-    def _check(self, x: Tensor, layer: nn.Module) -> None:
+    def _check(self, x: Tensor, layer: Layer | TaskNorm) -> None:
         if x.shape[0] != self.count:
             raise InputError(
                 f"{type(layer).__name__} sees {x.shape[0]} rows where {self.count} samples pass under several tasks: "
@@ -187,7 +197,7 @@ class TaskBatch:
             )
 
 
-def _output_size(layer: nn.Conv2d, x: Tensor, padding: tuple[int, int]) -> tuple[int, ...]:
+def _output_size(layer: Convolution, x: Tensor, padding: tuple[int, ...]) -> tuple[int, ...]:
     geometry = zip(x.shape[-2:], padding, layer.dilation, layer.kernel_size, layer.stride, strict=True)
     return tuple(
         (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1 for size, pad, spread, kernel, step in geometry
@@ -204,7 +214,7 @@ def serves(net: nn.Module, x: Tensor, tasks: int | None = None) -> bool:
     rows than one per sample, which `_row_per_sample` finds out (a compiled graph relies on the check in each layer).
     """
     for module in net.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNorm):
             if module.training or module.running_mean is None or getattr(module, "batch_statistics", False):
                 return False
         elif getattr(module, "is_masked_layer", False):
@@ -243,14 +253,14 @@ class _Probe:
     samples: int
     fits: bool = True
 
-    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+    def linear(self, layer: Layer, x: Tensor) -> Tensor:
         self.fits &= x.dim() > 1 and x.shape[0] == self.samples
         return F.linear(x, layer.weight, layer.bias)
 
-    def conv2d(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    def conv2d(self, layer: Convolution, x: Tensor) -> Tensor:
         self.fits &= x.dim() == 4 and x.shape[0] == self.samples
-        return convolve(layer, x, layer.weight, layer.bias)
+        return layer.convolve(x, layer.weight, layer.bias)
 
-    def batch_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def batch_norm(self, layer: TaskNorm, x: Tensor) -> Tensor:
         self.fits &= x.shape[0] == self.samples
         return x

@@ -87,7 +87,7 @@ mask_overlap = Op(
 masked_linear = Op(
     reference.masked_linear,
     arguments.masked_linear,
-    layer=Layer(),
+    Layer(),
     plain=Offer(mask_first.masked_linear),
     cpu=Offer(masks.masked_linear, masks.layer_condition),
     cuda=Offer(few_rows.masked_linear, few_rows.masked_linear_condition, dtypes=few_rows.DTYPES),
@@ -97,7 +97,7 @@ masked_linear = Op(
 masked_conv2d = Op(
     reference.masked_conv2d,
     arguments.masked_conv2d,
-    layer=Layer(stride_at=5),
+    Layer(stride_at=5),
     plain=Offer(mask_first.masked_conv2d),
     cpu=Offer(masks.masked_conv2d, masks.layer_condition),
     triton=triton.offer("masked_conv2d"),
@@ -106,7 +106,7 @@ masked_conv2d = Op(
 chunk_masked_linear = Op(
     reference.chunk_masked_linear,
     arguments.chunk_masked_linear,
-    layer=Layer(generated=True),
+    Layer(generated=True),
     plain=Offer(mask_first.chunk_masked_linear),
     cuda=Offer(few_rows.chunk_masked_linear, few_rows.chunk_masked_linear_condition, dtypes=few_rows.CHUNK_DTYPES),
     triton=triton.offer("chunk_masked_linear"),
@@ -115,7 +115,7 @@ chunk_masked_linear = Op(
 chunk_masked_conv2d = Op(
     reference.chunk_masked_conv2d,
     arguments.chunk_masked_conv2d,
-    layer=Layer(stride_at=8, generated=True),
+    Layer(stride_at=8, generated=True),
     plain=Offer(mask_first.chunk_masked_conv2d),
     triton=triton.offer("chunk_masked_conv2d"),
 )

@@ -156,7 +156,8 @@ def allows_tf32(convolution: bool) -> bool:
     Every way to set it (fp32_precision, allow_tf32, set_float32_matmul_precision) shows in fp32_precision; allow_tf32
     may raise once fp32_precision has been set.
     """
-    setting = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn  # which PyTorch puts another object in place of
+    setting = cudnn.conv if convolution else torch.backends.cuda.matmul
     return setting.fp32_precision == "tf32"
 
 
@@ -167,7 +168,7 @@ def _product_dtype(x: Tensor) -> str:
 
 def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """torch.compiler.assume_constant_result, whose call would import the compiler with every import of ours."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 

@@ -13,6 +13,7 @@ Source of the method: HyperMask, arXiv 2310.00113.
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,8 @@ def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> Te
     compiling = torch.compiler.is_compiling()  # where ranks have no values yet: kthvalue needs them, a sort does not
     # Where a GPU has to be deterministic kthvalue is refused for the sake of its indices, which are not used here.
     sorting = logits.is_cuda and torch.are_deterministic_algorithms_enabled()
-    for s, rank in enumerate(ranks if compiling else ranks.tolist()):
+    each: Any = ranks if compiling else ranks.tolist()
+    for s, rank in enumerate(each):
         segment = magnitude[..., offsets[s] : offsets[s + 1]]
         if segment.shape[-1] == 0:
             continue
@@ -366,11 +368,12 @@ def weight_drift(
         Scalar.
     """
     total = previous.new_zeros(())
+    limits: Any = thresholds  # there where logits are
     for s, weight in enumerate(weights):
         segment = slice(offsets[s], offsets[s + 1])
         change = weight.flatten() - previous[segment]
         if logits is not None:
-            change = change * semi_binary_mask(logits[segment], thresholds[s])
+            change = change * semi_binary_mask(logits[segment], limits[s])
         total = total + torch.linalg.vector_norm(change, norm)
     return total
 

@@ -92,8 +92,8 @@ class Op(Generic[P, R]):
         self,
         definition: Callable[P, R],
         rule: Callable[..., None],
-        *,
         layer: paths.Layer | None = None,
+        /,
         **offers: Offer,
     ) -> None:
         signature = inspect.signature(definition)
@@ -113,7 +113,7 @@ class Op(Generic[P, R]):
     @overload
     def __call__(self, *args: Any, backend: str | None, **kwargs: Any) -> R: ...
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
-        values = self._positional(args, kwargs)
+        values = self.positional(args, kwargs)
         first = self._judged(values)
         return self._choose(values, first, backend).function(*values)
 
@@ -131,7 +131,7 @@ class Op(Generic[P, R]):
         self.rule(*values)
         return first
 
-    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments by position, defaults where none is given, as a call of the definition would have them."""
         given = len(args)
         if not kwargs and given == len(self._names):
@@ -146,7 +146,7 @@ class Op(Generic[P, R]):
 
     def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Chosen:
         """Who would serve this call. Raises InputError where the backend asked for can't, and says why."""
-        values = self._positional(args, kwargs)
+        values = self.positional(args, kwargs)
         return self._choose(values, self._judged(values), backend)
 
     def _choose(self, values: tuple[Any, ...], first: Tensor, backend: str | None) -> Chosen:
@@ -307,7 +307,7 @@ def explain(op: str | Op[..., Any], *args: Any, backend: str | None = None, **kw
         raise InputError(f"there is no op {op!r}; there are {', '.join(sorted(OPS))}")
     entry = OPS[op] if isinstance(op, str) else op
     try:
-        values = entry._positional(args, kwargs)
+        values = entry.positional(args, kwargs)
     except TypeError as error:
         raise InputError(f"explain needs the op's arguments, to see their devices and shapes: {error}") from None
     return entry.explain(values, backend)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypermask_fast.ops.native import dense_shared_bytes
+from hypermask_fast.ops.native.dense import dense_shared_bytes
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("80", "90a", "100")

@@ -5,8 +5,9 @@ import torch
 from support.backends import LAYERS, on
 from support.chunks import generated, source_of, threshold_of
 from support.comparing import DTYPES, assert_matches, launches, randn
+from support.refusals import assert_kernel_refuses, assert_refused, changed, each_change, whoever_is_asked
 
-from hypermask_fast import ops
+from hypermask_fast import InputError, ops
 from hypermask_fast.ops import reference
 
 SIMPLE = (1, 0, 1, 1)  # stride, padding, dilation, groups
@@ -56,3 +57,41 @@ def test_chunk_masked_conv2d_by_triton_launches_one_kernel_that_makes_the_masked
     with launches() as launched:
         ops.chunk_masked_conv2d(x, weight, *source, 0, threshold, backend="triton")
     assert len(launched) == 1
+
+
+# Bad input
+
+does_not_fit = each_change(
+    (
+        {"weight": torch.ones(0, 2, 3, 3)},
+        "weight must be (out, in / groups, kh, kw), out, kh and kw at least 1, not (0, 2, 3, 3)",
+    ),
+    ({"x": torch.ones(2, 3, 5, 5)}, "x must have 2 channels for this weight, not 3"),
+    ({"padding": "same"}, "padding must be a number of at least 0, or two, not 'same'"),
+    ({"start": 110}, "entries 110 to 182 lie outside the 120 that the chunks generate"),
+    ({"start": -1}, "entries -1 to 71 lie outside the 120 that the chunks generate"),
+    ({"hidden": torch.ones(10, 5)}, "hidden must be (chunks, H) and output_weight (C, H), not (10, 5) and (12, 6)"),
+    ({"output_bias": torch.ones(11)}, "output_bias must have shape (12,), not (11,)"),
+    ({"threshold": torch.ones(3)}, "threshold must have one entry, not 3"),
+    ({"bias": torch.ones(5)}, "bias must have shape (4,), not (5,)"),
+    ({"weight": torch.ones(5)}, "weight must be (out, in / groups, kh, kw), out, kh and kw at least 1, not (5,)"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_chunk_masked_conv2d_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("chunk_masked_conv2d", asked, change, message)
+
+
+@does_not_fit
+def test_chunk_masked_conv2d_by_triton_called_directly_refuses_in_the_same_words(triton, change, message):
+    assert_kernel_refuses(triton, "chunk_masked_conv2d", change, message)
+
+
+@each_change(
+    ({"hidden": torch.ones(10, 6).long()}, "int64"),
+)
+def test_chunk_masked_conv2d_by_triton_called_directly_refuses_other_dtypes(triton, change, message):
+    with pytest.raises(InputError, match=message):
+        triton.chunk_masked_conv2d(**changed("chunk_masked_conv2d", change))

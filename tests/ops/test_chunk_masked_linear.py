@@ -15,10 +15,11 @@ from support.few_rows import (
     misaligned,
     without_jumps,
 )
+from support.refusals import assert_kernel_refuses, assert_refused, changed, each_change, whoever_is_asked
 from support.tolerances import assert_close
 from torch.library import opcheck
 
-from hypermask_fast import ops
+from hypermask_fast import InputError, ops
 from hypermask_fast.ops import reference, registry
 
 LINEAR = {  # batch, in, out, chunk size, hypernetwork's width, start, further chunks; is it one kernel?
@@ -236,3 +237,36 @@ def test_chunk_masked_linear_of_few_rows_on_a_gpu(rows, dtype):
     args = (*tensors, 16, torch.zeros((), device="cuda", dtype=dtype))
     ours, theirs = ops.chunk_masked_linear(*args, backend="cuda"), reference.chunk_masked_linear(*args)
     assert_close(ours, reference.chunk_masked_linear(*double(args)), "cuda", peer=theirs, rounding=1)
+
+
+# Bad input
+
+does_not_fit = each_change(
+    ({"x": torch.ones(3, 4)}, "x must be (..., 5) for a weight of (4, 5), not (3, 4)"),
+    ({"start": 110}, "entries 110 to 130 lie outside the 120 that the chunks generate"),
+    ({"start": -1}, "entries -1 to 19 lie outside the 120 that the chunks generate"),
+    ({"hidden": torch.ones(10, 5)}, "hidden must be (chunks, H) and output_weight (C, H), not (10, 5) and (12, 6)"),
+    ({"output_bias": torch.ones(11)}, "output_bias must have shape (12,), not (11,)"),
+    ({"threshold": torch.ones(3)}, "threshold must have one entry, not 3"),
+    ({"bias": torch.ones(5)}, "bias must have shape (4,), not (5,)"),
+    ({"weight": torch.ones(5)}, "weight must be (out, in), not (5,)"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_chunk_masked_linear_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("chunk_masked_linear", asked, change, message)
+
+
+@does_not_fit
+def test_chunk_masked_linear_by_triton_called_directly_refuses_in_the_same_words(triton, change, message):
+    assert_kernel_refuses(triton, "chunk_masked_linear", change, message)
+
+
+@each_change(
+    ({"hidden": torch.ones(10, 6).long()}, "int64"),
+)
+def test_chunk_masked_linear_by_triton_called_directly_refuses_other_dtypes(triton, change, message):
+    with pytest.raises(InputError, match=message):
+        triton.chunk_masked_linear(**changed("chunk_masked_linear", change))

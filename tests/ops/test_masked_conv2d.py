@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from support.backends import LAYERS, on
 from support.comparing import DEVICE, DTYPES, assert_matches, exact_threshold, launches, randn
+from support.refusals import assert_kernel_refuses, assert_refused, changed, each_change, whoever_is_asked
 from support.tolerances import assert_close
 
-from hypermask_fast import ops
+from hypermask_fast import InputError, ops
 from hypermask_fast.ops import reference
 
 CASES = {  # batch, in, out, height, width, kernel; stride, padding, dilation, groups
@@ -106,3 +107,41 @@ def test_masked_conv2d_by_triton_launches_the_forward_pass_once(triton):
     with launches() as launched:
         ops.masked_conv2d(x, weight, logits, exact_threshold(logits), bias, 1, 1, backend="triton")
     assert len(launched) == 1
+
+
+# Bad input
+
+does_not_fit = each_change(
+    ({"x": torch.ones(1, 3, 5, 5)}, "x must have 4 channels for this weight, not 3"),
+    ({"x": torch.ones(4, 5, 5)}, "x must be (batch, in, height, width), not (4, 5, 5)"),
+    ({"x": torch.ones(1, 4, 2, 2)}, "a kernel of (3, 3) does not fit into an input of (2, 2)"),
+    ({"logits": torch.ones(6, 4, 3, 1)}, "logits must have shape (6, 4, 3, 3), not (6, 4, 3, 1)"),
+    ({"weight": torch.ones(6, 4)}, "weight must be (out, in / groups, kh, kw), out, kh and kw at least 1, not (6, 4)"),
+    ({"threshold": torch.ones(6)}, "threshold must have one entry, not 6"),
+    ({"bias": torch.ones(4)}, "bias must have shape (6,), not (4,)"),
+    ({"groups": 5}, "groups must divide the 6 output channels, 5 does not"),
+    ({"groups": 0}, "groups must divide the 6 output channels, 0 does not"),
+    ({"stride": 0}, "stride must be a number of at least 1, or two, not 0"),
+    ({"dilation": (1, 0)}, "dilation must be a number of at least 1, or two, not (1, 0)"),
+    ({"padding": (1, -1)}, "padding must be a number of at least 0, or two, not (1, -1)"),
+    ({"padding": "same"}, "padding must be a number of at least 0, or two, not 'same'"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_masked_conv2d_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("masked_conv2d", asked, change, message)
+
+
+@does_not_fit
+def test_masked_conv2d_by_triton_called_directly_refuses_in_the_same_words(triton, change, message):
+    assert_kernel_refuses(triton, "masked_conv2d", change, message)
+
+
+@each_change(
+    ({"x": torch.ones(2, 4, 5, 5).bool()}, "bool"),
+)
+def test_masked_conv2d_by_triton_called_directly_refuses_other_dtypes(triton, change, message):
+    with pytest.raises(InputError, match=message):
+        triton.masked_conv2d(**changed("masked_conv2d", change))

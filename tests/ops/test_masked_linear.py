@@ -16,10 +16,11 @@ from support.comparing import (
     randn,
 )
 from support.few_rows import assert_bad_tensors_are_refused, assert_gradients_of_the_definition, double, linear, whole
+from support.refusals import assert_kernel_refuses, assert_refused, changed, each_change, whoever_is_asked
 from support.tolerances import assert_close
 from torch.library import opcheck
 
-from hypermask_fast import ops
+from hypermask_fast import InputError, ops
 from hypermask_fast.ops import reference, registry
 
 F32 = torch.float32
@@ -294,3 +295,37 @@ def test_masked_linear_of_few_rows_on_a_gpu(rows, dtype):
     args = (x, weight, logits, torch.zeros((), device="cuda", dtype=dtype))
     ours, theirs = ops.masked_linear(*args, backend="cuda"), reference.masked_linear(*args)
     assert_close(ours, reference.masked_linear(*double(args)), "cuda", peer=theirs, rounding=1)
+
+
+# Bad input
+
+does_not_fit = each_change(
+    ({"threshold": torch.ones(5)}, "threshold must have one entry, not 5"),
+    ({"logits": torch.ones(1, 5)}, "logits must have shape (4, 5), not (1, 5)"),
+    ({"logits": torch.ones(5, 4)}, "logits must have shape (4, 5), not (5, 4)"),
+    ({"x": torch.ones(3, 4)}, "x must be (..., 5) for a weight of (4, 5), not (3, 4)"),
+    ({"x": torch.ones(())}, "x must be (..., 5) for a weight of (4, 5), not ()"),
+    ({"bias": torch.ones(5)}, "bias must have shape (4,), not (5,)"),
+    ({"weight": torch.ones(5)}, "weight must be (out, in), not (5,)"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_masked_linear_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("masked_linear", asked, change, message)
+
+
+@does_not_fit
+def test_masked_linear_by_triton_called_directly_refuses_in_the_same_words(triton, change, message):
+    assert_kernel_refuses(triton, "masked_linear", change, message)
+
+
+@each_change(
+    ({"x": torch.ones(3, 5).double()}, "float64"),
+    ({"weight": torch.ones(4, 5).int()}, "int32"),
+    ({"logits": torch.ones(4, 5, device="meta")}, "one device"),
+)
+def test_masked_linear_by_triton_called_directly_refuses_other_dtypes(triton, change, message):
+    with pytest.raises(InputError, match=message):
+        triton.masked_linear(**changed("masked_linear", change))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from support.backends import LAYERS, on
 from support.comparing import DEVICE, DTYPES, assert_matches, exact_threshold, launches, randn
+from support.refusals import assert_kernel_refuses, assert_refused, changed, each_change, whoever_is_asked
 from support.tolerances import assert_close
 
 from hypermask_fast import InputError, ops
@@ -67,10 +68,8 @@ def test_task_batched_linear_is_masked_linear_row_by_row(bias_per_task):
 @pytest.mark.parametrize("bias_per_task", [False, True])
 @pytest.mark.parametrize(("tasks", "batch", "inputs", "outputs", "meeting"), CASES)
 def test_task_batched_linear_matches_the_definition(
-    request, backend, tasks, batch, inputs, outputs, meeting, bias_per_task, dtype
+    backend, tasks, batch, inputs, outputs, meeting, bias_per_task, dtype
 ):
-    if (tasks == 0 or (batch == 0 and meeting == "ids")) and backend.name != "triton":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the empty result takes no gradient to the logits"))
     x, weight, logits = inputs_of(tasks, batch, inputs, outputs, meeting == "rows of its own", dtype)
     bias = randn(*((tasks,) if bias_per_task else ()), outputs, dtype=dtype)
     thresholds = torch.stack([exact_threshold(a) for a in logits]) if tasks else logits.new_zeros(0)
@@ -201,3 +200,43 @@ def test_task_batched_linear_in_a_compiled_graph_gives_nan_rows_for_ids_that_are
     y = torch.compile(op, fullgraph=True, backend="eager")(x, integers(2, 3, -1, 0))
     assert y[1:3].isnan().all()
     torch.testing.assert_close(y[::3], op(x[::3], integers(2, 0)))
+
+
+# Bad input
+
+does_not_fit = each_change(
+    ({"x": torch.ones(3, 4)}, "x must be (batch, 5), or (2, batch, 5) without task_ids, not (3, 4)"),
+    ({"x": torch.ones(2, 3, 5)}, "x must be (batch, 5), or (2, batch, 5) without task_ids, not (2, 3, 5)"),
+    (
+        {"x": torch.ones(3, 3, 5), "task_ids": None},
+        "x must be (batch, 5), or (2, batch, 5) without task_ids, not (3, 3, 5)",
+    ),
+    ({"weight": torch.ones(5)}, "weight must be (out, in), not (5,)"),
+    ({"logits": torch.ones(2, 5, 4)}, "logits must have shape (2, 4, 5), not (2, 5, 4)"),
+    ({"logits": torch.ones(4, 5)}, "logits must be (tasks, out, in), not (4, 5)"),
+    ({"logits": torch.ones(())}, "logits must be (tasks, out, in), not ()"),
+    ({"thresholds": torch.ones(3)}, "thresholds must have shape (2,), not (3,)"),
+    ({"task_ids": torch.tensor([1, 0, 1]).int()}, "task_ids must be int64, not torch.int32"),
+    ({"task_ids": torch.tensor([1, 0, 1])[:1]}, "task_ids must have shape (3,), not (1,)"),
+    ({"task_ids": torch.tensor([1, 0, 1]).repeat(2)}, "task_ids must have shape (3,), not (6,)"),
+    ({"bias": torch.ones(3, 4)}, "bias must be (4,) or (2, 4), not (3, 4)"),
+)
+
+
+@whoever_is_asked
+@does_not_fit
+def test_task_batched_linear_refuses_what_does_not_fit(asked, change, message):
+    assert_refused("task_batched_linear", asked, change, message)
+
+
+@does_not_fit
+def test_task_batched_linear_by_triton_called_directly_refuses_in_the_same_words(triton, change, message):
+    assert_kernel_refuses(triton, "task_batched_linear", change, message)
+
+
+@each_change(
+    ({"weight": torch.ones(4, 5).double()}, "float64"),
+)
+def test_task_batched_linear_by_triton_called_directly_refuses_other_dtypes(triton, change, message):
+    with pytest.raises(InputError, match=message):
+        triton.task_batched_linear(**changed("task_batched_linear", change))

@@ -1,5 +1,6 @@
 """Valid arguments of every op, of the extension's operators and of Triton's, by name: small float32 tensors."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -92,10 +93,18 @@ def valid(op: str, device: str | torch.device = "cpu") -> dict[str, object]:
             "task_ids": torch.tensor([1, 0, 1]), "bias": torch.randn(4),
         },
     }  # fmt: skip
-    if op not in arguments:  # an op whose tests need no arguments of a certain size
-        names = inspect.signature(OPS[op].definition).parameters
-        arguments[op] = dict(zip(names, tiny_benchmarks()[op].inputs(), strict=False))
+    if op not in arguments:
+        arguments[op] = _of_its_benchmark(op)
     return {name: on_device(value, device) for name, value in arguments[op].items()}
+
+
+def _of_its_benchmark(op: str) -> dict[str, object]:
+    """Those of the op's smallest benchmark: for an op whose tests need no arguments of a certain size."""
+    from bench.micro.shapes import cases
+
+    case = cases("tiny")[op]
+    values = case.inputs("forward", torch.device("cpu"), torch.float32)
+    return dict(zip(inspect.signature(case.definition).parameters, values, strict=True))
 
 
 def on_device(value: object, device: str | torch.device) -> object:

@@ -44,7 +44,8 @@ PROBLEM = _load()
 def _cuda_problem() -> str:
     if PROBLEM:
         return PROBLEM
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("hypermask_native::mask_thresholds", "CUDA"):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # pyright: ignore[reportPrivateUsage]  # no public way
+    if not has_kernel("hypermask_native::mask_thresholds", "CUDA"):
         return _recorded("cuda") or "the extension was built without CUDA"
     return "" if torch.cuda.is_available() else "no CUDA device"
 

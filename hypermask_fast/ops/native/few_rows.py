@@ -62,10 +62,10 @@ def _masked_linear_setup(ctx, inputs, output) -> None:
 
 
 def _masked_linear_backward(ctx, grad):
-    *tensors, threshold = ctx.saved_tensors
-    gradients = _triton_gradients(ctx, "masked_linear", grad, tensors, threshold)
+    x, weight, logits, threshold = ctx.saved_tensors
+    gradients = _triton_gradients(ctx, "masked_linear", grad, (x, weight, logits), threshold)
     if gradients is None:
-        dx, dw, da = _product_gradients(grad, *tensors, threshold)
+        dx, dw, da = _product_gradients(grad, x, weight, logits, threshold)
         gradients = dx, dw, da.to(dw.dtype)
     return *gradients, None, _bias_gradient(ctx, grad)
 
@@ -79,7 +79,7 @@ def _chunk_masked_linear_backward(ctx, grad):
     *tensors, threshold = ctx.saved_tensors
     gradients = _triton_gradients(ctx, "chunk_masked_linear", grad, tensors, ctx.start, threshold)
     if gradients is None:
-        gradients = _chunk_gradients(grad, *tensors, ctx.start, threshold)
+        gradients = _chunk_gradients(grad, *tensors, start=ctx.start, threshold=threshold)
     return *gradients, None, None, _bias_gradient(ctx, grad)
 
 

@@ -55,14 +55,14 @@ def task_batched_linear(x, weight, logits, thresholds, task_ids, bias):
         InputError: a task id is not one of 0 to T - 1 (in a compiled graph its row is NaN).
     """
     tasks = len(logits)
+    if tasks == 0 or x.shape[-2] == 0:  # nothing to arrange, and every argument has its gradient of 0
+        return reference.task_batched_linear(x, weight, logits, thresholds, task_ids, bias)
     if task_ids is None:
         rows = x.expand(tasks, *x.shape) if x.dim() == 2 else x
-        return _stacked([_of_task(x_t, weight, logits, thresholds, bias, t) for t, x_t in enumerate(rows)], x, weight)
+        return torch.stack([_of_task(x_t, weight, logits, thresholds, bias, t) for t, x_t in enumerate(rows)])
     if torch.compiler.is_compiling():
         ids = task_ids.ids if isinstance(task_ids, TaskRows) else task_ids
         return rows_of_tasks(task_batched_linear(x, weight, logits, thresholds, None, bias), ids)
-    if len(x) == 0:
-        return F.linear(x, weight)
     rows = TaskRows.of(task_ids, tasks)
     *counts, unknown = rows.begins.diff().tolist()
     if unknown:
@@ -76,7 +76,3 @@ def _of_task(x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, bias
     if bias is not None and bias.dim() == 2:
         bias = bias[task]
     return masked_linear(x, weight, logits[task], thresholds[task], bias)
-
-
-def _stacked(outputs: list[Tensor], x: Tensor, weight: Tensor) -> Tensor:
-    return torch.stack(outputs) if outputs else x.new_empty(0, x.shape[-2], weight.shape[0])
