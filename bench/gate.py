@@ -69,7 +69,7 @@ def compare(expected: dict[str, Sketch], got: dict[str, Sketch], tolerance: Call
 
     Args:
         expected, got: by name; a tensor that is missing is wrong.
-        tolerance: largest relative error of the tensor of that name.
+        tolerance: largest relative error of the tensor of that name; 0 for counts, which are exact.
     """
     if not expected:
         return Verdict(math.inf, "", "there is nothing to compare with")
@@ -83,7 +83,8 @@ def compare(expected: dict[str, Sketch], got: dict[str, Sketch], tolerance: Call
         error = math.sqrt(sum(d * d for d in differences) / PROBES)
         # What is zero but for rounding (a bias before batch norm has no gradient) is measured against its kin.
         scale = max(wanted.scale, 1e-4 * overall[_kind(name)], 1e-30)
-        share = error / scale / tolerance(name)
+        allowed = scale * tolerance(name)
+        share = error / allowed if allowed else math.inf if error else 0.0
         if not share <= worst:  # NaN too
             worst, where = share, name
         if math.isnan(share):

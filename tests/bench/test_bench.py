@@ -52,6 +52,12 @@ def test_gate_refuses_what_is_missing_misshapen_or_not_a_number(wrong):
     assert not gate.compare({}, {}, lambda name: 1e-3).ok
 
 
+def test_a_tolerance_of_0_is_for_what_is_exact():
+    counts, others = (gate.sketches({"a": torch.tensor(values)}) for values in ([3, 4], [3, 5]))
+    assert gate.compare(counts, counts, lambda name: 0.0).ok
+    assert "a is off" in gate.compare(counts, others, lambda name: 0.0).reason
+
+
 class Local:
     """A worker in this process, in place of one over pipes."""
 
