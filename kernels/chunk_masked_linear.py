@@ -15,6 +15,7 @@ from .chunk_weights import chunk_tile, launch_gradients, launch_masked_weight, l
 from .device import masked_tile, multiple
 from .host import cdiv
 from .masked_linear import sum_splits
+from .tiles import Tiles, launch_fitting
 
 FUSED_ROWS = 64  # up to here bytes count, and one tile of rows means that each weight tile is made once
 
@@ -88,21 +89,24 @@ def launch_fused(
     y = x.new_empty((len(x), outputs))
     split = tiles.splits > 1
     target = x.new_empty((tiles.splits, *y.shape), dtype=torch.float32) if split else y[None]
-    per_residue = cdiv(cdiv(outputs, residues), tiles.block_m)
-    grid = (cdiv(len(x), tiles.block_n), residues * per_residue, tiles.splits)
     index = host.index_type(len(hidden) * chunk_size)
-    _chunk_product[grid](
-        x, weight, hidden, output_weight, output_bias, threshold, bias, target,
-        len(x), outputs, inputs, cdiv(cdiv(inputs, tiles.block_k), tiles.splits),
-        start, len(hidden), chunk_size, residues, residues * inputs // chunk_size,
-        *x.stride(), *weight.stride(), *hidden.stride(), *output_weight.stride(), *output_bias.stride(),
-        *target.stride(), HAS_BIAS=bias is not None and not split,
-        WIDTH=width, LAYER_BY=layer_factor(hidden, output_weight),
-        ROWS_BY=host.common_factor(inputs, x.stride(0), weight.stride(0)),
-        BLOCK_H=settings.width_block(width), PRECISION=host.matmul_precision(x.dtype),
-        LOGITS_PRECISION=host.matmul_precision(output_weight.dtype),
-        APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=index, **tiles.launch(x.dtype),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        per_residue = cdiv(cdiv(outputs, residues), tiles.block_m)
+        _chunk_product[cdiv(len(x), tiles.block_n), residues * per_residue, tiles.splits](
+            x, weight, hidden, output_weight, output_bias, threshold, bias, target,
+            len(x), outputs, inputs, cdiv(cdiv(inputs, tiles.block_k), tiles.splits),
+            start, len(hidden), chunk_size, residues, residues * inputs // chunk_size,
+            *x.stride(), *weight.stride(), *hidden.stride(), *output_weight.stride(), *output_bias.stride(),
+            *target.stride(), HAS_BIAS=bias is not None and not split,
+            WIDTH=width, LAYER_BY=layer_factor(hidden, output_weight),
+            ROWS_BY=host.common_factor(inputs, x.stride(0), weight.stride(0)),
+            BLOCK_H=settings.width_block(width), PRECISION=host.matmul_precision(x.dtype),
+            LOGITS_PRECISION=host.matmul_precision(output_weight.dtype),
+            APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=index, **tiles.launch(x.dtype),
+        )  # fmt: skip
+
+    launch_fitting("chunk_masked_linear", launch, tiles, x, weight, hidden, output_weight)
     return sum_splits(target, bias, y) if split else y
 
 

@@ -5,6 +5,8 @@ coordinates is a tl.dot, and entry (chunk, position) belongs to weight entry chu
 has to line up with the weight's rows.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, multiple
 from .host import cdiv
+from .tiles import Tiles, launch_fitting
 
 
 @triton.jit
@@ -95,23 +98,25 @@ def _span(start: int, weights: int, chunk_size: int) -> tuple[int, int]:
     return first, (start + weights - 1) // chunk_size + 1 - first
 
 
-def _launch_arguments(
-    hidden: Tensor, output_weight: Tensor, output_bias: Tensor, start: int, weights: int
-) -> tuple[tuple[int, int], tuple, dict]:
-    """What both kernels are launched with: grid, arguments from `start` on, constants."""
+def _launch(
+    kernel: Any, name: str, tensors: tuple[Tensor, ...], hidden: Tensor, output_weight: Tensor,
+    output_bias: Tensor, start: int, weights: int, **constants: bool,
+) -> None:  # fmt: skip
+    """Either kernel, by its name in a warning: `tensors` are its arguments before `start`, `constants` its own ones."""
     chunk_size, width = output_weight.shape
     first, chunks = _span(start, weights, chunk_size)
-    tiles = settings.chunk_tiles(chunks, chunk_size, width)
-    grid = cdiv(chunk_size, tiles.block_n), cdiv(chunks, tiles.block_m)
     strides = *hidden.stride(), *output_weight.stride(), *output_bias.stride()
-    constants = {
-        "WIDTH": width,
-        "LAYER_BY": layer_factor(hidden, output_weight),
-        "FLAT_BY": host.common_factor(start, chunk_size, weights),
-        "PRECISION": host.matmul_precision(output_weight.dtype),
-        **tiles.launch_chunks(output_weight.dtype),
-    }
-    return grid, (start, first, weights, len(hidden), chunk_size, *strides), constants
+
+    def launch(tiles: Tiles) -> None:
+        kernel[cdiv(chunk_size, tiles.block_n), cdiv(chunks, tiles.block_m)](
+            *tensors, start, first, weights, len(hidden), chunk_size, *strides, **constants,
+            WIDTH=width, LAYER_BY=layer_factor(hidden, output_weight),
+            FLAT_BY=host.common_factor(start, chunk_size, weights),
+            PRECISION=host.matmul_precision(output_weight.dtype), **tiles.launch_chunks(output_weight.dtype),
+        )  # fmt: skip
+
+    tiles = settings.chunk_tiles(chunks, chunk_size, width)
+    launch_fitting(name, launch, tiles, *tensors)
 
 
 def layer_factor(hidden: Tensor, output_weight: Tensor) -> int:
@@ -127,11 +132,10 @@ def launch_masked_weight(
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if out.numel() == 0:
         return out
-    grid, arguments, constants = _launch_arguments(hidden, output_weight, output_bias, start, weight.numel())
-    _masked_weight[grid](
-        weight.contiguous(), hidden, output_weight, output_bias, threshold, out, *arguments,
-        APPROXIMATE=host.approximate_tanh(dtype), **constants,
-    )  # fmt: skip
+    layer = hidden, output_weight, output_bias
+    tensors = weight.contiguous(), *layer, threshold, out
+    constant = host.approximate_tanh(dtype)
+    _launch(_masked_weight, "chunk_weights", tensors, *layer, start, weight.numel(), APPROXIMATE=constant)
     return out
 
 
@@ -149,11 +153,10 @@ def launch_gradients(
     first, chunks = _span(start, weight.numel(), len(output_weight))
     da = output_weight.new_empty((chunks, len(output_weight)) if any(want_layer) else 0)
     if any(needed):
-        grid, arguments, constants = _launch_arguments(hidden, output_weight, output_bias, start, weight.numel())
-        _gradients[grid](
-            gradient.contiguous(), weight.contiguous(), hidden, output_weight, output_bias, threshold, dw, da,
-            *arguments, WANT_W=want_weight, WANT_A=any(want_layer), **constants,
-        )  # fmt: skip
+        layer = hidden, output_weight, output_bias
+        tensors = gradient.contiguous(), weight.contiguous(), *layer, threshold, dw, da
+        wanted = {"WANT_W": want_weight, "WANT_A": any(want_layer)}
+        _launch(_gradients, "chunk_weights' gradient", tensors, *layer, start, weight.numel(), **wanted)
     return dw, *_layer_gradients(da, hidden, output_weight, output_bias, first, want_layer)
 
 

@@ -130,6 +130,11 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(10 * found.major + found.minor, found.multi_processor_count)
 
 
+def stored_bytes(weight: Tensor, logits: Tensor) -> int:
+    """Bytes of an entry of the weight or of the logits, the larger of the two; see `settings`."""
+    return max(weight.element_size(), logits.element_size())
+
+
 def matmul_precision(dtype: torch.dtype) -> str:
     """Triton's input_precision for a product in dtype: TF32 where torch.backends.cuda.matmul allows it."""
     return "tf32" if dtype == torch.float32 and allows_tf32(convolution=False) else "ieee"

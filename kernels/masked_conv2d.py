@@ -10,7 +10,7 @@ from . import host, settings
 from .conv2d_shape import Conv2dShape, pairs
 from .device import gradient_of_logits, mask_of, masked_tile
 from .host import cdiv
-from .tiles import Tiles
+from .tiles import Tiles, launch_fitting
 
 
 @triton.jit
@@ -233,19 +233,23 @@ def launch_convolution(
     channels, reduced = (group_in, group_out) if transposed else (group_out, group_in)
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
     tiles = tiles or settings.convolution(
-        channels, pixels, reduced, shape.taps, shape.groups, x.dtype, host.gpu(x.device)
-    )
+        channels, pixels, reduced, shape.taps, shape.groups, x.dtype, host.stored_bytes(weight, logits),
+        host.gpu(x.device),
+    )  # fmt: skip
     w, a = ((t.permute(1, 0, 2, 3) if transposed else t).stride() for t in (weight, logits))
     w_group, a_group = weight.stride(0) * group_out, logits.stride(0) * group_out
-    grid = (cdiv(pixels, tiles.block_n), cdiv(channels, tiles.block_m) * shape.groups)
-    _masked_convolution[grid](
-        x, weight, logits, threshold, bias, y,
-        pixels, channels, reduced, x.shape[2], x.shape[3], y.shape[2], y.shape[3],
-        *x.stride(), *w, w_group, *a, a_group, *y.stride(),
-        **shape.constants(), TRANSPOSED=transposed, CHANNELS_LAST=_channels_last(x),
-        BY_TAP=settings.by_tap(reduced), HAS_BIAS=bias is not None, PRECISION=host.convolution_precision(x.dtype),
-        APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=_index_type(x, y), **tiles.launch(x.dtype),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        _masked_convolution[cdiv(pixels, tiles.block_n), cdiv(channels, tiles.block_m) * shape.groups](
+            x, weight, logits, threshold, bias, y,
+            pixels, channels, reduced, x.shape[2], x.shape[3], y.shape[2], y.shape[3],
+            *x.stride(), *w, w_group, *a, a_group, *y.stride(),
+            **shape.constants(), TRANSPOSED=transposed, CHANNELS_LAST=_channels_last(x),
+            BY_TAP=settings.by_tap(reduced), HAS_BIAS=bias is not None, PRECISION=host.convolution_precision(x.dtype),
+            APPROXIMATE=host.approximate_tanh(x.dtype), INDEX=_index_type(x, y), **tiles.launch(x.dtype),
+        )  # fmt: skip
+
+    launch_fitting("masked_conv2d", launch, tiles, x, weight, logits)
 
 
 def launch_weight_gradient(
@@ -266,16 +270,21 @@ def launch_weight_gradient(
     partial = x.new_empty((tiles.splits, weight.numel()) if split else 0, dtype=torch.float32)
     strides = (*weight.stride(), *logits.stride(), *dw.stride(), *da.stride())
     constants = shape.constants()
-    columns = settings.convolution_columns(in_channels, shape.taps, tiles.block_n)
-    grid = (columns, cdiv(channels, tiles.block_m) * shape.groups, tiles.splits)
-    _weight_gradient[grid](
-        grad, x, weight, logits, threshold, dw, da, partial,
-        pixels, cdiv(cdiv(pixels, tiles.block_k), tiles.splits), channels, in_channels,
-        x.shape[2], x.shape[3], grad.shape[2], grad.shape[3], weight.numel(), *grad.stride(), *x.stride(), *strides,
-        **constants, CHANNELS_LAST=_channels_last(x), BY_TAP=settings.by_tap(in_channels), SPLIT=split,
-        WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.convolution_precision(x.dtype),
-        INDEX=_index_type(x, grad), **tiles.launch(x.dtype),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        columns = settings.convolution_columns(in_channels, shape.taps, tiles.block_n)
+        grid = (columns, cdiv(channels, tiles.block_m) * shape.groups, tiles.splits)
+        _weight_gradient[grid](
+            grad, x, weight, logits, threshold, dw, da, partial,
+            pixels, cdiv(cdiv(pixels, tiles.block_k), tiles.splits), channels, in_channels,
+            x.shape[2], x.shape[3], grad.shape[2], grad.shape[3], weight.numel(),
+            *grad.stride(), *x.stride(), *strides,
+            **constants, CHANNELS_LAST=_channels_last(x), BY_TAP=settings.by_tap(in_channels), SPLIT=split,
+            WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.convolution_precision(x.dtype),
+            INDEX=_index_type(x, grad), **tiles.launch(x.dtype),
+        )  # fmt: skip
+
+    launch_fitting("masked_conv2d's gradient", launch, tiles, x, weight, logits)
     if split:
         _finish_gradients[(cdiv(weight.numel(), 512),)](
             partial, weight, logits, threshold, dw, da, weight.numel(), tiles.splits, in_channels, *strides,

@@ -9,7 +9,7 @@ from ..ops import arguments
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import cdiv
-from .tiles import Tiles
+from .tiles import Tiles, launch_fitting
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -159,19 +159,24 @@ def launch_product(
     y = x.new_empty((rows, outputs))
     if y.numel() == 0:
         return y
-    tiles = tiles or settings.masked_product(rows, outputs, reduced, x.dtype, host.gpu(x.device))
-    steps = cdiv(cdiv(reduced, tiles.block_k), tiles.splits)
+    stored = host.stored_bytes(weight, logits)
+    tiles = tiles or settings.masked_product(rows, outputs, reduced, x.dtype, stored, host.gpu(x.device))
     split = tiles.splits > 1
     target = x.new_empty((tiles.splits, rows, outputs), dtype=torch.float32) if split else y[None]
-    grid = (cdiv(rows, tiles.block_n), cdiv(outputs, tiles.block_m), tiles.splits)
-    _masked_product[grid](
-        x, weight, logits, threshold, bias, target, rows, outputs, reduced, steps,
-        *x.stride(), *weight.stride(), *logits.stride(), *target.stride(),
-        HAS_BIAS=bias is not None and not split, PRECISION=host.matmul_precision(x.dtype),
-        APPROXIMATE=host.approximate_tanh(x.dtype),
-        BY8=host.multiples_of_8(outputs, reduced, x.stride(0), *weight.stride(), *logits.stride()),
-        **tiles.launch(x.dtype),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        grid = (cdiv(rows, tiles.block_n), cdiv(outputs, tiles.block_m), tiles.splits)
+        _masked_product[grid](
+            x, weight, logits, threshold, bias, target, rows, outputs, reduced,
+            cdiv(cdiv(reduced, tiles.block_k), tiles.splits),
+            *x.stride(), *weight.stride(), *logits.stride(), *target.stride(),
+            HAS_BIAS=bias is not None and not split, PRECISION=host.matmul_precision(x.dtype),
+            APPROXIMATE=host.approximate_tanh(x.dtype),
+            BY8=host.multiples_of_8(outputs, reduced, x.stride(0), *weight.stride(), *logits.stride()),
+            **tiles.launch(x.dtype),
+        )  # fmt: skip
+
+    launch_fitting("masked_linear", launch, tiles, x, weight, logits)
     return sum_splits(target, bias, y) if split else y
 
 
@@ -186,14 +191,17 @@ def launch_weight_gradient(
     if weight.numel() == 0 or not (want_weight or want_logits):
         return dw, da
     tiles = tiles or settings.weight_gradient(outputs, inputs, len(x), x.dtype, host.gpu(x.device))
-    grid = (cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m))
-    _weight_gradient[grid](
-        grad, x, weight, logits, threshold, dw, da, len(x), outputs, inputs,
-        *grad.stride(), *x.stride(), *weight.stride(), *logits.stride(),
-        WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.matmul_precision(x.dtype),
-        BY8=host.multiples_of_8(outputs, inputs, *(t.stride(0) for t in (grad, x, weight, logits))),
-        **tiles.launch(x.dtype),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        _weight_gradient[cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m)](
+            grad, x, weight, logits, threshold, dw, da, len(x), outputs, inputs,
+            *grad.stride(), *x.stride(), *weight.stride(), *logits.stride(),
+            WANT_W=want_weight, WANT_A=want_logits, PRECISION=host.matmul_precision(x.dtype),
+            BY8=host.multiples_of_8(outputs, inputs, *(t.stride(0) for t in (grad, x, weight, logits))),
+            **tiles.launch(x.dtype),
+        )  # fmt: skip
+
+    launch_fitting("masked_linear's gradient", launch, tiles, x, weight, logits)
     return dw, da
 
 

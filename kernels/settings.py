@@ -1,6 +1,8 @@
-"""The heuristics that choose launch settings, from sizes, the dtype of the products and facts of the GPU alone.
+"""The heuristics that choose launch settings, from sizes, dtypes and facts of the GPU alone.
 
-They are asked before each launch and remember their answers.
+`dtype` is that of the products, `stored` the bytes of an entry of W or of the logits as they lie in memory, the larger
+of the two (`host.stored_bytes`): under autocast products are in half precision and both are stored in float32, so that
+tiles of the same sides need twice the shared memory. They are asked before each launch and remember their answers.
 """
 
 import functools
@@ -49,8 +51,14 @@ def _float32_step(block_n: int, gpu: Gpu) -> int:
     return 16 if block_n > 16 and gpu.capability < 90 else 32
 
 
+def _half_step(stored: int) -> int:
+    """block_k of a product in half precision: as many bytes of W and logits in a step whatever they are stored in.
+    With entries of 4 bytes and steps of 64 a tile of 128 x 256 would need 240 KB of shared memory, of 227."""
+    return 64 if stored <= 2 else 32
+
+
 @_remembered
-def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
+def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, stored: int, gpu: Gpu) -> Tiles:
     """(W * m) x^T, an (outputs, rows) product: block_m over outputs, block_n over rows of x.
 
     Up to 64 rows bytes count: W and the logits are read once, by at least two programs per multiprocessor with
@@ -67,7 +75,7 @@ def masked_product(rows: int, outputs: int, reduced: int, dtype: torch.dtype, gp
         block_m, block_k, warps = 64, _float32_step(block_n, gpu), 8 if block_n == 64 else 4
     else:
         block_m, block_n, warps = _filling(outputs, rows, 1, gpu) if rows > 64 else (64, _clip(rows, 16, 64), 4)
-        block_k = 64
+        block_k = _half_step(stored)
     block_k = _clip(reduced, 16, block_k)
     programs = cdiv(outputs, block_m) * cdiv(rows, block_n)
     if rows > 64 and (dtype == torch.float32 or programs >= gpu.multiprocessors):
@@ -100,18 +108,20 @@ def convolution_columns(channels: int, taps: int, block: int) -> int:
 
 @_remembered
 def convolution(
-    channels: int, pixels: int, in_channels: int, taps: int, groups: int, dtype: torch.dtype, gpu: Gpu
+    channels: int, pixels: int, in_channels: int, taps: int, groups: int, dtype: torch.dtype, stored: int, gpu: Gpu
 ) -> Tiles:
     """Implicit GEMM: block_m over output channels of one group, block_n over pixels.
 
     A step of 64 x 128 x 64 takes 256 clocks of Hopper's tensor cores, its mask 256 clocks of tanh, and the 128 pixels
-    some 30 instructions each where a tile is of one tap; entry by entry the 8192 of x would take 960 clocks.
+    some 30 instructions each where a tile is of one tap; entry by entry the 8192 of x would take 960 clocks. Their
+    addresses stay in registers, so that tiles of 128 pixels spill up to 96 bytes there: no more than 64, then.
     """
     reduced = in_channels if by_tap(in_channels) else in_channels * taps
     if dtype == torch.float32:
         return Tiles(_clip(channels, 16, 64), _clip(pixels, 16, 64), _clip(reduced, 16, 32), warps=8)
-    m, n, warps = _filling(channels, pixels, groups, gpu, widest=128)
-    return Tiles(_clip(channels, 16, m), n, _clip(reduced, 16, 64 if by_tap(in_channels) else 32), warps)
+    m, n, warps = _filling(channels, pixels, groups, gpu, widest=128 if by_tap(in_channels) else 64)
+    step = _half_step(stored) if by_tap(in_channels) else 32
+    return Tiles(_clip(channels, 16, m), n, _clip(reduced, 16, step), warps)
 
 
 @_remembered
@@ -151,7 +161,7 @@ def width_block(width: int) -> int:
 
 
 @_remembered
-def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
+def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, stored: int, gpu: Gpu) -> Tiles:
     """As `masked_product` with `rows` the rows that a task may expect: every task fills tiles of its own.
 
     10 tasks over 1000 rows of 1024 x 1000: 20 GFLOP, 27 us; each entry's tanh is made once per 256 rows, 11 us;
@@ -161,7 +171,7 @@ def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch
         block_n = _clip(rows, 16, 64)
         return Tiles(64, block_n, _clip(reduced, 16, _float32_step(block_n, gpu)), warps=8 if block_n == 64 else 4)
     block_m, block_n, warps = _filling(outputs, rows, tasks, gpu)
-    return Tiles(block_m, block_n, _clip(reduced, 16, 64), warps)
+    return Tiles(block_m, block_n, _clip(reduced, 16, _half_step(stored)), warps)
 
 
 @_remembered

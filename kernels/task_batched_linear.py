@@ -11,7 +11,7 @@ from ..ops.task_rows import TaskRows
 from . import host, settings
 from .device import gradient_of_logits, mask_of, masked_tile, times8
 from .host import cdiv, next_power_of_2
-from .tiles import Tiles
+from .tiles import Tiles, launch_fitting
 
 
 @triton.jit
@@ -148,18 +148,24 @@ def launch_task_product(
         return y.fill_(float("nan"))  # no id is a task's
     grouped = order is not None
     per_task = cdiv(rows, tasks) if grouped else rows
-    tiles = tiles or settings.task_product(tasks, per_task, outputs, reduced, x.dtype, host.gpu(x.device))
-    row_tiles = cdiv(rows, tiles.block_n)
-    grid = (row_tiles + tasks + 1 if grouped else row_tiles * tasks, cdiv(outputs, tiles.block_m))
+    tiles = tiles or settings.task_product(
+        tasks, per_task, outputs, reduced, x.dtype, host.stored_bytes(weight, logits), host.gpu(x.device)
+    )
     bias_strides = (0, 0) if bias is None else (0, *bias.stride())[-2:]
-    _task_product[grid](
-        x, weight, logits, thresholds, bias, y, order, begins, rows, outputs, reduced, tasks,
-        *_strides3(x), *weight.stride(), *logits.stride(), *bias_strides, *_strides3(y),
-        GROUPED=grouped, BUCKETS=next_power_of_2(tasks + 1), HAS_BIAS=bias is not None,
-        PRECISION=host.matmul_precision(x.dtype), APPROXIMATE=host.approximate_tanh(x.dtype),
-        BY8=host.multiples_of_8(outputs, reduced, x.stride(-2), *weight.stride(), *logits.stride()),
-        **tiles.launch(x.dtype),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        row_tiles = cdiv(rows, tiles.block_n)
+        grid = (row_tiles + tasks + 1 if grouped else row_tiles * tasks, cdiv(outputs, tiles.block_m))
+        _task_product[grid](
+            x, weight, logits, thresholds, bias, y, order, begins, rows, outputs, reduced, tasks,
+            *_strides3(x), *weight.stride(), *logits.stride(), *bias_strides, *_strides3(y),
+            GROUPED=grouped, BUCKETS=next_power_of_2(tasks + 1), HAS_BIAS=bias is not None,
+            PRECISION=host.matmul_precision(x.dtype), APPROXIMATE=host.approximate_tanh(x.dtype),
+            BY8=host.multiples_of_8(outputs, reduced, x.stride(-2), *weight.stride(), *logits.stride()),
+            **tiles.launch(x.dtype),
+        )  # fmt: skip
+
+    launch_fitting("task_batched_linear", launch, tiles, x, weight, logits)
     return y
 
 
@@ -174,17 +180,20 @@ def launch_task_weight_gradient(
         return dw, da
     (outputs, inputs), rows = weight.shape, grad.shape[-2]
     tiles = tiles or settings.task_weight_gradient(inputs, rows, x.dtype)
-    grid = (cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m))
-    _task_weight_gradient[grid](
-        grad, x, weight, logits, thresholds, dw, da, order, begins, rows, outputs, inputs, len(logits),
-        *_strides3(grad), *_strides3(x), *weight.stride(), *logits.stride(),
-        GROUPED=order is not None, WANT_W=want_weight, WANT_A=want_logits,
-        PRECISION=host.matmul_precision(x.dtype),
-        BY8=host.multiples_of_8(
-            outputs, inputs, grad.stride(-2), x.stride(-2), weight.stride(0), *logits.stride()[:2]
-        ),
-        **tiles.launch(x.dtype),
-    )  # fmt: skip
+
+    def launch(tiles: Tiles) -> None:
+        _task_weight_gradient[cdiv(inputs, tiles.block_n), cdiv(outputs, tiles.block_m)](
+            grad, x, weight, logits, thresholds, dw, da, order, begins, rows, outputs, inputs, len(logits),
+            *_strides3(grad), *_strides3(x), *weight.stride(), *logits.stride(),
+            GROUPED=order is not None, WANT_W=want_weight, WANT_A=want_logits,
+            PRECISION=host.matmul_precision(x.dtype),
+            BY8=host.multiples_of_8(
+                outputs, inputs, grad.stride(-2), x.stride(-2), weight.stride(0), *logits.stride()[:2]
+            ),
+            **tiles.launch(x.dtype),
+        )  # fmt: skip
+
+    launch_fitting("task_batched_linear's gradient", launch, tiles, x, weight, logits)
     return dw, da
 
 

@@ -1,6 +1,7 @@
 """Every kernel compiled for GPUs that are not here: tensor cores used, nothing spilled, shared memory that fits."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -64,11 +65,16 @@ def compiled(capability: int) -> dict[str, list[dict]]:
 
 
 @functools.cache
+def compiled_grid(capability: int) -> dict[str, list[dict]]:
+    return json.loads(offline(str(HERE / "grid.py"), str(capability)))
+
+
+@functools.cache
 def compile_all_at_once() -> None:
     """Without xdist's workers, whose tests run beside each other anyway."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compiled, SHARED_LIMIT))
+            list(pool.map(lambda job: job[0](job[1]), itertools.product((compiled, compiled_grid), SHARED_LIMIT)))
 
 
 def narrow(kernel: dict, group: str) -> bool:
@@ -109,6 +115,25 @@ def test_compiles_well(capability):
         for kernel in kernels
         if (why := faults(kernel, capability, *name.split()))
     }
+    assert not wrong
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_every_setting_that_the_heuristics_give_fits(capability):
+    """In mixed dtypes too, as under autocast: W and logits of 4 bytes beside products in half precision."""
+    compile_all_at_once()
+    found = compiled_grid(capability)
+    assert {kernel["kernel"] for kernels in found.values() for kernel in kernels} >= PRODUCTS
+    wrong = {}
+    for name, kernels in found.items():
+        group, dtype, _ = name.split()
+        precision = "tf32" if dtype == "float32" else dtype
+        for kernel in kernels:
+            why = faults(kernel, capability, group, precision)
+            if group == "chunks":  # whose logits are a product in the layer's own dtype
+                why = [fault for fault in why if fault != "TF32"]
+            if why:
+                wrong[name, json.dumps(kernel)] = why
     assert not wrong
 
 

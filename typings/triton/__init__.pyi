@@ -9,4 +9,9 @@ from . import language as language
 
 knobs: Any
 
+class OutOfResources(Exception):
+    required: int
+    limit: int
+    name: str
+
 def jit(function: Any = None, **settings: Any) -> Any: ...
