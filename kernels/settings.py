@@ -31,13 +31,16 @@ def _splits(programs: int, steps: int, gpu: Gpu) -> int:
 _HALF_TILES = ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4))
 
 
-def _filling(outputs: int, rows: int, copies: int, gpu: Gpu, widest: int = 256) -> tuple[int, int, int]:
+def _filling(
+    outputs: int, rows: int, copies: int, gpu: Gpu, widest: int = 256, tallest: int = 128
+) -> tuple[int, int, int]:
     """The largest of _HALF_TILES of which every multiprocessor gets one, over `copies` products (outputs, rows);
-    the last where none does. block_n is no wider than `widest` or than the rows need."""
+    the last where none does. block_n is no wider than `widest` or than the rows need, block_m at most `tallest`."""
     if gpu.capability < 90:
         widest = min(widest, 128)  # without wgmma the operands need registers too
     widest = _clip(rows, 16, widest)
-    fitting = [(m, min(n, widest), w) for m, n, w in _HALF_TILES if m == 64 or (widest >= 128 and outputs > 64)]
+    large = widest >= 128 and outputs > 64
+    fitting = [(m, min(n, widest), w) for m, n, w in _HALF_TILES if m == 64 or (large and m <= tallest)]
     for tile in fitting:
         if copies * cdiv(outputs, tile[0]) * cdiv(rows, tile[1]) >= gpu.multiprocessors:
             return tile
@@ -161,17 +164,26 @@ def width_block(width: int) -> int:
 
 
 @_remembered
-def task_product(tasks: int, rows: int, outputs: int, reduced: int, dtype: torch.dtype, stored: int, gpu: Gpu) -> Tiles:
+def task_product(
+    tasks: int, rows: int, outputs: int, reduced: int, grouped: bool, dtype: torch.dtype, stored: int, gpu: Gpu
+) -> Tiles:
     """As `masked_product` with `rows` the rows that a task may expect: every task fills tiles of its own.
 
     10 tasks over 1000 rows of 1024 x 1000: 20 GFLOP, 27 us; each entry's tanh is made once per 256 rows, 11 us;
     operands 330 MB through L2, 55 us (64 x 64 tiles: 980 MB). 26 rows a task: 20 MB of logits, read once.
+
+    grouped: rows sorted by task are found through a table, and their addresses stay in registers: tiles of 128 outputs
+    spill for them (sm_90: 344 bytes at 256 rows, 208 at 128), those of 64 x 128 do not; before Hopper, with operands
+    in registers, in steps of 32 by more warps.
     """
     if dtype == torch.float32:
         block_n = _clip(rows, 16, 64)
         return Tiles(64, block_n, _clip(reduced, 16, _float32_step(block_n, gpu)), warps=8 if block_n == 64 else 4)
-    block_m, block_n, warps = _filling(outputs, rows, tasks, gpu)
-    return Tiles(block_m, block_n, _clip(reduced, 16, _half_step(stored)), warps)
+    block_m, block_n, warps = _filling(outputs, rows, tasks, gpu, *((128, 64) if grouped else ()))
+    step = _half_step(stored)
+    if grouped and gpu.capability < 90:
+        step, warps = 32, 8 if block_n > 64 else 4
+    return Tiles(block_m, block_n, _clip(reduced, 16, step), warps)
 
 
 @_remembered

@@ -149,7 +149,7 @@ def launch_task_product(
     grouped = order is not None
     per_task = cdiv(rows, tasks) if grouped else rows
     tiles = tiles or settings.task_product(
-        tasks, per_task, outputs, reduced, x.dtype, host.stored_bytes(weight, logits), host.gpu(x.device)
+        tasks, per_task, outputs, reduced, grouped, x.dtype, host.stored_bytes(weight, logits), host.gpu(x.device)
     )
     bias_strides = (0, 0) if bias is None else (0, *bias.stride())[-2:]
 

@@ -70,11 +70,13 @@ def tasks(dtype: torch.dtype, stored: torch.dtype, gpu: host.Gpu) -> Iterator[Ca
     op = module("task_batched_linear")
     weight, logits = empty(WIDTH, WIDTH, dtype=stored), empty(10, WIDTH, WIDTH, dtype=stored)
     x, thresholds, table = empty(256, WIDTH, dtype=dtype), empty(10, dtype=stored), _table(256)
-    for grouped in (False,):
+    for grouped in (False, True):
         y, order = empty(*(() if grouped else (10,)), 256, WIDTH, dtype=dtype), table if grouped else (None, None)
 
-        def product_of(tiles: Tiles, y: Tensor = y, order: tuple = order) -> None:
+        def product_of(tiles: Tiles, y: Tensor = y, order: tuple = order, grouped: bool = grouped) -> None:
             op.launch_task_product(x, weight, logits, thresholds, weight[0], y, *order, tiles)
+            if grouped:  # which needs the most registers: as for dx, too
+                op.launch_task_product(y, weight.t(), logits.transpose(1, 2), thresholds, None, x, *order, tiles)
 
         def gradient_of(tiles: Tiles, y: Tensor = y, order: tuple = order) -> None:
             op.launch_task_weight_gradient(y, x, weight, logits, thresholds, *order, tiles=tiles)
@@ -82,7 +84,7 @@ def tasks(dtype: torch.dtype, stored: torch.dtype, gpu: host.Gpu) -> Iterator[Ca
         yield (
             product_of,
             largest(
-                settings.task_product(tasks, rows, outputs, reduced, dtype, stored.itemsize, gpu)
+                settings.task_product(tasks, rows, outputs, reduced, grouped, dtype, stored.itemsize, gpu)
                 for tasks, rows, outputs, reduced in product(TASKS, ROWS, SIZES, SIZES)
             ),
         )
