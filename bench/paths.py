@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, product, repeat
 from pathlib import Path
 from statistics import median
 
@@ -51,8 +51,9 @@ _CONVOLUTIONS = (
 )  # fmt: skip
 _BATCHES = (1, 32, 256)
 _DTYPES = (torch.bfloat16, torch.float32)
-AHEAD = 54  # shapes compiled at a time: one dtype and direction of the grid
-_PATIENCE = 60  # seconds for them
+# Shapes that are compiled at a time, and the seconds for them: a dozen first, so that soon there is an entry, then one
+# dtype and direction of the grid.
+FIRST, AHEAD = (12, 10), (54, 60)
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 6e-3, torch.float32: 3e-3}  # TF32 included
 
 
@@ -218,9 +219,11 @@ def compiled(shapes: Iterable[Shape], pool: Executor) -> Iterator[Shape]:
     What it can't compile is compiled, or fails, as it is measured.
     """
     shapes = iter(shapes)
-    while ahead := list(islice(shapes, AHEAD)):
+    for count, seconds in chain((FIRST,), repeat(AHEAD)):
+        if not (ahead := list(islice(shapes, count))):
+            return
         with suppress(BrokenProcessPool):
-            wait([pool.submit(compile_fused, shape) for shape in ahead], timeout=_PATIENCE)
+            wait([pool.submit(compile_fused, shape) for shape in ahead], timeout=seconds)
         yield from ahead
 
 
