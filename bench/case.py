@@ -24,6 +24,8 @@ class Runnable(Protocol):
 
     Attributes:
         calls: how often one `run` does the thing that is timed.
+
+    One that replays a CUDA graph may say in `nodes` how many nodes that has.
     """
 
     calls: int

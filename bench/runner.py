@@ -46,6 +46,7 @@ class Entry:
     contender: str
     process: Process
     share: float | None = None
+    nodes: int | None = None  # of its CUDA graph
     samples: list[float] = field(default_factory=list)
     peak_memory: int | None = None
 
@@ -121,16 +122,19 @@ class Runner:
         return found
 
     @staticmethod
-    def _prepared(process: Process) -> dict[str, gate.Sketch]:
+    def _prepared(process: Process, entry: Entry | None = None) -> dict[str, gate.Sketch]:
+        """The result of what was asked for last; an entry is told of its graph."""
         answer = process.answer()
         if "unavailable" in answer:
             raise Failed(answer["unavailable"])
+        if entry is not None:
+            entry.nodes = answer.get("nodes")
         return {name: gate.Sketch(**values) for name, values in answer["result"].items()}
 
     def _admit(self, case: Case, entry: Entry, oracles: dict) -> bool:
         """Whether a contender's result is right; says why if not."""
         try:
-            result = self._prepared(entry.process)
+            result = self._prepared(entry.process, entry)
         except Failed as problem:
             say(f"{case.name}: {entry.contender} is left out: {problem}")
             return False
@@ -153,6 +157,8 @@ class Runner:
                 entries = self._take_turns(case, entries)
                 ours = next((entry for entry in entries if entry.contender.startswith(OURS)), None)
                 for entry in entries:
+                    if entry.nodes and entry.samples:
+                        say(f"{case.name}: {entry.contender}: {of_nodes(entry)}")
                     if entry is not ours or number == 0:  # ours is in every group, and one row is enough
                         yield self._row(case, malloc, entry, ours)
 
@@ -244,6 +250,11 @@ class Runner:
             "command": self.plan.command,
         }
         return Row(**self.about, **measured)
+
+
+def of_nodes(entry: Entry) -> str:
+    """How many nodes its graph has, and what one takes of the median."""
+    return f"{entry.nodes} graph nodes, {1e3 * quantiles(entry.samples)[1] / entry.nodes:.2f} us per node"
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -1,5 +1,6 @@
 """Whole training steps: the library and its peers on one experiment, from the same initial values."""
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -254,8 +255,19 @@ class StepRun:
         return found
 
 
+def graph_nodes(graph: torch.cuda.CUDAGraph) -> int | None:
+    """How many nodes a kept CUDA graph has: launches, copies and fills. None where nobody can say."""
+    count = ctypes.c_size_t()
+    try:
+        address = ctypes.c_void_p(graph.raw_cuda_graph())
+        failed = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(address, None, ctypes.byref(count))
+    except (OSError, AttributeError, RuntimeError):
+        return None
+    return None if failed else count.value
+
+
 class CapturedRun(StepRun):
-    """A step as a CUDA graph, replayed; the gate sees a replay from the initial values."""
+    """A step as a CUDA graph, replayed; the gate sees a replay from the initial values. nodes: see `graph_nodes`."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -266,9 +278,10 @@ class CapturedRun(StepRun):
                 for _ in range(3):
                     self.peer.step(*self.batches[0])
             torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
+            self.graph = torch.cuda.CUDAGraph(keep_graph=True)  # to be counted
             with torch.cuda.graph(self.graph):
                 self.loss = self.peer.step(*self.batches[0])
+            self.nodes = graph_nodes(self.graph)
         except RuntimeError as error:
             raise Unavailable(f"the step can't be captured: {str(error).splitlines()[0]}", broken=True) from error
         fill(self.pieces, self.specs, moved=True)

@@ -33,12 +33,12 @@ class Worker:
         self.last: dict[str, float] = {}  # seconds of a contender's last sample
 
     def prepare(self, case: str, contender: str, quick: bool) -> dict[str, Any]:
-        """Builds a contender and returns the sketches of its result."""
+        """Builds a contender; the sketches of its result, and the nodes of its CUDA graph if it counts them."""
         runnable = registry.find(case, self.device, quick).build(contender, self.device)
         sketches = {name: sketch.as_dict() for name, sketch in runnable.result().items()}
         if not contender.startswith("reference"):
             self.held[contender] = runnable
-        return {"result": sketches}
+        return {"result": sketches, "nodes": getattr(runnable, "nodes", None)}
 
     def warm(self, contender: str) -> dict[str, Any]:
         """A run or two, and from the last how many make up a sample; peak memory counts from after them."""

@@ -8,11 +8,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import gate, layer_ops, machine, pool, registry, steps, worker
+from bench import gate, layer_ops, machine, op_case, pool, registry, steps, worker
 from bench import runner as runner_module
 from bench.case import OURS, Case
 from bench.experiments import experiments, fill, quick
@@ -198,6 +199,59 @@ def test_a_worker_that_has_died_is_left_behind(monkeypatch):
         process.send("prepare", case="much that nobody reads")
         with pytest.raises(pool.Failed, match="ended with code 3"):
             process.ask("describe")
+
+
+def test_passes_over_the_dense_layer_are_timed_several_in_a_row_on_a_gpu(monkeypatch):
+    """Else their Python, some 60 us of 1.2 ms, is in the sample."""
+    made = []
+    monkeypatch.setattr(op_case.OpCase, "run", lambda *args, **rest: made.append(OpRun([lambda: {}])) or made[-1])
+    monkeypatch.setattr(op_case.OpCase, "inputs", lambda *args, **rest: (torch.ones(2),) * 10)
+    eager = registry.select(["hypernet_adam", "output_drift"], torch.device("cuda"), False)
+    assert len(eager) == 3
+    for case in eager:
+        for contender in case.contenders:
+            assert case.build(contender, torch.device("cuda")).calls >= 10
+            assert case.build(contender, CPU).calls == 1
+
+
+class Driver:
+    """Stands in for NVIDIA's; it knows one graph, of 7 nodes."""
+
+    @staticmethod
+    def cuGraphGetNodes(graph, nodes, count):
+        count._obj.value = 7
+        return 0 if graph.value == 1234 and nodes is None else 1
+
+
+def test_nodes_of_a_graph_are_counted_by_the_driver(monkeypatch):
+    graph = SimpleNamespace(raw_cuda_graph=lambda: 1234)
+    monkeypatch.setattr(steps.ctypes, "CDLL", lambda name: Driver)
+    assert steps.graph_nodes(graph) == 7
+    assert steps.graph_nodes(SimpleNamespace(raw_cuda_graph=lambda: 99)) is None
+    assert steps.graph_nodes(SimpleNamespace()) is None  # of a PyTorch without kept graphs
+
+    def none_here(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(steps.ctypes, "CDLL", none_here)
+    assert steps.graph_nodes(graph) is None
+
+
+def test_a_captured_steps_nodes_are_printed_with_the_time_of_one(monkeypatch, capsys):
+    def build(contender, device):
+        run = squares(contender, device)
+        run.nodes = 5 if contender == OURS else None
+        return run
+
+    case = Case("squares", "squares", None, "", (OURS, "peer"), build, lambda: (4e3, 2e3), lambda name: 1e-4)
+    monkeypatch.setattr(runner_module, "Process", Local)
+    monkeypatch.setattr(registry, "find", lambda *args: case)
+    monkeypatch.setattr(worker.machine, "rates", lambda device, quick: {"bandwidth": 1e9, "float32": 1e9})
+    plan = Plan(CPU, 1, True, ("as shipped",), turns=3, seconds=0.01, most=4, command="test")
+    ours, _ = Runner(plan).rows([case])
+    said = capsys.readouterr().err
+    assert f"squares: {OURS}: 5 graph nodes, {1e3 * ours.median_ms / 5:.2f} us per node" in said
+    assert said.count("graph nodes") == 1
 
 
 def test_quantiles():
