@@ -101,7 +101,7 @@ def _launch_arguments(
     """What both kernels are launched with: grid, arguments from `start` on, constants."""
     chunk_size, width = output_weight.shape
     first, chunks = _span(start, weights, chunk_size)
-    tiles = settings.chunk_tiles(chunks, chunk_size, width)
+    tiles = settings.chunk_tiles(chunks, chunk_size, width, output_weight.dtype, host.gpu(output_weight.device))
     grid = cdiv(chunk_size, tiles.block_n), cdiv(chunks, tiles.block_m)
     strides = *hidden.stride(), *output_weight.stride(), *output_bias.stride()
     constants = {
