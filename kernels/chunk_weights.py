@@ -115,7 +115,7 @@ def _launch(
             PRECISION=host.matmul_precision(output_weight.dtype), **tiles.launch_chunks(output_weight.dtype),
         )  # fmt: skip
 
-    tiles = settings.chunk_tiles(chunks, chunk_size, width)
+    tiles = settings.chunk_tiles(chunks, chunk_size, width, output_weight.dtype, host.gpu(output_weight.device))
     launch_fitting(name, launch, tiles, *tensors)
 
 

@@ -142,9 +142,11 @@ def convolution_gradient(
 
 
 @_remembered
-def chunk_tiles(chunks: int, chunk_size: int, width: int) -> Tiles:
-    """A tile of (chunk, position) whose logits are a product over `width`; block_k is the step over it."""
-    return Tiles(_clip(chunks, 16, 64), _clip(chunk_size, 16, 64), _clip(width, 16, 32), warps=8, stages=2)
+def chunk_tiles(chunks: int, chunk_size: int, width: int, dtype: torch.dtype, gpu: Gpu) -> Tiles:
+    """A tile of (chunk, position) whose logits are a product over `width`; block_k is the step over it. For compute
+    capability 10.0 and Triton 3.7 ptxas would spill six registers with steps of 32 in float32."""
+    step = 16 if dtype == torch.float32 and gpu.capability >= 100 else 32
+    return Tiles(_clip(chunks, 16, 64), _clip(chunk_size, 16, 64), _clip(width, 16, step), warps=8, stages=2)
 
 
 @_remembered

@@ -1,5 +1,6 @@
 // mask_overlap on the GPU: for every segment and every pair of tasks, how many entries both masks keep. The logits are
-// read once; what is kept of a block's entries lies in shared memory as bits, and pairs of tasks are counted from these.
+// read once; what is kept of a block's entries lies in shared memory as bits, and pairs of tasks are counted from
+// these.
 #include "../common/registration.h"
 #include "device.h"
 #include "launcher.h"
@@ -8,7 +9,7 @@ namespace hypermask {
 namespace {
 
 constexpr const char* kOp = "mask_overlap";
-constexpr int kWords = kTileEntries / 32;     // of bits, in the tile of one task
+constexpr int kWords = kTileEntries / 32;    // of bits, in the tile of one task
 constexpr int64_t kSharedBytes = 48 * 1024;  // what a block may have without asking
 
 // Up to kMaxSegments segments of all tasks.
@@ -16,8 +17,8 @@ struct Overlap {
   BlockTable blocks;
   int64_t begin[kMaxSegments];
   int64_t size[kMaxSegments];
-  const float* logits;      // [tasks, entries]
-  const float* thresholds;  // [tasks, total]
+  const float* logits;         // [tasks, entries]
+  const float* thresholds;     // [tasks, total]
   unsigned long long* counts;  // [total, tasks, tasks], the sums of all blocks
   int64_t entries, total, first;
   int tasks;
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(kThreads) overlap_kernel(const Overlap o) {
   const int entries = static_cast<int>(left < kTileEntries ? left : kTileEntries);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int start = 0; start < entries; start += 32 * o.words) {
-    // A warp turns 32 neighbouring entries into a word. "Not smaller" instead of "at least" keeps NaN, as the mask does.
+    // A warp turns 32 neighbouring entries into a word. "Not smaller" instead of "at least" keeps NaN, as the mask
+    // does.
     for (int w = warp; w < o.tasks * o.words; w += kThreads / 32) {
       const int task = w / o.words, i = start + w % o.words * 32 + lane;
       bool kept = false;

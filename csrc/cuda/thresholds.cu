@@ -117,13 +117,14 @@ __global__ void count_kernel(Selections s, int pass, State* states, uint32_t* co
 
 Tensor mask_thresholds(const Tensor& logits, const Offsets& offsets, const Tensor& ranks) {
   const int64_t entries = check_thresholds(kOp, logits, offsets, ranks, Place::gpu_of(logits));
-  const int64_t total = segments(offsets), rows = entries ? logits.numel() / entries : 0;
+  const int64_t total = segments(offsets);
+  int64_t rows = 1;  // also of logits without entries, whose thresholds are 0
+  for (int64_t d = 0; d < logits.dim() - 1; ++d) rows *= logits.size(d);
   if (rows > 65535) fail(kOp, rows, " rows are more than the 65535 of one launch");
   Shape shape = shape_of(logits);
   shape.back() = total;
   Tensor thresholds = empty_float(logits, shape);
   if (thresholds.numel() == 0) return thresholds;
-  if (rows == 0) fail(kOp, "logits without entries but thresholds asked for");
   const Launcher gpu(kOp, logits);
   Tensor states = empty_of(logits, {rows * total * static_cast<int64_t>(sizeof(State) / 8)}, ScalarType::Long);
   Tensor counts = empty_of(logits, {rows * total * kRadixBins}, ScalarType::Int);

@@ -291,7 +291,10 @@ def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> 
 def output_drift(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
     if targets.dim() != 2:
         raise InputError(f"targets must be (T, N), not {tuple(targets.shape)}")
-    hypernet_logits(hidden, weight, bias, targets.shape[1])
+    hypernet_logits(hidden, weight, bias, 0)
+    entries = hidden.shape[1] * weight.shape[0]
+    if targets.shape[1] > entries:
+        raise InputError(f"targets must be (T, N) with N at most {entries}, not {tuple(targets.shape)}")
     _shape("targets", targets, (hidden.shape[0], targets.shape[1]))
 
 

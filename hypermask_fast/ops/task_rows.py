@@ -52,6 +52,6 @@ def rows_of_tasks(y: Tensor, ids: Tensor | TaskRows) -> Tensor:
     task_ids = ids.ids if isinstance(ids, TaskRows) else ids
     known = (task_ids >= 0) & (task_ids < len(y))
     if not torch.compiler.is_compiling() and not known.all():
-        raise InputError(f"task ids must be 0 to {len(y) - 1}")
+        raise InputError(f"task_ids must be 0 to {len(y) - 1}")
     mine = y[task_ids.where(known, 0), torch.arange(len(task_ids), device=y.device)]
     return mine.where(known[:, None], math.nan)

@@ -61,7 +61,7 @@ def instructions(sass: str) -> dict[str, Counter]:
 
 def check_streams(source: str, sass: str) -> None:
     kernels = instructions(sass)
-    for part, loads, stores in STREAMS[source]:
+    for part, loads, stores in STREAMS.get(source, ()):
         matching = {name: count for name, count in kernels.items() if re.search(part, name)}
         assert matching, part
         for name, count in matching.items():

@@ -157,9 +157,11 @@ def test_mask_thresholds_of_many_segments_and_rows(backend, count):
     check(backend, torch.randn(0, offsets[-1]), offsets, ranks)
 
 
-@on(*CPU)
+@each_backend
 def test_mask_thresholds_of_nothing(backend):
     check(backend, torch.empty(0), [0, 0], [0])
+    check(backend, torch.empty(3, 0), [0, 0, 0], [0, 0])
+    check(backend, torch.empty(0, 5), [0, 5], [2])
 
 
 @each_backend

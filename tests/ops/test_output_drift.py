@@ -70,7 +70,7 @@ def test_output_drift_of_a_task_does_not_depend_on_the_other_tasks(operators, ro
 
 does_not_fit = each_change(
     ({"targets": torch.ones(1, 50)}, "targets must have shape (3, 50), not (1, 50)"),
-    ({"targets": torch.ones(3, 51)}, "size must be 0 to chunks * chunk_size = 50, not 51"),
+    ({"targets": torch.ones(3, 51)}, "targets must be (T, N) with N at most 50, not (3, 51)"),
     ({"targets": torch.ones(150)}, "targets must be (T, N), not (150,)"),
     ({"bias": torch.ones(49)}, "bias must have shape (50,), not (49,)"),
 )

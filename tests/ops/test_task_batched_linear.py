@@ -186,7 +186,7 @@ def test_task_batched_linear_by_triton_looks_at_the_ids_in_debug_mode(triton, mo
 @pytest.mark.parametrize("wrong", [-1, 3])
 def test_task_batched_linear_refuses_ids_that_are_no_tasks(backend, wrong):
     x, weight, logits = inputs_of(3, 2, 7, 4)
-    with pytest.raises(InputError, match="task ids must be 0 to 2"):
+    with pytest.raises(InputError, match="task_ids must be 0 to 2"):
         backend.task_batched_linear(x, weight, logits, torch.zeros(3), torch.tensor([0, wrong]), None)
 
 

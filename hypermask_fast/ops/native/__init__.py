@@ -6,6 +6,7 @@ its operators what torch.compile, autograd and opcheck need, and calls them with
 
 import functools
 import json
+import struct
 from collections.abc import Callable, Sequence
 from importlib import util
 from pathlib import Path
@@ -26,11 +27,25 @@ def _recorded(part: str) -> str:
     return json.loads(record.read_text()).get(part, "") if record.exists() else ""
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether the file reaches to its ELF section headers, which come last. To load one that was cut off, where a build
+    or a copy was interrupted, would end the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return False
+    (begin,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return library.stat().st_size >= begin + size * count
+
+
 def _load() -> str:
     """Loads the extension; "" or why it is not there."""
     spec = util.find_spec("hypermask_fast._native")
     if spec is None or spec.origin is None:
         return _recorded("native") or "the extension is not built: pip install --no-build-isolation ."
+    if not _is_whole(Path(spec.origin)):
+        return f"{spec.origin} is no whole library: build it again by pip install --no-build-isolation ."
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:

@@ -66,7 +66,7 @@ def task_batched_linear(x, weight, logits, thresholds, task_ids, bias):
     rows = TaskRows.of(task_ids, tasks)
     *counts, unknown = rows.begins.diff().tolist()
     if unknown:
-        raise InputError(f"task ids must be 0 to {tasks - 1}")
+        raise InputError(f"task_ids must be 0 to {tasks - 1}")
     groups = [(t, group) for t, group in enumerate(x[rows.order].split(counts)) if len(group) > 0]
     outputs = torch.cat([_of_task(group, weight, logits, thresholds, bias, t) for t, group in groups])
     return outputs[rows.order.argsort()]
