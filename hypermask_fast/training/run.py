@@ -1,10 +1,11 @@
 """Runs: from a configuration to a trained model in a folder, and back from that folder.
 
 A run's folder holds config.toml (written first: its presence makes the folder a run), checkpoints, log.csv and the
-reports of `report`. Nothing here replaces a run's files but the run itself, resumed.
+reports of `report`. Nothing here replaces a run's files but the run itself, resumed, and one process at a time (`lock`).
 """
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..model import HyperMask
 from . import checkpoint, report
 from .config import RunConfig
 from .files import write_atomic, writing
+from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
 from .targets import TargetConfig, build_target
 from .trainer import Result, Trainer
@@ -86,12 +88,26 @@ def train(
     """
     run_dir = Path(run_dir)
     report.figure_class()
+    with ExitStack() as lock:
+        if resume:
+            stored_config(run_dir)
+            lock.enter_context(taken(run_dir))
+            checkpoint.exists(run_dir)  # or was lost
+        else:
+            check_free(run_dir)
+        return _train(config, run_dir, device, resume, logger, lock)
+
+
+def _train(
+    config: RunConfig,
+    run_dir: Path,
+    device: torch.device | str,
+    resume: bool,
+    logger: Logger | None,
+    lock: ExitStack,
+) -> Result:
+    """`train` in a folder that was free a moment ago; `lock` then holds it, once it is there."""
     settings = config.to_toml()
-    if resume:
-        stored_config(run_dir)
-        checkpoint.exists(run_dir)  # or was lost
-    else:
-        check_free(run_dir)
     scenario = read_scenario(config)
     model = build_model(config, scenario, device)
     loggers = Loggers([])
@@ -116,6 +132,8 @@ def train(
     if not resume:
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(taken(run_dir))
+        check_free(run_dir)  # still, now that nobody else can take it
         write_atomic(run_dir / CONFIG, settings)
     loggers.loggers = tuple(_loggers(run_dir, resume, logger))
     try:
@@ -127,6 +145,9 @@ def train(
 def check_free(run_dir: Path) -> None:
     """Raises InputError unless `run_dir` can become a new run's folder: not there, or empty (hidden files apart)."""
     if (run_dir / CONFIG).exists():
+        if (run_dir / LOCK).exists():
+            with taken(run_dir):  # or by whom
+                pass
         raise InputError(f"{run_dir} already holds a run: go on with it by --resume, or choose another folder (--out)")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} is a file: a run needs a new or empty folder (--out)")

@@ -20,6 +20,7 @@ from . import checkpoint
 from .config import TrainingConfig
 from .evaluation import accuracy, check_outputs
 from .files import writing
+from .lock import taken
 from .logs import Logger, Loggers
 from .memory import peak_memory
 from .step import TaskWork
@@ -118,15 +119,19 @@ class Trainer:
                 those of a run that was never stopped.
 
         Raises:
-            InputError: run_dir can't be written, or its checkpoint is not this run's; without resume, it has one.
+            InputError: run_dir can't be written, another process trains in it, or its checkpoint is not this run's;
+                without resume, it has one.
         """
         on_gpu = self.device.type == "cuda"
-        with torch.cuda.device(self.device) if on_gpu else nullcontext():  # a graph is captured on the current one
+        with (
+            torch.cuda.device(self.device) if on_gpu else nullcontext(),  # a graph is captured on the current one
+            nullcontext() if self.run_dir is None else taken(_folder(self.run_dir)),
+        ):
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> Result:
         restored: dict[str, Tensor] = {}
-        saved = self._checkpoint_folder()
+        saved = self.run_dir if self.run_dir is not None and checkpoint.exists(self.run_dir) else None
         if saved is not None:
             if not resume:
                 raise InputError(f"{saved} holds a checkpoint: fit(resume=True) goes on from it")
@@ -240,14 +245,6 @@ class Trainer:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _checkpoint_folder(self) -> Path | None:
-        """run_dir, where it holds a checkpoint; it is there afterwards."""
-        if self.run_dir is None:
-            return None
-        with writing(self.run_dir):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        return self.run_dir if checkpoint.exists(self.run_dir) else None
-
     def _checkpoint_due(self, length: int) -> bool:
         every, done = self.config.checkpoint_every, self._at.iteration
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
@@ -315,6 +312,13 @@ class Trainer:
             group["lr"] = state["lr"]
         if plateau is not None:
             plateau.best, plateau.num_bad_epochs = state["plateau"]["best"], state["plateau"]["num_bad_epochs"]
+
+
+def _folder(path: Path) -> Path:
+    """`path`, where a folder is afterwards."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def batch_rows(samples: int, batch_size: int, iterations: int, seed: int, task: int) -> Tensor:
