@@ -3,14 +3,19 @@
 import io
 import json
 import math
+import os
 import platform
+import sys
+import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import __version__
+from ..errors import InputError
 from ..extras import needed_for
 from .config import RunConfig
 from .files import write_atomic
@@ -78,19 +83,49 @@ def write_matrix_table(run_dir: Path, result: Result) -> None:
 
 
 def write_matrix_picture(run_dir: Path, result: Result, title: str) -> None:
-    """accuracy_matrix.png: the matrix as a heat map with its numbers, legible for up to about 40 tasks."""
-    figure = matrix_figure(result, title)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """accuracy_matrix.png: the matrix as a heat map with its numbers, legible for up to about 40 tasks.
 
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
-    write_atomic(run_dir / MATRIX_PICTURE, content.getvalue())
+    A picture that can't be drawn or written is a warning: it must not end the run.
+    """
+    path, content = run_dir / MATRIX_PICTURE, io.BytesIO()
+    try:
+        figure = matrix_figure(result, title)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        FigureCanvasAgg(figure).print_png(content)
+        write_atomic(path, content.getvalue())
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"{path} could not be drawn: {type(error).__name__}: {reason}", stacklevel=2)
+
+
+def check_packages() -> None:
+    """Raises InputError where matplotlib is missing. One that is there and fails is a warning, once it should draw."""
+    try:
+        figure_class()
+    except InputError:
+        raise
+    except Exception:
+        return
 
 
 def figure_class() -> "type[Figure]":
-    """matplotlib's Figure, used without pyplot, so that nothing global changes. InputError: matplotlib is missing."""
-    with needed_for("drawing pictures"):
-        from matplotlib.figure import Figure
+    """matplotlib's Figure, used without pyplot, so that nothing global changes. InputError: matplotlib is missing.
+
+    matplotlib can't be imported while MPLBACKEND names a backend that is not installed, as a notebook's shell has it,
+    although a Figure needs no backend. So it is imported without, and told of MPLBACKEND afterwards.
+    """
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        with needed_for("drawing pictures"):
+            import matplotlib
+            from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):  # not installed
+            matplotlib.rcParams["backend"] = backend
     return Figure
 
 
@@ -116,7 +151,8 @@ def matrix_figure(result: Result, title: str) -> "Figure":
     learned = tasks_learned(matrix)
     border = [(k + 0.5, k + half) for k in range(min(learned, tasks - 1)) for half in (-0.5, 0.5)]
     axes.plot([x for x, _ in border], [y for _, y in border], color="white", linewidth=1.5)
-    figure.suptitle(_caption(title, summarize(result.matrix, result.baseline)), fontsize=large, wrap=True)
+    caption = _caption(title, summarize(result.matrix, result.baseline))
+    figure.suptitle(caption.replace("$", r"\$"), fontsize=large, wrap=True)
     figure.colorbar(image, ax=axes, fraction=0.046).set_label("accuracy (%)", fontsize=large)
     return figure
 

@@ -87,7 +87,7 @@ def train(
             unless the run itself fails later.
     """
     run_dir = Path(run_dir)
-    report.figure_class()
+    report.check_packages()
     with ExitStack() as lock:
         if resume:
             stored_config(run_dir)

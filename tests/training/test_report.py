@@ -1,11 +1,14 @@
 import csv
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from hypermask_fast import InputError
@@ -15,6 +18,7 @@ from hypermask_fast.training.files import write_atomic
 from hypermask_fast.training.tables import text_table
 from hypermask_fast.training.trainer import Result
 
+ROOT = Path(__file__).parents[2]
 CONFIG = load_preset("split-digits")
 
 
@@ -83,6 +87,70 @@ def test_picture_of_a_run_under_way(tmp_path):
     assert len(axes.texts) == 2 * 5
     report.write_matrix_picture(tmp_path, a_result(5, learned=0), "nothing learned")
     assert (tmp_path / "accuracy_matrix.png").stat().st_size > 0
+
+
+_DRAWING = """
+import os, sys
+from pathlib import Path
+import torch
+from hypermask_fast.training import report
+from hypermask_fast.training.trainer import Result
+report.check_packages()
+report.write_matrix_picture(Path(sys.argv[1]), Result(torch.eye(2).double(), torch.zeros(2).double()), "t")
+import matplotlib
+print(os.environ["MPLBACKEND"], matplotlib.get_backend(auto_select=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "then"),
+    [
+        (
+            "module://matplotlib_inline.backend_inline",
+            None,
+        ),  # as a notebook's shell has it, with or without the package
+        ("no such backend", "None"),
+        ("qtagg", "qtagg"),  # no display here, and perhaps no Qt
+        ("svg", "svg"),
+    ],
+)
+def test_pictures_do_not_depend_on_the_environment_s_backend(tmp_path, asked, then):
+    """In a process of its own, whose matplotlib is imported for the picture; MPLBACKEND holds for others as before."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _DRAWING, str(tmp_path)],
+        env=os.environ | {"MPLBACKEND": asked},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "accuracy_matrix.png") as image:
+        assert image.format == "PNG"
+    if then is not None:
+        assert done.stdout == f"{asked} {then}\n"
+
+
+@pytest.mark.parametrize("failing", ["import", "draw", "write"])
+def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, failing):
+    def fail(*_, **__):
+        raise ValueError("no picture today\nand more")
+
+    owner, name = {
+        "import": (report, "figure_class"),
+        "draw": (FigureCanvasAgg, "print_png"),
+        "write": (report, "write_atomic"),
+    }[failing]
+    monkeypatch.setattr(owner, name, fail)
+    report.check_packages()
+    with pytest.warns(UserWarning, match=r"^.*accuracy_matrix.png could not be drawn: ValueError: no picture today$"):
+        report.write_matrix_picture(tmp_path, a_result(2), "t")
+
+
+@pytest.mark.parametrize("title", ["$", r"a $\nothing$ b", "_^{}", "100 % \u4e2d"])
+def test_titles_are_text_and_no_formulas(tmp_path, title, recwarn):
+    report.write_matrix_picture(tmp_path, a_result(2), title)
+    assert not [warning for warning in recwarn if "could not be drawn" in str(warning.message)]
+    assert (tmp_path / "accuracy_matrix.png").exists()
 
 
 def test_text_matrix():
