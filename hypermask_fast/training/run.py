@@ -1,7 +1,7 @@
 """Runs: from a configuration to a trained model in a folder, and back from that folder.
 
 A run's folder holds config.toml (written first: its presence makes the folder a run), checkpoints, log.csv and the
-reports of `report`. Nothing here replaces a run's files but the run itself, resumed, and one process at a time (`lock`).
+reports of `report`. Nothing here replaces a run's files but the run itself, resumed, in one process at a time.
 """
 
 import json

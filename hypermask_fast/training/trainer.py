@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..optim import Adam
 from ..regularizers import Anchor
 from . import checkpoint
 from .config import TrainingConfig
+from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
 from .files import writing
 from .lock import taken
@@ -109,6 +111,7 @@ class Trainer:
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
         self.result = Result(nothing[1:], nothing[0])
         self._at = _Position()
+        self._finite, self._kept = 0, ""  # the task's last iteration whose loss was seen; the checkpoint there is
         self._restored_state: dict[str, Any] = {}
 
     def fit(self, resume: bool = False) -> Result:
@@ -161,11 +164,12 @@ class Trainer:
             self._restore_task(optimizer, plateau, restored)
         else:
             self.model.begin_task(task)
+        self._finite = start
         self.logger.begin_task(task, length, start)
         work = self._work(task, split, optimizer, length)
         steps = training_steps(work, self.config.cuda_graph and self.device.type == "cuda", self.logger.message)
         self.model.train()
-        started = time.perf_counter()
+        started, values = time.perf_counter(), {}
         for iteration in range(start, length):
             values = next(steps)
             self._at.iteration = iteration + 1
@@ -173,10 +177,12 @@ class Trainer:
             self._after_step(values, self._sparsity(task, iteration, length), length, optimizer, plateau)
             if self._checkpoint_due(length):
                 self.result.seconds += time.perf_counter() - started
+                self._check_weights(values)
                 self._save(optimizer, plateau)
                 started = time.perf_counter()
         if self._at.best_model:
             self.model.load_state_dict(self._at.best_model)
+        self._check_weights(values)
         self.result.seconds += time.perf_counter() - started
 
     def _optimizer(self) -> Adam:
@@ -215,12 +221,33 @@ class Trainer:
             logged["validation_accuracy"] = self._validate(sparsity)
             if plateau is not None and done % epoch == 0:
                 plateau.step(logged["validation_accuracy"])
-        if logged or done % self.config.log_every == 0 or done == length:
+        if logged or done % self.config.log_every == 0 or done == length or self._seen_to_diverge(values["loss"]):
             logged |= {name: value.item() for name, value in values.items()}
             logged |= {"lr": float(optimizer.param_groups[0]["lr"]), "sparsity": sparsity}
             self.logger.step(task, done, logged)
-            if not logged["loss"] < float("inf"):
-                raise InputError(f"the loss is {logged['loss']} at task {task}, iteration {done}: lower training.lr")
+            if not isfinite(logged["loss"]):
+                raise self._diverged(f"the loss is {logged['loss']} at", values)
+            self._finite = done
+
+    def _seen_to_diverge(self, loss: Tensor) -> bool:
+        """Whether this step's loss is not finite, where looking costs nothing; else False."""
+        if loss.device.type != "cpu":
+            return False
+        if finite := isfinite(loss.item()):
+            self._finite = self._at.iteration
+        return not finite
+
+    def _check_weights(self, values: dict[str, Tensor]) -> None:
+        """Before they are saved: raises InputError where they are not finite, so that the checkpoint before stays."""
+        if not finite_weights(self.model):
+            raise self._diverged("the weights are not finite after", values)
+
+    def _diverged(self, what: str, values: dict[str, Tensor]) -> InputError:
+        task, done = self._at.task, self._at.iteration
+        split = self.scenario.tasks[task].train
+        why = cause(split, values, self.model.drift, self.config.lr, self.config.evaluation_batch)
+        seen = f" (finite until {self._finite})" if 0 < self._finite < done else ""
+        return InputError(f"{what} task {task}, iteration {done}{seen}: {why}{self._kept}")
 
     def _validate(self, sparsity: float) -> float:
         """Validation accuracy now, percent; keeps a copy of the model where it is the task's best so far."""
@@ -276,6 +303,10 @@ class Trainer:
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
+        self._keeps()
+
+    def _keeps(self) -> None:
+        self._kept = f"; the checkpoint of task {self._at.task}, iteration {self._at.iteration} is kept"
 
     def _restore(self, run_dir: Path) -> dict[str, Tensor]:
         """Goes to the checkpoint's position; returns its tensors where that is within a task."""
@@ -298,6 +329,7 @@ class Trainer:
         best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
         self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], best)
         self._restored_state = state
+        self._keeps()
         return tensors if self._at.iteration > 0 else {}
 
     def _restore_task(self, optimizer: Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]) -> None:

@@ -106,9 +106,9 @@ def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with pytest.warns(UserWarning, match=r"can't be locked \(Operation not supported\): let no other process"):
-        with lock.taken(tmp_path):
-            pass
+    warned = pytest.warns(UserWarning, match=r"can't be locked \(Operation not supported\): let no other process")
+    with warned, lock.taken(tmp_path):
+        pass
 
 
 def test_a_trainer_takes_its_folder(tmp_path, holder):
