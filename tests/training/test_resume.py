@@ -9,11 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+from hypermask_fast.training.run import load_run
+
 ITERATIONS, TASKS, KILLS = 150, 5, 5
 
 
-def start(run_dir: Path, *options: str) -> subprocess.Popen:
-    settings = [f"training.iterations={ITERATIONS}", "training.checkpoint_every=10", "training.log_every=20"]
+def start(run_dir: Path, *options: str, checkpoint_every: int = 10) -> subprocess.Popen:
+    settings = [
+        f"training.iterations={ITERATIONS}",
+        f"training.checkpoint_every={checkpoint_every}",
+        "training.log_every=20",
+    ]
     command = [sys.executable, "-m", "hypermask_fast", "train", "split-digits", "--out", str(run_dir)]
     if not options:
         command += [word for setting in settings for word in ("--set", setting)]
@@ -59,3 +65,28 @@ def test_killed_five_times(tmp_path):
         assert (killed / name).read_bytes() == (left_alone / name).read_bytes(), name
     leftovers = {path.name for path in killed.iterdir()} - {path.name for path in left_alone.iterdir()}
     assert not leftovers
+
+
+def test_read_while_it_trains(tmp_path):
+    """Evaluation finds a whole model at every moment, though each step replaces the checkpoint, and kills stop it."""
+    process, loads, learned = start(tmp_path / "run", checkpoint_every=1), 0, []
+    try:
+        while not (tmp_path / "run" / "metrics.json").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        for stopped in (False, True, False):
+            if stopped:
+                process.kill()
+                process.communicate()
+            for _ in range(20):
+                _, model, scenario = load_run(tmp_path / "run")
+                assert all(value.isfinite().all() for value in model.parameters())
+                learned.append(len(scenario.tasks))
+                loads += process.poll() is None
+            if stopped:
+                process = start(tmp_path / "run", "--resume")
+    finally:
+        process.kill()
+        process.communicate()
+    assert learned == sorted(learned) and learned[0] >= 1
+    assert loads > 10, "read while it trained"
