@@ -8,6 +8,7 @@ import torch
 from hypermask_fast import InputError, cli
 from hypermask_fast.training import run, targets
 from hypermask_fast.training.config import RunConfig, load_preset, presets
+from hypermask_fast.training.trainer import Result
 
 SETTINGS = {
     "data.tasks": "2",
@@ -169,6 +170,18 @@ def interrupted(monkeypatch, capsys):
         assert "--resume" in capsys.readouterr().err
 
     return train_until
+
+
+def test_an_interrupt_before_there_is_a_run_recommends_nothing(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for owner, name in ((run, "read_scenario"), (cli, "load_preset")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            assert train(tmp_path / "run") == 130
+        assert capsys.readouterr().err == "hypermask-fast: interrupted\n"
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("steps", [2, 5, 11])
@@ -345,6 +358,17 @@ def test_folders_without_permission_are_named(tmp_path, monkeypatch, refused):
 @pytest.mark.parametrize("seed", [2**63 - 1, 2**45])
 def test_large_seeds(tmp_path, seed):
     assert train(tmp_path / "run", "--seed", str(seed)) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "shown"),
+    [(1, 40.0, "0.025 steps"), (1, 2.5, "0.4 steps"), (6, 1.0, "6 steps"), (25, 2.0, "12 steps"), (9000, 3, "3000 s")],
+)
+def test_slow_runs_have_a_rate_too(tmp_path, monkeypatch, capsys, steps, seconds, shown):
+    result = Result(torch.eye(2).double(), torch.zeros(2).double(), float(seconds), steps)
+    monkeypatch.setattr(run, "train", lambda *_: result)
+    assert train(tmp_path / "run") == 0
+    assert f", {shown}" in capsys.readouterr().out
 
 
 def test_warnings_take_one_line(tmp_path, capsys):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 METRICS, TIMING = "metrics.json", "timing.json"
 MATRIX_TABLE, MATRIX_PICTURE = "accuracy_matrix.csv", "accuracy_matrix.png"
+FILES = (METRICS, TIMING, MATRIX_TABLE, MATRIX_PICTURE)
 _WIDE = 10  # tasks up to which accuracies are shown with a decimal
 
 

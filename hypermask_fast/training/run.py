@@ -5,6 +5,7 @@ reports of `report`. Nothing here replaces a run's files but the run itself, res
 """
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..errors import InputError
 from ..model import HyperMask
 from . import checkpoint, report
 from .config import RunConfig
-from .files import write_atomic, writing
+from .files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
 from .targets import TargetConfig, build_target
@@ -72,6 +73,7 @@ def train(
     device: torch.device | str = "cpu",
     resume: bool = False,
     logger: Logger | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Trains a run to its end. Its folder gets config.toml, log.csv, checkpoints and, after each task, the reports.
 
@@ -81,12 +83,14 @@ def train(
         device: where to train.
         resume: go on from the newest checkpoint, or from the beginning where the run was stopped before its first.
         logger: is told of progress besides log.csv and TensorBoard.
+        stop: see `Trainer`.
 
     Raises:
         InputError: the folder is in use, data or settings are wrong, a package is missing. Nothing was written then,
             unless the run itself fails later.
+        Stopped: `stop` has said so; the run can be resumed.
     """
-    run_dir = Path(run_dir)
+    run_dir, settings = Path(run_dir), config.to_toml()
     report.check_packages()
     with ExitStack() as lock:
         if resume:
@@ -95,28 +99,40 @@ def train(
             checkpoint.exists(run_dir)  # or was lost
         else:
             check_free(run_dir)
-        return _train(config, run_dir, device, resume, logger, lock)
+        loggers = Loggers([])
+        trainer = _trainer(config, run_dir, device, loggers, stop)
+        # All that can be checked has been: from here on the folder is a run.
+        if not resume:
+            with writing(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(taken(run_dir))
+            check_free(run_dir)  # still, now that nobody else can take it
+        remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
+        if not resume:
+            write_atomic(run_dir / CONFIG, settings)
+        loggers.loggers = tuple(_loggers(run_dir, resume, logger))
+        try:
+            return trainer.fit(resume=resume)
+        finally:
+            loggers.close()
 
 
-def _train(
+def _trainer(
     config: RunConfig,
     run_dir: Path,
     device: torch.device | str,
-    resume: bool,
-    logger: Logger | None,
-    lock: ExitStack,
-) -> Result:
-    """`train` in a folder that was free a moment ago; `lock` then holds it, once it is there."""
-    settings = config.to_toml()
+    loggers: Loggers,
+    stop: Callable[[], bool] | None,
+) -> Trainer:
+    """The run's Trainer, which writes the reports after each task; nothing is written yet."""
     scenario = read_scenario(config)
     model = build_model(config, scenario, device)
-    loggers = Loggers([])
 
     def on_task_end(result: Result) -> None:
         report.write_reports(run_dir, config, result, device)
         loggers.message(_after_task(result))
 
-    trainer = Trainer(
+    return Trainer(
         model,
         scenario,
         config.training,
@@ -127,19 +143,8 @@ def _train(
         settings=config.digest(),
         logger=loggers,
         on_task_end=on_task_end,
+        stop=stop,
     )
-    # All that can be checked has been: from here on the folder is a run.
-    if not resume:
-        with writing(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-        lock.enter_context(taken(run_dir))
-        check_free(run_dir)  # still, now that nobody else can take it
-        write_atomic(run_dir / CONFIG, settings)
-    loggers.loggers = tuple(_loggers(run_dir, resume, logger))
-    try:
-        return trainer.fit(resume=resume)
-    finally:
-        loggers.close()
 
 
 def check_free(run_dir: Path) -> None:

@@ -22,6 +22,7 @@ from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
 from .files import writing
+from .interrupt import Stopped
 from .lock import taken
 from .logs import Logger, Loggers
 from .memory import peak_memory
@@ -71,6 +72,7 @@ class Trainer:
         settings: kept in checkpoints; one that was saved under others is refused. See `RunConfig.digest`.
         logger: is told of progress.
         on_task_end: called with the result so far after each task, and at once when a run is resumed.
+        stop: asked after every step and every task. Where it says yes, a checkpoint is saved and `fit` raises Stopped.
 
     Raises:
         InputError: more tasks in the scenario than in the model, a network that does not take its inputs or has fewer
@@ -90,6 +92,7 @@ class Trainer:
         settings: str = "",
         logger: Logger | None = None,
         on_task_end: Callable[[Result], None] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         if not isinstance(model, HyperMask) or not isinstance(scenario, Scenario):
             kinds = f"{type(model).__name__} and {type(scenario).__name__}"
@@ -110,6 +113,7 @@ class Trainer:
         tasks = len(scenario.tasks)
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
         self.result = Result(nothing[1:], nothing[0])
+        self.stop = stop or (lambda: False)
         self._at = _Position()
         self._finite, self._kept = 0, ""  # the task's last iteration whose loss was seen; the checkpoint there is
         self._restored_state: dict[str, Any] = {}
@@ -124,6 +128,7 @@ class Trainer:
         Raises:
             InputError: run_dir can't be written, another process trains in it, or its checkpoint is not this run's;
                 without resume, it has one.
+            Stopped: `stop` has said so.
         """
         on_gpu = self.device.type == "cuda"
         with (
@@ -151,6 +156,8 @@ class Trainer:
             self._at, restored = _Position(task=self._at.task + 1), {}
             self._save()
             self.on_task_end(self.result)
+            if self._at.task < len(self.scenario.tasks) and self.stop():
+                raise self._stopped()
         return self.result
 
     # -- one task -------------------------------------------------------------------------------------------------
@@ -175,11 +182,14 @@ class Trainer:
             self._at.iteration = iteration + 1
             self.result.steps += 1
             self._after_step(values, self._sparsity(task, iteration, length), length, optimizer, plateau)
-            if self._checkpoint_due(length):
+            stop = iteration + 1 < length and self.stop()
+            if stop or self._checkpoint_due(length):
                 self.result.seconds += time.perf_counter() - started
                 self._check_weights(values)
                 self._save(optimizer, plateau)
                 started = time.perf_counter()
+            if stop:
+                raise self._stopped()
         if self._at.best_model:
             self.model.load_state_dict(self._at.best_model)
         self._check_weights(values)
@@ -304,6 +314,10 @@ class Trainer:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
         self._keeps()
+
+    def _stopped(self) -> Stopped:
+        kept = "nothing is saved" if self.run_dir is None else "which is saved"
+        return Stopped(f"stopped at task {self._at.task}, iteration {self._at.iteration}, {kept}")
 
     def _keeps(self) -> None:
         self._kept = f"; the checkpoint of task {self._at.task}, iteration {self._at.iteration} is kept"

@@ -213,3 +213,18 @@ def test_files_that_are_no_configuration(tmp_path):
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_preset("split-digits").seed = 1
+
+
+def test_a_file_that_begins_with_a_byte_order_mark(tmp_path):
+    """As editors on Windows write it."""
+    path = tmp_path / "mine.toml"
+    path.write_text(load_preset("split-digits").to_toml(), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert RunConfig.load(path) == load_preset("split-digits")
+
+
+@pytest.mark.parametrize("key", ["title", "data.dir"])
+def test_bytes_that_are_no_text_are_refused(key):
+    """As a command line hands them over."""
+    with pytest.raises(InputError, match=rf"^setting '{key}' must be text in UTF-8, not 'a\\udcff'$"):
+        load_preset("split-digits").with_values({key: b"a\xff".decode(errors="surrogateescape")})
