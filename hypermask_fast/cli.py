@@ -16,7 +16,7 @@ from .data import SCENARIOS
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
-from .training import evaluation, report, run
+from .training import describe, evaluation, report, run
 from .training.config import RunConfig, load_preset, presets
 from .training.interrupt import Stopped, StopSignals
 from .training.logs import TerminalLog
@@ -108,7 +108,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.data_dir is not None:
         config = run.with_data_dir(config, arguments.data_dir)
     device = run.pick_device(arguments.device)
-    title = f"{config.title}; seed {config.seed}, fidelity {config.fidelity}, {report.device_name(device)}"
+    title = f"{describe.title(config)}; {describe.details(config)}; {report.device_name(device)}"
     terminal = TerminalLog(_task_count(config), title)
     with StopSignals() as signals:
         try:
@@ -154,7 +154,7 @@ def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
         print(load_preset(arguments.name).to_toml(), end="")
         return 0
-    print(text_table([(name, config.title) for name, config in presets().items()], "<<", gap=2))
+    print(text_table([(name, describe.title(config)) for name, config in presets().items()], "<<", gap=2))
     return 0
 
 
@@ -190,8 +190,9 @@ def _resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> 
     """The run's own configuration; InputError where the command line contradicts it."""
     stored = run.stored_config(run_dir)
     expected = preset.with_values(asked)
-    if expected.title != stored.title:
-        raise InputError(f"{run_dir} holds a run of another preset, {stored.title!r}, not {expected.title!r}")
+    kinds = [f"{config.data.scenario} with {config.target.name}" for config in (stored, expected)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{run_dir} holds a run of another preset, {kinds[0]}, not {kinds[1]}")
     for key, value in asked.items():
         if stored.with_values({key: value}) != stored:
             raise InputError(

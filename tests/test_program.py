@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hypermask_fast import __version__
+from hypermask_fast.training import describe
 from hypermask_fast.training.config import presets
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +128,7 @@ def test_wide_tables_are_not_cut_in_a_pipe():
         text=True,
         cwd=ROOT,
     )
-    assert done.stdout.splitlines() == [f"{name:<23}  {config.title}" for name, config in presets().items()]
+    assert done.stdout.splitlines() == [f"{name:<23}  {describe.title(config)}" for name, config in presets().items()]
 
 
 _SETUP = """

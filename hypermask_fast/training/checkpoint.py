@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -171,16 +172,16 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _M
     model.load_state_dict(stored)
 
 
-def check_settings(run_dir: Path, state: dict[str, Any], settings: str) -> None:
-    """Raises InputError unless the checkpoint was saved under these settings, see `RunConfig.digest`."""
-    if state.get("settings") != settings:
+def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]) -> None:
+    """Raises InputError unless the checkpoint was saved under one of these settings, see `RunConfig.digest`."""
+    if state.get("settings") not in settings:
         raise InputError(
             f"the checkpoint in {run_dir} was saved under other settings than its config.toml has: restore that file, "
             "or start a new run in another folder"
         )
 
 
-def load_model(run_dir: Path, model: nn.Module, settings: str) -> int:
+def load_model(run_dir: Path, model: nn.Module, *settings: str) -> int:
     """Loads the run's newest weights into `model`; returns how many tasks are learned to the end."""
     tensors, state = load(run_dir)
     restore_model(model, tensors)

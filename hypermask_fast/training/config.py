@@ -103,7 +103,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's numbers. `title` is for people."""
+    """Everything that decides a run's numbers; besides `title`, a name for people, which decides nothing."""
 
     data: DataConfig
     target: TargetConfig
@@ -155,7 +155,11 @@ class RunConfig:
         return tomli_w.dumps(self.to_dict())
 
     def digest(self) -> str:
-        """SHA-256 of all settings but where the data lie: equal for equal runs."""
+        """SHA-256 of all settings but the title and where the data lie: equal for runs of equal numbers."""
+        return dataclasses.replace(self, title="").digest_with_title()
+
+    def digest_with_title(self) -> str:
+        """The digest as version 0.1.0 wrote it into checkpoints."""
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

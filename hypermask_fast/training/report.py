@@ -17,6 +17,7 @@ import torch
 from .. import __version__
 from ..errors import InputError
 from ..extras import needed_for
+from . import describe
 from .config import RunConfig
 from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
@@ -37,7 +38,7 @@ def write_reports(run_dir: Path, config: RunConfig, result: Result, device: torc
     write_metrics(run_dir, config, result)
     write_timing(run_dir, result, device)
     write_matrix_table(run_dir, result)
-    write_matrix_picture(run_dir, result, config.title)
+    write_matrix_picture(run_dir, result, f"{describe.title(config)}\n{describe.details(config)}")
 
 
 def write_metrics(run_dir: Path, config: RunConfig, result: Result) -> None:
@@ -47,7 +48,7 @@ def write_metrics(run_dir: Path, config: RunConfig, result: Result) -> None:
     measured.
     """
     content = {
-        "title": config.title,
+        "title": describe.title(config),
         "seed": config.seed,
         "fidelity": config.fidelity,
         "summary": summarize(result.matrix, result.baseline).to_dict(),

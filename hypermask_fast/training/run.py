@@ -144,6 +144,7 @@ def _trainer(
         logger=loggers,
         on_task_end=on_task_end,
         stop=stop,
+        earlier_settings=[config.digest_with_title()],
     )
 
 
@@ -189,7 +190,9 @@ def load_run(
         config = with_data_dir(config, data_dir)
     scenario = read_scenario(config)
     model = build_model(config, scenario)
-    learned = checkpoint.load_model(run_dir, model, config.digest()) if checkpoint.exists(run_dir) else 0
+    learned, settings = 0, (config.digest(), config.digest_with_title())
+    if checkpoint.exists(run_dir):
+        learned = checkpoint.load_model(run_dir, model, *settings)
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)

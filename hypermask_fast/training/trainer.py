@@ -1,7 +1,7 @@
 """The training loop: task after task, each with its own optimiser, evaluated on all tasks after each."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -69,7 +69,8 @@ class Trainer:
         seed: of the batches' order and, through torch's default generators, of augmentation and dropout.
         device: where to train.
         run_dir: folder for checkpoints, made where it is not there; None writes none.
-        settings: kept in checkpoints; one that was saved under others is refused. See `RunConfig.digest`.
+        settings: kept in checkpoints; one that was saved under others is refused, those of earlier_settings apart. See
+            `RunConfig.digest`.
         logger: is told of progress.
         on_task_end: called with the result so far after each task, and at once when a run is resumed.
         stop: asked after every step and every task. Where it says yes, a checkpoint is saved and `fit` raises Stopped.
@@ -93,6 +94,7 @@ class Trainer:
         logger: Logger | None = None,
         on_task_end: Callable[[Result], None] | None = None,
         stop: Callable[[], bool] | None = None,
+        earlier_settings: Sequence[str] = (),
     ) -> None:
         if not isinstance(model, HyperMask) or not isinstance(scenario, Scenario):
             kinds = f"{type(model).__name__} and {type(scenario).__name__}"
@@ -107,7 +109,8 @@ class Trainer:
         self.scenario = scenario.to(self.device)
         check_outputs(self.model, self.scenario)
         self.config, self.ramp, self.seed = config, ramp, seed
-        self.run_dir, self.settings = None if run_dir is None else Path(run_dir), settings
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.settings, self.earlier_settings = settings, tuple(earlier_settings)
         self.logger = logger or Loggers([])
         self.on_task_end = on_task_end or (lambda result: None)
         tasks = len(scenario.tasks)
@@ -331,7 +334,7 @@ class Trainer:
                 f"the checkpoint in {run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
                 f"not {len(self.result.matrix)}"
             )
-        checkpoint.check_settings(run_dir, state, self.settings)
+        checkpoint.check_settings(run_dir, state, (self.settings, *self.earlier_settings))
         checkpoint.restore_generators(tensors, self.device)
         self.result = Result(
             tensors["result.matrix"].cpu(),

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from hypermask_fast import InputError
-from hypermask_fast.training import report
+from hypermask_fast.training import describe, report
 from hypermask_fast.training.config import load_preset
 from hypermask_fast.training.files import write_atomic
 from hypermask_fast.training.tables import text_table
@@ -35,7 +35,7 @@ def test_metrics_hold_the_numbers_exactly_and_null_for_what_is_not_measured(tmp_
     assert stored["matrix"][:2] == result.matrix[:2].tolist()
     assert stored["matrix"][2] == [None] * 3
     assert stored["summary"]["tasks_learned"] == 2
-    assert (stored["title"], stored["seed"], stored["fidelity"]) == (CONFIG.title, 0, "default")
+    assert (stored["title"], stored["seed"], stored["fidelity"]) == (describe.title(CONFIG), 0, "default")
 
 
 def test_metrics_do_not_depend_on_how_long_it_took(tmp_path):
@@ -93,7 +93,7 @@ _DRAWING = """
 import os, sys
 from pathlib import Path
 import torch
-from hypermask_fast.training import report
+from hypermask_fast.training import describe, report
 from hypermask_fast.training.trainer import Result
 report.check_packages()
 report.write_matrix_picture(Path(sys.argv[1]), Result(torch.eye(2).double(), torch.zeros(2).double()), "t")
