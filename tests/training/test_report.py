@@ -69,6 +69,57 @@ def test_table_reads_back_exactly(tmp_path):
     assert float(rows[0]["task_1"]) == 12.5
 
 
+CAPTION = (
+    f"{describe.title(CONFIG)}\n{describe.details(CONFIG.with_values({'hypernet.chunk_size': 1000, 'seed': 2**62}))}"
+)
+
+
+def boxes(tasks: int, caption: str) -> dict[str, list]:
+    """Where the texts of a picture lie, in pixels, by their role; and its axes and the picture itself."""
+    figure = report.matrix_figure(a_result(tasks), caption)
+    FigureCanvasAgg(figure).draw()
+    axes, bar = figure.axes
+    texts = {
+        "numbers": axes.texts,
+        "ticks": [*axes.get_xticklabels(), *axes.get_yticklabels(), *bar.get_yticklabels()],
+        "labels": [axes.xaxis.label, axes.yaxis.label, bar.yaxis.label],
+        "caption": figure.texts,
+    }
+    found = {role: [text.get_window_extent() for text in of_role] for role, of_role in texts.items()}
+    return found | {"axes": [axes.bbox, bar.bbox], "figure": [figure.bbox]}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "caption"),
+    [*((tasks, CAPTION) for tasks in (1, 2, 5, 8, 9, 10, 11, 20, 40)), (2, "word " * 100), (9, "$"), (11, "")],
+)
+def test_pictures_of_any_size_show_all_their_text_side_by_side(tasks, caption):
+    found = boxes(tasks, caption)
+    (whole,) = found.pop("figure")
+    for role, of_role in found.items():
+        for box in of_role:
+            assert min(box.x0, box.y0) >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1, (role, box)
+    outside = [box for role in ("ticks", "labels", "caption", "axes") for box in found[role]]
+    for box in outside:
+        assert not [other for other in outside if other is not box and other.overlaps(box)], box
+    cell = found["axes"][0].width / tasks
+    assert max(box.width for box in found["numbers"]) < 0.9 * cell
+    assert max(box.height for box in found["numbers"]) < 0.9 * cell
+    assert max(box.height for box in found["ticks"]) < cell
+    if caption == CAPTION:  # the picture is the matrix, not its caption
+        assert found["caption"][0].height < 0.3 * whole.height
+        assert found["axes"][0].width > 0.6 * whole.width
+
+
+def test_a_picture_says_what_was_run(tmp_path, monkeypatch):
+    captions, figure = [], report.matrix_figure
+    monkeypatch.setattr(report, "matrix_figure", lambda *words: captions.append(words[1]) or figure(*words))
+    changed = CONFIG.with_values({"data.tasks": 3, "seed": 77, "training.lr": 0.125, "fidelity": "official"})
+    report.write_reports(tmp_path, changed, a_result(3), "cpu")
+    for told in ("3 tasks", "seed 77", "lr 0.125", "official fidelity"):
+        assert told in captions[0]
+
+
 @pytest.mark.parametrize("tasks", [1, 5, 40])
 def test_picture_shows_every_number_large_enough_to_read(tmp_path, tasks):
     result = a_result(tasks)
