@@ -356,11 +356,12 @@ def test_runs_of_version_0_1_0_go_on(tmp_path, monkeypatch):
     assert train(tmp_path / "run", "--resume") == 0
 
 
-def test_the_same_command_resumes_a_run_of_another_network(tmp_path, refused):
+def test_the_same_command_resumes_a_run_of_another_network(tmp_path, refused, capsys):
     words = ["train", "split-cifar10", "--out", str(tmp_path / "run"), *TINY]
     words += ["--set", "target.name=mlp", "--set", "data.scenario=split-digits", "--set", "data.validation=40"]
     assert cli.main(words) == 0
     assert cli.main([*words, "--resume"]) == 0
+    capsys.readouterr()
     told = "holds a run of another preset, split-digits with mlp, not split-cifar10 with resnet20"
     assert told in refused("train", "split-cifar10", "--out", tmp_path / "run", "--resume")
 

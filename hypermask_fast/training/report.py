@@ -149,10 +149,11 @@ def matrix_figure(result: Result, title: str) -> "Figure":
     height = below + side + (1.3 * len(caption) + 1.5) * em
     figure = figure_class()(figsize=(width, height), dpi=110)
 
-    def axes_at(x: float, across: float, **settings: str) -> "Axes":
-        return figure.add_axes((x / width, below / height, across / width, side / height), **settings)
+    def axes_at(x: float, across: float) -> "Axes":
+        return figure.add_axes((x / width, below / height, across / width, side / height))
 
-    axes = axes_at(left, side, facecolor="0.92")  # unmeasured cells show this grey
+    axes = axes_at(left, side)
+    axes.set_facecolor("0.92")  # of cells that are not measured
     image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
     axes.set(xticks=range(tasks), yticks=range(tasks))
     axes.set_xlabel("accuracy on task", fontsize=points, labelpad=0.5 * points)
