@@ -127,7 +127,7 @@ def test_read_while_it_trains(tmp_path):
             if stopped:
                 process.kill()
                 process.communicate()
-            for _ in range(20):
+            for _ in range(10):
                 _, model, scenario = load_run(tmp_path / "run")
                 assert all(value.isfinite().all() for value in model.parameters())
                 learned.append(len(scenario.tasks))
@@ -138,4 +138,4 @@ def test_read_while_it_trains(tmp_path):
         process.kill()
         process.communicate()
     assert learned == sorted(learned) and learned[0] >= 1
-    assert loads > 10, "read while it trained"
+    assert loads > 5, "read while it trained"
