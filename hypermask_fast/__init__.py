@@ -1,5 +1,8 @@
 """hypermask_fast: HyperMask (arXiv 2310.00113), continual learning with hypernetwork-made masks, fast."""
 
+from . import startup  # noqa: F401  before all that takes time
+
+# isort: split
 from . import data, optim
 from . import ops as functional
 from .errors import InputError

@@ -2,33 +2,40 @@
 
 import argparse
 import errno
+import io
 import os
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, env
+from . import __version__, env, startup
 from .data import SCENARIOS
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
-from .training import evaluation, report, run
+from .training import describe, evaluation, report, run
 from .training.config import RunConfig, load_preset, presets
+from .training.interrupt import Stopped, StopSignals
 from .training.logs import TerminalLog
 from .training.memory import tune_allocator
 from .training.tables import text_table
 
 PROGRAM = "hypermask-fast"
-EXIT_INPUT, EXIT_INTERRUPTED, EXIT_UNREAD = 2, 130, 141
+EXIT_INPUT, EXIT_UNREAD = 2, 141
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code.
 
-    0: done. 2: what was given is wrong, said in one line on standard error. 130: interrupted. 141: nobody reads the
-    output any more. Any other failure is a bug and keeps its traceback.
+    0: done. 2: what was given is wrong, said in one line on standard error. 130: interrupted (by another signal than
+    Control-C: 128 and its number). 141: nobody reads the output any more. Any other failure is a bug and keeps its
+    traceback.
     """
+    startup.ready()
+    _open_streams()
     arguments = _parser().parse_args(argv)
     tune_allocator()
     try:
@@ -44,14 +51,22 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             return _refuse(f"{error.filename}: {error.strerror}")  # a folder without permission, ...
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more as it ends
         return EXIT_UNREAD if error.errno == errno.EPIPE else _refuse(f"standard output: {error.strerror}")
     except KeyboardInterrupt:
-        hint = "; the same command with --resume goes on from the last checkpoint" if arguments.run is _train else ""
-        print(f"\n{PROGRAM}: interrupted{hint}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted(signal.SIGINT)
+
+
+def _open_streams() -> None:
+    """Output that was closed goes nowhere; characters that the terminal's encoding lacks are shown as escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the process's life)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _check_packages() -> None:
@@ -61,12 +76,25 @@ def _check_packages() -> None:
 
 
 def _refuse(message: str) -> int:
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    _tell(f"error: {message}")
     return EXIT_INPUT
 
 
+def _interrupted(number: int, detail: str = "") -> int:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # below the terminal's ^C
+    _tell(f"interrupted{detail}")
+    return 128 + number
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    _tell(f"warning: {message}")
+
+
+def _tell(message: str) -> None:
+    """One line on standard error, where that can still be written."""
+    with suppress(OSError):
+        print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -80,13 +108,24 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.data_dir is not None:
         config = run.with_data_dir(config, arguments.data_dir)
     device = run.pick_device(arguments.device)
-    title = f"{config.title}; seed {config.seed}, fidelity {config.fidelity}, {report.device_name(device)}"
+    title = f"{describe.title(config)}; {describe.details(config)}; {report.device_name(device)}"
     terminal = TerminalLog(_task_count(config), title)
-    result = run.train(config, run_dir, device, arguments.resume, terminal)
+    with StopSignals() as signals:
+        try:
+            result = run.train(config, run_dir, device, arguments.resume, terminal, signals)
+        except KeyboardInterrupt as error:
+            where = f": {error}" if isinstance(error, Stopped) else ""
+            hint = "; the same command with --resume goes on" if (run_dir / run.CONFIG).is_file() else ""
+            return _interrupted(signals.number or signal.SIGINT, where + hint)
     print(report.text_matrix(result))
-    rate = f", {result.steps / result.seconds:.0f} steps per second" if result.seconds else ""
+    rate = f", {_rate(result.steps / result.seconds)} steps per second" if result.seconds else ""
     print(f"\ntrained for {result.seconds:.1f} s{rate}\nresults in {run_dir} (picture: {report.MATRIX_PICTURE})")
     return 0
+
+
+def _rate(value: float) -> str:
+    """Two digits at least, however slow."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -115,7 +154,7 @@ def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
         print(load_preset(arguments.name).to_toml(), end="")
         return 0
-    print(text_table([(name, config.title) for name, config in presets().items()], "<<", gap=2))
+    print(text_table([(name, describe.title(config)) for name, config in presets().items()], "<<", gap=2))
     return 0
 
 
@@ -151,8 +190,9 @@ def _resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> 
     """The run's own configuration; InputError where the command line contradicts it."""
     stored = run.stored_config(run_dir)
     expected = preset.with_values(asked)
-    if expected.title != stored.title:
-        raise InputError(f"{run_dir} holds a run of another preset, {stored.title!r}, not {expected.title!r}")
+    kinds = [f"{config.data.scenario} with {config.target.name}" for config in (stored, expected)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{run_dir} holds a run of another preset, {kinds[0]}, not {kinds[1]}")
     for key, value in asked.items():
         if stored.with_values({key: value}) != stored:
             raise InputError(

@@ -1,13 +1,16 @@
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from hypermask_fast import InputError, cli
-from hypermask_fast.training import run, targets
+from hypermask_fast.training import describe, run, targets
 from hypermask_fast.training.config import RunConfig, load_preset, presets
+from hypermask_fast.training.trainer import Result
 
 SETTINGS = {
     "data.tasks": "2",
@@ -135,7 +138,8 @@ def test_a_configuration_file_is_a_preset(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(load_preset("split-digits").with_values({**SETTINGS, "title": "mine"}).to_toml())
     assert cli.main(["train", str(path), "--out", str(tmp_path / "run")]) == 0
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["title"] == "mine"
+    title = "mine: split-digits, 2 tasks of 2 classes, MLP-8"
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["title"] == title
 
 
 def test_default_folder_is_named_after_the_preset(tmp_path, monkeypatch):
@@ -169,6 +173,18 @@ def interrupted(monkeypatch, capsys):
         assert "--resume" in capsys.readouterr().err
 
     return train_until
+
+
+def test_an_interrupt_before_there_is_a_run_recommends_nothing(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for owner, name in ((run, "read_scenario"), (cli, "load_preset")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            assert train(tmp_path / "run") == 130
+        assert capsys.readouterr().err == "hypermask-fast: interrupted\n"
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("steps", [2, 5, 11])
@@ -322,6 +338,34 @@ def test_resume_refuses_a_run_that_is_not_what_it_was(finished, tmp_path, refuse
     assert contents(tmp_path) == before
 
 
+def test_titles_decide_nothing(finished, tmp_path):
+    """Neither one that was edited nor, as version 0.1.0 had it, one that the checkpoint knows."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = RunConfig.load(folder / "config.toml")
+    (folder / "config.toml").write_text(dataclasses.replace(config, title="edited").to_toml())
+    assert cli.main(["evaluate", str(folder)]) == 0
+    assert cli.main(["train", "split-digits", "--out", str(folder), "--resume"]) == 0
+
+
+def test_runs_of_version_0_1_0_go_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConfig, "digest", RunConfig.digest_with_title)
+        assert train(tmp_path / "run", "--set", "title=Split digits: 5 tasks") == 0
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
+    assert train(tmp_path / "run", "--resume") == 0
+
+
+def test_the_same_command_resumes_a_run_of_another_network(tmp_path, refused, capsys):
+    words = ["train", "split-cifar10", "--out", str(tmp_path / "run"), *TINY]
+    words += ["--set", "target.name=mlp", "--set", "data.scenario=split-digits", "--set", "data.validation=40"]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--resume"]) == 0
+    capsys.readouterr()
+    told = "holds a run of another preset, split-digits with mlp, not split-cifar10 with resnet20"
+    assert told in refused("train", "split-cifar10", "--out", tmp_path / "run", "--resume")
+
+
 def test_a_run_goes_on_from_another_data_folder(finished, tmp_path):
     for name, content in contents(finished).items():
         (tmp_path / name).write_bytes(content)
@@ -347,6 +391,17 @@ def test_large_seeds(tmp_path, seed):
     assert train(tmp_path / "run", "--seed", str(seed)) == 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "seconds", "shown"),
+    [(1, 40.0, "0.025 steps"), (1, 2.5, "0.4 steps"), (6, 1.0, "6 steps"), (25, 2.0, "12 steps"), (9000, 3, "3000 s")],
+)
+def test_slow_runs_have_a_rate_too(tmp_path, monkeypatch, capsys, steps, seconds, shown):
+    result = Result(torch.eye(2).double(), torch.zeros(2).double(), float(seconds), steps)
+    monkeypatch.setattr(run, "train", lambda *_: result)
+    assert train(tmp_path / "run") == 0
+    assert f", {shown}" in capsys.readouterr().out
+
+
 def test_warnings_take_one_line(tmp_path, capsys):
     assert train(tmp_path / "run", "--set", "method.sparsity=0.3") == 0
     assert "hypermask-fast: warning: sparsity is in percent: 0.3" in capsys.readouterr().err.splitlines()[0]
@@ -359,7 +414,7 @@ def test_presets_lists_every_preset(capsys):
     assert cli.main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(presets())
-    assert all(config.title in line for line, config in zip(lines, presets().values(), strict=True))
+    assert all(describe.title(config) in line for line, config in zip(lines, presets().values(), strict=True))
 
 
 def test_presets_shows_a_preset_as_a_configuration_file(tmp_path, capsys, refused):

@@ -1,6 +1,7 @@
 """The command as it is installed, and as a module: in processes of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hypermask_fast import __version__
+from hypermask_fast.training import describe
 from hypermask_fast.training.config import presets
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,83 @@ def test_output_that_goes_nowhere(unbuffered):
     assert outcomes == [(141, ""), (2, "hypermask-fast: error: standard output: No space left on device\n")]
 
 
+TINY = "data.tasks=1 training.iterations=2 target.hidden=[2] hypernet.hidden=[2] hypernet.embedding=2"
+TRAIN = ["train", "split-digits", *(word for setting in TINY.split() for word in ("--set", setting))]
+
+
+def in_shell(words: list[str | bytes], redirection: str, folder: Path) -> subprocess.CompletedProcess:
+    """The command with a shell's redirection after it; what else it writes is caught."""
+    command = [sys.executable, "-m", "hypermask_fast", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", *command], capture_output=True, cwd=folder, env=environment
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell and its devices")
+@pytest.mark.parametrize(
+    ("words", "redirection", "code", "errors"),
+    [
+        (["presets"], ">&-", 0, b""),
+        (["presets"], ">&- 2>&-", 0, b""),
+        (["train", "nothing"], "2>&-", 2, b""),
+        (["train"], "2>&-", 2, b""),
+        (["train", "nothing"], "2>/dev/full", 2, b""),
+        (["train", "nothing"], ">&-", 2, b"hypermask-fast: error: unknown preset 'nothing'"),
+        (["presets"], ">/dev/full 2>/dev/full", 2, b""),
+    ],
+)
+def test_closed_and_full_output(tmp_path, words, redirection, code, errors):
+    done = in_shell(words, redirection, tmp_path)
+    assert (done.returncode, done.stdout) == (code, b"")
+    assert done.stderr.startswith(errors) and done.stderr.count(b"\n") == (1 if errors else 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a shell and its devices")
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "2>/dev/full", "2>&1 >&- | true"])
+def test_a_run_ends_whether_or_not_its_progress_is_seen(tmp_path, redirection):
+    done = in_shell([*TRAIN, "--out", "run"], redirection, tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths of any bytes")
+def test_bytes_that_are_no_text(tmp_path):
+    """In a setting they are refused, since config.toml could not hold them; a folder's name may be any."""
+    for words in ([b"--set", b"title=a\xff"], [b"--data-dir", b"a\xff"]):
+        done = in_shell([*TRAIN, *words, "--out", "run"], "", tmp_path)
+        assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+        assert done.stderr.startswith(b"hypermask-fast: error: setting ") and b"must be text in UTF-8" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    done = in_shell([*TRAIN, "--out", b"run\xff"], "", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff/metrics.json")).exists()
+
+
+_SLOW_TORCH = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+
+
+@pytest.mark.parametrize("kind", ["-m hypermask_fast", "-m hypermask_fast.cli", "installed", "library"])
+def test_control_c_while_it_is_imported(tmp_path, kind):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(_SLOW_TORCH)
+    (tmp_path / "hypermask-fast").write_text(RUN_COMMAND)
+    words = {"installed": [str(tmp_path / "hypermask-fast")], "library": ["-c", RUN_COMMAND]}.get(kind, kind.split())
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout.readline() == "importing\n", process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT, "130 in a shell"
+    assert ("KeyboardInterrupt" in errors) if kind == "library" else errors == ""
+
+
 def test_wide_tables_are_not_cut_in_a_pipe():
     done = subprocess.run(
         [sys.executable, "-m", "hypermask_fast", "presets"],
@@ -49,7 +128,7 @@ def test_wide_tables_are_not_cut_in_a_pipe():
         text=True,
         cwd=ROOT,
     )
-    assert done.stdout.splitlines() == [f"{name:<23}  {config.title}" for name, config in presets().items()]
+    assert done.stdout.splitlines() == [f"{name:<23}  {describe.title(config)}" for name, config in presets().items()]
 
 
 _SETUP = """

@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -48,7 +49,9 @@ def save(run_dir: Path, name: str, tensors: dict[str, Tensor], state: dict[str, 
 def _save(run_dir: Path, target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     partial = _scratch(run_dir) / target.name
     save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
-    digest = _file_digest(partial)
+    partial.chmod(partial.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
+    with partial.open("rb") as file:
+        digest = _digest(file)
     _settle(partial, target)
     manifest = {"format": _FORMAT, "file": target.name, "sha256": digest, "state": state}
     manifest["manifest_sha256"] = _manifest_digest(manifest)
@@ -78,28 +81,49 @@ def exists(run_dir: Path) -> bool:
         InputError: it has, but checkpoint.json was taken away. A kill while the first one is saved leaves tensors
             without it as well, but then with the scratch folder.
     """
-    if (run_dir / MANIFEST).exists():
+    manifest = run_dir / MANIFEST
+    if manifest.exists():
         return True
     orphan = next(run_dir.glob("checkpoint-*"), None)
     if orphan is not None and not (run_dir / _SCRATCH).exists():
-        raise InputError(f"{run_dir / MANIFEST} is missing: restore it, or remove {orphan.name} to start the run over")
+        if manifest.exists():  # the run has saved its first one since
+            return True
+        raise InputError(f"{manifest} is missing: restore it, or remove {orphan.name} to start the run over")
     return False
 
 
 def load(run_dir: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The run's checkpoint as (tensors, state).
+    """The run's checkpoint as (tensors, state); the newest where the run replaces it meanwhile.
 
     Raises:
-        InputError: there is none, or it is cut off or altered.
+        InputError: there is none, or it is cut off, altered or unreadable.
     """
-    manifest = _read_manifest(run_dir / MANIFEST)
-    path = run_dir / manifest["file"]
-    if not path.is_file():
-        raise InputError(f"{run_dir / MANIFEST} names {path.name}, which is missing{_REMEDY}")
-    if _file_digest(path) != manifest["sha256"]:
-        raise InputError(f"{path} is cut off or was altered (its SHA-256 is not the one in {MANIFEST}){_REMEDY}")
+    while True:
+        manifest = _read_manifest(run_dir / MANIFEST)
+        try:
+            return _read_tensors(run_dir / manifest["file"], manifest["sha256"], device), manifest["state"]
+        except InputError:
+            if _read_manifest(run_dir / MANIFEST) == manifest:
+                raise
+        # The run has saved another checkpoint and removed this one.
+
+
+def _read_tensors(path: Path, digest: str, device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors of exactly the file that has the digest."""
     try:
-        return load_file(path, device=str(device)), manifest["state"]
+        with path.open("rb") as file:
+            if _digest(file) != digest:
+                raise InputError(
+                    f"{path} is cut off or was altered (its SHA-256 is not the one in {MANIFEST}){_REMEDY}"
+                )
+            tensors = load_file(path, device=str(device))
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise InputError(f"{path} was replaced while it was read{_REMEDY}")
+            return tensors
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent / MANIFEST} names {path.name}, which is missing{_REMEDY}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise InputError(f"{path} is not a safetensors file: {error}{_REMEDY}") from error
 
@@ -109,7 +133,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint in {path.parent}: {path.name} is missing") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
         raise InputError(f"{path} is cut off or was altered ({error}){_REMEDY}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise InputError(f"{path} is not a checkpoint of format {_FORMAT}{_REMEDY}")
@@ -146,16 +172,16 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _M
     model.load_state_dict(stored)
 
 
-def check_settings(run_dir: Path, state: dict[str, Any], settings: str) -> None:
-    """Raises InputError unless the checkpoint was saved under these settings, see `RunConfig.digest`."""
-    if state.get("settings") != settings:
+def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]) -> None:
+    """Raises InputError unless the checkpoint was saved under one of these settings, see `RunConfig.digest`."""
+    if state.get("settings") not in settings:
         raise InputError(
             f"the checkpoint in {run_dir} was saved under other settings than its config.toml has: restore that file, "
             "or start a new run in another folder"
         )
 
 
-def load_model(run_dir: Path, model: nn.Module, settings: str) -> int:
+def load_model(run_dir: Path, model: nn.Module, *settings: str) -> int:
     """Loads the run's newest weights into `model`; returns how many tasks are learned to the end."""
     tensors, state = load(run_dir)
     restore_model(model, tensors)
@@ -207,11 +233,10 @@ def _settle(partial: Path, target: Path) -> None:
             os.replace(partial, target)
 
 
-def _file_digest(path: Path) -> str:
+def _digest(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    while block := file.read(1 << 22):
+        digest.update(block)
     return digest.hexdigest()
 
 

@@ -103,7 +103,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's numbers. `title` is for people."""
+    """Everything that decides a run's numbers; besides `title`, a name for people, which decides nothing."""
 
     data: DataConfig
     target: TargetConfig
@@ -116,6 +116,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _choice("fidelity", self.fidelity, FIDELITIES)
+        for name, text in (("title", self.title), ("data.dir", self.data.dir or "")):
+            _storable(name, text)
         kept_rank(self.method.sparsity, 1)
         if self.training.gradient == "factored" and self.hypernet.chunk_size is not None:
             raise InputError("training.gradient = factored needs a dense hypernetwork: take dense or auto with chunks")
@@ -138,7 +140,7 @@ class RunConfig:
     @classmethod
     def load(cls, path: Path | str) -> "RunConfig":
         try:
-            return cls.from_toml(Path(path).read_text(encoding="utf-8"), str(path))
+            return cls.from_toml(Path(path).read_text(encoding="utf-8-sig"), str(path))  # Windows begins it with a mark
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot read configuration {path}: {reason}") from error
@@ -153,7 +155,11 @@ class RunConfig:
         return tomli_w.dumps(self.to_dict())
 
     def digest(self) -> str:
-        """SHA-256 of all settings but where the data lie: equal for equal runs."""
+        """SHA-256 of all settings but the title and where the data lie: equal for runs of equal numbers."""
+        return dataclasses.replace(self, title="").digest_with_title()
+
+    def digest_with_title(self) -> str:
+        """The digest as version 0.1.0 wrote it into checkpoints."""
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -260,6 +266,14 @@ def _without_none(value: Any) -> Any:
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
+
+
+def _storable(name: str, text: str) -> None:
+    """Raises InputError for bytes of a command line that are no text: config.toml is UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"setting {name!r} must be text in UTF-8, not {text!r}") from error
 
 
 def _meant(key: str) -> str:

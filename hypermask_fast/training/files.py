@@ -1,7 +1,7 @@
 """Writing files: whole or not at all, and what can't be written is said in one line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,3 +40,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path, names: Iterable[str]) -> None:
+    """Removes what `write_atomic`, killed, has left of files of these names; nobody else may be writing them.
+
+    Raises:
+        InputError: one can't be removed.
+    """
+    for name in names:
+        for partial in folder.glob(f".{name}.*.partial"):
+            with writing(partial):
+                partial.unlink(missing_ok=True)

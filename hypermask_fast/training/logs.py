@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -108,6 +109,8 @@ class TerminalLog:
         title: a line shown when the first task begins, so when all that can be wrong with a run has been checked.
         stream: standard error by default, so that standard output holds results only.
 
+    A stream that can't be written any more, such as a terminal that was closed, is left alone: it ends no run.
+
     Raises:
         InputError: `stream` is a terminal and the package rich is missing.
     """
@@ -133,7 +136,8 @@ class TerminalLog:
             return
         bar = self._progress.task_ids[0]
         self._progress.reset(bar, total=iterations, completed=start_iteration, description=name, numbers="")
-        self._progress.start()
+        with suppress(OSError):
+            self._progress.start()
 
     def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
         shown = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in self._SHOWN if name in values]
@@ -151,14 +155,16 @@ class TerminalLog:
             self._progress.advance(self._progress.task_ids[0], iterations)
 
     def message(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, soft_wrap=True)
-        else:
-            print(text, file=self.stream, flush=True)
+        with suppress(OSError):
+            if self._progress is not None:
+                self._progress.console.print(text, soft_wrap=True)
+            else:
+                print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
 
     def _tenth(self, iteration: int, iterations: int) -> int:
         return self.LINES_PER_TASK * iteration // max(iterations, 1)

@@ -3,15 +3,23 @@
 import io
 import json
 import math
+import os
 import platform
+import sys
+import textwrap
+import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .. import __version__
+from ..errors import InputError
 from ..extras import needed_for
+from . import describe
 from .config import RunConfig
 from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
@@ -19,11 +27,14 @@ from .tables import text_table
 from .trainer import Result
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 METRICS, TIMING = "metrics.json", "timing.json"
 MATRIX_TABLE, MATRIX_PICTURE = "accuracy_matrix.csv", "accuracy_matrix.png"
+FILES = (METRICS, TIMING, MATRIX_TABLE, MATRIX_PICTURE)
 _WIDE = 10  # tasks up to which accuracies are shown with a decimal
+_CELL = 0.75  # inches of such a number's cell
 
 
 def write_reports(run_dir: Path, config: RunConfig, result: Result, device: torch.device | str) -> None:
@@ -31,7 +42,7 @@ def write_reports(run_dir: Path, config: RunConfig, result: Result, device: torc
     write_metrics(run_dir, config, result)
     write_timing(run_dir, result, device)
     write_matrix_table(run_dir, result)
-    write_matrix_picture(run_dir, result, config.title)
+    write_matrix_picture(run_dir, result, f"{describe.title(config)}\n{describe.details(config)}")
 
 
 def write_metrics(run_dir: Path, config: RunConfig, result: Result) -> None:
@@ -41,7 +52,7 @@ def write_metrics(run_dir: Path, config: RunConfig, result: Result) -> None:
     measured.
     """
     content = {
-        "title": config.title,
+        "title": describe.title(config),
         "seed": config.seed,
         "fidelity": config.fidelity,
         "summary": summarize(result.matrix, result.baseline).to_dict(),
@@ -78,47 +89,101 @@ def write_matrix_table(run_dir: Path, result: Result) -> None:
 
 
 def write_matrix_picture(run_dir: Path, result: Result, title: str) -> None:
-    """accuracy_matrix.png: the matrix as a heat map with its numbers, legible for up to about 40 tasks."""
-    figure = matrix_figure(result, title)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """accuracy_matrix.png: the matrix as a heat map with its numbers, legible for up to about 40 tasks.
 
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
-    write_atomic(run_dir / MATRIX_PICTURE, content.getvalue())
+    A picture that can't be drawn or written is a warning: it must not end the run.
+    """
+    path, content = run_dir / MATRIX_PICTURE, io.BytesIO()
+    try:
+        figure = matrix_figure(result, title)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        FigureCanvasAgg(figure).print_png(content)
+        write_atomic(path, content.getvalue())
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"{path} could not be drawn: {type(error).__name__}: {reason}", stacklevel=2)
+
+
+def check_packages() -> None:
+    """Raises InputError where matplotlib is missing. One that is there and fails is a warning, once it should draw."""
+    try:
+        figure_class()
+    except InputError:
+        raise
+    except Exception:
+        return
 
 
 def figure_class() -> "type[Figure]":
-    """matplotlib's Figure, used without pyplot, so that nothing global changes. InputError: matplotlib is missing."""
-    with needed_for("drawing pictures"):
-        from matplotlib.figure import Figure
+    """matplotlib's Figure, used without pyplot, so that nothing global changes. InputError: matplotlib is missing.
+
+    matplotlib can't be imported while MPLBACKEND names a backend that is not installed, as a notebook's shell has it,
+    although a Figure needs no backend. So it is imported without, and told of MPLBACKEND afterwards.
+    """
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        with needed_for("drawing pictures"):
+            import matplotlib
+            from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):  # not installed
+            matplotlib.rcParams["backend"] = backend
     return Figure
 
 
 def matrix_figure(result: Result, title: str) -> "Figure":
-    """The heat map as a matplotlib Figure."""
+    """The heat map as a matplotlib Figure; title: lines, each wrapped where it is wider than the figure."""
     matrix, tasks = result.matrix.numpy(), len(result.matrix)
-    cell = 0.75 if tasks <= _WIDE else 0.42  # inches
-    size = max(4.0, cell * tasks)
-    large = 10 if tasks <= _WIDE else 16  # points
-    figure = figure_class()(figsize=(size + 2.0, size + 1.4), dpi=110, layout="constrained")
-    axes = figure.add_subplot(facecolor="0.92")  # unmeasured cells show this grey
+    cell = _CELL if tasks <= _WIDE else 0.42
+    side = max(4 * _CELL, cell * tasks)
+    # Large pictures are looked at from further away: text grows with them, and all margins with the text.
+    points = min(max(10.0, side), 16.0)
+    em = points / 72
+    left, right, below = 4.5 * em, 6.5 * em, 4 * em
+    width = left + side + right
+    caption = _wrapped(_caption(title, summarize(result.matrix, result.baseline)), int(width / (0.56 * em)))
+    height = below + side + (1.3 * len(caption) + 1.5) * em
+    figure = figure_class()(figsize=(width, height), dpi=110)
+
+    def axes_at(x: float, across: float) -> "Axes":
+        return figure.add_axes((x / width, below / height, across / width, side / height))
+
+    axes = axes_at(left, side)
+    axes.set_facecolor("0.92")  # of cells that are not measured
     image = axes.imshow(matrix, vmin=0, vmax=100, cmap="viridis")
     axes.set(xticks=range(tasks), yticks=range(tasks))
-    axes.set_xlabel("accuracy on task", fontsize=large)
-    axes.set_ylabel("after training task", fontsize=large)
-    for i in range(tasks):
-        for j in range(tasks):
-            if not math.isnan(matrix[i, j]):
-                text = f"{matrix[i, j]:.1f}" if tasks <= _WIDE else f"{matrix[i, j]:.0f}"
-                colour = "black" if matrix[i, j] > 60 else "white"
-                # Right of the diagonal stand tasks not learned yet: fainter, to let the triangle of interest show.
-                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9, alpha=0.55 if j > i else 1)
+    axes.set_xlabel("accuracy on task", fontsize=points, labelpad=0.5 * points)
+    axes.set_ylabel("after training task", fontsize=points, labelpad=0.5 * points)
+    _number_cells(axes, matrix)
+    bar = figure.colorbar(image, cax=axes_at(left + side + em, em))
+    bar.set_label("accuracy (%)", fontsize=points)
+    for labelled in (axes, bar.ax):
+        labelled.tick_params(labelsize=0.8 * points)
+    figure.text(0.5, 1 - 0.5 * em / height, "\n".join(caption), ha="center", va="top", fontsize=points, linespacing=1.3)
+    return figure
+
+
+def _number_cells(axes: "Axes", matrix: np.ndarray) -> None:
+    """Each measured cell's number, and the line below which the tasks learned so far lie."""
+    tasks = len(matrix)
+    for i, j in np.argwhere(~np.isnan(matrix)).tolist():
+        text = f"{matrix[i, j]:.1f}" if tasks <= _WIDE else f"{matrix[i, j]:.0f}"
+        colour = "black" if matrix[i, j] > 60 else "white"
+        # Right of the diagonal stand tasks not learned yet: fainter, to let the triangle of interest show.
+        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9, alpha=0.55 if j > i else 1)
     learned = tasks_learned(matrix)
     border = [(k + 0.5, k + half) for k in range(min(learned, tasks - 1)) for half in (-0.5, 0.5)]
     axes.plot([x for x, _ in border], [y for _, y in border], color="white", linewidth=1.5)
-    figure.suptitle(_caption(title, summarize(result.matrix, result.baseline)), fontsize=large, wrap=True)
-    figure.colorbar(image, ax=axes, fraction=0.046).set_label("accuracy (%)", fontsize=large)
-    return figure
+
+
+def _wrapped(text: str, characters: int) -> list[str]:
+    """Its lines, none longer; no formulas."""
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, characters)]
+    return [line.replace("$", r"\$") for line in lines]
 
 
 def text_matrix(result: Result) -> str:

@@ -1,10 +1,12 @@
 """Runs: from a configuration to a trained model in a folder, and back from that folder.
 
 A run's folder holds config.toml (written first: its presence makes the folder a run), checkpoints, log.csv and the
-reports of `report`. Nothing here replaces a run's files but the run itself, resumed.
+reports of `report`. Nothing here replaces a run's files but the run itself, resumed, in one process at a time.
 """
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from ..errors import InputError
 from ..model import HyperMask
 from . import checkpoint, report
 from .config import RunConfig
-from .files import write_atomic, writing
+from .files import remove_partial, write_atomic, writing
+from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
 from .targets import TargetConfig, build_target
 from .trainer import Result, Trainer
@@ -70,6 +73,7 @@ def train(
     device: torch.device | str = "cpu",
     resume: bool = False,
     logger: Logger | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Trains a run to its end. Its folder gets config.toml, log.csv, checkpoints and, after each task, the reports.
 
@@ -79,28 +83,56 @@ def train(
         device: where to train.
         resume: go on from the newest checkpoint, or from the beginning where the run was stopped before its first.
         logger: is told of progress besides log.csv and TensorBoard.
+        stop: see `Trainer`.
 
     Raises:
         InputError: the folder is in use, data or settings are wrong, a package is missing. Nothing was written then,
             unless the run itself fails later.
+        Stopped: `stop` has said so; the run can be resumed.
     """
-    run_dir = Path(run_dir)
-    report.figure_class()
-    settings = config.to_toml()
-    if resume:
-        stored_config(run_dir)
-        checkpoint.exists(run_dir)  # or was lost
-    else:
-        check_free(run_dir)
+    run_dir, settings = Path(run_dir), config.to_toml()
+    report.check_packages()
+    with ExitStack() as lock:
+        if resume:
+            stored_config(run_dir)
+            lock.enter_context(taken(run_dir))
+            checkpoint.exists(run_dir)  # or was lost
+        else:
+            check_free(run_dir)
+        loggers = Loggers([])
+        trainer = _trainer(config, run_dir, device, loggers, stop)
+        # All that can be checked has been: from here on the folder is a run.
+        if not resume:
+            with writing(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(taken(run_dir))
+            check_free(run_dir)  # still, now that nobody else can take it
+        remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
+        if not resume:
+            write_atomic(run_dir / CONFIG, settings)
+        loggers.loggers = tuple(_loggers(run_dir, resume, logger))
+        try:
+            return trainer.fit(resume=resume)
+        finally:
+            loggers.close()
+
+
+def _trainer(
+    config: RunConfig,
+    run_dir: Path,
+    device: torch.device | str,
+    loggers: Loggers,
+    stop: Callable[[], bool] | None,
+) -> Trainer:
+    """The run's Trainer, which writes the reports after each task; nothing is written yet."""
     scenario = read_scenario(config)
     model = build_model(config, scenario, device)
-    loggers = Loggers([])
 
     def on_task_end(result: Result) -> None:
         report.write_reports(run_dir, config, result, device)
         loggers.message(_after_task(result))
 
-    trainer = Trainer(
+    return Trainer(
         model,
         scenario,
         config.training,
@@ -111,22 +143,17 @@ def train(
         settings=config.digest(),
         logger=loggers,
         on_task_end=on_task_end,
+        stop=stop,
+        earlier_settings=[config.digest_with_title()],
     )
-    # All that can be checked has been: from here on the folder is a run.
-    if not resume:
-        with writing(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / CONFIG, settings)
-    loggers.loggers = tuple(_loggers(run_dir, resume, logger))
-    try:
-        return trainer.fit(resume=resume)
-    finally:
-        loggers.close()
 
 
 def check_free(run_dir: Path) -> None:
     """Raises InputError unless `run_dir` can become a new run's folder: not there, or empty (hidden files apart)."""
     if (run_dir / CONFIG).exists():
+        if (run_dir / LOCK).exists():
+            with taken(run_dir):  # or by whom
+                pass
         raise InputError(f"{run_dir} already holds a run: go on with it by --resume, or choose another folder (--out)")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir} is a file: a run needs a new or empty folder (--out)")
@@ -163,7 +190,9 @@ def load_run(
         config = with_data_dir(config, data_dir)
     scenario = read_scenario(config)
     model = build_model(config, scenario)
-    learned = checkpoint.load_model(run_dir, model, config.digest()) if checkpoint.exists(run_dir) else 0
+    learned, settings = 0, (config.digest(), config.digest_with_title())
+    if checkpoint.exists(run_dir):
+        learned = checkpoint.load_model(run_dir, model, *settings)
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)

@@ -1,9 +1,10 @@
 """The training loop: task after task, each with its own optimiser, evaluated on all tasks after each."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from ..optim import Adam
 from ..regularizers import Anchor
 from . import checkpoint
 from .config import TrainingConfig
+from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
 from .files import writing
+from .interrupt import Stopped
+from .lock import taken
 from .logs import Logger, Loggers
 from .memory import peak_memory
 from .step import TaskWork
@@ -65,9 +69,11 @@ class Trainer:
         seed: of the batches' order and, through torch's default generators, of augmentation and dropout.
         device: where to train.
         run_dir: folder for checkpoints, made where it is not there; None writes none.
-        settings: kept in checkpoints; one that was saved under others is refused. See `RunConfig.digest`.
+        settings: kept in checkpoints; one that was saved under others is refused, those of earlier_settings apart. See
+            `RunConfig.digest`.
         logger: is told of progress.
         on_task_end: called with the result so far after each task, and at once when a run is resumed.
+        stop: asked after every step and every task. Where it says yes, a checkpoint is saved and `fit` raises Stopped.
 
     Raises:
         InputError: more tasks in the scenario than in the model, a network that does not take its inputs or has fewer
@@ -87,6 +93,8 @@ class Trainer:
         settings: str = "",
         logger: Logger | None = None,
         on_task_end: Callable[[Result], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+        earlier_settings: Sequence[str] = (),
     ) -> None:
         if not isinstance(model, HyperMask) or not isinstance(scenario, Scenario):
             kinds = f"{type(model).__name__} and {type(scenario).__name__}"
@@ -101,13 +109,16 @@ class Trainer:
         self.scenario = scenario.to(self.device)
         check_outputs(self.model, self.scenario)
         self.config, self.ramp, self.seed = config, ramp, seed
-        self.run_dir, self.settings = None if run_dir is None else Path(run_dir), settings
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.settings, self.earlier_settings = settings, tuple(earlier_settings)
         self.logger = logger or Loggers([])
         self.on_task_end = on_task_end or (lambda result: None)
         tasks = len(scenario.tasks)
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
         self.result = Result(nothing[1:], nothing[0])
+        self.stop = stop or (lambda: False)
         self._at = _Position()
+        self._finite, self._kept = 0, ""  # the task's last iteration whose loss was seen; the checkpoint there is
         self._restored_state: dict[str, Any] = {}
 
     def fit(self, resume: bool = False) -> Result:
@@ -118,15 +129,20 @@ class Trainer:
                 those of a run that was never stopped.
 
         Raises:
-            InputError: run_dir can't be written, or its checkpoint is not this run's; without resume, it has one.
+            InputError: run_dir can't be written, another process trains in it, or its checkpoint is not this run's;
+                without resume, it has one.
+            Stopped: `stop` has said so.
         """
         on_gpu = self.device.type == "cuda"
-        with torch.cuda.device(self.device) if on_gpu else nullcontext():  # a graph is captured on the current one
+        with (
+            torch.cuda.device(self.device) if on_gpu else nullcontext(),  # a graph is captured on the current one
+            nullcontext() if self.run_dir is None else taken(_folder(self.run_dir)),
+        ):
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> Result:
         restored: dict[str, Tensor] = {}
-        saved = self._checkpoint_folder()
+        saved = self.run_dir if self.run_dir is not None and checkpoint.exists(self.run_dir) else None
         if saved is not None:
             if not resume:
                 raise InputError(f"{saved} holds a checkpoint: fit(resume=True) goes on from it")
@@ -143,6 +159,8 @@ class Trainer:
             self._at, restored = _Position(task=self._at.task + 1), {}
             self._save()
             self.on_task_end(self.result)
+            if self._at.task < len(self.scenario.tasks) and self.stop():
+                raise self._stopped()
         return self.result
 
     # -- one task -------------------------------------------------------------------------------------------------
@@ -156,22 +174,28 @@ class Trainer:
             self._restore_task(optimizer, plateau, restored)
         else:
             self.model.begin_task(task)
+        self._finite = start
         self.logger.begin_task(task, length, start)
         work = self._work(task, split, optimizer, length)
         steps = training_steps(work, self.config.cuda_graph and self.device.type == "cuda", self.logger.message)
         self.model.train()
-        started = time.perf_counter()
+        started, values = time.perf_counter(), {}
         for iteration in range(start, length):
             values = next(steps)
             self._at.iteration = iteration + 1
             self.result.steps += 1
             self._after_step(values, self._sparsity(task, iteration, length), length, optimizer, plateau)
-            if self._checkpoint_due(length):
+            stop = iteration + 1 < length and self.stop()
+            if stop or self._checkpoint_due(length):
                 self.result.seconds += time.perf_counter() - started
+                self._check_weights(values)
                 self._save(optimizer, plateau)
                 started = time.perf_counter()
+            if stop:
+                raise self._stopped()
         if self._at.best_model:
             self.model.load_state_dict(self._at.best_model)
+        self._check_weights(values)
         self.result.seconds += time.perf_counter() - started
 
     def _optimizer(self) -> Adam:
@@ -210,12 +234,33 @@ class Trainer:
             logged["validation_accuracy"] = self._validate(sparsity)
             if plateau is not None and done % epoch == 0:
                 plateau.step(logged["validation_accuracy"])
-        if logged or done % self.config.log_every == 0 or done == length:
+        if logged or done % self.config.log_every == 0 or done == length or self._seen_to_diverge(values["loss"]):
             logged |= {name: value.item() for name, value in values.items()}
             logged |= {"lr": float(optimizer.param_groups[0]["lr"]), "sparsity": sparsity}
             self.logger.step(task, done, logged)
-            if not logged["loss"] < float("inf"):
-                raise InputError(f"the loss is {logged['loss']} at task {task}, iteration {done}: lower training.lr")
+            if not isfinite(logged["loss"]):
+                raise self._diverged(f"the loss is {logged['loss']} at", values)
+            self._finite = done
+
+    def _seen_to_diverge(self, loss: Tensor) -> bool:
+        """Whether this step's loss is not finite, where looking costs nothing; else False."""
+        if loss.device.type != "cpu":
+            return False
+        if finite := isfinite(loss.item()):
+            self._finite = self._at.iteration
+        return not finite
+
+    def _check_weights(self, values: dict[str, Tensor]) -> None:
+        """Before they are saved: raises InputError where they are not finite, so that the checkpoint before stays."""
+        if not finite_weights(self.model):
+            raise self._diverged("the weights are not finite after", values)
+
+    def _diverged(self, what: str, values: dict[str, Tensor]) -> InputError:
+        task, done = self._at.task, self._at.iteration
+        split = self.scenario.tasks[task].train
+        why = cause(split, values, self.model.drift, self.config.lr, self.config.evaluation_batch)
+        seen = f" (finite until {self._finite})" if 0 < self._finite < done else ""
+        return InputError(f"{what} task {task}, iteration {done}{seen}: {why}{self._kept}")
 
     def _validate(self, sparsity: float) -> float:
         """Validation accuracy now, percent; keeps a copy of the model where it is the task's best so far."""
@@ -239,14 +284,6 @@ class Trainer:
         return torch.tensor(values, dtype=torch.float64)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _checkpoint_folder(self) -> Path | None:
-        """run_dir, where it holds a checkpoint; it is there afterwards."""
-        if self.run_dir is None:
-            return None
-        with writing(self.run_dir):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        return self.run_dir if checkpoint.exists(self.run_dir) else None
 
     def _checkpoint_due(self, length: int) -> bool:
         every, done = self.config.checkpoint_every, self._at.iteration
@@ -279,6 +316,14 @@ class Trainer:
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
+        self._keeps()
+
+    def _stopped(self) -> Stopped:
+        kept = "nothing is saved" if self.run_dir is None else "which is saved"
+        return Stopped(f"stopped at task {self._at.task}, iteration {self._at.iteration}, {kept}")
+
+    def _keeps(self) -> None:
+        self._kept = f"; the checkpoint of task {self._at.task}, iteration {self._at.iteration} is kept"
 
     def _restore(self, run_dir: Path) -> dict[str, Tensor]:
         """Goes to the checkpoint's position; returns its tensors where that is within a task."""
@@ -289,7 +334,7 @@ class Trainer:
                 f"the checkpoint in {run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
                 f"not {len(self.result.matrix)}"
             )
-        checkpoint.check_settings(run_dir, state, self.settings)
+        checkpoint.check_settings(run_dir, state, (self.settings, *self.earlier_settings))
         checkpoint.restore_generators(tensors, self.device)
         self.result = Result(
             tensors["result.matrix"].cpu(),
@@ -301,6 +346,7 @@ class Trainer:
         best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
         self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], best)
         self._restored_state = state
+        self._keeps()
         return tensors if self._at.iteration > 0 else {}
 
     def _restore_task(self, optimizer: Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]) -> None:
@@ -315,6 +361,13 @@ class Trainer:
             group["lr"] = state["lr"]
         if plateau is not None:
             plateau.best, plateau.num_bad_epochs = state["plateau"]["best"], state["plateau"]["num_bad_epochs"]
+
+
+def _folder(path: Path) -> Path:
+    """`path`, where a folder is afterwards."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def batch_rows(samples: int, batch_size: int, iterations: int, seed: int, task: int) -> Tensor:

@@ -1,6 +1,9 @@
 """Checkpoints: complete or not there, and refused when they are not what they should be."""
 
 import json
+import os
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 
 from hypermask_fast import InputError
 from hypermask_fast.training import checkpoint
+from hypermask_fast.training.files import write_atomic
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
 STATE = {"task": 1, "lr": 0.1 + 0.2, "best": -1.0}
@@ -96,6 +100,75 @@ def test_missing_tensors(run_dir):
     tensor_file(run_dir).unlink()
     with pytest.raises(InputError, match=r"names checkpoint-000-0000001.safetensors, which is missing"):
         checkpoint.load(run_dir)
+
+
+@pytest.mark.parametrize("moment", ["_read_manifest", "_digest", "load_file", "after load_file"])
+def test_a_checkpoint_replaced_while_it_is_read(run_dir, monkeypatch, moment):
+    """What is read is the newer one, whole, wherever in the reading it came."""
+    name = moment.removeprefix("after ")
+    call, replaced = getattr(checkpoint, name), []
+
+    def replacing(*args, **kwargs):
+        if replaced:
+            return call(*args, **kwargs)
+        replaced.append(1)
+        result = None if name == "load_file" and moment == name else call(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, call)
+            checkpoint.save(run_dir, "000-0000002", {"a": torch.zeros(1)}, {"task": 2})
+        return call(*args, **kwargs) if result is None else result
+
+    monkeypatch.setattr(checkpoint, name, replacing)
+    tensors, state = checkpoint.load(run_dir)
+    assert (tensors.keys(), state) == ({"a"}, {"task": 2})
+    assert replaced
+
+
+def test_a_reader_beside_a_writer(tmp_path):
+    """Every load gives tensors and state of one moment, and fails never."""
+    writing = threading.Thread(
+        target=lambda: [
+            checkpoint.save(tmp_path, f"000-{i:07d}", {"a": torch.full((1000,), float(i))}, {"task": i})
+            for i in range(300)
+        ]
+    )
+    writing.start()
+    seen = []
+    while writing.is_alive():
+        if checkpoint.exists(tmp_path):
+            tensors, state = checkpoint.load(tmp_path)
+            assert (tensors["a"] == state["task"]).all()
+            seen.append(state["task"])
+    writing.join()
+    assert seen == sorted(seen) and len(set(seen)) > 10
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "checkpoint-000-0000001.safetensors"])
+def test_a_file_without_permission_is_not_called_altered(run_dir, monkeypatch, name):
+    opened = Path.open
+
+    def forbidden(self, *args, **kwargs):
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: forbidden(self).read())
+    with pytest.raises(InputError, match=rf"^cannot read .*{name}: Permission denied$"):
+        checkpoint.load(run_dir)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002, 0o077])
+def test_who_may_read_a_checkpoint_is_the_umask_s_to_say(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        write_atomic(folder / "another", "file")
+        checkpoint.save(folder, "000-0000001", TENSORS, STATE)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize(

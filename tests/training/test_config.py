@@ -4,6 +4,7 @@ import pytest
 
 from hypermask_fast import InputError
 from hypermask_fast.data import SCENARIOS
+from hypermask_fast.training import describe
 from hypermask_fast.training.config import RunConfig, TrainingConfig, load_preset, presets
 from hypermask_fast.training.targets import TARGETS
 
@@ -67,7 +68,7 @@ def test_presets_are_the_published_experiments(name):
 def test_every_preset_can_run_and_is_told_apart_by_its_title():
     known = presets()
     assert list(known) == sorted([*PUBLISHED, "split-digits", "split-cifar10"])
-    assert len({config.title for config in known.values()}) == len(known) and all(c.title for c in known.values())
+    assert len({describe.title(config) for config in known.values()}) == len(known)
     for config in known.values():
         assert config.data.scenario in SCENARIOS
         assert config.target.name in TARGETS
@@ -82,8 +83,8 @@ def test_toml_round_trip(name):
 @pytest.mark.parametrize(
     ("name", "digest"),
     [
-        ("split-digits", "01e5e1cf2aca98a7d6c87ccdfcf6608c8273174a8488ed1f457fccb005898615"),
-        ("tiny-imagenet-zenkenet", "6023b36e9500dd0e9d0b370db60498242eba5a401a47a2743867fa1174cbdbb5"),
+        ("split-digits", "acb2665e4d390e9126da4946b495cfee2136597929d3e1c435b7e3a2ece9cfc3"),
+        ("tiny-imagenet-zenkenet", "453e8ce4ba37ef8d57a1f7c2bbe76fd35fd1188b8a93ef915992d0953ac2c03e"),
     ],
 )
 def test_digests_stay_what_they_were(name, digest):
@@ -91,8 +92,34 @@ def test_digests_stay_what_they_were(name, digest):
     config = load_preset(name)
     assert config.digest() == digest
     assert dataclasses.replace(config, data=dataclasses.replace(config.data, dir="elsewhere")).digest() == digest
+    assert dataclasses.replace(config, title="for people").digest() == digest
     assert config.with_values({"seed": 1}).digest() != digest
     assert config.with_values({"method.sparsity": int(config.method.sparsity)}).digest() == digest, "30 is 30.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "digest"),
+    [
+        (
+            "split-digits",
+            "Split digits: 5 tasks of 2 of scikit-learn's 8x8 digits, MLP 64-100-100-2",
+            "01e5e1cf2aca98a7d6c87ccdfcf6608c8273174a8488ed1f457fccb005898615",
+        ),
+        (
+            "tiny-imagenet-zenkenet",
+            "Tiny ImageNet: 40 tasks of 5 classes, ZenkeNet",
+            "6023b36e9500dd0e9d0b370db60498242eba5a401a47a2743867fa1174cbdbb5",
+        ),
+    ],
+)
+def test_digests_of_version_0_1_0_stay_what_they_were(name, title, digest):
+    """Its presets had titles, which its checkpoints hold; such runs go on."""
+    config = dataclasses.replace(load_preset(name), title=title)
+    assert config.digest_with_title() == digest
+    assert (
+        dataclasses.replace(config, data=dataclasses.replace(config.data, dir="elsewhere")).digest_with_title()
+        == digest
+    )
 
 
 def test_with_values_parses_as_toml_does():
@@ -213,3 +240,18 @@ def test_files_that_are_no_configuration(tmp_path):
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_preset("split-digits").seed = 1
+
+
+def test_a_file_that_begins_with_a_byte_order_mark(tmp_path):
+    """As editors on Windows write it."""
+    path = tmp_path / "mine.toml"
+    path.write_text(load_preset("split-digits").to_toml(), encoding="utf-8-sig")
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf")
+    assert RunConfig.load(path) == load_preset("split-digits")
+
+
+@pytest.mark.parametrize("key", ["title", "data.dir"])
+def test_bytes_that_are_no_text_are_refused(key):
+    """As a command line hands them over."""
+    with pytest.raises(InputError, match=rf"^setting '{key}' must be text in UTF-8, not 'a\\udcff'$"):
+        load_preset("split-digits").with_values({key: b"a\xff".decode(errors="surrogateescape")})

@@ -160,6 +160,17 @@ def test_a_bar_serves_task_after_task_and_leaves_the_stream_as_it_was(monkeypatc
     assert (sys.stdout, sys.stderr) == outputs
 
 
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+def test_a_terminal_that_is_gone_ends_no_run(monkeypatch, term):
+    class Gone(Terminal):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)  # of the thread that draws the bar
+    run_through(TerminalLog(5, "a title", Gone()), iterations=50, every=10)
+
+
 def test_loggers_tell_all(tmp_path):
     streams = [io.StringIO(), io.StringIO()]
     logs = Loggers([TerminalLog(1, stream=stream) for stream in streams])

@@ -1,20 +1,24 @@
 import csv
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from hypermask_fast import InputError
-from hypermask_fast.training import report
+from hypermask_fast.training import describe, report
 from hypermask_fast.training.config import load_preset
 from hypermask_fast.training.files import write_atomic
 from hypermask_fast.training.tables import text_table
 from hypermask_fast.training.trainer import Result
 
+ROOT = Path(__file__).parents[2]
 CONFIG = load_preset("split-digits")
 
 
@@ -31,7 +35,7 @@ def test_metrics_hold_the_numbers_exactly_and_null_for_what_is_not_measured(tmp_
     assert stored["matrix"][:2] == result.matrix[:2].tolist()
     assert stored["matrix"][2] == [None] * 3
     assert stored["summary"]["tasks_learned"] == 2
-    assert (stored["title"], stored["seed"], stored["fidelity"]) == (CONFIG.title, 0, "default")
+    assert (stored["title"], stored["seed"], stored["fidelity"]) == (describe.title(CONFIG), 0, "default")
 
 
 def test_metrics_do_not_depend_on_how_long_it_took(tmp_path):
@@ -65,6 +69,57 @@ def test_table_reads_back_exactly(tmp_path):
     assert float(rows[0]["task_1"]) == 12.5
 
 
+CAPTION = (
+    f"{describe.title(CONFIG)}\n{describe.details(CONFIG.with_values({'hypernet.chunk_size': 1000, 'seed': 2**62}))}"
+)
+
+
+def boxes(tasks: int, caption: str) -> dict[str, list]:
+    """Where the texts of a picture lie, in pixels, by their role; and its axes and the picture itself."""
+    figure = report.matrix_figure(a_result(tasks), caption)
+    FigureCanvasAgg(figure).draw()
+    axes, bar = figure.axes
+    texts = {
+        "numbers": axes.texts,
+        "ticks": [*axes.get_xticklabels(), *axes.get_yticklabels(), *bar.get_yticklabels()],
+        "labels": [axes.xaxis.label, axes.yaxis.label, bar.yaxis.label],
+        "caption": figure.texts,
+    }
+    found = {role: [text.get_window_extent() for text in of_role] for role, of_role in texts.items()}
+    return found | {"axes": [axes.bbox, bar.bbox], "figure": [figure.bbox]}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "caption"),
+    [*((tasks, CAPTION) for tasks in (1, 2, 5, 8, 9, 10, 11, 20, 40)), (2, "word " * 100), (9, "$"), (11, "")],
+)
+def test_pictures_of_any_size_show_all_their_text_side_by_side(tasks, caption):
+    found = boxes(tasks, caption)
+    (whole,) = found.pop("figure")
+    for role, of_role in found.items():
+        for box in of_role:
+            assert min(box.x0, box.y0) >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1, (role, box)
+    outside = [box for role in ("ticks", "labels", "caption", "axes") for box in found[role]]
+    for box in outside:
+        assert not [other for other in outside if other is not box and other.overlaps(box)], box
+    cell = found["axes"][0].width / tasks
+    assert max(box.width for box in found["numbers"]) < 0.9 * cell
+    assert max(box.height for box in found["numbers"]) < 0.9 * cell
+    assert max(box.height for box in found["ticks"]) < cell
+    if caption == CAPTION:  # the picture is the matrix, not its caption
+        assert found["caption"][0].height < 0.3 * whole.height
+        assert found["axes"][0].width > 0.6 * whole.width
+
+
+def test_a_picture_says_what_was_run(tmp_path, monkeypatch):
+    captions, figure = [], report.matrix_figure
+    monkeypatch.setattr(report, "matrix_figure", lambda *words: captions.append(words[1]) or figure(*words))
+    changed = CONFIG.with_values({"data.tasks": 3, "seed": 77, "training.lr": 0.125, "fidelity": "official"})
+    report.write_reports(tmp_path, changed, a_result(3), "cpu")
+    for told in ("3 tasks", "seed 77", "lr 0.125", "official fidelity"):
+        assert told in captions[0]
+
+
 @pytest.mark.parametrize("tasks", [1, 5, 40])
 def test_picture_shows_every_number_large_enough_to_read(tmp_path, tasks):
     result = a_result(tasks)
@@ -83,6 +138,70 @@ def test_picture_of_a_run_under_way(tmp_path):
     assert len(axes.texts) == 2 * 5
     report.write_matrix_picture(tmp_path, a_result(5, learned=0), "nothing learned")
     assert (tmp_path / "accuracy_matrix.png").stat().st_size > 0
+
+
+_DRAWING = """
+import os, sys
+from pathlib import Path
+import torch
+from hypermask_fast.training import describe, report
+from hypermask_fast.training.trainer import Result
+report.check_packages()
+report.write_matrix_picture(Path(sys.argv[1]), Result(torch.eye(2).double(), torch.zeros(2).double()), "t")
+import matplotlib
+print(os.environ["MPLBACKEND"], matplotlib.get_backend(auto_select=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "then"),
+    [
+        (
+            "module://matplotlib_inline.backend_inline",
+            None,
+        ),  # as a notebook's shell has it, with or without the package
+        ("no such backend", "None"),
+        ("qtagg", "qtagg"),  # no display here, and perhaps no Qt
+        ("svg", "svg"),
+    ],
+)
+def test_pictures_do_not_depend_on_the_environment_s_backend(tmp_path, asked, then):
+    """In a process of its own, whose matplotlib is imported for the picture; MPLBACKEND holds for others as before."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _DRAWING, str(tmp_path)],
+        env=os.environ | {"MPLBACKEND": asked},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "accuracy_matrix.png") as image:
+        assert image.format == "PNG"
+    if then is not None:
+        assert done.stdout == f"{asked} {then}\n"
+
+
+@pytest.mark.parametrize("failing", ["import", "draw", "write"])
+def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, failing):
+    def fail(*_, **__):
+        raise ValueError("no picture today\nand more")
+
+    owner, name = {
+        "import": (report, "figure_class"),
+        "draw": (FigureCanvasAgg, "print_png"),
+        "write": (report, "write_atomic"),
+    }[failing]
+    monkeypatch.setattr(owner, name, fail)
+    report.check_packages()
+    with pytest.warns(UserWarning, match=r"^.*accuracy_matrix.png could not be drawn: ValueError: no picture today$"):
+        report.write_matrix_picture(tmp_path, a_result(2), "t")
+
+
+@pytest.mark.parametrize("title", ["$", r"a $\nothing$ b", "_^{}", "100 % \u4e2d"])
+def test_titles_are_text_and_no_formulas(tmp_path, title, recwarn):
+    report.write_matrix_picture(tmp_path, a_result(2), title)
+    assert not [warning for warning in recwarn if "could not be drawn" in str(warning.message)]
+    assert (tmp_path / "accuracy_matrix.png").exists()
 
 
 def test_text_matrix():

@@ -1,19 +1,30 @@
-"""A run killed at random steps, five times, ends with the same metrics.json as one that was left alone."""
+"""Runs that are killed, stopped or read at any moment end with the same files as one that was left alone."""
 
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from hypermask_fast.training import report
+from hypermask_fast.training.run import load_run
+
 ITERATIONS, TASKS, KILLS = 150, 5, 5
 
 
-def start(run_dir: Path, *options: str) -> subprocess.Popen:
-    settings = [f"training.iterations={ITERATIONS}", "training.checkpoint_every=10", "training.log_every=20"]
+def start(run_dir: Path, *options: str, checkpoint_every: int = 10) -> subprocess.Popen:
+    settings = [
+        f"training.iterations={ITERATIONS}",
+        f"training.checkpoint_every={checkpoint_every}",
+        "training.log_every=20",
+    ]
     command = [sys.executable, "-m", "hypermask_fast", "train", "split-digits", "--out", str(run_dir)]
     if not options:
         command += [word for setting in settings for word in ("--set", setting)]
@@ -39,9 +50,15 @@ def steps_saved(run_dir: Path) -> int:
     return state["task"] * ITERATIONS + state["iteration"]
 
 
-def test_killed_five_times(tmp_path):
-    left_alone, killed = tmp_path / "left alone", tmp_path / "killed"
-    finish(start(left_alone))
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "left alone"
+    finish(start(folder))
+    return folder
+
+
+def test_killed_five_times(tmp_path, left_alone):
+    killed = tmp_path / "killed"
     moments = sorted(random.sample(range(0, TASKS * ITERATIONS - 20), KILLS))
     print("killed once these steps were saved:", moments)  # shown when the test fails
     process = start(killed)
@@ -55,7 +72,70 @@ def test_killed_five_times(tmp_path):
         process.communicate()
         process = start(killed, "--resume")
     finish(process)
+    assert_same_files(killed, left_alone)
+
+
+def assert_same_files(run_dir: Path, left_alone: Path) -> None:
     for name in ("metrics.json", "accuracy_matrix.csv", "log.csv", "config.toml"):
-        assert (killed / name).read_bytes() == (left_alone / name).read_bytes(), name
-    leftovers = {path.name for path in killed.iterdir()} - {path.name for path in left_alone.iterdir()}
+        assert (run_dir / name).read_bytes() == (left_alone / name).read_bytes(), name
+    leftovers = {path.name for path in run_dir.iterdir()} - {path.name for path in left_alone.iterdir()}
     assert not leftovers
+
+
+def test_stopped_by_signals(tmp_path, left_alone):
+    """Each time a checkpoint is saved at once, where the run then goes on; the exit code names the signal."""
+    run_dir = tmp_path / "run"
+    process = start(run_dir)
+    for number, moment in ((signal.SIGTERM, 0), (signal.SIGINT, 200), (signal.SIGHUP, 333), (signal.SIGTERM, 450)):
+        while steps_saved(run_dir) < moment:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        last = errors.splitlines()[-1]
+        told = re.fullmatch(
+            r"hypermask-fast: interrupted: stopped at task (\d), iteration (\d+), which is saved; "
+            "the same command with --resume goes on",
+            last,
+        )
+        assert told and "Traceback" not in errors, errors
+        assert steps_saved(run_dir) == int(told[1]) * ITERATIONS + int(told[2]) >= moment
+        process = start(run_dir, "--resume")
+    finish(process)
+    assert_same_files(run_dir, left_alone)
+
+
+def test_what_a_kill_left_of_files_goes_with_the_next_start(tmp_path, left_alone):
+    run_dir = shutil.copytree(left_alone, tmp_path / "run")
+    written = (*report.FILES, "config.toml", "log.csv")
+    for name in (*written, "mine"):
+        (run_dir / f".{name}.123.partial").write_text("half")
+    (run_dir / ".lock").write_text("123 elsewhere\n")
+    finish(start(run_dir, "--resume"))
+    assert [path.name for path in run_dir.iterdir() if path.name.startswith(".")] == [".mine.123.partial"]
+
+
+def test_read_while_it_trains(tmp_path):
+    """Evaluation finds a whole model at every moment, though each step replaces the checkpoint, and kills stop it."""
+    process, loads, learned = start(tmp_path / "run", checkpoint_every=1), 0, []
+    try:
+        while not (tmp_path / "run" / "metrics.json").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        for stopped in (False, True, False):
+            if stopped:
+                process.kill()
+                process.communicate()
+            for _ in range(10):
+                _, model, scenario = load_run(tmp_path / "run")
+                assert all(value.isfinite().all() for value in model.parameters())
+                learned.append(len(scenario.tasks))
+                loads += process.poll() is None
+            if stopped:
+                process = start(tmp_path / "run", "--resume")
+    finally:
+        process.kill()
+        process.communicate()
+    assert learned == sorted(learned) and learned[0] >= 1
+    assert loads > 5, "read while it trained"

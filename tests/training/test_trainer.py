@@ -262,13 +262,6 @@ def test_datasets_train_too():
     assert not result.matrix.isnan().any()
 
 
-def test_a_diverging_run_says_so():
-    split = TensorSplit(torch.full((8, 8), torch.inf), torch.zeros(8, dtype=torch.int64))
-    scenario = Scenario("inf", (TaskData("t", split, split, split),), (8,), 2)
-    with pytest.raises(InputError, match="the loss is nan at task 0, iteration 10: lower training.lr"):
-        Trainer(blob_model(1), scenario, config()).fit()
-
-
 def test_what_a_trainer_can_t_use():
     with pytest.raises(InputError, match="a HyperMask model and a Scenario, not Linear and list"):
         Trainer(nn.Linear(8, 2), [], config())
