@@ -1,6 +1,7 @@
 """The training loop: task after task, each with its own optimiser, evaluated on all tasks after each."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -304,6 +305,7 @@ class Trainer:
             "seconds": self.result.seconds,
             "steps": self.result.steps,
             "peak_memory": self.result.peak_memory,
+            "threads": torch.get_num_threads(),
         }
         if optimizer is not None:
             tensors |= checkpoint.optimizer_tensors(optimizer, self.model)
@@ -336,6 +338,7 @@ class Trainer:
             )
         checkpoint.check_settings(run_dir, state, (self.settings, *self.earlier_settings))
         checkpoint.restore_generators(tensors, self.device)
+        self._warn_of_threads(state.get("threads"))
         self.result = Result(
             tensors["result.matrix"].cpu(),
             tensors["result.baseline"].cpu(),
@@ -348,6 +351,16 @@ class Trainer:
         self._restored_state = state
         self._keeps()
         return tensors if self._at.iteration > 0 else {}
+
+    def _warn_of_threads(self, before: int | None) -> None:
+        """PyTorch's own products, such as the target network's, may add up in another order; None: not known."""
+        now = torch.get_num_threads()
+        if before not in (None, now) and self.device.type == "cpu":
+            warnings.warn(
+                f"the run was saved on {before} thread{'' if before == 1 else 's'} and goes on with {now}: its last "
+                f"digits may differ from those of a run on one number of threads (OMP_NUM_THREADS={before} keeps it)",
+                stacklevel=2,
+            )
 
     def _restore_task(self, optimizer: Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]) -> None:
         state = self._restored_state
