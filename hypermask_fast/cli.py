@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, env, startup
-from .data import SCENARIOS
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
 from .training import describe, evaluation, report, run
 from .training.config import RunConfig, load_preset, presets
 from .training.interrupt import Stopped, StopSignals
-from .training.logs import TerminalLog
 from .training.memory import tune_allocator
 from .training.tables import text_table
 
@@ -108,16 +106,14 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.data_dir is not None:
         config = run.with_data_dir(config, arguments.data_dir)
     device = run.pick_device(arguments.device)
-    title = f"{describe.title(config)}; {describe.details(config)}; {report.device_name(device)}"
-    terminal = TerminalLog(_task_count(config), title)
     with StopSignals() as signals:
         try:
-            result = run.train(config, run_dir, device, arguments.resume, terminal, signals)
+            result = run.train(config, run_dir, device, arguments.resume, stop=signals, progress=True)
         except KeyboardInterrupt as error:
             where = f": {error}" if isinstance(error, Stopped) else ""
             hint = "; the same command with --resume goes on" if (run_dir / run.CONFIG).is_file() else ""
             return _interrupted(signals.number or signal.SIGINT, where + hint)
-    print(report.text_matrix(result))
+    print(result)
     rate = f", {_rate(result.steps / result.seconds)} steps per second" if result.seconds else ""
     print(f"\ntrained for {result.seconds:.1f} s{rate}\nresults in {run_dir} (picture: {report.MATRIX_PICTURE})")
     return 0
@@ -200,12 +196,6 @@ def _resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> 
                 "or start a new run in another folder (--out)"
             )
     return stored
-
-
-def _task_count(config: RunConfig) -> int:
-    if config.data.scenario not in SCENARIOS:
-        return 0  # which reading the scenario will refuse
-    return config.data.tasks or SCENARIOS[config.data.scenario].tasks
 
 
 def _table(names: list[str], columns: dict[str, list[float]]) -> str:

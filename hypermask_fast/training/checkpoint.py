@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import InputError
+from ..model import HyperMask
 from .files import writing
 
 MANIFEST = "checkpoint.json"
@@ -181,12 +183,41 @@ def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]
         )
 
 
+def check_model(run_dir: Path, model: HyperMask, state: dict[str, Any]) -> None:
+    """Raises InputError unless the checkpoint is of a model of the same sparsity, fidelity and masked parameters."""
+    stored = state.get("model")
+    if not isinstance(stored, dict):
+        raise InputError(f"the checkpoint in {run_dir} is of version 0.1.0, which did not save what its model was")
+    for name, value in model_settings(model).items():
+        if stored.get(name) != value:
+            raise InputError(
+                f"the checkpoint in {run_dir} is of another model: {name} is {stored.get(name)!r} there, {value!r} here"
+            )
+
+
 def load_model(run_dir: Path, model: nn.Module, *settings: str) -> int:
     """Loads the run's newest weights into `model`; returns how many tasks are learned to the end."""
     tensors, state = load(run_dir)
     restore_model(model, tensors)
     check_settings(run_dir, state, settings)
     return state["task"]
+
+
+def warn_of_threads(state: dict[str, Any]) -> None:
+    """A warning where a run on the CPU goes on with another number of threads than it was saved on: PyTorch's own
+    products, such as the target network's, may add up in another order. Version 0.1.0 did not save the number."""
+    before, now = state.get("threads"), torch.get_num_threads()
+    if before not in (None, now):
+        warnings.warn(
+            f"the run was saved on {before} thread{'' if before == 1 else 's'} and goes on with {now}: its last digits "
+            f"may differ from those of a run on one number of threads (OMP_NUM_THREADS={before} keeps it)",
+            stacklevel=2,
+        )
+
+
+def model_settings(model: HyperMask) -> dict[str, Any]:
+    """What decides a model's outputs besides its tensors, as JSON values."""
+    return {"sparsity": float(model.sparsity), "fidelity": model.drift.fidelity, "masked": list(model.layout.names)}
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
