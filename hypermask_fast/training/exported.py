@@ -133,7 +133,10 @@ def _built(metadata: dict[str, str]) -> nn.Module:
 
 def _exported(metadata: dict[str, str]) -> Exported:
     """What the metadata say; files of version 0.1.0 have neither names nor `prepare`."""
-    classes = json.loads(metadata.get("class_names", "null")) or range(int(metadata["num_classes"]))
+    count = int(metadata["num_classes"])
+    classes = json.loads(metadata.get("class_names", "null")) or range(count)
+    if len(classes) != count:
+        raise ValueError(f"it names {len(classes)} of {count} classes")
     return Exported(
         metadata["scenario"],
         int(metadata["task"]),

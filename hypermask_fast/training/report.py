@@ -20,7 +20,7 @@ from .. import __version__
 from ..errors import InputError
 from ..extras import needed_for
 from .describe import About
-from .files import write_atomic, writing
+from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
 from .result import WIDE, Result, learned_rows
 
@@ -42,9 +42,7 @@ def check_no_reports(folder: Path) -> None:
 
 
 def write_reports(folder: Path, about: About, result: Result, device: torch.device | str) -> None:
-    """All four files of `folder`, which is made where it is not there, from the result so far."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    """All four files of `folder`, from the result so far."""
     write_metrics(folder, about, result)
     write_timing(folder, result, device)
     write_matrix_table(folder, result)

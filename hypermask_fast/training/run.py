@@ -213,10 +213,14 @@ def load_model(run_dir: Path | str, model: HyperMask) -> int:
         How many tasks are learned to the end, tasks 0 to that less 1. A task under way is loaded as it stands.
 
     Raises:
-        InputError: no checkpoint, one that is damaged, or one of another model: other tensors, sparsity, fidelity or
-            masked parameters.
+        InputError: no checkpoint, one that is damaged, no HyperMask model, or another one: other tensors, sparsity,
+            fidelity or masked parameters.
     """
     run_dir = Path(run_dir)
+    if not isinstance(model, HyperMask):
+        raise InputError(
+            f"load_model takes a HyperMask model like the one that was trained, not {type(model).__name__}"
+        )
     tensors, state = checkpoint.load(run_dir)
     checkpoint.check_model(run_dir, model, state)
     checkpoint.restore_model(model, tensors)

@@ -131,8 +131,10 @@ class Trainer:
                 this run's; without resume, it has one, or report has reports.
             Stopped: `stop` has said so.
         """
-        if self.report is not None and not resume:
-            check_no_reports(self.report)
+        if self.report is not None:
+            if not resume:
+                check_no_reports(self.report)
+            _folder(self.report)  # now, not when the first task is done
         on_gpu = self.device.type == "cuda"
         try:
             with (

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from support.networks import blob_model, blob_scenario
 from torch import nn
 
@@ -103,6 +105,11 @@ def test_a_report_of_another_run_is_not_replaced(trained, tmp_path):
         trainer.fit()
     assert before == {path.name: path.read_bytes() for path in (folder / "report").iterdir()}
     assert not (tmp_path / "run").exists() and trainer.result.steps == 0
+    (tmp_path / "file").write_text("mine")
+    trainer = Trainer(blob_model(), blob_scenario(), CONFIG, report=tmp_path / "file")
+    with pytest.raises(InputError, match="cannot write .*file"):
+        trainer.fit()
+    assert trainer.result.steps == 0
 
 
 def test_a_resumed_run_goes_on_with_its_report(trained, tmp_path):
@@ -166,6 +173,23 @@ def test_another_model_is_refused(trained, settings, message):
     with pytest.raises(InputError, match=message):
         run.load_model(trained[0] / "run", model)
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_under_way_is_loaded_as_it_stands(tmp_path):
+    trainer = Trainer(blob_model(), blob_scenario(), CONFIG, run_dir=tmp_path, stop=lambda: trainer.result.steps == 40)
+    assert str(trainer.result).splitlines()[0].split() == ["after", "task", "0", "1", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    model = blob_model()
+    assert run.load_model(tmp_path, model) == 1
+    assert all(torch.equal(value, trainer.model.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_what_load_model_can_t_use(tmp_path):
+    with pytest.raises(InputError, match="load_model takes a HyperMask model like the one that was trained, not Seq"):
+        run.load_model(tmp_path, network())
+    with pytest.raises(InputError, match="no checkpoint in"):
+        run.load_model(tmp_path, blob_model())
 
 
 @pytest.mark.parametrize("words", [["evaluate"], ["export", "--task", "0", "--to", "net"]])
@@ -241,3 +265,34 @@ def test_classes_without_names_are_numbered(trained, tmp_path):
     exported.export_model(trained[1].model, blob_scenario(), 0, tmp_path / "net")
     about = exported.load_exported(tmp_path / "net", network()).exported
     assert (about.task_name, about.class_names, about.input_shape) == ("blobs 0", ("0", "1"), (8,))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({"task_name": None, "class_names": None, "prepare": None}, None),  # as version 0.1.0 wrote it
+        ({"class_names": '["a"]'}, "it names 1 of 2 classes"),
+        ({"class_names": "7"}, "not a network exported"),
+        ({"prepare": '[{"name": "Nothing"}]'}, "no transform is called 'Nothing'"),
+        ({"prepare": "[7]"}, "not a network exported"),
+        ({"prepare": '[{"name": "PermutePixels", "permutation": [0, 0], "pad": 0}]'}, "exactly once"),
+        ({"prepare": '[{"name": "Normalize", "mean": [1]}]'}, "not a network exported"),
+        ({"input_shape": "{"}, "not a network exported"),
+        ({"task": "one"}, "not a network exported"),
+        ({"scenario": None}, "not a network exported"),
+    ],
+)
+def test_metadata_that_is_older_or_altered(trained, tmp_path, changed, message):
+    exported.export_model(trained[1].model, blob_scenario(), 0, tmp_path / "net")
+    with safe_open(tmp_path / "net", framework="pt") as file:
+        metadata = file.metadata()
+    metadata = {name: value for name, value in (metadata | changed).items() if value is not None}
+    (tmp_path / "other").write_bytes(save(network().state_dict(), metadata))
+    if message is not None:
+        with pytest.raises(InputError, match=message):
+            exported.load_exported(tmp_path / "other", network())
+        return
+    about = exported.load_exported(tmp_path / "other", network()).exported
+    assert (about.class_names, about.task) == (("0", "1"), 0)
+    assert (about.task_name, about.prepare) == (("0", None) if changed else ("blobs 0", data.Scale()))
