@@ -18,7 +18,7 @@ from torch import nn
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..model import HyperMask
-from . import checkpoint, report
+from . import checkpoint, report, stored
 from .config import RunConfig
 from .files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
@@ -192,7 +192,11 @@ def load_run(
     model = build_model(config, scenario)
     learned, settings = 0, (config.digest(), config.digest_with_title())
     if checkpoint.exists(run_dir):
-        learned = checkpoint.load_model(run_dir, model, *settings)
+        tasks = scenario.tasks
+        samples = None if data_dir is not None else [len(task.train) for task in tasks]
+        tensors, state = stored.load(run_dir, model, len(tasks), config.training, settings, samples)
+        checkpoint.restore_model(model, tensors)
+        learned = state["task"]
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)
