@@ -17,6 +17,10 @@ from ...extras import needed_for
 from ..checks import one_line
 
 
+class MissingFiles(InputError):
+    """A folder, or the first file of a data set that was looked for in it, is not there."""
+
+
 class RawImages(NamedTuple):
     """A data set as read: pixels uint8 (n, C, H, W), labels int64 (n,), in the file's order."""
 
@@ -36,18 +40,19 @@ def find(directory: str | Path, subfolders: Sequence[str], names: Sequence[str],
         what: what it is, for the message, e.g. "MNIST's training images".
 
     Raises:
-        InputError: the directory does not exist or may not be looked into, or none of the names is there as a file.
+        MissingFiles: the directory does not exist, or none of the names is there as a file.
+        InputError: the directory is none, or may not be looked into.
     """
     directory = Path(directory)
     if not _is(Path.is_dir, directory):
-        wrong = "is not a folder" if directory.exists() else "does not exist"
-        raise InputError(f"data directory {directory} {wrong}; it should hold {what} ({names[0]})")
+        error, wrong = (InputError, "is not a folder") if directory.exists() else (MissingFiles, "does not exist")
+        raise error(f"data directory {directory} {wrong}; it should hold {what} ({names[0]})")
     for folder in (".", *subfolders):
         for name in names:
             if is_file(directory / folder / name):
                 return directory / folder / name
     below = f" (or {', '.join(subfolders)} below it)" if subfolders else ""
-    raise InputError(f"{directory}{below} has no {what}: expected {' or '.join(names)}")
+    raise MissingFiles(f"{directory}{below} has no {what}: expected {' or '.join(names)}")
 
 
 def is_file(path: Path) -> bool:
