@@ -196,7 +196,11 @@ def _alone(work: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"another process is downloading into {work}: wait until that has ended") from error
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # where there is something to go on from
+                work.rmdir()
     finally:
         os.close(descriptor)
 
@@ -282,7 +286,9 @@ def _reaching(url: str) -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = one_line(getattr(error, "reason", None) or error)
-        raise InputError(f"cannot download {url}: {reason}; {_AGAIN}, or --mirror names another address") from error
+        raise InputError(
+            f"cannot download {url}: {reason}; try again later, or --mirror names another address"
+        ) from error
 
 
 def _md5(path: Path) -> str:

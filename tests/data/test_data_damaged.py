@@ -178,7 +178,7 @@ MOST = 2**32 - 1
 def test_idx_headers(tmp_path, shape, zipped):
     write_mnist(tmp_path, zipped)
     path = tmp_path / f"train-images-idx3-ubyte{'.gz' if zipped else ''}"
-    content = bytes((0, 0, 8, 3)) + struct.pack(">3I", *shape) + bytes(1000)
+    content = bytes((0, 0, 8, 3)) + struct.pack(">3I", *shape) + bytes(0 if 0 in shape else 1000)
     path.write_bytes(gzip.compress(content) if zipped else content)
     with pytest.raises(InputError, match=f"{path.name} (cannot be read|is damaged)"):
         read_mnist(tmp_path)
@@ -282,7 +282,9 @@ def test_an_image_that_is_damaged_is_named(tmp_path):
     write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
     for path in tmp_path.rglob("*.JPEG"):
         content = path.read_bytes()
-        for damaged in (content[:200], b"no JPEG", jpeg_bytes(np.zeros((32, 32), np.uint8))):
+        frame = content.index(b"\xff\xc0")
+        huge = content[: frame + 5] + b"\xff" * 4 + content[frame + 9 :]  # 65,535 x 65,535: a "decompression bomb"
+        for damaged in (content[:200], b"no JPEG", jpeg_bytes(np.zeros((32, 32), np.uint8)), huge):
             path.write_bytes(damaged)
             with pytest.raises(InputError, match=f"^{os.fspath(path)} is "):
                 read(tmp_path)

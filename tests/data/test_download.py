@@ -233,11 +233,12 @@ def test_addresses(tmp_path, mirror_url, message):
     with pytest.raises(InputError, match=message) as caught:
         download("mnist", tmp_path, mirror_url)
     assert "\n" not in str(caught.value)
+    assert_clean(tmp_path)
 
 
 def test_not_found(tmp_path, mnist):
     del mnist.files["t10k-labels-idx1-ubyte.gz"]
-    with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte.gz: Not Found; the same command goes on"):
+    with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte.gz: Not Found; try again later, or --mirror"):
         download("mnist", tmp_path, mnist.url)
 
 
