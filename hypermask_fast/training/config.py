@@ -22,6 +22,10 @@ from ..optim import GRADIENTS
 from ..regularizers import FIDELITIES
 from .targets import TargetConfig
 
+# Of schedule = plateau: the learning rate is multiplied by FACTOR after more than PATIENCE epochs without a better
+# validation accuracy, down to LOWEST.
+PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LOWEST = 0.1**0.5, 5, 5e-7
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -14,7 +14,7 @@ import torch
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..model import HyperMask
-from . import checkpoint, describe, report
+from . import checkpoint, describe, report, stored
 from .config import RunConfig
 from .exported import check_new_file, export_model
 from .exported import load_exported as load_exported  # where it was in version 0.1.0
@@ -196,7 +196,11 @@ def load_run(
     model = build_model(config, scenario)
     learned, settings = 0, (config.digest(), config.digest_with_title())
     if checkpoint.exists(run_dir):
-        learned = checkpoint.load_model(run_dir, model, *settings)
+        tasks = scenario.tasks
+        samples = None if data_dir is not None else [len(task.train) for task in tasks]
+        tensors, state = stored.load(run_dir, model, len(tasks), config.training, settings, samples)
+        checkpoint.restore_model(model, tensors)
+        learned = state["task"]
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)
@@ -221,11 +225,10 @@ def load_model(run_dir: Path | str, model: HyperMask) -> int:
         raise InputError(
             f"load_model takes a HyperMask model like the one that was trained, not {type(model).__name__}"
         )
-    tensors, state = checkpoint.load(run_dir)
-    checkpoint.check_model(run_dir, model, state)
+    tensors, learned = stored.load_network(run_dir, model)
     checkpoint.restore_model(model, tensors)
     model.eval()
-    return state["task"]
+    return learned
 
 
 def with_data_dir(config: RunConfig, data_dir: Path | str) -> RunConfig:

@@ -13,7 +13,7 @@ from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, cli, data
-from hypermask_fast.training import describe, evaluation, exported, report, run
+from hypermask_fast.training import checkpoint, describe, evaluation, exported, report, run
 from hypermask_fast.training.config import TrainingConfig
 from hypermask_fast.training.result import Result
 from hypermask_fast.training.trainer import Trainer
@@ -296,3 +296,14 @@ def test_metadata_that_is_older_or_altered(trained, tmp_path, changed, message):
     about = exported.load_exported(tmp_path / "other", network()).exported
     assert (about.class_names, about.task) == (("0", "1"), 0)
     assert (about.task_name, about.prepare) == (("0", None) if changed else ("blobs 0", data.Scale()))
+
+
+@pytest.mark.parametrize(("entry", "value"), [("threads", 0), ("threads", "two"), ("model", 7), ("model", {})])
+def test_what_a_checkpoint_says_of_threads_and_model_is_checked(trained, tmp_path, entry, value):
+    trainer = trained[1]
+    tensors, state, _ = checkpoint.load(trained[0] / "run")
+    checkpoint.save(tmp_path, "003-0000000", tensors, state | {entry: value})
+    with pytest.raises(InputError, match=entry):
+        run.load_model(tmp_path, blob_model())
+    with pytest.raises(InputError, match=entry):
+        Trainer(blob_model(), trainer.scenario, CONFIG, run_dir=tmp_path).fit(resume=True)
