@@ -76,7 +76,7 @@ def _check_packages() -> None:
 
 
 def _refuse(message: str) -> int:
-    _tell(f"error: {message}")
+    _tell("error: " + message.replace("\n", "\\n"))  # of a path
     return EXIT_INPUT
 
 

@@ -5,8 +5,9 @@ reports of `report`. Nothing here replaces a run's files but the run itself, res
 """
 
 import json
+import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .config import RunConfig
 from .files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
+from .needs import check_memory, lack_of_memory_told
 from .targets import TargetConfig, build_target
 from .trainer import Result, Trainer
 
@@ -49,22 +51,25 @@ def build_model(config: RunConfig, scenario: Scenario, device: torch.device | st
     so that every device begins with the same weights.
 
     Raises:
-        InputError: a target that does not take the scenario's inputs, or a setting out of range.
+        InputError: a target that does not take the scenario's inputs, a setting out of range, or more memory than
+            there is.
     """
+    check_memory(config, scenario, device, training=False)
     torch.manual_seed(config.seed)
     method = config.method
-    model = HyperMask(
-        build_target(config.target, scenario.input_shape, scenario.num_classes),
-        len(scenario.tasks),
-        method.sparsity,
-        config.hypernet,
-        beta=method.beta,
-        lam=method.lam,
-        drift_norm=method.drift_norm,
-        drift_masked=method.drift_masked,
-        fidelity=config.fidelity,
-    )
-    return model.to(device)
+    with lack_of_memory_told(config, scenario):
+        model = HyperMask(
+            build_target(config.target, scenario.input_shape, scenario.num_classes),
+            len(scenario.tasks),
+            method.sparsity,
+            config.hypernet,
+            beta=method.beta,
+            lam=method.lam,
+            drift_norm=method.drift_norm,
+            drift_masked=method.drift_masked,
+            fidelity=config.fidelity,
+        )
+        return model.to(device)
 
 
 def train(
@@ -103,18 +108,38 @@ def train(
         trainer = _trainer(config, run_dir, device, loggers, stop)
         # All that can be checked has been: from here on the folder is a run.
         if not resume:
+            if not run_dir.exists():
+                lock.callback(_remove_empty, run_dir)
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
             lock.enter_context(taken(run_dir))
             check_free(run_dir)  # still, now that nobody else can take it
-        remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
-        if not resume:
-            write_atomic(run_dir / CONFIG, settings)
-        loggers.loggers = tuple(_loggers(run_dir, resume, logger))
         try:
-            return trainer.fit(resume=resume)
+            remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
+            if not resume:
+                write_atomic(run_dir / CONFIG, settings)
+            loggers.loggers = tuple(_loggers(run_dir, resume, logger))
+            with lack_of_memory_told(config, trainer.scenario):
+                return trainer.fit(resume=resume)
+        except InputError:
+            if not resume and trainer.result.steps == 0:
+                loggers.close()
+                _forget(run_dir)
+            raise
         finally:
             loggers.close()
+
+
+def _forget(run_dir: Path) -> None:
+    """Takes away what a run has written that has not done its first step: its folder is free again."""
+    for name in (CONFIG, LOG):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
+
+
+def _remove_empty(run_dir: Path) -> None:
+    with suppress(OSError):  # a run is in it
+        run_dir.rmdir()
 
 
 def _trainer(
@@ -126,6 +151,7 @@ def _trainer(
 ) -> Trainer:
     """The run's Trainer, which writes the reports after each task; nothing is written yet."""
     scenario = read_scenario(config)
+    check_memory(config, scenario, device)
     model = build_model(config, scenario, device)
 
     def on_task_end(result: Result) -> None:

@@ -1,7 +1,7 @@
 """The training loop: task after task, each with its own optimiser, evaluated on all tasks after each."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..data import Scenario, Split
+from ..data import Scenario
 from ..errors import InputError
 from ..model import HyperMask
 from ..optim import Adam
@@ -26,7 +26,8 @@ from .interrupt import Stopped
 from .lock import taken
 from .logs import Logger, Loggers
 from .memory import peak_memory
-from .step import TaskWork
+from .order import batch_rows
+from .step import Block, TaskWork
 from .step import steps as training_steps
 
 
@@ -176,8 +177,11 @@ class Trainer:
             self.model.begin_task(task)
         self._finite = start
         self.logger.begin_task(task, length, start)
-        work = self._work(task, split, optimizer, length)
-        steps = training_steps(work, self.config.cuda_graph and self.device.type == "cuda", self.logger.message)
+        blocks = self._blocks(task, len(split), start, length)
+        rows, ranks = next(blocks)
+        work = TaskWork(self.model, task, split, rows, ranks, optimizer, self.config.precision)
+        graph = self.config.cuda_graph and self.device.type == "cuda"
+        steps = training_steps(work, graph, self.logger.message, blocks)
         self.model.train()
         started, values = time.perf_counter(), {}
         for iteration in range(start, length):
@@ -203,14 +207,14 @@ class Trainer:
         lr = torch.tensor(self.config.lr, device=self.device) if on_gpu else self.config.lr
         return Adam(self.model, lr, gradient=self.config.gradient, exact_loss=False, capturable=on_gpu)
 
-    def _work(self, task: int, split: Split, optimizer: Adam, length: int) -> TaskWork:
-        """What is left of the task: batches and sparsities from the run's iteration on."""
-        start = self._at.iteration
-        rows = batch_rows(len(split), self.config.batch_size, length, self.seed, task)[start:]
-        ramps = self.ramp and task == 0
-        sparsities = [self._sparsity(task, i, length) for i in (range(start, length) if ramps else [start])]
-        ranks = self.model.layout.ramp_ranks(sparsities, self.device)
-        return TaskWork(self.model, task, split, rows.to(self.device), ranks, optimizer, self.config.precision)
+    def _blocks(self, task: int, samples: int, start: int, length: int) -> Iterator[Block]:
+        """Sample numbers and kept ranks of the task's iterations from `start` on, a block of iterations at a time."""
+        for rows in batch_rows(samples, self.config.batch_size, length, self.seed, task, start):
+            ramps = self.ramp and task == 0
+            iterations = range(start, start + len(rows)) if ramps else [start]
+            sparsities = [self._sparsity(task, i, length) for i in iterations]
+            yield rows.to(self.device), self.model.layout.ramp_ranks(sparsities, self.device)
+            start += len(rows)
 
     def _sparsity(self, task: int, iteration: int, length: int) -> float:
         if self.ramp and task == 0:
@@ -368,14 +372,3 @@ def _folder(path: Path) -> Path:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def batch_rows(samples: int, batch_size: int, iterations: int, seed: int, task: int) -> Tensor:
-    """(iterations, batch_size) int64 sample numbers: one shuffled pass over the data after another.
-
-    A batch may span two passes. The order depends on seed and task alone, so a position in it is an iteration.
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + task) % 2**63)
-    passes = -(-iterations * batch_size // samples)
-    stream = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
-    return stream[: iterations * batch_size].view(iterations, batch_size)

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,22 @@ def test_a_step_that_waits_for_the_device_is_not_captured(monkeypatch):
     eager = work(waiting)
     list(steps(eager, False, said.append))
     assert_trained_the_same(ours, eager)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 5])
+def test_blocks_are_the_same_steps(monkeypatch, block):
+    """Blocks take each other's place in what a captured step reads, before, within and after the warm-up."""
+    FakeCuda(monkeypatch, "not on a CPU")
+    eager = work()
+    ramp = eager.model.layout.ramp_ranks([0, 10, 20, 30, 60, 90])
+    losses = [values["loss"].item() for values in steps(replace(eager, ranks=ramp), False, print)]
+    for graph in (False, True):
+        ours = work()
+        blocks = iter([(ours.rows[i : i + block].clone(), ramp[i : i + block].clone()) for i in range(0, 6, block)])
+        rows, ranks = next(blocks)
+        first = replace(ours, rows=rows, ranks=ranks)
+        assert [values["loss"].item() for values in steps(first, graph, print, blocks)] == losses
+        assert_trained_the_same(ours, eager)
 
 
 def test_batches_of_a_dataset_are_not_captured():
