@@ -1,4 +1,4 @@
-"""The command line `hypermask-fast`: train, evaluate, export, presets, env."""
+"""The command line `hypermask-fast`: train, evaluate, export, presets, settings, env."""
 
 import argparse
 import errno
@@ -16,7 +16,7 @@ from .data import SCENARIOS
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
-from .training import describe, evaluation, report, run
+from .training import describe, evaluation, explain, report, run
 from .training.config import RunConfig, load_preset, presets
 from .training.interrupt import Stopped, StopSignals
 from .training.logs import TerminalLog
@@ -152,9 +152,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
-        print(load_preset(arguments.name).to_toml(), end="")
+        print(explain.commented_toml(load_preset(arguments.name)), end="")
         return 0
     print(text_table([(name, describe.title(config)) for name, config in presets().items()], "<<", gap=2))
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    print(explain.listing(arguments.key))
     return 0
 
 
@@ -251,6 +256,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "presets", _presets, "what there is to train, or one preset's settings")
     command.add_argument("name", nargs="?", metavar="PRESET", help="show its settings, as a configuration file")
+    command = _command(commands, "settings", _settings, "every setting: its default, what it may be, and its meaning")
+    command.add_argument(
+        "key",
+        nargs="?",
+        default="",
+        metavar="KEY",
+        help="one setting, such as training.lr, or one table, such as method",
+    )
     _command(commands, "env", _env, "versions, devices, threads and backends")
     return parser
 
@@ -276,7 +289,7 @@ def _add_train(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change one setting, such as training.lr=0.01; may be repeated",
+        help=f"change one setting, such as training.lr=0.01; may be repeated; `{PROGRAM} settings` explains all",
     )
     command.add_argument("--resume", action="store_true", help="go on with the run in the folder")
 

@@ -22,7 +22,7 @@ class HypernetConfig:
     Attributes:
         embedding: size E of a task's embedding.
         hidden: widths of the hidden layers (ELU); the last one is H.
-        chunk_size: None for one dense output layer of N rows; C to generate the output in chunks of C entries.
+        chunk_size: entries that the output layer generates at a time, C of N, in chunks; without it (None) all N.
         chunk_embedding: size of a chunk's embedding, for a chunked hypernetwork.
 
     Raises:

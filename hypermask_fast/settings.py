@@ -50,9 +50,10 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of layers, each 1 .. WIDEST; `least` to DEEPEST of them."""
+    """Widths of layers, each 1 .. WIDEST; `least` to DEEPEST of them. unit: what a width counts."""
 
     least: int = 0
+    unit: str = "units"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Kind:
 
     @property
     def unit(self) -> str:
-        return self.limits.unit if isinstance(self.limits, Range) else ""
+        return getattr(self.limits, "unit", "")
 
     @property
     def text(self) -> str:
@@ -83,7 +84,7 @@ class Kind:
             case OneOf(words):
                 return f"{', '.join(words[:-1])} or {words[-1]}"
             case Widths(least):
-                return f"{'one or more ' if least else ''}positive widths"
+                return f"a list of {'one or more ' if least else ''}positive widths"
             case Range() if self.type is int:
                 return "a whole number, " + (f"{limits.low} or more" if limits.high == inf else _between(limits))
             case Range(0, above=True):

@@ -27,15 +27,15 @@ class DataConfig:
     """Where the tasks come from.
 
     Attributes:
-        scenario: a name of `data.SCENARIOS`, such as split-digits or split-mnist.
-        dir: the folder where its files lie.
+        scenario: which data, cut into which tasks.
+        dir: the folder where its files lie; `--data-dir` sets it.
         tasks: how many, the first ones; without it, all that the scenario has.
         validation: training samples of each task that are held out to validate; without it, the scenario's own number.
     """
 
     scenario: Annotated[str, Text()]
     dir: Annotated[str | None, Text(path=True, longest=4096)] = None
-    tasks: Annotated[int | None, Range(1)] = None
+    tasks: Annotated[int | None, Range(1, unit="tasks")] = None
     validation: Annotated[int | None, Range(0, unit="samples")] = None
 
 
@@ -71,13 +71,14 @@ class TrainingConfig:
         epochs: length of each task in passes over its training samples; this or iterations.
         keep: the "last" model of a task, or the one of "best" validation accuracy, which is measured every
             `validate_every` iterations, at each epoch's end and at the last iteration.
-        schedule: of the learning rate: "constant", or "plateau": ReduceLROnPlateau on validation accuracy per epoch.
+        schedule: how the learning rate goes: "constant", or "plateau": ReduceLROnPlateau on validation accuracy per
+            epoch.
         validate_every: how often validation accuracy is measured, where keep or schedule asks for it.
         log_every: how often the loss and its parts are logged; the only moments at which the loop waits for a GPU.
         checkpoint_every: how often a checkpoint is saved within a task; 0 for one at each task's end only.
         evaluation_batch: samples that are evaluated at once; it decides memory, and on some devices the last bits.
         precision: "float32", or "bf16" to train the target network under autocast.
-        gradient: of the hypernetwork's output layer: "auto", "factored" or "dense"; see `optim.Adam`.
+        gradient: how the hypernetwork's output layer, most of the model, is stepped; see `optim.Adam`.
         cuda_graph: whether, on a GPU, the training step is captured and replayed.
 
     Raises:
@@ -86,8 +87,8 @@ class TrainingConfig:
 
     lr: Annotated[float, Range(0, above=True)] = 1e-3
     batch_size: Annotated[int, Range(1, unit="samples")] = 128
-    iterations: Annotated[int | None, Range(1)] = None
-    epochs: Annotated[int | None, Range(1)] = None
+    iterations: Annotated[int | None, Range(1, unit="iterations")] = None
+    epochs: Annotated[int | None, Range(1, unit="epochs")] = None
     keep: Annotated[str, OneOf(("last", "best"))] = "last"
     schedule: Annotated[str, OneOf(("constant", "plateau"))] = "constant"
     validate_every: Annotated[int, Range(1, unit="iterations")] = 100
@@ -122,8 +123,8 @@ class RunConfig:
         hypernet: the network that makes the masks.
         method: the method's strengths.
         title: a name of one's own, shown before what is made from the settings.
-        seed: of weights, batches and augmentation.
-        fidelity: "official" as the authors' published code does it; "default" with its slips mended.
+        seed: decides initial weights, the order of samples and augmentation.
+        fidelity: whose method: "official" as the authors' published code does it; "default" with its slips mended.
 
     Raises:
         InputError: a value of another type or out of its range, or two that exclude each other.
@@ -269,8 +270,9 @@ def _build(cls: type, values: Any, where: str) -> Any:
     for key in values:
         if key not in fields:
             raise InputError(
-                f"unknown setting {shown(prefix + key)}{_meant(prefix + key)}; "
-                f"{where or 'the top level'} has {', '.join(fields)}"
+                f"unknown setting {shown(prefix + key)}{meant(prefix + key)}; "
+                f"{where or 'the top level'} has {', '.join(fields)}: `hypermask-fast settings"
+                f"{f' {where}' if where else ''}` explains them"
             )
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -307,7 +309,7 @@ def _without_none(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _meant(key: str) -> str:
+def meant(key: str) -> str:
     """A hint at the setting that an unknown one stands for: with its table left out or another, or misspelt."""
     known = setting_names()
     last = key.rpartition(".")[2]

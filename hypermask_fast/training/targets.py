@@ -21,7 +21,7 @@ class TargetConfig:
     """The network that is masked.
 
     Attributes:
-        name: mlp, resnet20 (CIFAR's ResNet of 20 layers) or zenkenet (the network of Zenke et al.).
+        name: its kind: mlp, resnet20 (CIFAR's ResNet of 20 layers) or zenkenet (the network of Zenke et al.).
         hidden: an mlp's widths of its hidden layers; none for a linear classifier.
         width: a resnet20's channels in its first stage, 16 or more; 16 k, with 2 and 4 times as many in the others.
     """
