@@ -147,11 +147,6 @@ def check_fields(owner: Any, table: str = "") -> None:
         kind.check(f"{table}.{name}" if table else name, getattr(owner, name))
 
 
-def check_whole(what: str, value: object, low: int, high: int | None = None) -> None:
-    """Raises InputError unless value is an int (bool is not), low .. high; high None is no upper limit."""
-    Kind(int, False, Range(low, inf if high is None else high)).check(what, value)
-
-
 @functools.cache
 def meanings(owner: type) -> dict[str, str]:
     """What a dataclass's docstring says of each field below "Attributes:"; one line each.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..settings import check_whole
+from .checks import check_whole
 from .items import stack_items
 from .scenario import PARTS, Scenario, TaskData, check_filled
 from .splits import DatasetSplit, Split, TensorSplit

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from ..settings import check_whole
+from .checks import check_whole
 from .scenario import Scenario, TaskData, hold_out_first, sample_shape, split_by_class
 from .sources import RawImages, read_cifar10, read_cifar100, read_digits, read_mnist, read_tiny_imagenet
 from .splits import TensorSplit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..settings import check_whole
+from .checks import check_whole
 from .splits import Split, TensorSplit
 from .transforms import UNIT_SCALE, Transform
 
