@@ -16,8 +16,8 @@ from .data import SCENARIOS
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
-from .training import describe, evaluation, explain, report, run
-from .training.config import RunConfig, load_preset, presets
+from .training import describe, evaluation, explain, report, resume, run
+from .training.config import CONFIG, RunConfig, load_preset, presets
 from .training.interrupt import Stopped, StopSignals
 from .training.logs import TerminalLog
 from .training.memory import tune_allocator
@@ -104,19 +104,24 @@ def _train(arguments: argparse.Namespace) -> int:
     preset = _preset(arguments.preset)
     run_dir = arguments.out or Path("runs") / Path(arguments.preset).stem
     asked = _asked_settings(arguments)
-    config = _resumed_config(run_dir, preset, asked) if arguments.resume else preset.with_values(asked)
+    config = resume.resumed_config(run_dir, preset, asked) if arguments.resume else preset.with_values(asked)
     if arguments.data_dir is not None:
         config = run.with_data_dir(config, arguments.data_dir)
     device = run.pick_device(arguments.device)
     title = f"{describe.title(config)}; {describe.details(config)}; {report.device_name(device)}"
-    terminal = TerminalLog(_task_count(config), title)
+    finished = arguments.resume and resume.is_finished(run_dir, config)
+    terminal = None if finished else TerminalLog(_task_count(config), title)
     with StopSignals() as signals:
         try:
             result = run.train(config, run_dir, device, arguments.resume, terminal, signals)
         except KeyboardInterrupt as error:
             where = f": {error}" if isinstance(error, Stopped) else ""
-            hint = "; the same command with --resume goes on" if (run_dir / run.CONFIG).is_file() else ""
+            hint = "; the same command with --resume goes on" if (run_dir / CONFIG).is_file() else ""
             return _interrupted(signals.number or signal.SIGINT, where + hint)
+    if finished:
+        average = report.summarize(result.matrix, result.baseline).average_accuracy
+        print(f"{run_dir} is finished, with an average accuracy of {average:.2f} %: {run_dir / report.METRICS}")
+        return 0
     print(report.text_matrix(result))
     rate = f", {_rate(result.steps / result.seconds)} steps per second" if result.seconds else ""
     print(f"\ntrained for {result.seconds:.1f} s{rate}\nresults in {run_dir} (picture: {report.MATRIX_PICTURE})")
@@ -189,22 +194,6 @@ def _asked_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if value is not None:
             asked[key] = value
     return asked
-
-
-def _resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> RunConfig:
-    """The run's own configuration; InputError where the command line contradicts it."""
-    stored = run.stored_config(run_dir)
-    expected = preset.with_values(asked)
-    kinds = [f"{config.data.scenario} with {config.target.name}" for config in (stored, expected)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"{run_dir} holds a run of another preset, {kinds[0]}, not {kinds[1]}")
-    for key, value in asked.items():
-        if stored.with_values({key: value}) != stored:
-            raise InputError(
-                f"{key}={value} contradicts the run in {run_dir}, whose {run.CONFIG} decides: leave it out, "
-                "or start a new run in another folder (--out)"
-            )
-    return stored
 
 
 def _task_count(config: RunConfig) -> int:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,6 +107,15 @@ def load(run_dir: Path, device: torch.device | str = "cpu") -> tuple[dict[str, T
         # The run has saved another checkpoint and removed this one.
 
 
+def state(run_dir: Path) -> dict[str, Any] | None:
+    """The state of the run's checkpoint without its tensors; None where the run has saved none.
+
+    Raises:
+        InputError: checkpoint.json is damaged.
+    """
+    return _read_manifest(run_dir / MANIFEST)["state"] if (run_dir / MANIFEST).exists() else None
+
+
 def _read_tensors(path: Path, digest: str, device: torch.device | str) -> dict[str, Tensor]:
     """The tensors of exactly the file that has the digest."""
     try:
@@ -172,9 +180,9 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _M
     model.load_state_dict(stored)
 
 
-def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]) -> None:
+def check_settings(run_dir: Path, *settings: str) -> None:
     """Raises InputError unless the checkpoint was saved under one of these settings, see `RunConfig.digest`."""
-    if state.get("settings") not in settings:
+    if (state(run_dir) or {}).get("settings") not in settings:
         raise InputError(
             f"the checkpoint in {run_dir} was saved under other settings than its config.toml has: restore that file, "
             "or start a new run in another folder"
@@ -183,10 +191,10 @@ def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]
 
 def load_model(run_dir: Path, model: nn.Module, *settings: str) -> int:
     """Loads the run's newest weights into `model`; returns how many tasks are learned to the end."""
-    tensors, state = load(run_dir)
+    tensors, found = load(run_dir)
     restore_model(model, tensors)
-    check_settings(run_dir, state, settings)
-    return state["task"]
+    check_settings(run_dir, *settings)
+    return found["task"]
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:

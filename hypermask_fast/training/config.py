@@ -21,6 +21,9 @@ from ..regularizers import FIDELITIES
 from ..settings import LARGEST, Kind, OneOf, Range, Text, check_fields, kinds, shown
 from .targets import TargetConfig
 
+CONFIG = "config.toml"  # of a run's folder
+LENGTHS = {"training.iterations", "training.epochs"}  # one of them is set
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -104,6 +107,11 @@ class TrainingConfig:
             raise InputError("training takes either iterations or epochs, one of the two")
         check_fields(self, "training")
 
+    @property
+    def validates(self) -> bool:
+        """Whether validation accuracy decides anything."""
+        return self.keep == "best" or self.schedule == "plateau"
+
     def length(self, samples: int) -> int:
         """Iterations of a task with that many training samples; an epoch's last, partial batch counts."""
         return self.iterations or (self.epochs or 0) * self.epoch_length(samples)
@@ -181,8 +189,20 @@ class RunConfig:
         return tomli_w.dumps(self.to_dict())
 
     def digest(self) -> str:
-        """SHA-256 of all settings but the title and where the data lie: equal for runs of equal numbers."""
-        return dataclasses.replace(self, title="").digest_with_title()
+        """SHA-256 of all settings that decide a number: equal for runs of equal numbers.
+
+        Not of the title, of where the data lie, and of how often the run logs and saves, nor of how often it would
+        validate where it never does.
+        """
+        usual, names = TrainingConfig(iterations=1), ["log_every", "checkpoint_every"]
+        if not self.training.validates:
+            names.append("validate_every")
+        training = dataclasses.replace(self.training, **{name: getattr(usual, name) for name in names})
+        return dataclasses.replace(self, title="", training=training).digest_with_title()
+
+    def digests(self) -> tuple[str, ...]:
+        """`digest`, and those of the same settings in checkpoints of earlier versions."""
+        return self.digest(), self.digest_with_title(), dataclasses.replace(self, title="").digest_with_title()
 
     def digest_with_title(self) -> str:
         """The digest as version 0.1.0 wrote it into checkpoints."""
@@ -195,9 +215,8 @@ class RunConfig:
         Setting one of training.iterations and training.epochs unsets the other.
         """
         values = self.to_dict()
-        lengths = {"training.iterations", "training.epochs"}
-        if len(lengths & assignments.keys()) == 1:
-            (unset,) = lengths - assignments.keys()
+        if len(LENGTHS & assignments.keys()) == 1:
+            (unset,) = LENGTHS - assignments.keys()
             values["training"].pop(unset.removeprefix("training."), None)
         for key, value in assignments.items():
             *tables, last = key.split(".")
@@ -214,6 +233,13 @@ class RunConfig:
 def tables() -> dict[str, Any]:
     """Name -> dataclass of every table of a `RunConfig`."""
     return {name: hint for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint)}
+
+
+def stored_config(run_dir: Path) -> RunConfig:
+    """The configuration that a run's folder holds. Raises InputError where it holds no run."""
+    if not (run_dir / CONFIG).is_file():
+        raise InputError(f"{run_dir} holds no run (no {CONFIG}): give a folder that `hypermask-fast train` has made")
+    return RunConfig.load(run_dir / CONFIG)
 
 
 def presets() -> dict[str, RunConfig]:

@@ -20,15 +20,16 @@ from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..model import HyperMask
 from . import checkpoint, report
-from .config import RunConfig
+from .config import CONFIG, RunConfig, stored_config
 from .files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
 from .needs import check_memory, lack_of_memory_told
+from .resume import accepted_settings
 from .targets import TargetConfig, build_target
 from .trainer import Result, Trainer
 
-CONFIG, LOG, TENSORBOARD = "config.toml", "log.csv", "tensorboard"
+LOG, TENSORBOARD = "log.csv", "tensorboard"
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,7 +84,7 @@ def train(
     """Trains a run to its end. Its folder gets config.toml, log.csv, checkpoints and, after each task, the reports.
 
     Args:
-        config: with resume, the run's own; see `stored_config`.
+        config: with resume, the run's own, see `stored_config`, or one that `resumed_config` allows.
         run_dir: a new or empty folder; with resume, the run's.
         device: where to train.
         resume: go on from the newest checkpoint, or from the beginning where the run was stopped before its first.
@@ -101,7 +102,8 @@ def train(
         if resume:
             stored_config(run_dir)
             lock.enter_context(taken(run_dir))
-            checkpoint.exists(run_dir)  # or was lost
+            if checkpoint.exists(run_dir):  # or was lost
+                checkpoint.check_settings(run_dir, *accepted_settings(run_dir, config))
         else:
             check_free(run_dir)
         loggers = Loggers([])
@@ -118,6 +120,8 @@ def train(
             remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
             if not resume:
                 write_atomic(run_dir / CONFIG, settings)
+            elif (kept := replace(config, data=stored_config(run_dir).data)) != stored_config(run_dir):
+                write_atomic(run_dir / CONFIG, kept.to_toml())
             loggers.loggers = tuple(_loggers(run_dir, resume, logger))
             with lack_of_memory_told(config, trainer.scenario):
                 return trainer.fit(resume=resume)
@@ -170,7 +174,7 @@ def _trainer(
         logger=loggers,
         on_task_end=on_task_end,
         stop=stop,
-        earlier_settings=[config.digest_with_title()],
+        earlier_settings=accepted_settings(run_dir, config),
     )
 
 
@@ -185,13 +189,6 @@ def check_free(run_dir: Path) -> None:
         raise InputError(f"{run_dir} is a file: a run needs a new or empty folder (--out)")
     if run_dir.is_dir() and any(not entry.name.startswith(".") for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty: a run needs a new or empty folder (--out)")
-
-
-def stored_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run's folder holds. Raises InputError where it holds no run."""
-    if not (run_dir / CONFIG).is_file():
-        raise InputError(f"{run_dir} holds no run (no {CONFIG}): give a folder that `hypermask-fast train` has made")
-    return RunConfig.load(run_dir / CONFIG)
 
 
 def load_run(
@@ -216,9 +213,9 @@ def load_run(
         config = with_data_dir(config, data_dir)
     scenario = read_scenario(config)
     model = build_model(config, scenario)
-    learned, settings = 0, (config.digest(), config.digest_with_title())
+    learned = 0
     if checkpoint.exists(run_dir):
-        learned = checkpoint.load_model(run_dir, model, *settings)
+        learned = checkpoint.load_model(run_dir, model, *accepted_settings(run_dir, config))
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)

@@ -102,8 +102,7 @@ class Trainer:
             raise InputError(f"Trainer takes a HyperMask model and a Scenario, not {kinds}")
         if len(scenario.tasks) > model.num_tasks:
             raise InputError(f"the scenario has {len(scenario.tasks)} tasks, the model only {model.num_tasks}")
-        self.validates = config.keep == "best" or config.schedule == "plateau"
-        if self.validates and any(len(task.validation) == 0 for task in scenario.tasks):
+        if config.validates and any(len(task.validation) == 0 for task in scenario.tasks):
             raise InputError("keep = best and schedule = plateau need validation data: set data.validation")
         self.device = torch.device(device)
         self.model = model.to(self.device)
@@ -234,7 +233,7 @@ class Trainer:
         self.logger.advance(1)
         logged = {}
         epoch = self.config.epoch_length(len(self.scenario.tasks[task].train))
-        if self.validates and (done % self.config.validate_every == 0 or done % epoch == 0 or done == length):
+        if self.config.validates and (done % self.config.validate_every == 0 or done % epoch == 0 or done == length):
             logged["validation_accuracy"] = self._validate(sparsity)
             if plateau is not None and done % epoch == 0:
                 plateau.step(logged["validation_accuracy"])
@@ -302,6 +301,7 @@ class Trainer:
         tensors |= {"result.matrix": self.result.matrix, "result.baseline": self.result.baseline}
         state: dict[str, Any] = {
             "settings": self.settings,
+            "length": {"iterations": self.config.iterations, "epochs": self.config.epochs},
             "task": at.task,
             "iteration": at.iteration,
             "best_accuracy": at.best_accuracy,
@@ -338,7 +338,7 @@ class Trainer:
                 f"the checkpoint in {run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
                 f"not {len(self.result.matrix)}"
             )
-        checkpoint.check_settings(run_dir, state, (self.settings, *self.earlier_settings))
+        checkpoint.check_settings(run_dir, self.settings, *self.earlier_settings)
         checkpoint.restore_generators(tensors, self.device)
         self.result = Result(
             tensors["result.matrix"].cpu(),
