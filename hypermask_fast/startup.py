@@ -28,9 +28,10 @@ def ready() -> None:
 
 
 def _tell_resumed() -> None:
-    """A run that goes on says so at once, before the seconds that importing PyTorch takes."""
-    with suppress(OSError, AttributeError):  # closed, or full
-        print("hypermask-fast: resuming; PyTorch is being loaded first", file=sys.stderr, flush=True)
+    """On a terminal a run that goes on says so at once, before the seconds that importing PyTorch takes."""
+    with suppress(OSError, AttributeError, ValueError):  # closed
+        if sys.stderr.isatty():
+            print("hypermask-fast: resuming; PyTorch is being loaded first", file=sys.stderr, flush=True)
 
 
 if _is_command() and "--resume" in sys.argv[1:] + sys.orig_argv:

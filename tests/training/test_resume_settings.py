@@ -163,15 +163,21 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     assert (shown.out, shown.err) == (told, "")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal as Unix has it")
 @pytest.mark.parametrize("arguments", [["train", "split-digits", "--resume"], ["train", "split-digits"]])
 def test_a_run_that_goes_on_says_so_before_pytorch_is_imported(tmp_path, arguments):
+    """On a terminal; where errors are read by a program, they stay alone."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import os; os._exit(7)")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"}
     command = [sys.executable, "-m", "hypermask_fast", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    said = "hypermask-fast: resuming; PyTorch is being loaded first\n" if "--resume" in arguments else ""
-    assert (done.returncode, done.stderr) == (7, said)
+    shown, terminal = os.openpty()
+    assert subprocess.run(command, stderr=terminal, env=environment).returncode == 7
+    os.write(terminal, b"end\n")
+    said = b"hypermask-fast: resuming; PyTorch is being loaded first\r\n" if "--resume" in arguments else b""
+    assert os.read(shown, 1000) == said + b"end\r\n"
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (7, b"")
 
 
 def test_presets_differ_in_what_the_digest_leaves_out_alone():
