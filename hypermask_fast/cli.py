@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, env, startup
-from .data import SCENARIOS
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
@@ -109,8 +108,9 @@ def _train(arguments: argparse.Namespace) -> int:
         config = run.with_data_dir(config, arguments.data_dir)
     device = run.pick_device(arguments.device)
     title = f"{describe.title(config)}; {describe.details(config)}; {report.device_name(device)}"
+    labels = describe.task_labels(config)
     finished = arguments.resume and resume.is_finished(run_dir, config)
-    terminal = None if finished else TerminalLog(_task_count(config), title)
+    terminal = None if finished else TerminalLog(len(labels), title, labels=labels)
     with StopSignals() as signals:
         try:
             result = run.train(config, run_dir, device, arguments.resume, terminal, signals)
@@ -144,7 +144,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         measured = evaluation.entropy_accuracy(model, scenario, batch)
         columns = {"task found %": measured.task.tolist(), "class found %": measured.label.tolist()}
-    print(_table([task.name for task in scenario.tasks], columns))
+    print(_table([scenario.label(t) for t in range(len(scenario.tasks))], columns))
     return 0
 
 
@@ -196,18 +196,12 @@ def _asked_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return asked
 
 
-def _task_count(config: RunConfig) -> int:
-    if config.data.scenario not in SCENARIOS:
-        return 0  # which reading the scenario will refuse
-    return config.data.tasks or SCENARIOS[config.data.scenario].tasks
-
-
 def _table(names: list[str], columns: dict[str, list[float]]) -> str:
     """Names and percentages side by side, with the columns' means."""
     rows = [*zip(names, *columns.values(), strict=True)]
     rows.append(("mean", *(sum(values) / len(values) for values in columns.values())))
     texts = [(name, *(f"{value:.2f}" for value in values)) for name, *values in rows]
-    return text_table([("task", *columns), *texts], "<" + ">" * len(columns), gap=3)
+    return text_table([("", *columns), *texts], "<" + ">" * len(columns), gap=3)
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def _trainer(
 
     def on_task_end(result: Result) -> None:
         report.write_reports(run_dir, config, result, device)
-        loggers.message(_after_task(result))
+        loggers.message(_after_task(result, scenario))
 
     return Trainer(
         model,
@@ -297,9 +297,10 @@ def _loggers(run_dir: Path, resume: bool, logger: Logger | None) -> list[Logger]
     return loggers if logger is None else [*loggers, logger]
 
 
-def _after_task(result: Result) -> str:
-    """ "after task 2: 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
+def _after_task(result: Result, scenario: Scenario) -> str:
+    """ "after task 1 (digits 2, 3): 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
     summary = report.summarize(result.matrix, result.baseline)
     row = result.matrix[summary.tasks_learned - 1, : summary.tasks_learned].tolist()
     accuracies = " ".join(f"{value:.1f}" for value in row)
-    return f"after task {summary.tasks_learned}: {accuracies} (average {summary.average_accuracy:.2f} %)"
+    last = scenario.label(summary.tasks_learned - 1)
+    return f"after {last}: {accuracies} (average {summary.average_accuracy:.2f} %)"

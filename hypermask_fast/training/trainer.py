@@ -263,7 +263,7 @@ class Trainer:
         split = self.scenario.tasks[task].train
         why = cause(split, values, self.model.drift, self.config.lr, self.config.evaluation_batch)
         seen = f" (finite until {self._finite})" if 0 < self._finite < done else ""
-        return InputError(f"{what} task {task}, iteration {done}{seen}: {why}{self._kept}")
+        return InputError(f"{what} {self.scenario.label(task)}, iteration {done}{seen}: {why}{self._kept}")
 
     def _validate(self, sparsity: float) -> float:
         """Validation accuracy now, percent; keeps a copy of the model where it is the task's best so far."""
@@ -324,10 +324,15 @@ class Trainer:
 
     def _stopped(self) -> Stopped:
         kept = "nothing is saved" if self.run_dir is None else "which is saved"
-        return Stopped(f"stopped at task {self._at.task}, iteration {self._at.iteration}, {kept}")
+        return Stopped(f"stopped at {self._place()}, {kept}")
 
     def _keeps(self) -> None:
-        self._kept = f"; the checkpoint of task {self._at.task}, iteration {self._at.iteration} is kept"
+        self._kept = f"; the checkpoint of {self._place()} is kept"
+
+    def _place(self) -> str:
+        task = self._at.task
+        label = self.scenario.label(task) if task < len(self.scenario.tasks) else f"task {task}"
+        return f"{label}, iteration {self._at.iteration}"
 
     def _restore(self, run_dir: Path) -> dict[str, Tensor]:
         """Goes to the checkpoint's position; returns its tensors where that is within a task."""
