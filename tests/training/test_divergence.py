@@ -74,15 +74,12 @@ def test_the_good_checkpoint_is_kept(tmp_path, monkeypatch, at_step, looks):
     kept = iteration // 3 * 3  # of the step before the weights broke
     due = (iteration + 1) % 3 == 0 or iteration + 1 == 40
     assert_finite_checkpoint(tmp_path, task, kept)
-    assert told.endswith(f"; the checkpoint of task {task} (blobs {task}), iteration {kept} is kept")
+    where = f"task {task} (blobs {task})"
+    assert told.endswith(f"; the checkpoint of {where}, iteration {kept} is kept")
     if due:  # seen before they are saved, whatever the loss was
-        assert told.startswith(
-            f"the weights are not finite after task {task} (blobs {task}), iteration {iteration + 1}"
-        )
+        assert told.startswith(f"the weights are not finite after {where}, iteration {iteration + 1}")
     elif looks:
-        assert told.startswith(
-            f"the loss is nan at task {task} (blobs {task}), iteration {iteration + 2} (finite until "
-        )
+        assert told.startswith(f"the loss is nan at {where}, iteration {iteration + 2} (finite until ")
     whole = trainer()
     whole.fit()
     resumed = trainer(tmp_path)
