@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -23,7 +24,7 @@ class TaskWork:
     """All that the steps of one task need, or a block of them.
 
     Attributes:
-        split: the training data; rows: (steps, batch) int64 sample numbers of each step.
+        split: the training data; rows: (steps, batch) int64 sample numbers of each step, where the split reads them.
         ranks: (steps, S) int64 kept ranks of each step (a sparsity ramp), or (1, S) for all.
         precision: "float32", or "bf16" to run the target network under autocast; thresholds, drifts and the
             optimiser stay in float32.
@@ -61,7 +62,7 @@ class TaskWork:
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.rows.device.type, torch.bfloat16)
+        return torch.autocast(self.split.device.type, torch.bfloat16)
 
 
 Block = tuple[Tensor, Tensor]  # rows and ranks, as `TaskWork` has them
@@ -84,10 +85,18 @@ def steps(work: TaskWork, graph: bool, say: Callable[[str], None], more: Iterabl
 
 
 def _eager(work: TaskWork, more: Iterable[Block]) -> Iterator[Values]:
-    for rows, ranks in chain([(work.rows, work.ranks)], more):
-        last = len(ranks) - 1
-        for i, (x, y) in enumerate(work.split.batches(rows, train=True)):
-            yield work.step(x, y, ranks[min(i, last)])
+    """All blocks by one call of the split, whose workers may read ahead and draw their seed once."""
+    waiting: deque[Tensor] = deque()  # ranks of the rows that were asked for
+
+    def rows_in_turn() -> Iterator[Tensor]:
+        for rows, ranks in chain([(work.rows, work.ranks)], more):
+            last = len(ranks) - 1
+            for i, row in enumerate(rows):
+                waiting.append(ranks[min(i, last)])
+                yield row
+
+    for x, y in work.split.batches(rows_in_turn(), train=True):
+        yield work.step(x, y, waiting.popleft())
 
 
 def _graphed(work: TaskWork, say: Callable[[str], None], more: Iterable[Block]) -> Iterator[Values]:

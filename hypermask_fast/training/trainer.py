@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..data import Scenario
+from ..data import Scenario, Split, TensorSplit
 from ..errors import InputError
 from ..model import HyperMask
 from ..optim import Adam
@@ -176,7 +176,7 @@ class Trainer:
             self.model.begin_task(task)
         self._finite = start
         self.logger.begin_task(task, length, start)
-        blocks = self._blocks(task, len(split), start, length)
+        blocks = self._blocks(task, split, start, length)
         rows, ranks = next(blocks)
         work = TaskWork(self.model, task, split, rows, ranks, optimizer, self.config.precision)
         graph = self.config.cuda_graph and self.device.type == "cuda"
@@ -206,13 +206,14 @@ class Trainer:
         lr = torch.tensor(self.config.lr, device=self.device) if on_gpu else self.config.lr
         return Adam(self.model, lr, gradient=self.config.gradient, exact_loss=False, capturable=on_gpu)
 
-    def _blocks(self, task: int, samples: int, start: int, length: int) -> Iterator[Block]:
+    def _blocks(self, task: int, split: Split, start: int, length: int) -> Iterator[Block]:
         """Sample numbers and kept ranks of the task's iterations from `start` on, a block of iterations at a time."""
-        for rows in batch_rows(samples, self.config.batch_size, length, self.seed, task, start):
+        reads_on = self.device if isinstance(split, TensorSplit) else "cpu"
+        for rows in batch_rows(len(split), self.config.batch_size, length, self.seed, task, start):
             ramps = self.ramp and task == 0
             iterations = range(start, start + len(rows)) if ramps else [start]
             sparsities = [self._sparsity(task, i, length) for i in iterations]
-            yield rows.to(self.device), self.model.layout.ramp_ranks(sparsities, self.device)
+            yield rows.to(reads_on), self.model.layout.ramp_ranks(sparsities, self.device)
             start += len(rows)
 
     def _sparsity(self, task: int, iteration: int, length: int) -> float:

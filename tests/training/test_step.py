@@ -56,6 +56,14 @@ class Waiting(nn.Module):
         return x
 
 
+class RandomItems(torch.utils.data.Dataset):
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, i):
+        return torch.randn(8), i % 2
+
+
 def work(*layers):
     """Six steps of ten samples, and the model they train."""
     torch.manual_seed(0)
@@ -115,6 +123,25 @@ def test_batches_of_a_dataset_are_not_captured():
     task = TaskWork(ours.model, 0, split, ours.rows, ours.ranks, ours.optimizer, "float32")
     assert len(list(steps(task, True, said.append))) == 6
     assert said == ["training without a CUDA graph: batches come from a Dataset, read on the host"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataset_is_read_by_one_call_for_all_blocks(num_workers):
+    """Its workers draw one seed per call: more calls would be other numbers."""
+    ours, losses = work(), []
+    for block in (6, 2):
+        ours, dataset = work(), RandomItems()
+        split = hmf.data.from_datasets([(dataset,) * 3], in_memory=False, num_workers=num_workers).tasks[0].train
+        blocks = iter([(rows, ours.ranks) for rows in ours.rows.split(block)])
+        rows, ranks = next(blocks)
+        torch.manual_seed(1)
+        losses.append(
+            [
+                values["loss"].item()
+                for values in steps(replace(ours, split=split, rows=rows, ranks=ranks), False, print, blocks)
+            ]
+        )
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
