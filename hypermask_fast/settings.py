@@ -27,7 +27,7 @@ from .errors import InputError
 
 LARGEST = 2**63 - 1  # of TOML's integers and PyTorch's
 WIDEST = 10**7  # units of a layer: two such layers have fewer weights than an int64 counts
-DEEPEST = 1000  # layers
+DEEPEST = 100  # layers
 _LONGEST = 100  # characters of a wrong value that a message shows
 
 
