@@ -1,4 +1,4 @@
-"""The command line `hypermask-fast`: train, evaluate, export, presets, settings, env."""
+"""The command line `hypermask-fast`: data, train, evaluate, export, presets, settings, env."""
 
 import argparse
 import errno
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, env, startup
+from .data import SCENARIOS
+from .data.download import DOWNLOADS, download
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
 from .training import describe, evaluation, explain, report, resume, run
 from .training.config import CONFIG, RunConfig, load_preset, presets
 from .training.interrupt import Stopped, StopSignals
-from .training.logs import TerminalLog
+from .training.logs import DownloadProgress, TerminalLog
 from .training.memory import tune_allocator
 from .training.tables import text_table
 
@@ -168,6 +170,23 @@ def _settings(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _data(arguments: argparse.Namespace) -> int:
+    name = arguments.dataset
+    if name in SCENARIOS:
+        name = SCENARIOS[name].dataset
+        if name is None:
+            print(f"{arguments.dataset} needs no files")
+            return 0
+    elif name not in DOWNLOADS:
+        raise InputError(f"no data set {name!r}: there are {', '.join(DOWNLOADS)}, and the names of scenarios")
+    shown = DownloadProgress()
+    if not download(name, arguments.to, arguments.mirror, shown.message, shown.progress):
+        print(f"{name} is in {arguments.to} already: nothing to download")
+    else:
+        print(f"train with --data-dir {arguments.to}")
+    return 0
+
+
 def _env(arguments: argparse.Namespace) -> int:
     print(env.report())
     return 0
@@ -219,6 +238,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+
+    command = _command(commands, "data", _data, "download a data set, with checksums")
+    command.add_argument("dataset", metavar="DATASET", help=f"{', '.join(DOWNLOADS)}, or what is trained on it")
+    command.add_argument("--to", type=Path, required=True, metavar="DIR", help="where it goes: for train's --data-dir")
+    command.add_argument("--mirror", metavar="URL", help="download from here, files of the same names and checksums")
 
     command = _command(commands, "evaluate", _evaluate, "accuracy of a run's model on the tasks it has learned")
     command.add_argument("dir", type=Path, metavar="DIR", help="the run's folder")

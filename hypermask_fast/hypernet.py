@@ -178,6 +178,10 @@ class HyperNetwork(nn.Module):
             targets = torch.cat([self.logits(row[None]) for row in hidden])
         return (targets,)
 
+    def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of `drift_targets`."""
+        return ((task, self.size),)
+
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.
 
@@ -257,6 +261,10 @@ class ChunkedHyperNetwork(HyperNetwork):
     def drift_targets(self, task: int) -> tuple[Tensor, ...]:
         """The output layer and its inputs as of now: smaller than the logits, and all that `output_drift` needs."""
         return (self.earlier_hidden(task), self.output.weight.clone(), self.output.bias.clone())
+
+    def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
+        weight = self.output.weight.shape
+        return ((task, len(self.chunk_embeddings), weight[1]), tuple(weight), (weight[0],))
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from ..errors import InputError
 from .checks import check_whole
 from .scenario import Scenario, TaskData, hold_out_first, sample_shape, split_by_class
-from .sources import RawImages, read_cifar10, read_cifar100, read_digits, read_mnist, read_tiny_imagenet
+from .sources import MissingFiles, RawImages, read_cifar10, read_cifar100, read_digits, read_mnist, read_tiny_imagenet
 from .splits import TensorSplit
 from .transforms import Compose, HorizontalFlip, Normalize, PadCrop, PermutePixels, Scale, Transform
 
@@ -32,6 +33,7 @@ class ScenarioInfo:
         names: of its tasks, for people.
         validation: default size of each task's validation set.
         files: what data_dir must hold; None where no files are needed.
+        dataset: what `download` calls these files; None where none are needed.
         build: (name, data_dir, seed, validation, tasks) to the scenario; data_dir is not looked at without files.
     """
 
@@ -42,6 +44,7 @@ class ScenarioInfo:
     validation: int
     files: str | None
     build: Callable[[str, Path, int, int, int], Scenario]
+    dataset: str | None = None
 
 
 def load_scenario(
@@ -77,8 +80,15 @@ def load_scenario(
     check_whole("validation", validation, 0)
     check_whole("seed", seed, 0, 2**63 - 1)
     if info.files is not None and data_dir is None:
-        raise InputError(f"{name} needs its data: give the folder (--data-dir) that holds {info.files}")
-    return _named(info.build(name, Path(data_dir or "."), seed, validation, tasks), info.names)
+        raise InputError(
+            f"{name} needs its data: give the folder (--data-dir) that holds {info.files}; "
+            f"`hypermask-fast data {info.dataset} --to DIR` downloads them"
+        )
+    try:
+        return _named(info.build(name, Path(data_dir or "."), seed, validation, tasks), info.names)
+    except MissingFiles as error:
+        command = shlex.join(["hypermask-fast", "data", str(info.dataset), "--to", str(data_dir)])
+        raise InputError(f"{error}; `{command}` downloads it") from error
 
 
 def _named(scenario: Scenario, names: Sequence[str]) -> Scenario:
@@ -169,6 +179,7 @@ SCENARIOS: dict[str, ScenarioInfo] = {
         validation=1000,
         files=_MNIST_FILES,
         build=_by_class(lambda path, _n: read_mnist(path), 2, Normalize((0.1307,), (0.3081,)), PadCrop(28, 4)),
+        dataset="mnist",
     ),
     "permuted-mnist": ScenarioInfo(
         "MNIST padded to 1024 pixels, another order of them in each task",
@@ -178,6 +189,7 @@ SCENARIOS: dict[str, ScenarioInfo] = {
         validation=5000,
         files=_MNIST_FILES,
         build=_permuted_mnist,
+        dataset="mnist",
     ),
     "split-cifar10": ScenarioInfo(
         "CIFAR-10, two classes a task, normalised, random crops and flips",
@@ -187,6 +199,7 @@ SCENARIOS: dict[str, ScenarioInfo] = {
         validation=500,
         files=_CIFAR10_FILES,
         build=_by_class(lambda path, _n: read_cifar10(path), 2, _RGB, _CIFAR_AUGMENT),
+        dataset="cifar10",
     ),
     "split-cifar100": ScenarioInfo(
         "CIFAR-100, ten classes a task, normalised, random crops and flips",
@@ -196,6 +209,7 @@ SCENARIOS: dict[str, ScenarioInfo] = {
         validation=500,
         files=_CIFAR100_FILES,
         build=_by_class(lambda path, _n: read_cifar100(path), 10, _RGB, _CIFAR_AUGMENT),
+        dataset="cifar100",
     ),
     "cifar100-5x20": ScenarioInfo(
         "CIFAR-100, twenty classes a task in FeCAM's order",
@@ -205,6 +219,7 @@ SCENARIOS: dict[str, ScenarioInfo] = {
         validation=500,
         files=_CIFAR100_FILES,
         build=_by_class(lambda path, _n: read_cifar100(path), 20, _RGB, _CIFAR_AUGMENT, _FECAM_ORDER),
+        dataset="cifar100",
     ),
     "tiny-imagenet": ScenarioInfo(
         "Tiny ImageNet, five classes a task in wnids.txt's order",
@@ -214,5 +229,6 @@ SCENARIOS: dict[str, ScenarioInfo] = {
         validation=250,
         files=_TINY_FILES,
         build=_by_class(read_tiny_imagenet, 5, _RGB, Compose(HorizontalFlip(), PadCrop(64, 4))),
+        dataset="tiny-imagenet",
     ),
 }

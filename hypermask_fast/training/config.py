@@ -23,6 +23,9 @@ from .targets import TargetConfig
 
 CONFIG = "config.toml"  # of a run's folder
 LENGTHS = {"training.iterations", "training.epochs"}  # one of them is set
+# Of schedule = plateau: the learning rate is multiplied by FACTOR after more than PATIENCE epochs without a better
+# validation accuracy, down to LOWEST.
+PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LOWEST = 0.1**0.5, 5, 5e-7
 
 
 @dataclass(frozen=True)

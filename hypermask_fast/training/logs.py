@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -99,6 +100,34 @@ def _is_upto(line: str, position: tuple[int, int]) -> bool:
     if len(cells) != len(COLUMNS) or not (cells[0].isdecimal() and cells[1].isdecimal()):
         return False
     return (int(cells[0]), int(cells[1])) <= position
+
+
+class DownloadProgress:
+    """How far a download is, on standard error: a line that moves on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+        self._moves = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._told = time.monotonic()
+
+    def message(self, text: str) -> None:
+        with suppress(OSError):
+            print(f"\r\x1b[K{text}" if self._moves else text, file=self.stream, flush=True)
+
+    def progress(self, what: str, done: int, size: int) -> None:
+        """So many bytes, or files, of so many are done."""
+        now = time.monotonic()
+        if now - self._told < (0.1 if self._moves else 10) and done < size:
+            return
+        self._told = now
+        text = f"{what}: {100 * done // size} % of {size / 1e6:.1f} MB" if size > 1e6 else f"{what}: {done} of {size}"
+        with suppress(OSError):
+            print(
+                f"\r\x1b[K{text}" if self._moves else text,
+                end="" if self._moves else "\n",
+                file=self.stream,
+                flush=True,
+            )
 
 
 class TerminalLog:

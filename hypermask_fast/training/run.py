@@ -19,7 +19,7 @@ from torch import nn
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..model import HyperMask
-from . import checkpoint, report
+from . import checkpoint, report, stored
 from .config import CONFIG, RunConfig, stored_config
 from .files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
@@ -103,7 +103,7 @@ def train(
             stored_config(run_dir)
             lock.enter_context(taken(run_dir))
             if checkpoint.exists(run_dir):  # or was lost
-                checkpoint.check_settings(run_dir, *accepted_settings(run_dir, config))
+                checkpoint.check_settings(run_dir, checkpoint.state(run_dir) or {}, accepted_settings(run_dir, config))
         else:
             check_free(run_dir)
         loggers = Loggers([])
@@ -215,7 +215,13 @@ def load_run(
     model = build_model(config, scenario)
     learned = 0
     if checkpoint.exists(run_dir):
-        learned = checkpoint.load_model(run_dir, model, *accepted_settings(run_dir, config))
+        tasks = scenario.tasks
+        samples = None if data_dir is not None else [len(task.train) for task in tasks]
+        tensors, state = stored.load(
+            run_dir, model, len(tasks), config.training, accepted_settings(run_dir, config), samples
+        )
+        checkpoint.restore_model(model, tensors)
+        learned = state["task"]
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)

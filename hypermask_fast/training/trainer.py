@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..model import HyperMask
 from ..optim import Adam
 from ..regularizers import Anchor
-from . import checkpoint
-from .config import TrainingConfig
+from . import checkpoint, stored
+from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
 from .files import writing
@@ -278,7 +278,9 @@ class Trainer:
     def _plateau(self, optimizer: Adam) -> ReduceLROnPlateau | None:
         if self.config.schedule == "constant":
             return None
-        return ReduceLROnPlateau(optimizer, mode="max", factor=0.1**0.5, patience=5, min_lr=5e-7)
+        return ReduceLROnPlateau(
+            optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE, min_lr=PLATEAU_LOWEST
+        )
 
     def _test_accuracies(self) -> Tensor:
         values = [
@@ -316,8 +318,9 @@ class Trainer:
             assert anchor is not None, "begin_task made it"
             tensors["anchor.weights"] = anchor.weights
             tensors |= {f"anchor.targets.{i}": target for i, target in enumerate(anchor.targets)}
-            tensors |= {f"best.{name}": tensor for name, tensor in at.best_model.items()}
+            tensors |= {checkpoint.BEST + name: tensor for name, tensor in at.best_model.items()}
             state["lr"] = float(optimizer.param_groups[0]["lr"])
+            state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
@@ -337,14 +340,10 @@ class Trainer:
 
     def _restore(self, run_dir: Path) -> dict[str, Tensor]:
         """Goes to the checkpoint's position; returns its tensors where that is within a task."""
-        tensors, state = checkpoint.load(run_dir, self.device)
+        tasks = self.scenario.tasks
+        samples, settings = [len(task.train) for task in tasks], (self.settings, *self.earlier_settings)
+        tensors, state = stored.load(run_dir, self.model, len(tasks), self.config, settings, samples, self.device)
         checkpoint.restore_model(self.model, tensors)
-        if tensors["result.matrix"].shape != self.result.matrix.shape:
-            raise InputError(
-                f"the checkpoint in {run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
-                f"not {len(self.result.matrix)}"
-            )
-        checkpoint.check_settings(run_dir, self.settings, *self.earlier_settings)
         checkpoint.restore_generators(tensors, self.device)
         self.result = Result(
             tensors["result.matrix"].cpu(),
@@ -353,7 +352,8 @@ class Trainer:
             state["steps"],
             state["peak_memory"],
         )
-        best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
+        prefix = checkpoint.BEST
+        best = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], best)
         self._restored_state = state
         self._keeps()

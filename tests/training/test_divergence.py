@@ -56,7 +56,7 @@ def break_the_weights(monkeypatch, at_step: int) -> None:
 
 
 def assert_finite_checkpoint(run_dir, task: int, iteration: int) -> None:
-    tensors, state = checkpoint.load(run_dir)
+    tensors, state, _ = checkpoint.load(run_dir)
     assert (state["task"], state["iteration"]) == (task, iteration)
     weights = [tensor for name, tensor in tensors.items() if name.startswith(("model.", "optimizer."))]
     assert all(tensor.isfinite().all() for tensor in weights if tensor.is_floating_point())
