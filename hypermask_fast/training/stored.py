@@ -86,7 +86,7 @@ class _Check:
         for name in sorted(own.keys() | stored):
             if name not in stored or name not in own:
                 where = "the checkpoint" if name not in stored else "this network"
-                raise InputError(f"{self.file} is of another network: {_shown(name)} is not in {where}")
+                raise InputError(f"{self.file} is of another network: {_named(name)} is not in {where}")
             there, here = self.tensors[prefix + name], own[name]
             if there.shape != here.shape or there.dtype != here.dtype:
                 raise InputError(
@@ -318,6 +318,11 @@ def _is_number(value: Any) -> bool:
 def _shown(value: object) -> str:
     """At most a few dozen characters, in one line."""
     return reprlib.repr(value)
+
+
+def _named(name: str) -> str:
+    """A tensor's name, which a file may have made up."""
+    return name if name.isprintable() and len(name) < 100 else _shown(name)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hypermask_fast.training import logs
 from hypermask_fast.training.logs import COLUMNS, CsvLog, Loggers, TensorBoardLog, TerminalLog
 
 STEPS = [(task, iteration) for task in range(2) for iteration in (10, 20, 30)]
@@ -210,3 +211,25 @@ def test_tensorboard_gets_a_run_per_task(tmp_path, monkeypatch):
     assert [writer.purge_step for writer in made] == [11, 1]
     assert made[0].scalars == [("loss", 1.5, 20)]
     assert not any(writer.open for writer in made)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_of_a_download(monkeypatch, terminal):
+    """A line that moves on a terminal; elsewhere lines, ten seconds apart, and the last one always."""
+    stream, now = io.StringIO(), [0.0]
+    stream.isatty = lambda: terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(logs.sys, "stderr", stream)
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    shown = logs.DownloadProgress()
+    shown.message("downloading a")
+    for second in range(21):
+        now[0] = float(second)
+        shown.progress("a", second * 10**6, 20 * 10**6)
+    lines = ["downloading a", "a: 50 % of 20.0 MB", "a: 100 % of 20.0 MB"]
+    if terminal:
+        lines[1:1] = [f"a: {5 * second} % of 20.0 MB" for second in range(1, 10)]
+        lines[-1:] = [f"a: {5 * second} % of 20.0 MB" for second in range(11, 21)]
+        assert stream.getvalue() == "".join(f"\r\x1b[K{line}" for line in lines).replace("ng a", "ng a\n", 1)
+    else:
+        assert stream.getvalue() == "".join(f"{line}\n" for line in lines)
