@@ -1,4 +1,4 @@
-"""The command line `hypermask-fast`: data, train, evaluate, export, presets, env."""
+"""The command line `hypermask-fast`: data, train, evaluate, export, presets, settings, env."""
 
 import argparse
 import errno
@@ -17,8 +17,8 @@ from .data.download import DOWNLOADS, download
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
-from .training import describe, evaluation, report, run
-from .training.config import RunConfig, load_preset, presets
+from .training import describe, evaluation, explain, report, resume, run
+from .training.config import CONFIG, RunConfig, load_preset, presets
 from .training.interrupt import Stopped, StopSignals
 from .training.logs import DownloadProgress
 from .training.memory import tune_allocator
@@ -77,7 +77,7 @@ def _check_packages() -> None:
 
 
 def _refuse(message: str) -> int:
-    _tell(f"error: {message}")
+    _tell("error: " + message.replace("\n", "\\n"))  # of a path
     return EXIT_INPUT
 
 
@@ -105,17 +105,22 @@ def _train(arguments: argparse.Namespace) -> int:
     preset = _preset(arguments.preset)
     run_dir = arguments.out or Path("runs") / Path(arguments.preset).stem
     asked = _asked_settings(arguments)
-    config = _resumed_config(run_dir, preset, asked) if arguments.resume else preset.with_values(asked)
+    config = resume.resumed_config(run_dir, preset, asked) if arguments.resume else preset.with_values(asked)
     if arguments.data_dir is not None:
         config = run.with_data_dir(config, arguments.data_dir)
     device = run.pick_device(arguments.device)
+    finished = arguments.resume and resume.is_finished(run_dir, config)
     with StopSignals() as signals:
         try:
-            result = run.train(config, run_dir, device, arguments.resume, stop=signals, progress=True)
+            result = run.train(config, run_dir, device, arguments.resume, stop=signals, progress=not finished)
         except KeyboardInterrupt as error:
             where = f": {error}" if isinstance(error, Stopped) else ""
-            hint = "; the same command with --resume goes on" if (run_dir / run.CONFIG).is_file() else ""
+            hint = "; the same command with --resume goes on" if (run_dir / CONFIG).is_file() else ""
             return _interrupted(signals.number or signal.SIGINT, where + hint)
+    if finished:
+        average = report.summarize(result.matrix, result.baseline).average_accuracy
+        print(f"{run_dir} is finished, with an average accuracy of {average:.2f} %: {run_dir / report.METRICS}")
+        return 0
     print(result)
     rate = f", {_rate(result.steps / result.seconds)} steps per second" if result.seconds else ""
     print(f"\ntrained for {result.seconds:.1f} s{rate}\nresults in {run_dir} (picture: {report.MATRIX_PICTURE})")
@@ -138,7 +143,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         measured = evaluation.entropy_accuracy(model, scenario, batch)
         columns = {"task found %": measured.task.tolist(), "class found %": measured.label.tolist()}
-    print(_table([task.name for task in scenario.tasks], columns))
+    print(_table([scenario.label(t) for t in range(len(scenario.tasks))], columns))
     return 0
 
 
@@ -151,9 +156,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
-        print(load_preset(arguments.name).to_toml(), end="")
+        print(explain.commented_toml(load_preset(arguments.name)), end="")
         return 0
     print(text_table([(name, describe.title(config)) for name, config in presets().items()], "<<", gap=2))
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    print(explain.listing(arguments.key))
     return 0
 
 
@@ -202,28 +212,12 @@ def _asked_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return asked
 
 
-def _resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> RunConfig:
-    """The run's own configuration; InputError where the command line contradicts it."""
-    stored = run.stored_config(run_dir)
-    expected = preset.with_values(asked)
-    kinds = [f"{config.data.scenario} with {config.target.name}" for config in (stored, expected)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"{run_dir} holds a run of another preset, {kinds[0]}, not {kinds[1]}")
-    for key, value in asked.items():
-        if stored.with_values({key: value}) != stored:
-            raise InputError(
-                f"{key}={value} contradicts the run in {run_dir}, whose {run.CONFIG} decides: leave it out, "
-                "or start a new run in another folder (--out)"
-            )
-    return stored
-
-
 def _table(names: list[str], columns: dict[str, list[float]]) -> str:
     """Names and percentages side by side, with the columns' means."""
     rows = [*zip(names, *columns.values(), strict=True)]
     rows.append(("mean", *(sum(values) / len(values) for values in columns.values())))
     texts = [(name, *(f"{value:.2f}" for value in values)) for name, *values in rows]
-    return text_table([("task", *columns), *texts], "<" + ">" * len(columns), gap=3)
+    return text_table([("", *columns), *texts], "<" + ">" * len(columns), gap=3)
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
@@ -266,6 +260,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "presets", _presets, "what there is to train, or one preset's settings")
     command.add_argument("name", nargs="?", metavar="PRESET", help="show its settings, as a configuration file")
+    command = _command(commands, "settings", _settings, "every setting: its default, what it may be, and its meaning")
+    command.add_argument(
+        "key",
+        nargs="?",
+        default="",
+        metavar="KEY",
+        help="one setting, such as training.lr, or one table, such as method",
+    )
     _command(commands, "env", _env, "versions, devices, threads and backends")
     return parser
 
@@ -291,7 +293,7 @@ def _add_train(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change one setting, such as training.lr=0.01; may be repeated",
+        help=f"change one setting, such as training.lr=0.01; may be repeated; `{PROGRAM} settings` explains all",
     )
     command.add_argument("--resume", action="store_true", help="go on with the run in the folder")
 

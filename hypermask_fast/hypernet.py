@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import InputError
+from .settings import WIDEST, Range, Widths, check_fields
 
 
 @dataclass(frozen=True)
@@ -21,36 +22,28 @@ class HypernetConfig:
     Attributes:
         embedding: size E of a task's embedding.
         hidden: widths of the hidden layers (ELU); the last one is H.
-        chunk_size: None for one dense output layer of N rows; C to generate the output in chunks of C entries.
+        chunk_size: entries that the output layer generates at a time, C of N, in chunks; without it (None) all N.
         chunk_embedding: size of a chunk's embedding, for a chunked hypernetwork.
+
+    Raises:
+        InputError: a size that is no positive integer, or beyond any machine.
     """
 
-    embedding: int = 48
-    hidden: tuple[int, ...] = (100,)
-    chunk_size: int | None = None
-    chunk_embedding: int = 8
+    embedding: Annotated[int, Range(1, WIDEST, unit="numbers")] = 48
+    hidden: Annotated[tuple[int, ...], Widths(1)] = (100,)
+    chunk_size: Annotated[int | None, Range(1, unit="mask entries")] = None
+    chunk_embedding: Annotated[int, Range(1, WIDEST, unit="numbers")] = 8
 
     def __post_init__(self) -> None:
         hidden = self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,)
         object.__setattr__(self, "hidden", tuple(hidden))
-        for name in ("embedding", "chunk_embedding", "chunk_size"):
-            value = getattr(self, name)
-            if name == "chunk_size" and value is None:
-                continue
-            if not _is_size(value):
-                raise InputError(f"hypernetwork {name} must be a positive integer, not {value!r}")
-        if not self.hidden or not all(_is_size(width) for width in self.hidden):
-            raise InputError(f"hypernetwork hidden must list one or more positive widths, not {self.hidden!r}")
+        check_fields(self, "hypernetwork")
 
     def build(self, size: int, num_tasks: int) -> "HyperNetwork":
         """The hypernetwork of this shape for `size` entries and `num_tasks` tasks."""
         if self.chunk_size is None:
             return HyperNetwork(size, num_tasks, self.embedding, self.hidden)
         return ChunkedHyperNetwork(size, num_tasks, self.chunk_size, self.embedding, self.chunk_embedding, self.hidden)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 _FEW_ROWS, _FEW_PRODUCTS = 64, 1 << 22
@@ -138,7 +131,7 @@ class HyperNetwork(nn.Module):
     def _build(
         self, size: int, num_tasks: int, embedding: int, inputs: int, hidden: tuple[int, ...], rows: int
     ) -> None:
-        if not _is_size(num_tasks):
+        if not isinstance(num_tasks, int) or isinstance(num_tasks, bool) or num_tasks < 1:
             raise InputError(f"num_tasks must be a positive integer, not {num_tasks!r}")
         self.size = size
         self.embeddings = nn.ParameterList(nn.Parameter(torch.randn(embedding)) for _ in range(num_tasks))

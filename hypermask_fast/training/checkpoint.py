@@ -12,6 +12,7 @@ import re
 import shutil
 import textwrap
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -120,6 +121,15 @@ def load(run_dir: Path, device: torch.device | str = "cpu") -> Checkpoint:
         # The run has saved another checkpoint and removed this one.
 
 
+def state(run_dir: Path) -> dict[str, Any] | None:
+    """The state of the run's checkpoint without its tensors; None where the run has saved none.
+
+    Raises:
+        InputError: checkpoint.json is damaged.
+    """
+    return _read_manifest(run_dir / MANIFEST)["state"] if (run_dir / MANIFEST).exists() else None
+
+
 def _read_tensors(path: Path, digest: str, device: torch.device | str) -> dict[str, Tensor]:
     """The tensors of exactly the file that has the digest."""
     try:
@@ -189,6 +199,15 @@ def warn_of_threads(state: dict[str, Any]) -> None:
 def model_settings(model: HyperMask) -> dict[str, Any]:
     """What decides a model's outputs besides its tensors, as JSON values."""
     return {"sparsity": float(model.sparsity), "fidelity": model.drift.fidelity, "masked": list(model.layout.names)}
+
+
+def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]) -> None:
+    """Raises InputError unless the checkpoint was saved under one of these settings, see `RunConfig.digest`."""
+    if state.get("settings") not in settings:
+        raise InputError(
+            f"the checkpoint in {run_dir} was saved under other settings than its config.toml has: restore that file, "
+            "or start a new run in another folder"
+        )
 
 
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..data import Scenario
 from ..errors import InputError
 from .metrics import Summary, summarize, tasks_learned
 from .tables import text_table
@@ -47,12 +48,13 @@ def text_matrix(result: Result) -> str:
     return "\n".join([matrix, "", *summary_lines(summarize(result.matrix, result.baseline))])
 
 
-def text_after_task(result: Result) -> str:
-    """ "after task 2: 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
+def text_after_task(result: Result, scenario: Scenario) -> str:
+    """ "after task 1 (digits 2, 3): 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
     summary = summarize(result.matrix, result.baseline)
     row = result.matrix[summary.tasks_learned - 1, : summary.tasks_learned].tolist()
     accuracies = " ".join(f"{value:.1f}" for value in row)
-    return f"after task {summary.tasks_learned}: {accuracies} (average {summary.average_accuracy:.2f} %)"
+    last = scenario.label(summary.tasks_learned - 1)
+    return f"after {last}: {accuracies} (average {summary.average_accuracy:.2f} %)"
 
 
 def learned_rows(result: Result, untrained: str) -> list[tuple[str, list[float]]]:

@@ -54,11 +54,8 @@ def load(
     check = _Check(found.file, found.tensors, found.state, model, tasks, config, samples)
     check.network(MODEL)
     check.task_count()
-    if found.state.get("settings") not in settings:
-        raise InputError(
-            f"the checkpoint in {run_dir} was saved under other settings than its config.toml has: restore that file, "
-            "or start a new run in another folder"
-        )
+    checkpoint.check_settings(run_dir, found.state, settings)
+    check.length()
     check.position()
     check.counters()
     check.results()
@@ -121,6 +118,17 @@ class _Check:
         matrix = self.tensors.get("result.matrix")
         if matrix is not None and matrix.dim() == 2 and matrix.shape != (self.tasks, self.tasks):
             raise InputError(f"{self.file} is of a run of {len(matrix)} tasks, not {self.tasks}")
+
+    def length(self) -> None:
+        """Of tasks as the checkpoint was saved: not more than now, in the same unit. Version 0.1.0 wrote none."""
+        self.seen.add("state.length")
+        now = {"iterations": self.config.iterations, "epochs": self.config.epochs}
+        then = self.state.get("length", now)
+        same = isinstance(then, dict) and then.keys() == now.keys()
+        for unit, value in now.items():
+            fits = same and (then[unit] is None if value is None else _is_whole(then[unit]) and 0 < then[unit] <= value)
+            if not fits:
+                self._bad_entry("length", f"{unit} {'null' if value is None else f'1 to {value}'}")
 
     def position(self) -> None:
         """The task and the iteration; nothing is saved before the first step, nor right at a task's last one."""

@@ -128,6 +128,17 @@ def state_edits(within_task: bool, plateau: bool) -> Iterator[tuple[str, Edit]]:
     yield "next iteration", lambda f: f.state.update(iteration=f.state["iteration"] + 1)
     yield "one more step", lambda f: f.state.update(steps=f.state["steps"] + 1)
     yield "entry added", lambda f: f.state.update(more=1)
+    for length in (
+        None,
+        [],
+        {},
+        {"iterations": 6},
+        {"iterations": 0, "epochs": None},
+        {"iterations": None, "epochs": 6},
+    ):
+        yield f"length {length}", partial(_put, value=length, key="length")
+    for iterations in (7, 6.0, "6", True, -1):
+        yield f"length of {iterations!r}", partial(_put, value={"iterations": iterations, "epochs": None}, key="length")
     if not within_task:
         return
     yield "lr above", lambda f: f.state.update(lr=f.state["lr"] * 2)

@@ -95,7 +95,7 @@ def test_stopped_by_signals(tmp_path, left_alone):
         assert process.returncode == 128 + number
         last = errors.splitlines()[-1]
         told = re.fullmatch(
-            r"hypermask-fast: interrupted: stopped at task (\d), iteration (\d+), which is saved; "
+            r"hypermask-fast: interrupted: stopped at task (\d) \(digits \d, \d\), iteration (\d+), which is saved; "
             "the same command with --resume goes on",
             last,
         )
