@@ -33,7 +33,7 @@ def predict(model: HyperMask, x: Tensor, masks: Sequence[TaskMask] | None = None
 
     Source: HyperMask, arXiv 2310.00113, task inference by entropy.
     """
-    logits = model.forward_all_tasks(x, masks)
+    logits = model.forward_all_tasks(x, masks=masks)
     task = ops.entropy_select(logits)
     chosen = logits[task, torch.arange(len(task), device=task.device)]
     return Prediction(task, chosen.argmax(-1))

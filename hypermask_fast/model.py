@@ -1,9 +1,10 @@
 """HyperMask: a target network and its hypernetwork as one module."""
 
-import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch.optim import Optimizer
 from . import ops, regularizers
 from .errors import InputError
 from .hypernet import HypernetConfig
-from .masking import layers
+from .masking import mixed, network, output
+from .masking.access import parameter_of
 from .masking.layout import MaskLayout
-from .masking.masks import TaskMask, use_mask
-from .masking.norms import TaskBatchNorm
+from .masking.masks import TaskMask
+from .masking.norms import TaskStatistics
+from .masking.passes import Pass
+from .masking.scope import PLAIN, Scope
+from .masking.selection import Rule, owners, summary
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import Anchor, DriftConfig, Drifts
@@ -40,23 +45,30 @@ def _without_autocast(method: Callable) -> Callable:
 class HyperMask(nn.Module):
     """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
 
-    `net` is changed in place: its nn.Linear, nn.Conv2d and BatchNorm modules become masked layers and batch norm
-    with statistics per task. Parameters are shared and keep their names, so an ordinary state_dict loads.
-    A layer whose weight the network uses without calling the layer is not reached by the mask.
+    `net` is changed in place. Its modules stay, and so do their Parameters and names: an ordinary state_dict loads.
+    Within a forward pass of the model every masked parameter reads as W * m_t, whoever reads it. `print(model.layout)`
+    shows what is masked. Attributes of the network can be reached through the model (`model.config`).
 
     Args:
-        net: any nn.Module made of Linear, Conv2d and other layers.
+        net: any nn.Module. By default every weight and bias of its linear, convolution, embedding, attention, bilinear
+            and recurrent layers is masked; all other parameters are shared by all tasks.
         num_tasks: task embeddings to begin with; `add_task` adds more.
         sparsity: p, percent (0 to 100) of each tensor's entries that the mask sets to 0.
         hypernetwork: its shape.
         beta, lam: weights of the output drift and of the weight drift in `regularizer`, both from the second task on.
         drift_norm: 1 or 2, the weight drift's norm; drift_masked: whether it is weighed with the mask.
-        include, exclude: shell patterns of parameter names to mask and to leave out; see `MaskLayout.of`.
+        include: what to mask in place of the default: patterns of parameter names ("blocks.*.weight"), types of
+            modules, or predicates (name, parameter) -> bool. Parameters of normalisations are never masked.
+        exclude: what to leave out, in the same words.
+        per_task: what every task gets a value of its own of, in the same words; "norm" for the affine parameters of all
+            normalisations. (Running statistics are per task in any case.)
+        heads: patterns of the paths of the output layers ("head", "heads.*"), whose bias is used as it is; None: found
+            by the definition where it is plain to see, or else by the first forward pass.
         fidelity: "official" reproduces the authors' code: output drift divided by t twice, batch norm that always uses
             the batch's own statistics. "default": once, and running statistics per task.
 
     Raises:
-        InputError: an argument outside of its range, or nothing to mask.
+        InputError: an argument outside of its range, a rule that matches nothing, a network that can't be masked.
 
     Source: HyperMask, arXiv 2310.00113.
     """
@@ -72,8 +84,10 @@ class HyperMask(nn.Module):
         lam: float = 0.01,
         drift_norm: int = 1,
         drift_masked: bool = True,
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] | None = None,
+        include: Rule | Iterable[Rule] | None = None,
+        exclude: Rule | Iterable[Rule] | None = None,
+        per_task: Rule | Iterable[Rule] | None = None,
+        heads: str | Iterable[str] | None = None,
         fidelity: str = "default",
     ) -> None:
         super().__init__()
@@ -82,32 +96,39 @@ class HyperMask(nn.Module):
             warnings.warn(f"sparsity is in percent: {sparsity} keeps almost everything", stacklevel=2)
         self.sparsity = sparsity
         self.drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
-        self.layout = MaskLayout.of(net, include, exclude)
+        self.layout = MaskLayout.of(net, include, exclude, per_task=per_task, heads=heads)
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
-        self.hypernet = hypernetwork.build(self.layout.size, num_tasks)
-        layers.swap_in(net, num_tasks, batch_statistics=fidelity == "official")
+        like = [parameter for name, parameter in net.named_parameters() if name in set(self.layout.names)]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in like) else torch.float32
+        self.hypernet = hypernetwork.build(self.layout.size, num_tasks).to(like[0].device, dtype)
+        self._heads_known = heads is not None or output.is_plain_to_see(net)
+        self._scope, self._unread = Scope(), set(range(len(self.layout.segments)))
+        own = network.attach(net, self.layout, self._scope, num_tasks, batch_statistics=fidelity == "official")
         self.net = net
-        self._owners = self._assign_segments()
-        like = self.weights()[0]
-        self.hypernet.to(like.device, like.dtype)
+        self.own = nn.ModuleDict({name.replace(".", "/"): values for name, values in own.items()})
+        self._links = network.Links(net, self.layout.names)
+        self._guard = net.register_forward_pre_hook(partial(network.refuse_outside, self._scope), with_kwargs=True).id
+        self._owners = self._assigned()
         self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
         self._ranks: dict[tuple[float, torch.device], Tensor] = {}
+        if left := summary(self.layout.rows):
+            warnings.warn(left + " (print(model.layout) shows all)", stacklevel=2)
 
-    def _assign_segments(self) -> list[tuple[nn.Module, str]]:
-        """Tells each layer its segments; returns who owns each segment's Parameter, by module and attribute."""
-        number = {id(self.net.get_parameter(name)): s for s, name in enumerate(self.layout.names)}
-        owners: dict[int, tuple[nn.Module, str]] = {}
-        for module in self.net.modules():
-            if not getattr(module, "is_masked_layer", False):
-                continue
-            for name in ("weight", "bias"):
-                segment = number.get(id(getattr(module, name)))
-                setattr(module, f"{name}_segment", segment)
-                if segment is not None:
-                    owners[segment] = (module, name)
-        return [owners[segment] for segment in range(len(number))]
+    def _assigned(self) -> list[tuple[nn.Module, str]]:
+        """Who owns each segment's Parameter, by module and attribute."""
+        held, parameters = owners(self.net), dict(self.net.named_parameters())
+        return [(held[id(parameters[name])][0].module, name.rpartition(".")[2]) for name in self.layout.names]
+
+    def __getattr__(self, name: str) -> Any:
+        """The network's attributes, where the model has none of this name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "net" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.net, name)
 
     @property
     def num_tasks(self) -> int:
@@ -115,7 +136,7 @@ class HyperMask(nn.Module):
 
     def weights(self) -> list[nn.Parameter]:
         """The masked Parameters of the target network, one per segment of `layout`."""
-        return [getattr(module, name) for module, name in self._owners]
+        return [parameter_of(module, name) for module, name in self._owners]
 
     def add_task(self, optimizer: Optimizer | None = None) -> int:
         """One more task embedding (and batch-norm statistics), at any time; returns the new task's id.
@@ -124,12 +145,16 @@ class HyperMask(nn.Module):
         the new embedding, with the settings of its first parameter group.
         """
         embedding = self.hypernet.add_task()
+        added = [embedding]
+        for values in self.own.values():
+            values.append(nn.Parameter(values[0].detach().clone(), values[0].requires_grad))
+            added.append(values[-1])
         for module in self.net.modules():
-            if isinstance(module, TaskBatchNorm):
+            if isinstance(module, TaskStatistics):
                 module.add_task()
         if optimizer is not None:
             settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
-            optimizer.add_param_group({**settings, "params": [embedding]})
+            optimizer.add_param_group({**settings, "params": added})
         return self.num_tasks - 1
 
     # -- masks ----------------------------------------------------------------------------------------------------
@@ -231,11 +256,12 @@ class HyperMask(nn.Module):
 
     # -- forward passes -------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, task: int | Tensor | TaskMask) -> Tensor:
-        """net(x) under the mask of `task`.
+    def forward(self, *inputs: Any, task: int | Tensor | TaskMask | None = None, **kwargs: Any) -> Any:
+        """net(*inputs, **kwargs) under the mask of `task`.
 
         Args:
-            x: a batch for the target network.
+            inputs, kwargs: what the network takes. Where `task` is not given by name, the last one of the inputs is it:
+                model(x, 2) and model(x, attention_mask=m, task=2).
             task: an int or 0-dim int64 tensor for the whole batch; an int64 tensor (batch,) with one task per
                 sample; or a mask from `mask`.
 
@@ -246,35 +272,113 @@ class HyperMask(nn.Module):
         Raises:
             InputError: a task that does not exist, or a task tensor of wrong shape or dtype.
         """
+        if task is None:
+            if not inputs:
+                raise InputError("which task? model(x, task), or by name, model(x, task=0)")
+            *inputs, task = inputs  # pyright: ignore[reportAssignmentType]
+        self._check_network(task, tuple(inputs), kwargs)
         if isinstance(task, Tensor) and task.dim() == 1:
-            return self._forward_mixed(x, task)
-        mask = task if isinstance(task, TaskMask) else self.mask(task)
-        with use_mask(mask):
-            return self.net(x)
+            return self._forward_mixed(tuple(inputs), kwargs, task)
+        return self._through(task if isinstance(task, TaskMask) else self.mask(task), tuple(inputs), kwargs)
 
-    def _forward_mixed(self, x: Tensor, tasks: Tensor) -> Tensor:
-        if tasks.dtype != torch.int64 or tasks.shape[0] != x.shape[0]:
+    def _through(self, mask: TaskMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
+        """One pass under one task's mask."""
+        compiling = torch.compiler.is_compiling()
+        read: set[int] | None = set() if self._unread and not compiling else None
+        one = Pass(mask, read)
+        with self._scope.use(one):
+            y = self.net(*inputs, **kwargs)
+        if read is not None:
+            self._report_unread(read)
+        if torch.is_grad_enabled() and not compiling:
+            y = one.tied(y)
+            self._scope.announce(y, one)
+        return y
+
+    def _report_unread(self, read: set[int]) -> None:
+        """After the first pass: which masked parameters it did not read, said once."""
+        unread, self._unread = sorted(self._unread - read), set()
+        if unread:
+            names = [self.layout.segments[number].name for number in unread]
+            some = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+            warnings.warn(
+                f"the first forward pass did not use these masked parameters: {some}: their masks had no effect on it",
+                stacklevel=4,
+            )
+
+    def _check_network(self, task: Any, inputs: tuple, kwargs: dict[str, Any]) -> None:
+        """What a pass needs: the network as it was masked, and knowledge of its output layers."""
+        if torch.compiler.is_compiling():
+            if not self._heads_known:
+                raise InputError(
+                    "which layer is the output layer is found in the first ordinary pass: run one batch before "
+                    "compiling, or name it: HyperMask(net, ..., heads='...')"
+                )
+            return
+        self._links.check()
+        if self._heads_known:
+            return
+        with self._scope.use(PLAIN):
+            found = output.biases_found(self.net, self.layout.rows, inputs, kwargs)
+        self._heads_known, before = True, self.layout
+        self.layout, self._ranks = before.with_output_biases(found), {}
+        if self.layout != before and isinstance(task, TaskMask):
             raise InputError(
-                f"one task per sample is an int64 tensor ({x.shape[0]},), not {tasks.dtype} of {tuple(tasks.shape)}"
+                f"the output layer's bias is {' and '.join(found) or 'none'}, as this first pass shows: make the mask "
+                "again, or name the layer at construction (heads='...')"
+            )
+
+    @contextmanager
+    def use_task(self, task: int | Tensor | TaskMask) -> Iterator[TaskMask]:
+        """Within the block, in this thread, `model.net` and all of its modules run under the mask of `task`.
+
+        For what is no forward pass of the model, such as `model.generate`, and for threads of one's own. Masks are made
+        once for the block: a step of an optimiser within it is not seen.
+        """
+        mask = task if isinstance(task, TaskMask) else self.mask(task)
+        self._links.check()
+        with self._scope.use(Pass(mask)):
+            yield mask
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block, in this thread, `model.net` is the plain network: no mask, and batch norm with the
+        statistics that it came with."""
+        with self._scope.use(PLAIN):
+            yield
+
+    def _forward_mixed(self, inputs: tuple, kwargs: dict[str, Any], tasks: Tensor) -> Any:
+        count = mixed.samples(inputs, kwargs)
+        if tasks.dtype != torch.int64 or tasks.shape[0] != count:
+            raise InputError(
+                f"one task per sample is an int64 tensor ({count},), not {tasks.dtype} of {tuple(tasks.shape)}"
             )
         if tasks.shape[0] == 0:
-            return self(x, task=0)
-        if self._in_one_pass(x):
-            return self._forward_rows(x, tasks)
+            return self._through(self.mask(0), inputs, kwargs)
+        if not kwargs and len(inputs) == 1 and self._in_one_pass(inputs[0]):
+            return self._forward_rows(inputs[0], tasks)
         order = tasks.argsort(stable=True)
         present, counts = tasks[order].unique_consecutive(return_counts=True)
         ids = present.tolist()
         for task in ids:
             self._check_task(task)
-        groups = zip(ids, x[order].split(counts.tolist()), self.hypernet(ids), strict=True)
-        sorted_outputs = [self(group, self._mask_of(task, logits)) for task, group, logits in groups]
-        return torch.cat(sorted_outputs)[order.argsort()]
+        masks = [self._mask_of(task, logits) for task, logits in zip(ids, self.hypernet(ids), strict=True)]
+        if len(ids) == 1:
+            return self._through(masks[0], inputs, kwargs)
+        groups = order.split(counts.tolist())
+        parts = [
+            self._through(mask, *mixed.rows((inputs, kwargs), group, count))
+            for mask, group in zip(masks, groups, strict=True)
+        ]
+        return mixed.joined(parts, [len(group) for group in groups], order.argsort())
 
-    def _in_one_pass(self, x: Tensor, tasks: int | None = None) -> bool:
+    def _in_one_pass(self, x: Any, tasks: int | None = None) -> bool:
         """Whether several tasks pass together: on a GPU, and where a compiled graph can't know the groups' sizes.
 
         Elsewhere, and for networks that can't, each task's samples pass by themselves: on a CPU as fast.
         """
+        if not isinstance(x, Tensor):
+            return False
         wanted = x.is_cuda or torch.compiler.is_compiling() or registry.requested() == "triton"
         return wanted and serves(self.net, x, tasks)
 
@@ -288,7 +392,7 @@ class HyperMask(nn.Module):
             batch = TaskBatch.mixed(self._masks_of(range(self.num_tasks)), tasks)
         else:  # fewer samples than tasks: a mask per sample
             batch = TaskBatch.mixed(self._masks_of(tasks), torch.arange(tasks.shape[0], device=tasks.device))
-        with use_mask(batch):
+        with self._scope.use(batch):
             y = self.net(x)
         unknown = ~known.view(-1, *(1,) * (y.dim() - 1))
         return y.masked_fill(unknown, float("nan") if y.is_floating_point() else -1)
@@ -297,24 +401,42 @@ class HyperMask(nn.Module):
         """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
         return self._masks_of(range(self.num_tasks))
 
-    def forward_all_tasks(self, x: Tensor, masks: Sequence[TaskMask] | None = None) -> Tensor:
+    def forward_all_tasks(self, *inputs: Any, masks: Sequence[TaskMask] | None = None, **kwargs: Any) -> Any:
         """(tasks, batch, ...) outputs of every task's masked network on the same batch.
 
         Args:
-            x: a batch for the target network.
-            masks: from `all_masks`, or a part of them; any other sequence passes mask by mask.
+            inputs, kwargs: what the network takes.
+            masks: from `all_masks`, or a part of them; any other sequence passes mask by mask. Also the last one of the
+                inputs may be it.
+
+        Returns:
+            Of a network that returns several tensors (a tuple, a dict, a dataclass) the same with each tensor stacked.
         """
+        if (
+            masks is None
+            and inputs
+            and isinstance(inputs[-1], Sequence)
+            and all(isinstance(m, TaskMask) for m in inputs[-1])
+        ):
+            *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
+        self._check_network(masks and masks[0], tuple(inputs), kwargs)
         masks = self.all_masks() if masks is None else masks
-        if isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(x, len(masks)):
+        alone = len(inputs) == 1 and not kwargs
+        if alone and isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(inputs[0], len(masks)):
+            x = inputs[0]
             repeated = x.expand(len(masks), *x.shape).flatten(0, 1)
-            with use_mask(TaskBatch.every(masks, x, repeated)):
+            with self._scope.use(TaskBatch.every(masks, x, repeated)):
                 y = self.net(repeated)
             return y.view(len(masks), x.shape[0], *y.shape[1:])
-        return torch.stack([self(x, mask) for mask in masks])
+        return mixed.stacked([self._through(mask, tuple(inputs), kwargs) for mask in masks])
 
-    def infer_task(self, x: Tensor) -> Tensor:
-        """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`."""
-        return ops.entropy_select(self.forward_all_tasks(x))
+    def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
+        """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
+
+        select: of what the network returns, the (batch, classes) logits; by default it is the tensor that it returns, or
+            its `logits`.
+        """
+        return ops.entropy_select(mixed.logits(self.forward_all_tasks(*inputs, **kwargs), select))
 
     # -- regularisers ---------------------------------------------------------------------------------------------
 
@@ -331,6 +453,11 @@ class HyperMask(nn.Module):
 
     def _anchor_of(self, task: int) -> Anchor:
         anchor = self.anchor
+        if anchor is not None and task < anchor.task:
+            raise InputError(
+                f"the drifts of task {task} compare with how things stood as it began, which is gone since task "
+                f"{anchor.task} began: begin_task({task}) begins it anew"
+            )
         if anchor is None or anchor.task != task:
             anchor = self.anchor = self._captured(task)
         return anchor
@@ -387,15 +514,16 @@ class HyperMask(nn.Module):
 
         Batch norm carries the task's statistics. Nothing of this library is left in the copy.
         """
-        effective = self.mask(task).effective
-        plain = copy.deepcopy(self.net)
-        for module in plain.modules():
-            for name in ("weight", "bias"):
-                segment = getattr(module, f"{name}_segment", None)
-                if segment is not None:
-                    setattr(module, name, nn.Parameter(effective[segment].clone()))
-        layers.swap_out(plain, task)
-        return plain
+        return network.exported(self.net, self._guard, task, self.mask(task).effective)
+
+    def unconvert(self) -> nn.Module:
+        """Gives the plain network back: its modules of their own classes, unmasked, with the statistics that it came
+        with. The model can't be used afterwards."""
+        net = self.net
+        network.detach(net)
+        net._forward_pre_hooks.pop(self._guard)
+        del self.net
+        return net
 
 
 def _values_at_hand(tensor: Tensor) -> bool:
