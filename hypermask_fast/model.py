@@ -4,7 +4,6 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -15,14 +14,11 @@ from torch.optim import Optimizer
 from . import ops, regularizers
 from .errors import InputError
 from .hypernet import HypernetConfig
-from .masking import mixed, network, output
-from .masking.access import parameter_of
+from .masking import mixed
 from .masking.layout import MaskLayout
+from .masking.masked_network import MaskedNetwork
 from .masking.masks import TaskMask
-from .masking.norms import TaskStatistics
-from .masking.passes import Pass
-from .masking.scope import PLAIN, Scope
-from .masking.selection import Rule, owners, summary
+from .masking.selection import Rule
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import Anchor, DriftConfig, Drifts
@@ -42,7 +38,7 @@ def _without_autocast(method: Callable) -> Callable:
     return in_own_dtype
 
 
-class HyperMask(nn.Module):
+class HyperMask(MaskedNetwork):
     """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
 
     `net` is changed in place. Its modules stay, and so do their Parameters and names: an ordinary state_dict loads.
@@ -90,53 +86,26 @@ class HyperMask(nn.Module):
         heads: str | Iterable[str] | None = None,
         fidelity: str = "default",
     ) -> None:
-        super().__init__()
         ops.kept_rank(sparsity, 1)
         if 0 < sparsity < 1:
             warnings.warn(f"sparsity is in percent: {sparsity} keeps almost everything", stacklevel=2)
-        self.sparsity = sparsity
-        self.drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
-        self.layout = MaskLayout.of(net, include, exclude, per_task=per_task, heads=heads)
+        drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
+        layout = MaskLayout.of(net, include, exclude, per_task=per_task, heads=heads)
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
-        like = [parameter for name, parameter in net.named_parameters() if name in set(self.layout.names)]
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in like) else torch.float32
-        self.hypernet = hypernetwork.build(self.layout.size, num_tasks).to(like[0].device, dtype)
-        self._heads_known = heads is not None or output.is_plain_to_see(net)
-        self._scope, self._unread = Scope(), set(range(len(self.layout.segments)))
-        own = network.attach(net, self.layout, self._scope, num_tasks, batch_statistics=fidelity == "official")
-        self.net = net
-        self.own = nn.ModuleDict({name.replace(".", "/"): values for name, values in own.items()})
-        self._links = network.Links(net, self.layout.names)
-        self._guard = net.register_forward_pre_hook(partial(network.refuse_outside, self._scope), with_kwargs=True).id
-        self._owners = self._assigned()
+        hypernet = hypernetwork.build(layout.size, num_tasks)  # the last that can be refused: then the network changes
+        super().__init__(net, layout, num_tasks, batch_statistics=fidelity == "official", heads_named=heads is not None)
+        like = self.weights()
+        dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in like) else torch.float32
+        self.hypernet = hypernet.to(like[0].device, dtype)
+        self.sparsity, self.drift = sparsity, drift
         self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
-        self._ranks: dict[tuple[float, torch.device], Tensor] = {}
-        if left := summary(self.layout.rows):
-            warnings.warn(left + " (print(model.layout) shows all)", stacklevel=2)
-
-    def _assigned(self) -> list[tuple[nn.Module, str]]:
-        """Who owns each segment's Parameter, by module and attribute."""
-        held, parameters = owners(self.net), dict(self.net.named_parameters())
-        return [(held[id(parameters[name])][0].module, name.rpartition(".")[2]) for name in self.layout.names]
-
-    def __getattr__(self, name: str) -> Any:
-        """The network's attributes, where the model has none of this name."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "net" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.net, name)
+        self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
 
     @property
     def num_tasks(self) -> int:
         return self.hypernet.num_tasks
-
-    def weights(self) -> list[nn.Parameter]:
-        """The masked Parameters of the target network, one per segment of `layout`."""
-        return [parameter_of(module, name) for module, name in self._owners]
 
     def add_task(self, optimizer: Optimizer | None = None) -> int:
         """One more task embedding (and batch-norm statistics), at any time; returns the new task's id.
@@ -145,13 +114,7 @@ class HyperMask(nn.Module):
         the new embedding, with the settings of its first parameter group.
         """
         embedding = self.hypernet.add_task()
-        added = [embedding]
-        for values in self.own.values():
-            values.append(nn.Parameter(values[0].detach().clone(), values[0].requires_grad))
-            added.append(values[-1])
-        for module in self.net.modules():
-            if isinstance(module, TaskStatistics):
-                module.add_task()
+        added = [embedding, *self._add_task()]
         if optimizer is not None:
             settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
             optimizer.add_param_group({**settings, "params": added})
@@ -237,7 +200,7 @@ class HyperMask(nn.Module):
         """`layout.ranks`, kept on a GPU, for copying them there is a wait."""
         if device.type == "cpu" or torch.compiler.is_compiling():
             return self.layout.ranks(sparsity, device)
-        key = sparsity, device
+        key = self.layout, sparsity, device
         if key not in self._ranks:
             self._ranks[key] = self.layout.ranks(sparsity, device)
         return self._ranks[key]
@@ -276,57 +239,10 @@ class HyperMask(nn.Module):
             if not inputs:
                 raise InputError("which task? model(x, task), or by name, model(x, task=0)")
             *inputs, task = inputs  # pyright: ignore[reportAssignmentType]
-        self._check_network(task, tuple(inputs), kwargs)
+        self._check_network(tuple(inputs), kwargs, task)
         if isinstance(task, Tensor) and task.dim() == 1:
             return self._forward_mixed(tuple(inputs), kwargs, task)
         return self._through(task if isinstance(task, TaskMask) else self.mask(task), tuple(inputs), kwargs)
-
-    def _through(self, mask: TaskMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
-        """One pass under one task's mask."""
-        compiling = torch.compiler.is_compiling()
-        read: set[int] | None = set() if self._unread and not compiling else None
-        one = Pass(mask, read)
-        with self._scope.use(one):
-            y = self.net(*inputs, **kwargs)
-        if read is not None:
-            self._report_unread(read)
-        if torch.is_grad_enabled() and not compiling:
-            y = one.tied(y)
-            self._scope.announce(y, one)
-        return y
-
-    def _report_unread(self, read: set[int]) -> None:
-        """After the first pass: which masked parameters it did not read, said once."""
-        unread, self._unread = sorted(self._unread - read), set()
-        if unread:
-            names = [self.layout.segments[number].name for number in unread]
-            some = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-            warnings.warn(
-                f"the first forward pass did not use these masked parameters: {some}: their masks had no effect on it",
-                stacklevel=4,
-            )
-
-    def _check_network(self, task: Any, inputs: tuple, kwargs: dict[str, Any]) -> None:
-        """What a pass needs: the network as it was masked, and knowledge of its output layers."""
-        if torch.compiler.is_compiling():
-            if not self._heads_known:
-                raise InputError(
-                    "which layer is the output layer is found in the first ordinary pass: run one batch before "
-                    "compiling, or name it: HyperMask(net, ..., heads='...')"
-                )
-            return
-        self._links.check()
-        if self._heads_known:
-            return
-        with self._scope.use(PLAIN):
-            found = output.biases_found(self.net, self.layout.rows, inputs, kwargs)
-        self._heads_known, before = True, self.layout
-        self.layout, self._ranks = before.with_output_biases(found), {}
-        if self.layout != before and isinstance(task, TaskMask):
-            raise InputError(
-                f"the output layer's bias is {' and '.join(found) or 'none'}, as this first pass shows: make the mask "
-                "again, or name the layer at construction (heads='...')"
-            )
 
     @contextmanager
     def use_task(self, task: int | Tensor | TaskMask) -> Iterator[TaskMask]:
@@ -336,16 +252,8 @@ class HyperMask(nn.Module):
         once for the block: a step of an optimiser within it is not seen.
         """
         mask = task if isinstance(task, TaskMask) else self.mask(task)
-        self._links.check()
-        with self._scope.use(Pass(mask)):
+        with self._under(mask):
             yield mask
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within the block, in this thread, `model.net` is the plain network: no mask, and batch norm with the
-        statistics that it came with."""
-        with self._scope.use(PLAIN):
-            yield
 
     def _forward_mixed(self, inputs: tuple, kwargs: dict[str, Any], tasks: Tensor) -> Any:
         count = mixed.samples(inputs, kwargs)
@@ -419,7 +327,7 @@ class HyperMask(nn.Module):
             and all(isinstance(m, TaskMask) for m in inputs[-1])
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
-        self._check_network(masks and masks[0], tuple(inputs), kwargs)
+        self._check_network(tuple(inputs), kwargs, masks and masks[0])
         masks = self.all_masks() if masks is None else masks
         alone = len(inputs) == 1 and not kwargs
         if alone and isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(inputs[0], len(masks)):
@@ -433,8 +341,8 @@ class HyperMask(nn.Module):
     def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
         """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
 
-        select: of what the network returns, the (batch, classes) logits; by default it is the tensor that it returns, or
-            its `logits`.
+        select: of what the network returns, the (batch, classes) logits; by default it is the tensor that it returns,
+            or its `logits`.
         """
         return ops.entropy_select(mixed.logits(self.forward_all_tasks(*inputs, **kwargs), select))
 
@@ -514,16 +422,7 @@ class HyperMask(nn.Module):
 
         Batch norm carries the task's statistics. Nothing of this library is left in the copy.
         """
-        return network.exported(self.net, self._guard, task, self.mask(task).effective)
-
-    def unconvert(self) -> nn.Module:
-        """Gives the plain network back: its modules of their own classes, unmasked, with the statistics that it came
-        with. The model can't be used afterwards."""
-        net = self.net
-        network.detach(net)
-        net._forward_pre_hooks.pop(self._guard)
-        del self.net
-        return net
+        return self._exported(task, self.mask(task).effective)
 
 
 def _values_at_hand(tensor: Tensor) -> bool:

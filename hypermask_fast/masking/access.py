@@ -6,6 +6,8 @@ their names, hooks, state_dict, optimisers, `setattr` and whoever holds the modu
 
 import copyreg
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -18,8 +20,8 @@ class MaskedModule:
     """What every module with masked parameters has; outside of a model, as here, nothing is masked."""
 
     mask_scope: Scope | None = None
-    mask_segments: dict[str, int] = {}  # attribute -> segment of the model's layout
-    mask_own: dict[str, nn.ParameterList] = {}  # attribute -> every task's own value
+    mask_segments: Mapping[str, int] = MappingProxyType({})  # attribute -> segment of the model's layout
+    mask_own: Mapping[str, nn.ParameterList] = MappingProxyType({})  # attribute -> every task's own value
     mask_plain: type  # the class that the module had
 
     def segment(self, name: str) -> int | None:
@@ -55,7 +57,9 @@ def masked_parameter(name: str) -> property:
 
 
 class _MaskedRecurrent:
-    """nn.RNN, nn.LSTM and nn.GRU keep a list of their weights beside them; within a pass it is made of what they read."""
+    """nn.RNN, nn.LSTM and nn.GRU keep a list of their weights; within a pass it is made of what they read."""
+
+    _flat_weights_names: list[str]
 
     @property
     def _flat_weights(self) -> list:
@@ -84,24 +88,24 @@ def class_with(base: type, names: frozenset[str], *mixins: type) -> type:
     names = frozenset(name for name in names if not isinstance(getattr(base, name, None), property))
     if not names and not mixins and issubclass(base, MaskedModule):
         return base
-    if issubclass(base, nn.RNNBase):
-        mixins = (*mixins, _MaskedRecurrent)
+    recurrent = (_MaskedRecurrent,) if issubclass(base, nn.RNNBase) else ()
     attributes: dict[str, Any] = {name: masked_parameter(name) for name in names}
     attributes |= {"__module__": base.__module__, "__doc__": base.__doc__, "__reduce_ex__": _reduced}
-    attributes["_parts"] = (base, names, *mixins)
-    return type(base)(f"Masked{base.__name__}", (*mixins, base, MaskedModule), attributes)
+    attributes["mask_parts"] = (base, names, *mixins)
+    metaclass: Any = type(base)
+    return metaclass(f"Masked{base.__name__}", (*mixins, *recurrent, base, MaskedModule), attributes)
 
 
 def _reduced(self: Any, protocol: Any) -> tuple:
     """A copy or a pickle names the class by its parts."""
     function, arguments, *state = super(type(self), self).__reduce_ex__(max(int(protocol), 2))
-    if function is not copyreg.__newobj__:
+    if function is not copyreg.__newobj__:  # pyright: ignore[reportAttributeAccessIssue]
         raise TypeError(f"{type(self).__name__} can't be copied: its class makes copies in a way of its own")
-    return (_new, (*arguments[1:], *type(self)._parts), *state)
+    return (_new, (*arguments[1:], *type(self).mask_parts), *state)
 
 
 def _new(*parts: Any) -> Any:
-    made = class_with(*parts)
+    made: Any = class_with(*parts)
     return made.__new__(made)
 
 
@@ -127,5 +131,6 @@ def scope_of(net: nn.Module) -> Scope:
 
 
 def parameter_of(module: Any, name: str) -> nn.Parameter:
-    """The Parameter itself, within a pass too."""
-    return module._parameters[name]  # pyright: ignore[reportReturnType]
+    """The Parameter itself, within a pass too; what has taken its place, where a hook has exchanged it for a tensor."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: PLC2701
 
 from ..errors import InputError
 from .scope import tensors_of
@@ -21,7 +21,7 @@ def samples(inputs: tuple, kwargs: dict[str, Any]) -> int:
 
 
 def rows(everything: tuple, chosen: Tensor, count: int) -> tuple:
-    """The inputs with the chosen rows (int64) of every tensor that has `count` of them; other values as they are."""
+    """The inputs with the chosen rows (int64) of every tensor that has `count` of them, other values as they are."""
 
     def pick(leaf: Any) -> Any:
         return leaf[chosen] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count else leaf
@@ -39,8 +39,8 @@ def joined(parts: Sequence[Any], counts: Sequence[int], order: Tensor) -> Any:
         for tensor in tensors_of(part):
             if tensor.dim() == 0 or tensor.shape[0] != count:
                 raise InputError(
-                    f"the network gives a tensor of {tuple(tensor.shape)} for {count} samples: without a row per sample "
-                    "it needs one task per batch"
+                    f"the network gives a tensor of {tuple(tensor.shape)} for {count} samples: without a row per "
+                    "sample it needs one task per batch"
                 )
     return _over([*parts], lambda tensors: torch.cat(tensors)[order])
 

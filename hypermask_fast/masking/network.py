@@ -12,7 +12,7 @@ from .layers import CALLED
 from .layout import MaskLayout
 from .norms import TaskStatistics, tracks
 from .scope import Scope
-from .selection import PER_TASK, check_modules, owners
+from .selection import PER_TASK, check_modules
 
 
 def attach(
@@ -28,7 +28,7 @@ def attach(
     Raises:
         InputError: a module that can't be masked; the network is as it was.
     """
-    held, parameters = owners(net), dict(net.named_parameters())
+    parameters = dict(net.named_parameters())
     segments = {id(parameters[name]): number for number, name in enumerate(layout.names)}
     check_modules(net, set(segments))
     own = {
@@ -66,6 +66,7 @@ def detach(net: nn.Module, task: int | None = None, values: Sequence[Tensor] | N
         values: one per segment of the layout, in place of the masked parameters; tied ones stay tied.
     """
     new: dict[int, nn.Parameter] = {}
+    module: Any
     for module in net.modules():
         if not is_attached(module):
             continue
@@ -76,17 +77,22 @@ def detach(net: nn.Module, task: int | None = None, values: Sequence[Tensor] | N
         module.__class__ = one.mask_plain
         for name in ("mask_scope", "mask_segments", "mask_own", "mask_plain"):
             vars(module).pop(name)
-        for name, number in segments.items() if values is not None else ():
-            if number not in new:
-                new[number] = nn.Parameter(values[number].detach().clone(), module._parameters[name].requires_grad)
-            setattr(module, name, new[number])
-        for name, tasks in own.items() if task is not None else ():
-            setattr(module, name, new.setdefault(~id(tasks), _copied(tasks[task])))
+        if values is not None:
+            for name, number in segments.items():
+                if number not in new:
+                    trained = getattr(module, name).requires_grad
+                    new[number] = nn.Parameter(values[number].detach().clone(), trained)
+                setattr(module, name, new[number])
+        if task is not None:
+            for name, tasks in own.items():
+                setattr(module, name, new.setdefault(~id(tasks), _copied(tasks[task])))
 
 
 def exported(net: nn.Module, guard: int, task: int, values: Sequence[Tensor]) -> nn.Module:
     """A plain copy of `net` with one task's values in place of the masked parameters; guard: its hook's number."""
-    plain = copy.deepcopy(net)
+    # What a hook (weight_norm, prune) has computed can't be copied as it is: it has a gradient.
+    made = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    plain: Any = copy.deepcopy(net, {id(tensor): tensor.detach().clone() for tensor in made if not tensor.is_leaf})
     for hooks in (plain._forward_pre_hooks, plain._forward_pre_hooks_with_kwargs):
         hooks.pop(guard, None)
     detach(plain, task, values)
@@ -110,13 +116,14 @@ class Links:
         seen: set[str] = set()
         for name in names:
             *path, attribute = name.split(".")
-            module, where = net, ""
+            module: Any = net
+            where = ""
             for part in path:
                 where = f"{where}.{part}".lstrip(".")
                 if where not in seen:
                     seen.add(where)
                     self._links.append((module._modules, part, module._modules[part], where))
-                module = cast(nn.Module, module._modules[part])
+                module = module._modules[part]
             self._links.append((module._parameters, attribute, None, name))
 
     def check(self) -> None:

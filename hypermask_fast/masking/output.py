@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: PLC2701
 
 from ..errors import InputError
 from .scope import tensors_of
@@ -54,8 +54,8 @@ def is_plain_to_see(net: nn.Module) -> bool:
 def biases_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: dict[str, Any]) -> list[str]:
     """Names of the output layers' biases, as one run of the network shows them.
 
-    A layer is an output layer if its result reaches the network's output without passing another layer that could be
-    masked. The run is on two samples where that can be cut, in evaluation mode, and leaves nothing behind.
+    A layer is an output layer if its result reaches the network's output, and none that does so makes use of it. The
+    run is on two samples where that can be cut, in evaluation mode, and leaves nothing behind.
     """
     parameters = dict(net.named_parameters())
     held = owners(net)
@@ -112,21 +112,43 @@ def _nearest(output: Any, by_id: dict[int, str], layer: set[str]) -> set[str]:
         pure[node] = found
         return found
 
-    found: set[str] = set()
-    seen: set[Any] = set()
-    waiting = [t.grad_fn for t in tensors_of(output) if t.grad_fn is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        near = [leaves_of(n) for n, _ in node.next_functions if n is not None]
-        here = set().union(*(names for names in near if names)) & layer
-        if here:
-            found |= here
-        else:
-            waiting += [n for n, _ in node.next_functions if n is not None]
-    return found
+    found: dict[Any, set[str]] = {}  # node of a layer -> its parameters
+
+    def visit(first: list[Any], layers: bool) -> set[Any]:
+        """All nodes below the first ones; with `layers`, down to the first layer on each way, which is noted."""
+        seen, waiting = set(), list(first)
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if layers and node.name() == "CheckpointFunctionBackward":
+                raise _hidden()
+            below = [n for n, _ in node.next_functions if n is not None]
+            if layers:
+                here = set().union(*(names for names in map(leaves_of, below) if names)) & layer
+                if here:
+                    found[node] = here
+                    continue
+            waiting += below
+        return seen
+
+    results = [t.grad_fn for t in tensors_of(output) if t.grad_fn is not None]
+    if not results:
+        raise _hidden()
+    visit(results, layers=True)
+    # Where a layer's result is added to that of a later one (a residual connection), the later one is the output layer.
+    earlier = {
+        below for node in found for below in visit([n for n, _ in node.next_functions if n is not None], layers=False)
+    }
+    return set().union(*(names for node, names in found.items() if node not in earlier))
+
+
+def _hidden() -> InputError:
+    return InputError(
+        "which layer is the output layer can't be seen from the network's gradient (as inside of "
+        "torch.utils.checkpoint with use_reentrant=True): name it at construction, heads='...'"
+    )
 
 
 def _is_bias(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Pass: one forward pass of a network under one task's mask, and the parts of it that the backward pass computes again."""
+"""Pass: one forward pass of a network under one task's mask, and what the backward pass computes of it again."""
 
 from functools import partial
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_only  # noqa: PLC2701
 
 from .. import ops
 from .masks import Convolution, Layer, TaskMask
@@ -28,9 +28,9 @@ class Pass:
     def __init__(self, mask: TaskMask, read: set[int] | None = None) -> None:
         self.mask, self.read = mask, read
         self._with_grad = torch.is_grad_enabled()
-        self._reentrant = False  # whether a part ran without gradients: it may be computed again in backward
+        self._quiet: set[int] = set()  # segments read without gradients: that part may be computed again in backward
         self._leaves: dict[int, Tensor] = {}
-        self._gathered: dict[tuple[nn.Module, str], Tensor] = {}
+        self._gathered: dict[tuple[object, str], Tensor] = {}
         self._effective = None if ops.may_fuse(mask.logits) else mask.effective
 
     @property
@@ -47,7 +47,7 @@ class Pass:
         if self.read is not None:
             self.read.add(segment)
         if self._with_grad and not torch.is_grad_enabled():
-            self._reentrant = True
+            self._quiet.add(segment)
         return self.effective[segment]
 
     def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Pass:
         )
 
     def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
-        """The task's row of a running statistic; where the task is a tensor, the copy that `batch_norm` has gathered."""
+        """The task's row of a running statistic; where the task is a tensor, the copy that `batch_norm` gathered."""
         if isinstance(self.mask.task, Tensor):
             return self._gathered[module, name]
         return stacked[self.mask.task]
@@ -110,7 +110,7 @@ class Pass:
     @property
     def again(self) -> "Pass | Again":
         """What parts of the network run under that the backward pass computes again."""
-        return Again(self) if self._reentrant else self
+        return Again(self) if self._quiet else self
 
     def leaf(self, segment: int) -> Tensor:
         """W * m for a part that has a backward pass of its own, within the backward pass of everything else.
@@ -127,10 +127,10 @@ class Pass:
 
     def tied(self, output: Any) -> Any:
         """The network's output, with W * m in its graph also where every part of the network is computed again."""
-        if not self._reentrant:
+        if not self._quiet:
             return output
         known = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
-        made = [tensor for tensor in self.effective if tensor.grad_fn is not None]
+        made = [self.effective[s] for s in sorted(self._quiet) if self.effective[s].grad_fn is not None]
         if not known or not made:
             return output
         tied = iter(_Tie.apply(len(known), *known, *made))
@@ -139,7 +139,7 @@ class Pass:
 
 
 class Again:
-    """A part of a pass that torch.utils.checkpoint (use_reentrant=True) computes again, with a backward pass of its own."""
+    """A part of a pass that torch.utils.checkpoint (use_reentrant=True) computes again, with its own backward pass."""
 
     def __init__(self, first: Pass) -> None:
         self._first = first
@@ -164,23 +164,22 @@ class Again:
 
 
 class _Tie(torch.autograd.Function):
-    """Passes the first tensors on; the others only take part in the graph."""
+    """Passes the first tensors on; the others only take part in the graph, with a gradient of 0."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.others = len(tensors) - count
+        ctx.others = tensors[count:]
         ctx.set_materialize_grads(False)
         return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *grads, *(None,) * ctx.others
+        return None, *grads, *(tensor.new_zeros(()).expand_as(tensor) for tensor in ctx.others)
 
 
 def _add_gradient(leaf: Tensor, output: int, grads: tuple) -> tuple:
     """A hook of the node that made W * m: adds what the leaf has collected to the gradient of its `output`."""
     if leaf.grad is None:
         return grads
-    before, collected = grads[output], leaf.grad
-    leaf.grad = None
-    return (*grads[:output], collected if before is None else before + collected, *grads[output + 1 :])
+    collected, leaf.grad = grads[output] + leaf.grad, None
+    return (*grads[:output], collected, *grads[output + 1 :])

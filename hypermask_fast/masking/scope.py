@@ -10,7 +10,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves  # noqa: PLC2701
 
 from ..errors import InputError
 

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd  # noqa: PLC2701 # pyright: ignore[reportPrivateUsage]
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ..errors import InputError
 from .access import is_attached
@@ -76,7 +76,7 @@ def rows(
     net: nn.Module,
     include: Rule | Iterable[Rule] | None = None,
     exclude: Rule | Iterable[Rule] | None = None,
-    per_task: str | Iterable[Rule] | None = None,
+    per_task: Rule | Iterable[Rule] | None = None,
 ) -> list[Row]:
     """Every parameter of `net` in the network's order, a tied one once.
 
@@ -158,7 +158,7 @@ def _why_shared(name: str, held: Sequence[Owner], normal: bool, left: bool, incl
 
 
 def _own(
-    per_task: str | Iterable[Rule] | None,
+    per_task: Rule | Iterable[Rule] | None,
     parameters: dict[str, nn.Parameter],
     held: dict[int, list[Owner]],
     normal: set[str],
@@ -219,9 +219,8 @@ def _check(net: nn.Module) -> None:
             raise InputError(
                 f"{name} ({kind.__name__}) is scripted or quantised: it reads a copy of its weight, never W * m"
             )
-        uninitialised = (*module._parameters.items(), *module._buffers.items())
-        for attribute, value in uninitialised:
-            if isinstance(value, UninitializedTensorMixin):
+        for attribute, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if is_lazy(value):
                 raise InputError(
                     f"{name} has no {attribute} yet (a lazy module): pass one batch through the network first"
                 )
@@ -239,11 +238,8 @@ def _check_parameter(name: str, parameter: nn.Parameter, masked: bool) -> None:
 def check_modules(net: nn.Module, masked: set[int]) -> None:
     """Raises InputError for a module whose kind of masked parameter can't be multiplied by a mask."""
     for path, module in net.named_modules():
-        if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            if id(module.weight) in masked:
-                raise InputError(
-                    f"{path or 'the network'} has sparse gradients, which a mask has not: sparse=False, or exclude it"
-                )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) in masked:
+            raise InputError(f"{path or 'the network'} has sparse gradients, which can't be masked: exclude it")
 
 
 def _nothing(chosen: set[str], include: object, exclude: object) -> str:
@@ -256,8 +252,10 @@ def _nothing(chosen: set[str], include: object, exclude: object) -> str:
 
 
 def summary(table: Sequence[Row]) -> str:
-    """One line: how many parameters are left shared, and which modules they belong to; "" for none but norms'."""
-    shared = [row for row in table if row.kind == SHARED and row.why != "a normalisation's"]
+    """One line: how many parameters are left shared, and which modules they belong to; "" for none but what a
+    rule leaves out and normalisations."""
+    expected = ("a normalisation's", "exclude asks for it", "include leaves it out")
+    shared = [row for row in table if row.kind == SHARED and row.why not in expected]
     if not shared:
         return ""
     modules = list(dict.fromkeys(row.name.rpartition(".")[0] or row.name for row in shared))

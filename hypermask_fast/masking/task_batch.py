@@ -18,7 +18,7 @@ from .access import is_attached, parameter_of, scope_of
 from .layers import MaskedConv2d, MaskedLinear
 from .layout import MaskLayout
 from .masks import Convolution, Layer, Made, TaskMask
-from .norms import TaskNorm, TrackingNorm
+from .norms import TaskNorm, TaskStatistics, TrackingNorm
 
 # Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
 # GPU task by task, by cuBLAS and cuDNN, and so many images under all tasks would not fit beside each other.
@@ -235,9 +235,9 @@ def serves(net: nn.Module, x: Tensor, tasks: int | None = None) -> bool:
     """
     for module in net.modules():
         if isinstance(module, TrackingNorm):
-            if not isinstance(module, _BY_ROWS) or module.training or module._buffers["running_mean"] is None:
+            if not isinstance(module, TaskStatistics) or not isinstance(module, _BY_ROWS) or module.training:
                 return False
-            if getattr(module, "batch_statistics", False) or module.mask_own:
+            if module.batch_statistics or module.mask_own:
                 return False
         elif isinstance(module, (MaskedLinear, MaskedConv2d)):
             if module.mask_own or (module.segment("weight") is None and module.segment("bias") is not None):
