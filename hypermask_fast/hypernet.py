@@ -1,7 +1,7 @@
 """Hypernetworks: from a task's embedding to its flat mask logits, dense or in chunks."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -86,9 +86,11 @@ class HyperNetwork(nn.Module):
 
     Attributes:
         factored: whether the output layer can be stepped on its gradient's factors, within the backward pass.
+        removed: ids of tasks that are no longer there; their embeddings stay in place, so that all others keep theirs.
     """
 
     factored = True
+    removed: tuple[int, ...] = ()
     _stepper: "weakref.ref[OutputStepper] | None" = None
 
     def __init__(self, size: int, num_tasks: int, embedding: int, hidden: Iterable[int]) -> None:
@@ -123,7 +125,13 @@ class HyperNetwork(nn.Module):
 
     @property
     def num_tasks(self) -> int:
+        """How many ids have been given, those of removed tasks included."""
         return len(self.embeddings)
+
+    def tasks(self, last: int | None = None) -> Sequence[int]:
+        """Ids of the tasks that are there, up to and with `last`."""
+        ids = range(self.num_tasks if last is None else last + 1)
+        return [task for task in ids if task not in self.removed] if self.removed else ids
 
     def add_task(self) -> nn.Parameter:
         """One more embedding ~ N(0, 1), returned so that a running optimiser can be given it."""
@@ -166,12 +174,12 @@ class HyperNetwork(nn.Module):
         return _SteppedOutput.apply(rows, old, self.output, self.stepper)
 
     def earlier_hidden(self, task: int) -> Tensor:
-        """(t, chunks, H) last hidden layer of tasks 0..t-1, to the bit as in a pass over tasks 0..t.
+        """(earlier tasks, chunks, H) last hidden layer of the tasks before t, to the bit as in a pass with t itself.
 
         The last bits of a matrix product's rows depend on how many rows there are. A drift that is to be 0 at the
         start of a task must be 0, because Adam makes full steps of however small a gradient.
         """
-        return self.hidden(range(task + 1))[:task]
+        return self.hidden(self.tasks(task))[:-1]
 
     @torch.no_grad()
     def drift_targets(self, task: int) -> tuple[Tensor, ...]:

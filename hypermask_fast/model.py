@@ -4,19 +4,18 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from . import ops, regularizers
 from .errors import InputError
 from .hypernet import HypernetConfig
+from .life import TaskLife
+from .masking import classes as numbers
 from .masking import mixed
 from .masking.layout import MaskLayout
-from .masking.masked_network import MaskedNetwork
 from .masking.masks import TaskMask
 from .masking.selection import Rule
 from .masking.task_batch import TaskBatch, TaskMasks, serves
@@ -38,7 +37,7 @@ def _without_autocast(method: Callable) -> Callable:
     return in_own_dtype
 
 
-class HyperMask(MaskedNetwork):
+class HyperMask(TaskLife):
     """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
 
     `net` is changed in place. Its modules stay, and so do their Parameters and names: an ordinary state_dict loads.
@@ -60,6 +59,9 @@ class HyperMask(MaskedNetwork):
             normalisations. (Running statistics are per task in any case.)
         heads: patterns of the paths of the output layers ("head", "heads.*"), whose bias is used as it is; None: found
             by the definition where it is plain to see, or else by the first forward pass.
+        classes: how many classes each task has, such as [2, 3, 5], where tasks differ in it: a task's outputs beyond
+            its classes become the most negative finite number. For a network that returns its output layer's logits:
+            (batch, classes), or (batch, classes, height, width, ...). None: every task uses all outputs.
         fidelity: "official" reproduces the authors' code: output drift divided by t twice, batch norm that always uses
             the batch's own statistics. "default": once, and running statistics per task.
 
@@ -84,6 +86,7 @@ class HyperMask(MaskedNetwork):
         exclude: Rule | Iterable[Rule] | None = None,
         per_task: Rule | Iterable[Rule] | None = None,
         heads: str | Iterable[str] | None = None,
+        classes: Sequence[int] | None = None,
         fidelity: str = "default",
     ) -> None:
         ops.kept_rank(sparsity, 1)
@@ -94,31 +97,22 @@ class HyperMask(MaskedNetwork):
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
+        classes = None if classes is None else numbers.check(classes, num_tasks)
         hypernet = hypernetwork.build(layout.size, num_tasks)  # the last that can be refused: then the network changes
-        super().__init__(net, layout, num_tasks, batch_statistics=fidelity == "official", heads_named=heads is not None)
+        super().__init__(
+            net,
+            layout,
+            num_tasks,
+            batch_statistics=fidelity == "official",
+            heads_named=heads is not None,
+            classes=classes,
+        )
         like = self.weights()
         dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in like) else torch.float32
         self.hypernet = hypernet.to(like[0].device, dtype)
-        self.sparsity, self.drift = sparsity, drift
-        self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
+        self.sparsity, self.drift, self.hypernetwork = sparsity, drift, hypernetwork
+        self.anchor = None  # assigned to when a run resumes within a task
         self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
-
-    @property
-    def num_tasks(self) -> int:
-        return self.hypernet.num_tasks
-
-    def add_task(self, optimizer: Optimizer | None = None) -> int:
-        """One more task embedding (and batch-norm statistics), at any time; returns the new task's id.
-
-        Existing Parameters stay the same objects, so a running optimiser goes on working; given here, it also gets
-        the new embedding, with the settings of its first parameter group.
-        """
-        embedding = self.hypernet.add_task()
-        added = [embedding, *self._add_task()]
-        if optimizer is not None:
-            settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
-            optimizer.add_param_group({**settings, "params": added})
-        return self.num_tasks - 1
 
     # -- masks ----------------------------------------------------------------------------------------------------
 
@@ -142,13 +136,13 @@ class HyperMask(MaskedNetwork):
         anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of(task)
         if anchor is None:
             return self._mask_of(task, self.hypernet([task]).squeeze(0), sparsity, ranks)
-        hidden = self.hypernet.hidden(range(task + 1))
+        hidden = self.hypernet.hidden(self.hypernet.tasks(task))
         for_drifts: dict[str, Any] = {}
         if stepper is None:
-            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[task:]).squeeze(0), hidden[:task]
+            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[-1:]).squeeze(0), hidden[:-1]
         else:
             logits, for_drifts["output_drift"] = self.hypernet.stepped_logits(hidden, anchor.targets)
-        if self.drift.masked and self.drift.weight_scale(task) > 0:
+        if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
 
@@ -160,9 +154,10 @@ class HyperMask(MaskedNetwork):
                 f"not {task.dtype} of {tuple(task.shape)}"
             )
         ids = task.reshape(1)
-        if _values_at_hand(task):
-            self._check_task(int(task))
-            return self._mask_of(task, self.hypernet(ids).squeeze(0), sparsity, ranks)
+        if _values_at_hand(task):  # then only this task's own get a gradient
+            number = int(task)
+            self._check_task(number)
+            return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks)
         known = self._known(ids)
         ids = ids.where(known, 0)
         hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
@@ -187,7 +182,7 @@ class HyperMask(MaskedNetwork):
         return anchor if torch.is_grad_enabled() else None
 
     @_without_autocast
-    def _masks_of(self, tasks: range | Tensor) -> TaskMasks:
+    def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
         logits = self.hypernet(tasks)
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
 
@@ -204,18 +199,6 @@ class HyperMask(MaskedNetwork):
         if key not in self._ranks:
             self._ranks[key] = self.layout.ranks(sparsity, device)
         return self._ranks[key]
-
-    def _known(self, tasks: Tensor) -> Tensor:
-        """Which task ids exist, without a wait for the device."""
-        return (tasks >= 0) & (tasks < self.num_tasks)
-
-    def _check_task(self, task: int) -> None:
-        if isinstance(task, bool) or not isinstance(task, Integral):
-            raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
-        if not 0 <= task < self.num_tasks:
-            raise InputError(
-                f"task {task} does not exist: this model has tasks 0 to {self.num_tasks - 1} (add_task adds one)"
-            )
 
     # -- forward passes -------------------------------------------------------------------------------------------
 
@@ -242,7 +225,14 @@ class HyperMask(MaskedNetwork):
         self._check_network(tuple(inputs), kwargs, task)
         if isinstance(task, Tensor) and task.dim() == 1:
             return self._forward_mixed(tuple(inputs), kwargs, task)
-        return self._through(task if isinstance(task, TaskMask) else self.mask(task), tuple(inputs), kwargs)
+        return self._through(self._mask_for(task), tuple(inputs), kwargs)
+
+    def _mask_for(self, task: int | Tensor | TaskMask) -> TaskMask:
+        if not isinstance(task, TaskMask):
+            return self.mask(task)
+        if not isinstance(task.task, Tensor):
+            self._check_task(task.task)  # it may have been removed since
+        return task
 
     @contextmanager
     def use_task(self, task: int | Tensor | TaskMask) -> Iterator[TaskMask]:
@@ -251,7 +241,7 @@ class HyperMask(MaskedNetwork):
         For what is no forward pass of the model, such as `model.generate`, and for threads of one's own. Masks are made
         once for the block: a step of an optimiser within it is not seen.
         """
-        mask = task if isinstance(task, TaskMask) else self.mask(task)
+        mask = self._mask_for(task)
         with self._under(mask):
             yield mask
 
@@ -262,7 +252,7 @@ class HyperMask(MaskedNetwork):
                 f"one task per sample is an int64 tensor ({count},), not {tasks.dtype} of {tuple(tasks.shape)}"
             )
         if tasks.shape[0] == 0:
-            return self._through(self.mask(0), inputs, kwargs)
+            return self._through(self.mask(self.tasks[0]), inputs, kwargs)
         if not kwargs and len(inputs) == 1 and self._in_one_pass(inputs[0]):
             return self._forward_rows(inputs[0], tasks)
         order = tasks.argsort(stable=True)
@@ -305,20 +295,27 @@ class HyperMask(MaskedNetwork):
         unknown = ~known.view(-1, *(1,) * (y.dim() - 1))
         return y.masked_fill(unknown, float("nan") if y.is_floating_point() else -1)
 
-    def all_masks(self) -> TaskMasks:
-        """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
-        return self._masks_of(range(self.num_tasks))
+    def all_masks(self, tasks: Iterable[int] | None = None) -> TaskMasks:
+        """The masks of all tasks that are there, from one pass over the hypernetwork; made once, they serve many batches.
+
+        tasks: of which, in this order; None: `model.tasks`. Each mask says whose it is (`mask.task`).
+        """
+        chosen = self.tasks if tasks is None else tuple(tasks)
+        for task in chosen:
+            self._check_task(task)
+        return self._masks_of(chosen)
 
     def forward_all_tasks(self, *inputs: Any, masks: Sequence[TaskMask] | None = None, **kwargs: Any) -> Any:
-        """(tasks, batch, ...) outputs of every task's masked network on the same batch.
+        """(tasks, batch, ...) outputs of every task's masked network on the same batch: row t is task t's.
 
         Args:
             inputs, kwargs: what the network takes.
-            masks: from `all_masks`, or a part of them; any other sequence passes mask by mask. Also the last one of the
-                inputs may be it.
+            masks: from `all_masks`, or a part of them, whose order the rows then have; any other sequence passes mask
+                by mask. Also the last one of the inputs may be it.
 
         Returns:
             Of a network that returns several tensors (a tuple, a dict, a dataclass) the same with each tensor stacked.
+            The row of a removed task is NaN (-1 where outputs are integers).
         """
         if (
             masks is None
@@ -328,7 +325,14 @@ class HyperMask(MaskedNetwork):
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
-        masks = self.all_masks() if masks is None else masks
+        if masks is None:
+            outputs = self._all(self.all_masks(), tuple(inputs), kwargs)
+            return mixed.spread(outputs, self.tasks, self.num_tasks) if self.hypernet.removed else outputs
+        for mask in masks:
+            self._mask_for(mask)
+        return self._all(masks, tuple(inputs), kwargs)
+
+    def _all(self, masks: Sequence[TaskMask], inputs: tuple, kwargs: dict[str, Any]) -> Any:
         alone = len(inputs) == 1 and not kwargs
         if alone and isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(inputs[0], len(masks)):
             x = inputs[0]
@@ -336,7 +340,7 @@ class HyperMask(MaskedNetwork):
             with self._scope.use(TaskBatch.every(masks, x, repeated)):
                 y = self.net(repeated)
             return y.view(len(masks), x.shape[0], *y.shape[1:])
-        return mixed.stacked([self._through(mask, tuple(inputs), kwargs) for mask in masks])
+        return mixed.stacked([self._through(mask, inputs, kwargs) for mask in masks])
 
     def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
         """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
@@ -392,7 +396,8 @@ class HyperMask(MaskedNetwork):
         if weight is None:
             of_mask = mask if self.drift.masked else None
             logits, thresholds = (None, None) if of_mask is None else (of_mask.logits, of_mask.thresholds)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.drift.weight_scale(anchor.task) > 0):
+            scale = self.drift.weight_scale(self.position(anchor.task))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and scale > 0):
                 weight = ops.weight_drift(
                     self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
                 )
@@ -412,7 +417,7 @@ class HyperMask(MaskedNetwork):
         """
         drifts = self.drifts(task)
         assert self.anchor is not None, "drifts made it"
-        return self.drift.loss(drifts, self.anchor.task)
+        return self.drift.loss(drifts, self.position(self.anchor.task))
 
     # -- export ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from .scope import PLAIN, Scope
 BatchNorm = _BatchNorm  # what all of PyTorch's are, nn.SyncBatchNorm too, and users' own; it has no public name
 TrackingNorm = _NormBase  # the same with nn.InstanceNorm, which can have running statistics too
 
-STATISTICS = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}  # and what they begin with
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _OWN = "plain_"  # before the name of the buffer that holds the network's own statistics
 
 
@@ -21,6 +21,7 @@ class TaskNorm(Protocol):
     """What a pass needs of a `TaskStatistics`, which says what each method does."""
 
     training: bool
+    frozen: tuple[int, ...]
 
     def normalise(self, x: Tensor, *args: Any) -> Tensor: ...
 
@@ -55,6 +56,7 @@ class TaskStatistics(MaskedModule):
     """
 
     batch_statistics: bool = False
+    frozen: tuple[int, ...] = ()  # tasks whose statistics training no longer moves
     training: bool
     running_mean: Any = _statistic("running_mean")
     running_var: Any = _statistic("running_var")
@@ -112,13 +114,22 @@ class TaskStatistics(MaskedModule):
             module.track_running_stats = False
             for name in STATISTICS:
                 module._buffers[name] = None
-        vars(module).pop("batch_statistics", None)
+        for name in ("batch_statistics", "frozen"):
+            vars(module).pop(name, None)
 
     def add_task(self, like: int | None = None) -> None:
-        """Statistics for one more task: fresh ones (mean 0, variance 1), or those of the task `like`."""
+        """Statistics for one more task: the network's own, as at construction, or those of the task `like`."""
         for name, buffer in self.stacked().items():
-            row = buffer.new_full((1, *buffer.shape[1:]), STATISTICS[name]) if like is None else buffer[like : like + 1]
-            self._buffers[name] = torch.cat([buffer, row])  # pyright: ignore
+            row = self._own(name) if like is None else buffer[like]
+            self._buffers[name] = torch.cat([buffer, row[None]])  # pyright: ignore
+
+    def reset(self, task: int) -> None:
+        """Puts the network's own statistics in the place of a task's."""
+        for name, buffer in self.stacked().items():
+            buffer[task] = self._own(name)
+
+    def _own(self, name: str) -> Tensor:
+        return self._buffers[_OWN + name]  # pyright: ignore
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -62,6 +62,7 @@ def build_model(config: RunConfig, scenario: Scenario, device: torch.device | st
         lam=method.lam,
         drift_norm=method.drift_norm,
         drift_masked=method.drift_masked,
+        classes=scenario.classes if len(set(scenario.classes)) > 1 else None,
         fidelity=config.fidelity,
     )
     return model.to(device)
