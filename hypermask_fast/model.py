@@ -98,7 +98,11 @@ class HyperMask(TaskLife):
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
         classes = None if classes is None else numbers.check(classes, num_tasks)
-        hypernet = hypernetwork.build(layout.size, num_tasks)  # the last that can be refused: then the network changes
+        hypernetwork.check_memory(layout, next(net.parameters()).device)
+        sizes = [segment.size for segment in layout.segments]
+        hypernet = hypernetwork.build(
+            layout.size, num_tasks, sizes
+        )  # the last that can be refused: then the network changes
         super().__init__(
             net,
             layout,

@@ -70,7 +70,9 @@ def check(
             "the state is of another layout: what is masked differs from this model's (network, include, exclude)"
         )
     if "sparsity" in found and found["sparsity"].item() != sparsity:
-        raise InputError(f"the state is of a model of {found['sparsity'].item():g} % sparsity, this one has {sparsity:g} %")
+        raise InputError(
+            f"the state is of a model of {found['sparsity'].item():g} % sparsity, this one has {sparsity:g} %"
+        )
     if "tasks" in found and len(found["tasks"]) != num_tasks:
         raise InputError(f"the state is of {len(found['tasks'])} tasks, this model has {num_tasks} (add_task adds one)")
     theirs = found["classes"].tolist() if "classes" in found else None

@@ -14,7 +14,7 @@ BatchNorm = _BatchNorm  # what all of PyTorch's are, nn.SyncBatchNorm too, and u
 TrackingNorm = _NormBase  # the same with nn.InstanceNorm, which can have running statistics too
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_OWN = "plain_"  # before the name of the buffer that holds the network's own statistics
+OWN = "plain_"  # before the name of the buffer that holds the network's own statistics
 
 
 class TaskNorm(Protocol):
@@ -39,7 +39,7 @@ def _statistic(name: str) -> property:
             return stacked
         if running is not PLAIN and self.batch_statistics:
             return None
-        return running.statistic(self, name, stacked, self._buffers[_OWN + name])
+        return running.statistic(self, name, stacked, self._buffers[OWN + name])
 
     def put(self: Any, value: Any) -> None:  # nn.Module has taken every tensor before
         raise InputError(f"{name} of {type(self).__name__} is a buffer: a tensor, not {value!r}")
@@ -99,7 +99,7 @@ class TaskStatistics(MaskedModule):
         module: Any = self
         for name in STATISTICS:
             own = module._buffers[name]
-            module.register_buffer(_OWN + name, own, persistent=False)
+            module.register_buffer(OWN + name, own, persistent=False)
             module._buffers[name] = own.expand(num_tasks, *own.shape).clone()
         self.batch_statistics = batch_statistics
 
@@ -107,8 +107,8 @@ class TaskStatistics(MaskedModule):
         """Leaves one task's statistics (None: the network's own) in a module of its own class."""
         module: Any = self
         for name in STATISTICS:
-            stacked, own = module._buffers[name], module._buffers.pop(_OWN + name)
-            module._non_persistent_buffers_set.discard(_OWN + name)
+            stacked, own = module._buffers[name], module._buffers.pop(OWN + name)
+            module._non_persistent_buffers_set.discard(OWN + name)
             module._buffers[name] = own if task is None else stacked[task].clone()
         if task is not None and self.batch_statistics:
             module.track_running_stats = False
@@ -129,7 +129,7 @@ class TaskStatistics(MaskedModule):
             buffer[task] = self._own(name)
 
     def _own(self, name: str) -> Tensor:
-        return self._buffers[_OWN + name]  # pyright: ignore
+        return self._buffers[OWN + name]  # pyright: ignore
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..errors import InputError
 from ..model_state import PREFIX, load_network_state, network_state
-from .files import writing
+from ..files import writing
 
 MANIFEST = "checkpoint.json"
 _SCRATCH = ".checkpoint"

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..extras import needed_for
 from . import describe
 from .config import RunConfig
-from .files import write_atomic
+from ..files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
 from .tables import text_table
 from .trainer import Result

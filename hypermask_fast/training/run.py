@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..model import HyperMask
 from . import checkpoint, report
 from .config import RunConfig
-from .files import remove_partial, write_atomic, writing
+from ..files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
 from .targets import TargetConfig, build_target

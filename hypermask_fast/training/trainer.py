@@ -22,7 +22,7 @@ from . import checkpoint
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
-from .files import writing
+from ..files import writing
 from .interrupt import Stopped
 from .lock import taken
 from .logs import Logger, Loggers
