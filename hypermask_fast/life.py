@@ -212,7 +212,7 @@ class TaskLife(MaskedNetwork):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _restore(self, found: dict[str, Tensor]) -> None:
-        """Checks the entries of `model_state.entries`, then takes them over. Raises InputError before anything changes."""
+        """Takes `model_state.entries` over. Raises InputError, before anything changes, where they don't fit."""
         model_state.check(found, self.layout, self.sparsity, self.num_tasks, self.classes)
         layout = self._layout_of(model_state.output_biases(found, self.layout))
         anchor = model_state.anchor(found, self.layout.size)

@@ -1,18 +1,19 @@
 """HyperMask: a target network and its hypernetwork as one module."""
 
-import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops, regularizers
+from . import ops, pretrained
+from .anchored import Anchored, without_autocast
 from .errors import InputError
 from .hypernet import HypernetConfig
-from .life import TaskLife
 from .masking import classes as numbers
 from .masking import mixed
 from .masking.layout import MaskLayout
@@ -20,24 +21,10 @@ from .masking.masks import TaskMask
 from .masking.selection import Rule
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
-from .regularizers import Anchor, DriftConfig, Drifts
+from .regularizers import DriftConfig
 
 
-def _without_autocast(method: Callable) -> Callable:
-    """For who has autocast on around a whole forward pass: logits, thresholds and drifts keep their dtype."""
-
-    @functools.wraps(method)
-    def in_own_dtype(self: "HyperMask", *args, **kwargs):
-        kind = self.hypernet.output.weight.device.type
-        if not torch.amp.is_autocast_available(kind):  # meta tensors
-            return method(self, *args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return in_own_dtype
-
-
-class HyperMask(TaskLife):
+class HyperMask(Anchored):
     """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
 
     `net` is changed in place. Its modules stay, and so do their Parameters and names: an ordinary state_dict loads.
@@ -100,9 +87,7 @@ class HyperMask(TaskLife):
         classes = None if classes is None else numbers.check(classes, num_tasks)
         hypernetwork.check_memory(layout, next(net.parameters()).device)
         sizes = [segment.size for segment in layout.segments]
-        hypernet = hypernetwork.build(
-            layout.size, num_tasks, sizes
-        )  # the last that can be refused: then the network changes
+        hypernet = hypernetwork.build(layout.size, num_tasks, sizes)  # the last to be refused: then the network changes
         super().__init__(
             net,
             layout,
@@ -120,7 +105,7 @@ class HyperMask(TaskLife):
 
     # -- masks ----------------------------------------------------------------------------------------------------
 
-    @_without_autocast
+    @without_autocast
     def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
         """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
 
@@ -178,14 +163,7 @@ class HyperMask(TaskLife):
         thresholds = self._thresholds(logits, sparsity, ranks)
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
 
-    def _anchor_in_training(self, task: int) -> Anchor | None:
-        """The anchor of the task that is being trained; None of any other."""
-        anchor = self.anchor
-        if anchor is None or anchor.task != task:
-            return None
-        return anchor if torch.is_grad_enabled() else None
-
-    @_without_autocast
+    @without_autocast
     def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
         logits = self.hypernet(tasks)
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
@@ -300,7 +278,7 @@ class HyperMask(TaskLife):
         return y.masked_fill(unknown, float("nan") if y.is_floating_point() else -1)
 
     def all_masks(self, tasks: Iterable[int] | None = None) -> TaskMasks:
-        """The masks of all tasks that are there, from one pass over the hypernetwork; made once, they serve many batches.
+        """All tasks' masks, from one pass over the hypernetwork; made once, they serve many batches.
 
         tasks: of which, in this order; None: `model.tasks`. Each mask says whose it is (`mask.task`).
         """
@@ -354,76 +332,36 @@ class HyperMask(TaskLife):
         """
         return ops.entropy_select(mixed.logits(self.forward_all_tasks(*inputs, **kwargs), select))
 
-    # -- regularisers ---------------------------------------------------------------------------------------------
+    # -- away from here -------------------------------------------------------------------------------------------
 
-    def begin_task(self, task: int) -> None:
-        """Captures what the regularisers of task t compare with: output of tasks 0..t-1 and the weights, as of now.
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model to a folder: weights as safetensors, tied ones once, and hypermask.json, which says what it
+        is: masked parameters, sparsity, all settings, tasks. Its network's code is not in it. Whole at every moment.
 
-        `regularizer` does this by itself at its first call for a task; call it where another moment is meant.
+        Raises:
+            InputError: it can't be written; a model that was there before still is.
         """
-        self.anchor = self._captured(task)
+        pretrained.save(self, self.drift, self.hypernetwork, Path(folder))
 
-    def _captured(self, task: int) -> Anchor:
-        self._check_task(task)
-        return regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
-
-    def _anchor_of(self, task: int) -> Anchor:
-        anchor = self.anchor
-        if anchor is not None and task < anchor.task:
-            raise InputError(
-                f"the drifts of task {task} compare with how things stood as it began, which is gone since task "
-                f"{anchor.task} began: begin_task({task}) begins it anew"
-            )
-        if anchor is None or anchor.task != task:
-            anchor = self.anchor = self._captured(task)
-        return anchor
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HyperMask":
-        """Moves the anchor with the Parameters, wherever nn.Module takes them."""
-        super()._apply(fn, recurse)
-        if self.anchor is not None:
-            self.anchor = self.anchor.map(fn)
-        return self
-
-    @_without_autocast
-    def drifts(self, task: int | TaskMask) -> Drifts:
-        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], net: nn.Module) -> "HyperMask":
+        """The model that `save_pretrained` wrote, on the device of `net`. Nothing is unpickled.
 
         Args:
-            task: the task being trained, or its mask, which spares generating it again.
+            net: a network like the one that was saved; it gets the weights, in the dtypes that they were saved in.
+
+        Raises:
+            InputError: no such model, a damaged one, or another network: then the line names the first difference.
+                The network is left as it was.
         """
-        mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
-        anchor = self._anchor_of(number)
-        if mask is None and self.drift.masked:
-            mask = self.mask(number)
-        weight = None if mask is None else mask.weight_drift(anchor.weights)
-        if weight is None:
-            of_mask = mask if self.drift.masked else None
-            logits, thresholds = (None, None) if of_mask is None else (of_mask.logits, of_mask.thresholds)
-            scale = self.drift.weight_scale(self.position(anchor.task))
-            with torch.set_grad_enabled(torch.is_grad_enabled() and scale > 0):
-                weight = ops.weight_drift(
-                    self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
-                )
-        if mask is not None and mask.output_drift is not None:
-            return Drifts(mask.output_drift, weight)
-        hidden = None if mask is None else mask.earlier_hidden
-        return Drifts(regularizers.output_drift(self.hypernet, anchor, hidden), weight)
-
-    def regularizer(self, task: int | TaskMask) -> Tensor:
-        """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.
-
-        Args:
-            task: the task being trained, or its mask, which spares generating it again.
-
-        Returns:
-            Scalar with gradient to both networks and all embeddings of tasks 0..t.
-        """
-        drifts = self.drifts(task)
-        assert self.anchor is not None, "drifts made it"
-        return self.drift.loss(drifts, self.position(self.anchor.task))
-
-    # -- export ---------------------------------------------------------------------------------------------------
+        saved = pretrained.Saved(Path(folder))
+        model = cls(net, **saved.settings(net))
+        try:
+            saved.fill(model)
+        except (InputError, RuntimeError) as error:
+            model.unconvert()
+            raise InputError(str(error).splitlines()[0]) from error
+        return model
 
     @torch.no_grad()
     def export(self, task: int) -> nn.Module:

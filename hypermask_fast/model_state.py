@@ -75,10 +75,10 @@ def check(
         )
     if "tasks" in found and len(found["tasks"]) != num_tasks:
         raise InputError(f"the state is of {len(found['tasks'])} tasks, this model has {num_tasks} (add_task adds one)")
-    theirs = found["classes"].tolist() if "classes" in found else None
+    counts = found["classes"].tolist() if "classes" in found else None
     mine = None if classes is None else list(classes)
-    if "sparsity" in found and theirs != mine:
-        raise InputError(f"the state is of a model with classes {theirs}, this one has {mine}")
+    if "sparsity" in found and counts != mine:
+        raise InputError(f"the state is of a model with classes {counts}, this one has {mine}")
 
 
 def output_biases(found: Mapping[str, Tensor], layout: MaskLayout) -> list[str] | None:

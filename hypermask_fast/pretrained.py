@@ -24,7 +24,7 @@ from .life import TaskLife
 from .masking.layout import MaskLayout
 from .masking.norms import OWN
 from .masking.selection import MASKED, PER_TASK, Row
-from .model_state import first_names
+from .model_state import PREFIX, first_names
 from .regularizers import DriftConfig
 
 MANIFEST = "hypermask.json"
@@ -163,7 +163,7 @@ class Saved:
             raise InputError(f"{self.folder / MANIFEST} was altered: {error}") from error
         kinds = {name: row["kind"] for name, row in rows.items()}
         own = _named(kinds, PER_TASK) if PER_TASK in kinds.values() else None
-        if {row.name: row.kind for row in MaskLayout.of(net).rows} != kinds:
+        if _default_kinds(net) != kinds:
             settings |= {"include": _named(kinds, MASKED), "per_task": own}
         return settings
 
@@ -177,7 +177,9 @@ class Saved:
                 raise InputError(f"{name} is not a parameter of {where}: it is another network")
             shape = tuple(rows[name]["shape"])
             if tuple(mine[name].shape) != shape:
-                raise InputError(f"{name} is {shape} in {self.folder}, and {tuple(mine[name].shape)} in the network given")
+                raise InputError(
+                    f"{name} is {shape} in {self.folder}, and {tuple(mine[name].shape)} in the network given"
+                )
 
     def fill(self, model: TaskLife) -> None:
         """Gives a fresh model of these settings the weights. Their dtypes are the file's.
@@ -187,9 +189,11 @@ class Saved:
         """
         state = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(_PLAIN)}
         mine = model.state_dict()
-        for name in [*state, *(name for name in mine if not name.startswith("state."))]:
-            if not name.startswith("state.") and (name not in state or name not in mine):
-                raise InputError(f"{name} is not in {'the model' if name in state else self.folder}: it is another model")
+        for name in [*state, *mine]:
+            if not name.startswith(PREFIX) and (name not in state or name not in mine):
+                raise InputError(
+                    f"{name} is not in {'the model' if name in state else self.folder}: it is another model"
+                )
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             if name in state and value.is_floating_point():
                 value.data = value.data.to(state[name].dtype)
@@ -198,6 +202,14 @@ class Saved:
         for name, tensor in self.tensors.items():
             if name.startswith(_PLAIN):
                 buffers[name.removeprefix(_PLAIN)].copy_(tensor)
+
+
+def _default_kinds(net: nn.Module) -> dict[str, str] | None:
+    """What is done with each parameter unless rules are given; None where nothing would be masked."""
+    try:
+        return {row.name: row.kind for row in MaskLayout.of(net).rows}
+    except InputError:
+        return None
 
 
 def _named(kinds: Mapping[str, str], kind: str) -> Any:

@@ -37,8 +37,8 @@ def from_datasets(
         in_memory: read every item once, now, and keep it: fast, but the randomness of a dataset's transform
             is then frozen. Otherwise items are read each time they are asked for, see `DatasetSplit`.
         num_workers: DataLoader's processes, where not in_memory.
-        num_classes: C, or one number per task, where they differ. None takes it from the training labels, of which every task must have all; where not
-            in_memory that reads all training data once.
+        num_classes: C, or one number per task, where they differ. None takes it from the training labels, of which
+            every task must have all; where not in_memory that reads all training data once.
         augment: random transform of training batches as stored, see `TensorSplit`; in_memory only.
 
     Raises:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import InputError
-from ..model_state import PREFIX, load_network_state, network_state
 from ..files import writing
+from ..model_state import PREFIX, load_network_state, network_state
 
 MANIFEST = "checkpoint.json"
 _SCRATCH = ".checkpoint"

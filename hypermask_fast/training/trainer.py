@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..data import Scenario, Split
 from ..errors import InputError
+from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
 from ..optim import Adam
@@ -22,7 +23,6 @@ from . import checkpoint
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
-from ..files import writing
 from .interrupt import Stopped
 from .lock import taken
 from .logs import Logger, Loggers
