@@ -209,7 +209,7 @@ class HyperMask(Anchored):
             return self._forward_mixed(tuple(inputs), kwargs, task)
         return self._through(self._mask_for(task), tuple(inputs), kwargs)
 
-    def _mask_for(self, task: int | Tensor | TaskMask) -> TaskMask:
+    def _mask_for(self, task: Any) -> TaskMask:
         if not isinstance(task, TaskMask):
             return self.mask(task)
         if not isinstance(task.task, Tensor):
