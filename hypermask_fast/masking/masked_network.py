@@ -88,7 +88,7 @@ class MaskedNetwork(nn.Module):
     def _through(self, mask: TaskMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
         """One pass under one task's mask."""
         compiling = torch.compiler.is_compiling()
-        read: set[int] | None = set() if self._unread and not compiling else None
+        read: set[int] | None = set() if not compiling and self._unread else None
         one = Pass(mask, read)
         with self._scope.use(one):
             y = self.net(*inputs, **kwargs)

@@ -57,8 +57,11 @@ PLAIN = _Plain()
 class _Local(threading.local):
     """Per thread, so that two threads can run two tasks through one model; torch.compile traces through it."""
 
-    running: Running | None = None
-    unwinding: "ref[Any] | None" = None  # the pass whose graph this thread's backward pass is in
+    running: Running | None
+    unwinding: "ref[Any] | None"  # the pass whose graph this thread's backward pass is in
+
+    def __init__(self) -> None:  # in every thread: a compiled graph expects to find both
+        self.running = self.unwinding = None
 
 
 class Scope:
