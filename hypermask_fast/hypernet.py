@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -67,7 +68,7 @@ class HypernetConfig:
         """
         if not _is_size(budget_bytes):
             raise InputError(f"budget_bytes must be a positive whole number of bytes, not {budget_bytes!r}")
-        dense = cls(**{"by_tensor": False, **settings, "chunk_size": None})
+        dense = cls(**{**settings, "by_tensor": False, "chunk_size": None})
         if sizing.TRAINED * dense.num_parameters(layout) <= budget_bytes:
             return dense
         chunked = cls(**{"by_tensor": True, **settings, "chunk_size": 1})
@@ -94,10 +95,10 @@ class HypernetConfig:
         known = [memory for memory in map(sizing.total_memory, devices) if memory is not None]
         count = self.num_parameters(layout)
         if known and sizing.TRAINED * count > min(known):
-            try:
-                hint = f"try HypernetConfig(chunk_size={self.fitting(layout, min(known) // 4)})"
-            except InputError:
-                hint = "take smaller hidden widths"
+            hint = "take smaller hidden widths"
+            for share in (1, 2, 4):  # of the memory; the smallest share that does
+                with suppress(InputError):
+                    hint = f"try HypernetConfig(chunk_size={self.fitting(layout, min(known) // share)})"
             sizing.check_memory(count, devices, hint)
 
     def build(self, size: int, num_tasks: int, tensors: Sequence[int] | None = None) -> "HyperNetwork":

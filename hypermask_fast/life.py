@@ -239,7 +239,7 @@ class TaskLife(MaskedNetwork):
                 f"the state is of another layout: its output layer's bias is {', '.join(biases) or 'none'}, this "
                 f"model's is {', '.join(mine) or 'none'}"
             )
-        return layout
+        return self.layout if self._heads_known else layout
 
 
 def _sizes(parameters: Sequence[nn.Parameter]) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """HyperMask: a target network and its hypernetwork as one module."""
 
 import os
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -360,7 +361,7 @@ class HyperMask(Anchored):
             saved.fill(model)
         except (InputError, RuntimeError) as error:
             model.unconvert()
-            raise InputError(str(error).splitlines()[0]) from error
+            raise InputError(textwrap.shorten(str(error), 300)) from error
         return model
 
     @torch.no_grad()

@@ -74,6 +74,10 @@ class MaskedNetwork(nn.Module):
         """The masked Parameters of the target network, one per segment of `layout`."""
         return [parameter_of(module, name) for module, name in self._owners]
 
+    def heads(self) -> list[str] | None:
+        """Paths of the output layers with a bias; None where they are not known before the first pass."""
+        return [name.rpartition(".")[0] for name in self.layout.heads] if self._heads_known else None
+
     def statistics(self) -> list[TaskStatistics]:
         """The network's normalisations with running statistics per task."""
         return [module for module in self.net.modules() if isinstance(module, TaskStatistics)]
