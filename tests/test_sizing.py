@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypermask_fast.ops import reference
 
 
 def layout_of(*widths):
-    return hmf.MaskLayout.of(nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))))
+    return hmf.MaskLayout.of(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))))
 
 
 LAYOUT = layout_of(30, 20, 7)  # 767 entries in tensors of 600, 20, 140 and 7

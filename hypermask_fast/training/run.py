@@ -19,6 +19,7 @@ from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..files import remove_partial, write_atomic, writing
 from ..model import HyperMask
+from ..model_state import load_network_state, network_state
 from . import checkpoint, report
 from .config import RunConfig
 from .lock import LOCK, taken
@@ -232,7 +233,7 @@ def export_task(run_dir: Path | str, task: int, path: Path | str, data_dir: Path
         "input_shape": json.dumps(scenario.input_shape),
         "num_classes": str(scenario.num_classes),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in model.export(task).state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in network_state(model.export(task)).items()}
     write_atomic(path, save(tensors, metadata))
 
 
@@ -250,7 +251,7 @@ def load_exported(path: Path | str) -> nn.Module:
         target = TargetConfig(**{**values, "hidden": tuple(values["hidden"])})
         net = build_target(target, json.loads(metadata["input_shape"]), int(metadata["num_classes"]))
         _without_absent_statistics(net, tensors)
-        net.load_state_dict(tensors)
+        load_network_state(net, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a network exported by hypermask-fast: {reason}") from error

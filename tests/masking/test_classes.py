@@ -1,5 +1,7 @@
 """Tasks with different numbers of classes on one output layer."""
 
+import copy
+import io
 from dataclasses import dataclass
 
 import pytest
@@ -232,3 +234,16 @@ def test_an_export_that_could_not_say_it_is_refused():
     with pytest.raises(InputError, match="is exported by that layer's bias, and the network has none"):
         model.export(0)
     torch.testing.assert_close(model.export(2)(batch()), model(batch(), 2))  # it has all of them
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled"])
+def test_a_copy_has_its_own(how):
+    model, file = model_of(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = copy.deepcopy(model) if how == "copied" else torch.load(file, weights_only=False)
+    again.add_task(classes=1)
+    assert (model.classes, again.classes) == ((2, 3, 5), (2, 3, 5, 1))
+    check(again(batch(), 3), 3, again, batch())
+    torch.testing.assert_close(again(batch(), 0), model(batch(), 0))
+    assert not again.unconvert()._forward_hooks
