@@ -77,7 +77,11 @@ class Scenario:
         def move_split(split: Split) -> Split:
             return split.to(device, moved) if isinstance(split, TensorSplit) else split.to(device)
 
-        tasks = tuple(TaskData(task.name, *map(move_split, task.splits), task.num_classes) for task in self.tasks)
+        def moved_task(task: TaskData) -> TaskData:
+            train, validation, test = map(move_split, task.splits)
+            return replace(task, train=train, validation=validation, test=test)
+
+        tasks = tuple(map(moved_task, self.tasks))
         return replace(self, tasks=tasks)
 
 
