@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import ops, sizing
 from .errors import InputError
 from .masking.layout import MaskLayout
+from .settings import WIDEST, Range, Widths, check_fields
 
 
 @dataclass(frozen=True)
@@ -23,31 +24,25 @@ class HypernetConfig:
     Attributes:
         embedding: size E of a task's embedding.
         hidden: widths of the hidden layers (ELU); the last one is H.
-        chunk_size: None for one dense output layer of N rows; C to generate the output in chunks of C entries.
+        chunk_size: entries that the output layer generates at a time, C of N, in chunks; without it (None) all N.
         chunk_embedding: size of a chunk's embedding, for a chunked hypernetwork.
         by_tensor: with chunk_size, whether each masked tensor begins a chunk of its own. A tensor's last chunk is
             truncated, and no chunk straddles two tensors.
+
+    Raises:
+        InputError: a size that is no positive integer, or beyond any machine.
     """
 
-    embedding: int = 48
-    hidden: tuple[int, ...] = (100,)
-    chunk_size: int | None = None
-    chunk_embedding: int = 8
+    embedding: Annotated[int, Range(1, WIDEST, unit="numbers")] = 48
+    hidden: Annotated[tuple[int, ...], Widths(1)] = (100,)
+    chunk_size: Annotated[int | None, Range(1, unit="mask entries")] = None
+    chunk_embedding: Annotated[int, Range(1, WIDEST, unit="numbers")] = 8
     by_tensor: bool = False
 
     def __post_init__(self) -> None:
         hidden = self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,)
         object.__setattr__(self, "hidden", tuple(hidden))
-        for name in ("embedding", "chunk_embedding", "chunk_size"):
-            value = getattr(self, name)
-            if name == "chunk_size" and value is None:
-                continue
-            if not _is_size(value):
-                raise InputError(f"hypernetwork {name} must be a positive integer, not {value!r}")
-        if not self.hidden or not all(_is_size(width) for width in self.hidden):
-            raise InputError(f"hypernetwork hidden must list one or more positive widths, not {self.hidden!r}")
-        if not isinstance(self.by_tensor, bool):
-            raise InputError(f"hypernetwork by_tensor must be True or False, not {self.by_tensor!r}")
+        check_fields(self, "hypernetwork")
         if self.by_tensor and self.chunk_size is None:
             raise InputError("hypernetwork by_tensor says how chunks lie: it needs a chunk_size")
 
@@ -66,7 +61,7 @@ class HypernetConfig:
         Raises:
             InputError: not even the smallest one fits.
         """
-        if not _is_size(budget_bytes):
+        if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes < 1:
             raise InputError(f"budget_bytes must be a positive whole number of bytes, not {budget_bytes!r}")
         dense = cls(**{**settings, "by_tensor": False, "chunk_size": None})
         if sizing.TRAINED * dense.num_parameters(layout) <= budget_bytes:
@@ -77,14 +72,15 @@ class HypernetConfig:
     def num_parameters(self, layout: MaskLayout) -> int:
         """How many parameters it has for the tensors of a layout, besides the tasks' embeddings."""
         sizes = self.embedding, self.hidden, self.chunk_size, self.chunk_embedding
-        return sizing.parameters(self._tensors(layout), *sizes)
+        return sizing.parameters(self.tensors(layout), *sizes)
 
     def fitting(self, layout: MaskLayout, budget_bytes: int) -> int:
         """The largest chunk_size that trains within a budget; see `auto`."""
         sizes = self.embedding, self.hidden, self.chunk_embedding
-        return sizing.chunk_size(self._tensors(layout), *sizes, budget_bytes)
+        return sizing.chunk_size(self.tensors(layout), *sizes, budget_bytes)
 
-    def _tensors(self, layout: MaskLayout) -> Sequence[int]:
+    def tensors(self, layout: MaskLayout) -> Sequence[int]:
+        """Entries of each tensor that begins a chunk of its own."""
         return [segment.size for segment in layout.segments] if self.by_tensor else [layout.size]
 
     def check_memory(self, layout: MaskLayout, device: torch.device) -> None:
@@ -92,13 +88,12 @@ class HypernetConfig:
         if device.type == "meta":
             return
         devices = [torch.device("cpu")] if device.type == "cpu" else [torch.device("cpu"), device]
-        known = [memory for memory in map(sizing.total_memory, devices) if memory is not None]
-        count = self.num_parameters(layout)
-        if known and sizing.TRAINED * count > min(known):
+        memory, count = min(map(sizing.total_memory, devices)), self.num_parameters(layout)
+        if sizing.TRAINED * count > memory:
             hint = "take smaller hidden widths"
             for share in (1, 2, 4):  # of the memory; the smallest share that does
                 with suppress(InputError):
-                    hint = f"try HypernetConfig(chunk_size={self.fitting(layout, min(known) // share)})"
+                    hint = f"try HypernetConfig(chunk_size={self.fitting(layout, int(memory) // share)})"
             sizing.check_memory(count, devices, hint)
 
     def build(self, size: int, num_tasks: int, tensors: Sequence[int] | None = None) -> "HyperNetwork":
@@ -112,10 +107,6 @@ class HypernetConfig:
             raise InputError("a hypernetwork whose chunks follow the tensors needs to know their sizes")
         shape = self.chunk_size, self.embedding, self.chunk_embedding, self.hidden
         return ChunkedHyperNetwork(size, num_tasks, *shape, tensors if self.by_tensor else None)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class OutputStepper(Protocol):
@@ -165,7 +156,7 @@ class HyperNetwork(nn.Module):
     def _build(
         self, size: int, num_tasks: int, embedding: int, inputs: int, hidden: tuple[int, ...], rows: int
     ) -> None:
-        if not _is_size(num_tasks):
+        if not isinstance(num_tasks, int) or isinstance(num_tasks, bool) or num_tasks < 1:
             raise InputError(f"num_tasks must be a positive integer, not {num_tasks!r}")
         self.size = size
         self.embeddings = nn.ParameterList(nn.Parameter(torch.randn(embedding)) for _ in range(num_tasks))
@@ -257,6 +248,10 @@ class HyperNetwork(nn.Module):
         if self.output_drift(hidden, (targets,)) != 0:
             targets = torch.cat([self.logits(row[None]) for row in hidden])
         return (targets,)
+
+    def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of `drift_targets`."""
+        return ((task, self.size),)
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.
@@ -363,6 +358,10 @@ class ChunkedHyperNetwork(HyperNetwork):
     def drift_targets(self, task: int) -> tuple[Tensor, ...]:
         """The output layer and its inputs as of now: smaller than the logits, and all that `output_drift` needs."""
         return (self.earlier_hidden(task), self.output.weight.clone(), self.output.bias.clone())
+
+    def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
+        weight = self.output.weight.shape
+        return ((task, len(self.chunk_embeddings), weight[1]), tuple(weight), (weight[0],))
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`.

@@ -112,10 +112,10 @@ def test_a_tasks_labels_are_its_own_classes():
     assert Scenario(
         "s", (TaskData("a", split, split, split, 3), TaskData("b", split, split, split)), (1,), 5
     ).classes == (3, 5)
-    with pytest.raises(InputError, match=r"task a, training set: labels must be 0 .. 1, found 2"):
+    with pytest.raises(InputError, match=r"task 0 \(a\), training set: labels must be 0 .. 1, found 2"):
         Scenario("s", (TaskData("a", split, split, split, 2),), (1,), 5)
     for wrong in (6, 0, 2.0):
-        with pytest.raises(InputError, match=r"num_classes of task a must be a whole number, 1 .. 5"):
+        with pytest.raises(InputError, match=r"num_classes of task 0 \(a\) must be a whole number, 1 .. 5"):
             Scenario("s", (TaskData("a", split, split, split, wrong),), (1,), 5)
 
 
@@ -147,7 +147,7 @@ def test_scenario_refuses_empty():
     with pytest.raises(InputError, match="test samples"):
         Scenario("half", (TaskData("a", some, none, none),), (1,), 1)
     ones = TensorSplit(torch.zeros(2, 1), torch.ones(2, dtype=torch.int64))
-    with pytest.raises(InputError, match=r"task a, validation set: labels must be 0 .. 0, found 1"):
+    with pytest.raises(InputError, match=r"task 0 \(a\), validation set: labels must be 0 .. 0, found 1"):
         Scenario("labels", (TaskData("a", some, ones, some),), (1,), 1)
 
 
