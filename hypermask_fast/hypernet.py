@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import ops, sizing
 from .errors import InputError
@@ -291,6 +292,25 @@ class _SteppedOutput(torch.autograd.Function):
         return hidden_grad, None, None, None
 
 
+class _WithoutRest(torch.autograd.Function):
+    """(T, N) of whole chunks' outputs, without what is cut off at each tensor's end. One array in backward, where
+    autograd would make several of N numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, tensors: Sequence[int], padded: list[int]) -> Tensor:
+        ctx.tensors, ctx.padded = list(tensors), padded
+        parts = zip(whole.split(padded, 1), tensors, strict=True)
+        return torch.cat([part[:, :entries] for part, entries in parts], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        whole = grad.new_zeros(len(grad), sum(ctx.padded))
+        for part, given in zip(whole.split(ctx.padded, 1), grad.split(ctx.tensors, 1), strict=True):
+            part[:, : given.shape[1]] = given
+        return whole, None, None
+
+
 class ChunkedHyperNetwork(HyperNetwork):
     """a_t = concatenation over chunks c of MLP([chunk embedding c, task embedding t]), cut to N entries.
 
@@ -341,8 +361,7 @@ class ChunkedHyperNetwork(HyperNetwork):
             return super().logits(hidden)
         rows = self.output.out_features
         whole = ops.hypernet_logits(hidden, self.output.weight, self.output.bias, rows * hidden.shape[1])
-        parts = whole.split([rows * chunks for chunks in self.chunks], 1)
-        return torch.cat([part[:, :entries] for part, entries in zip(parts, self.tensors, strict=True)], 1)
+        return _WithoutRest.apply(whole, self.tensors, [rows * chunks for chunks in self.chunks])
 
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task and chunk."""

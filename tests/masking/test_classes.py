@@ -179,7 +179,7 @@ def test_images_of_logits():
     torch.testing.assert_close(model(x, torch.tensor([0, 1, 2]))[1:2], y[1:2])
 
 
-def test_compiled_without_a_recompile_per_task():
+def test_compiled_without_a_recompile_per_task(fresh_compiler):
     model = model_of()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -206,7 +206,7 @@ def test_other_dtypes(dtype):
     assert model.own["2/bias"][model.add_task(like=1)].dtype == dtype
 
 
-def test_compiled_without_a_recompile_per_task():
+def test_compiled_without_a_recompile_per_task(fresh_compiler):
     model = hmf.HyperMask(
         nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 3)), 3, 30, per_task="norm"
     ).eval()

@@ -385,7 +385,7 @@ def test_tied_parameters_are_kept_once_and_resumed(tmp_path, keep):
         run_dir = tmp_path / str(number)
         with pytest.raises(InterruptedError):
             Trainer(tied_model(), scenario, settings, run_dir=run_dir, logger=Recorder(at)).fit()
-        tensors, _ = trainer_module.checkpoint.load(run_dir)
+        tensors = trainer_module.checkpoint.load(run_dir).tensors
         assert "model.net.first.weight" in tensors and "model.net.second.weight" not in tensors
         model = tied_model()
         resumed = Trainer(model, scenario, settings, run_dir=run_dir).fit(resume=True)
