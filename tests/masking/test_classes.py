@@ -201,6 +201,16 @@ def test_exported_through_a_state_dict():
     assert torch.equal(model.net[3].weight, net_of()[3].weight)  # the model is untouched
 
 
+def test_an_exported_half_precision_network_stays_finite():
+    """Where the lowest number and a product would make -inf together."""
+    net = nn.Sequential(nn.Linear(8, 5)).to(torch.float16)
+    with torch.no_grad():
+        net[0].weight.fill_(-100)
+    model = model_of(net)
+    x = torch.ones(2, 8, dtype=torch.float16)
+    torch.testing.assert_close(model.export(0)(x), model(x, 0), rtol=0.02, atol=1)
+
+
 def test_a_head_per_task_and_its_export():
     model = model_of(per_task="3.*")
     check(model.export(0)(batch()), 0, model, batch())
