@@ -1,62 +1,60 @@
 """HyperMask: a target network and its hypernetwork as one module."""
 
-import copy
-import functools
+import os
+import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from . import ops, regularizers
+from . import ops, pretrained
+from .anchored import Anchored, without_autocast
 from .errors import InputError
 from .hypernet import HypernetConfig
-from .masking import layers
+from .masking import classes as numbers
+from .masking import mixed
 from .masking.layout import MaskLayout
-from .masking.masks import TaskMask, use_mask
-from .masking.norms import TaskBatchNorm
+from .masking.masks import TaskMask
+from .masking.selection import Rule
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
-from .regularizers import Anchor, DriftConfig, Drifts
+from .regularizers import DriftConfig
 
 
-def _without_autocast(method: Callable) -> Callable:
-    """For who has autocast on around a whole forward pass: logits, thresholds and drifts keep their dtype."""
-
-    @functools.wraps(method)
-    def in_own_dtype(self: "HyperMask", *args, **kwargs):
-        kind = self.hypernet.output.weight.device.type
-        if not torch.amp.is_autocast_available(kind):  # meta tensors
-            return method(self, *args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return in_own_dtype
-
-
-class HyperMask(nn.Module):
+class HyperMask(Anchored):
     """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
 
-    `net` is changed in place: its nn.Linear, nn.Conv2d and BatchNorm modules become masked layers and batch norm
-    with statistics per task. Parameters are shared and keep their names, so an ordinary state_dict loads.
-    A layer whose weight the network uses without calling the layer is not reached by the mask.
+    `net` is changed in place. Its modules stay, and so do their Parameters and names: an ordinary state_dict loads.
+    Within a forward pass of the model every masked parameter reads as W * m_t, whoever reads it. `print(model.layout)`
+    shows what is masked. Attributes of the network can be reached through the model (`model.config`).
 
     Args:
-        net: any nn.Module made of Linear, Conv2d and other layers.
+        net: any nn.Module. By default every weight and bias of its linear, convolution, embedding, attention, bilinear
+            and recurrent layers is masked; all other parameters are shared by all tasks.
         num_tasks: task embeddings to begin with; `add_task` adds more.
         sparsity: p, percent (0 to 100) of each tensor's entries that the mask sets to 0.
         hypernetwork: its shape.
         beta, lam: weights of the output drift and of the weight drift in `regularizer`, both from the second task on.
         drift_norm: 1 or 2, the weight drift's norm; drift_masked: whether it is weighed with the mask.
-        include, exclude: shell patterns of parameter names to mask and to leave out; see `MaskLayout.of`.
+        include: what to mask in place of the default: patterns of parameter names ("blocks.*.weight"), types of
+            modules, or predicates (name, parameter) -> bool. Parameters of normalisations are never masked.
+        exclude: what to leave out, in the same words.
+        per_task: what every task gets a value of its own of, in the same words; "norm" for the affine parameters of all
+            normalisations. (Running statistics are per task in any case.)
+        heads: patterns of the paths of the output layers ("head", "heads.*"), whose bias is used as it is; None: found
+            by the definition where it is plain to see, or else by the first forward pass.
+        classes: how many classes each task has, such as [2, 3, 5], where tasks differ in it: a task's outputs beyond
+            its classes become the most negative finite number. For a network that returns its output layer's logits:
+            (batch, classes), or (batch, classes, height, width, ...). None: every task uses all outputs.
         fidelity: "official" reproduces the authors' code: output drift divided by t twice, batch norm that always uses
             the batch's own statistics. "default": once, and running statistics per task.
 
     Raises:
-        InputError: an argument outside of its range, or nothing to mask.
+        InputError: an argument outside of its range, a rule that matches nothing, a network that can't be masked.
 
     Source: HyperMask, arXiv 2310.00113.
     """
@@ -72,69 +70,43 @@ class HyperMask(nn.Module):
         lam: float = 0.01,
         drift_norm: int = 1,
         drift_masked: bool = True,
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] | None = None,
+        include: Rule | Iterable[Rule] | None = None,
+        exclude: Rule | Iterable[Rule] | None = None,
+        per_task: Rule | Iterable[Rule] | None = None,
+        heads: str | Iterable[str] | None = None,
+        classes: Sequence[int] | None = None,
         fidelity: str = "default",
     ) -> None:
-        super().__init__()
         ops.kept_rank(sparsity, 1)
         if 0 < sparsity < 1:
             warnings.warn(f"sparsity is in percent: {sparsity} keeps almost everything", stacklevel=2)
-        self.sparsity = sparsity
-        self.drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
-        self.layout = MaskLayout.of(net, include, exclude)
+        drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
+        layout = MaskLayout.of(net, include, exclude, per_task=per_task, heads=heads)
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
-        self.hypernet = hypernetwork.build(self.layout.size, num_tasks)
-        layers.swap_in(net, num_tasks, batch_statistics=fidelity == "official")
-        self.net = net
-        self._owners = self._assign_segments()
-        like = self.weights()[0]
-        self.hypernet.to(like.device, like.dtype)
-        self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
-        self._ranks: dict[tuple[float, torch.device], Tensor] = {}
-
-    def _assign_segments(self) -> list[tuple[nn.Module, str]]:
-        """Tells each layer its segments; returns who owns each segment's Parameter, by module and attribute."""
-        number = {id(self.net.get_parameter(name)): s for s, name in enumerate(self.layout.names)}
-        owners: dict[int, tuple[nn.Module, str]] = {}
-        for module in self.net.modules():
-            if not getattr(module, "is_masked_layer", False):
-                continue
-            for name in ("weight", "bias"):
-                segment = number.get(id(getattr(module, name)))
-                setattr(module, f"{name}_segment", segment)
-                if segment is not None:
-                    owners[segment] = (module, name)
-        return [owners[segment] for segment in range(len(number))]
-
-    @property
-    def num_tasks(self) -> int:
-        return self.hypernet.num_tasks
-
-    def weights(self) -> list[nn.Parameter]:
-        """The masked Parameters of the target network, one per segment of `layout`."""
-        return [getattr(module, name) for module, name in self._owners]
-
-    def add_task(self, optimizer: Optimizer | None = None) -> int:
-        """One more task embedding (and batch-norm statistics), at any time; returns the new task's id.
-
-        Existing Parameters stay the same objects, so a running optimiser goes on working; given here, it also gets
-        the new embedding, with the settings of its first parameter group.
-        """
-        embedding = self.hypernet.add_task()
-        for module in self.net.modules():
-            if isinstance(module, TaskBatchNorm):
-                module.add_task()
-        if optimizer is not None:
-            settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
-            optimizer.add_param_group({**settings, "params": [embedding]})
-        return self.num_tasks - 1
+        classes = None if classes is None else numbers.check(classes, num_tasks)
+        hypernetwork.check_memory(layout, next(net.parameters()).device)
+        sizes = [segment.size for segment in layout.segments]
+        hypernet = hypernetwork.build(layout.size, num_tasks, sizes)  # the last to be refused: then the network changes
+        super().__init__(
+            net,
+            layout,
+            num_tasks,
+            batch_statistics=fidelity == "official",
+            heads_named=heads is not None,
+            classes=classes,
+        )
+        like = self.weights()
+        dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in like) else torch.float32
+        self.hypernet = hypernet.to(like[0].device, dtype)
+        self.sparsity, self.drift, self.hypernetwork = sparsity, drift, hypernetwork
+        self.anchor = None  # assigned to when a run resumes within a task
+        self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
 
     # -- masks ----------------------------------------------------------------------------------------------------
 
-    @_without_autocast
+    @without_autocast
     def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
         """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
 
@@ -154,13 +126,13 @@ class HyperMask(nn.Module):
         anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of(task)
         if anchor is None:
             return self._mask_of(task, self.hypernet([task]).squeeze(0), sparsity, ranks)
-        hidden = self.hypernet.hidden(range(task + 1))
+        hidden = self.hypernet.hidden(self.hypernet.tasks(task))
         for_drifts: dict[str, Any] = {}
         if stepper is None:
-            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[task:]).squeeze(0), hidden[:task]
+            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[-1:]).squeeze(0), hidden[:-1]
         else:
             logits, for_drifts["output_drift"] = self.hypernet.stepped_logits(hidden, anchor.targets)
-        if self.drift.masked and self.drift.weight_scale(task) > 0:
+        if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
 
@@ -172,9 +144,10 @@ class HyperMask(nn.Module):
                 f"not {task.dtype} of {tuple(task.shape)}"
             )
         ids = task.reshape(1)
-        if _values_at_hand(task):
-            self._check_task(int(task))
-            return self._mask_of(task, self.hypernet(ids).squeeze(0), sparsity, ranks)
+        if _values_at_hand(task):  # then only this task's own get a gradient
+            number = int(task)
+            self._check_task(number)
+            return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks)
         known = self._known(ids)
         ids = ids.where(known, 0)
         hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
@@ -191,15 +164,8 @@ class HyperMask(nn.Module):
         thresholds = self._thresholds(logits, sparsity, ranks)
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
 
-    def _anchor_in_training(self, task: int) -> Anchor | None:
-        """The anchor of the task that is being trained; None of any other."""
-        anchor = self.anchor
-        if anchor is None or anchor.task != task:
-            return None
-        return anchor if torch.is_grad_enabled() else None
-
-    @_without_autocast
-    def _masks_of(self, tasks: range | Tensor) -> TaskMasks:
+    @without_autocast
+    def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
         logits = self.hypernet(tasks)
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
 
@@ -212,30 +178,19 @@ class HyperMask(nn.Module):
         """`layout.ranks`, kept on a GPU, for copying them there is a wait."""
         if device.type == "cpu" or torch.compiler.is_compiling():
             return self.layout.ranks(sparsity, device)
-        key = sparsity, device
+        key = self.layout, sparsity, device
         if key not in self._ranks:
             self._ranks[key] = self.layout.ranks(sparsity, device)
         return self._ranks[key]
 
-    def _known(self, tasks: Tensor) -> Tensor:
-        """Which task ids exist, without a wait for the device."""
-        return (tasks >= 0) & (tasks < self.num_tasks)
-
-    def _check_task(self, task: int) -> None:
-        if isinstance(task, bool) or not isinstance(task, Integral):
-            raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
-        if not 0 <= task < self.num_tasks:
-            raise InputError(
-                f"task {task} does not exist: this model has tasks 0 to {self.num_tasks - 1} (add_task adds one)"
-            )
-
     # -- forward passes -------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, task: int | Tensor | TaskMask) -> Tensor:
-        """net(x) under the mask of `task`.
+    def forward(self, *inputs: Any, task: int | Tensor | TaskMask | None = None, **kwargs: Any) -> Any:
+        """net(*inputs, **kwargs) under the mask of `task`.
 
         Args:
-            x: a batch for the target network.
+            inputs, kwargs: what the network takes. Where `task` is not given by name, the last one of the inputs is it:
+                model(x, 2) and model(x, attention_mask=m, task=2).
             task: an int or 0-dim int64 tensor for the whole batch; an int64 tensor (batch,) with one task per
                 sample; or a mask from `mask`.
 
@@ -246,35 +201,65 @@ class HyperMask(nn.Module):
         Raises:
             InputError: a task that does not exist, or a task tensor of wrong shape or dtype.
         """
+        if task is None:
+            if not inputs:
+                raise InputError("which task? model(x, task), or by name, model(x, task=0)")
+            *inputs, task = inputs  # pyright: ignore[reportAssignmentType]
+        self._check_network(tuple(inputs), kwargs, task)
         if isinstance(task, Tensor) and task.dim() == 1:
-            return self._forward_mixed(x, task)
-        mask = task if isinstance(task, TaskMask) else self.mask(task)
-        with use_mask(mask):
-            return self.net(x)
+            return self._forward_mixed(tuple(inputs), kwargs, task)
+        return self._through(self._mask_for(task), tuple(inputs), kwargs)
 
-    def _forward_mixed(self, x: Tensor, tasks: Tensor) -> Tensor:
-        if tasks.dtype != torch.int64 or tasks.shape[0] != x.shape[0]:
+    def _mask_for(self, task: Any) -> TaskMask:
+        if not isinstance(task, TaskMask):
+            return self.mask(task)
+        if not isinstance(task.task, Tensor):
+            self._check_task(task.task)  # it may have been removed since
+        return task
+
+    @contextmanager
+    def use_task(self, task: int | Tensor | TaskMask) -> Iterator[TaskMask]:
+        """Within the block, in this thread, `model.net` and all of its modules run under the mask of `task`.
+
+        For what is no forward pass of the model, such as `model.generate`, and for threads of one's own. Masks are made
+        once for the block: a step of an optimiser within it is not seen.
+        """
+        mask = self._mask_for(task)
+        with self._under(mask):
+            yield mask
+
+    def _forward_mixed(self, inputs: tuple, kwargs: dict[str, Any], tasks: Tensor) -> Any:
+        count = mixed.samples(inputs, kwargs)
+        if tasks.dtype != torch.int64 or tasks.shape[0] != count:
             raise InputError(
-                f"one task per sample is an int64 tensor ({x.shape[0]},), not {tasks.dtype} of {tuple(tasks.shape)}"
+                f"one task per sample is an int64 tensor ({count},), not {tasks.dtype} of {tuple(tasks.shape)}"
             )
         if tasks.shape[0] == 0:
-            return self(x, task=0)
-        if self._in_one_pass(x):
-            return self._forward_rows(x, tasks)
+            return self._through(self.mask(self.tasks[0]), inputs, kwargs)
+        if not kwargs and len(inputs) == 1 and self._in_one_pass(inputs[0]):
+            return self._forward_rows(inputs[0], tasks)
         order = tasks.argsort(stable=True)
         present, counts = tasks[order].unique_consecutive(return_counts=True)
         ids = present.tolist()
         for task in ids:
             self._check_task(task)
-        groups = zip(ids, x[order].split(counts.tolist()), self.hypernet(ids), strict=True)
-        sorted_outputs = [self(group, self._mask_of(task, logits)) for task, group, logits in groups]
-        return torch.cat(sorted_outputs)[order.argsort()]
+        masks = [self._mask_of(task, logits) for task, logits in zip(ids, self.hypernet(ids), strict=True)]
+        if len(ids) == 1:
+            return self._through(masks[0], inputs, kwargs)
+        groups = order.split(counts.tolist())
+        parts = [
+            self._through(mask, *mixed.rows((inputs, kwargs), group, count))
+            for mask, group in zip(masks, groups, strict=True)
+        ]
+        return mixed.joined(parts, [len(group) for group in groups], order.argsort())
 
-    def _in_one_pass(self, x: Tensor, tasks: int | None = None) -> bool:
+    def _in_one_pass(self, x: Any, tasks: int | None = None) -> bool:
         """Whether several tasks pass together: on a GPU, and where a compiled graph can't know the groups' sizes.
 
         Elsewhere, and for networks that can't, each task's samples pass by themselves: on a CPU as fast.
         """
+        if not isinstance(x, Tensor):
+            return False
         wanted = x.is_cuda or torch.compiler.is_compiling() or registry.requested() == "triton"
         return wanted and serves(self.net, x, tasks)
 
@@ -288,98 +273,96 @@ class HyperMask(nn.Module):
             batch = TaskBatch.mixed(self._masks_of(range(self.num_tasks)), tasks)
         else:  # fewer samples than tasks: a mask per sample
             batch = TaskBatch.mixed(self._masks_of(tasks), torch.arange(tasks.shape[0], device=tasks.device))
-        with use_mask(batch):
+        with self._scope.use(batch):
             y = self.net(x)
         unknown = ~known.view(-1, *(1,) * (y.dim() - 1))
         return y.masked_fill(unknown, float("nan") if y.is_floating_point() else -1)
 
-    def all_masks(self) -> TaskMasks:
-        """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
-        return self._masks_of(range(self.num_tasks))
+    def all_masks(self, tasks: Iterable[int] | None = None) -> TaskMasks:
+        """All tasks' masks, from one pass over the hypernetwork; made once, they serve many batches.
 
-    def forward_all_tasks(self, x: Tensor, masks: Sequence[TaskMask] | None = None) -> Tensor:
-        """(tasks, batch, ...) outputs of every task's masked network on the same batch.
+        tasks: of which, in this order; None: `model.tasks`. Each mask says whose it is (`mask.task`).
+        """
+        chosen = self.tasks if tasks is None else tuple(tasks)
+        for task in chosen:
+            self._check_task(task)
+        return self._masks_of(chosen)
+
+    def forward_all_tasks(self, *inputs: Any, masks: Sequence[TaskMask] | None = None, **kwargs: Any) -> Any:
+        """(tasks, batch, ...) outputs of every task's masked network on the same batch: row t is task t's.
 
         Args:
-            x: a batch for the target network.
-            masks: from `all_masks`, or a part of them; any other sequence passes mask by mask.
-        """
-        masks = self.all_masks() if masks is None else masks
-        if isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(x, len(masks)):
-            repeated = x.expand(len(masks), *x.shape).flatten(0, 1)
-            with use_mask(TaskBatch.every(masks, x, repeated)):
-                y = self.net(repeated)
-            return y.view(len(masks), x.shape[0], *y.shape[1:])
-        return torch.stack([self(x, mask) for mask in masks])
-
-    def infer_task(self, x: Tensor) -> Tensor:
-        """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`."""
-        return ops.entropy_select(self.forward_all_tasks(x))
-
-    # -- regularisers ---------------------------------------------------------------------------------------------
-
-    def begin_task(self, task: int) -> None:
-        """Captures what the regularisers of task t compare with: output of tasks 0..t-1 and the weights, as of now.
-
-        `regularizer` does this by itself at its first call for a task; call it where another moment is meant.
-        """
-        self.anchor = self._captured(task)
-
-    def _captured(self, task: int) -> Anchor:
-        self._check_task(task)
-        return regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
-
-    def _anchor_of(self, task: int) -> Anchor:
-        anchor = self.anchor
-        if anchor is None or anchor.task != task:
-            anchor = self.anchor = self._captured(task)
-        return anchor
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HyperMask":
-        """Moves the anchor with the Parameters, wherever nn.Module takes them."""
-        super()._apply(fn, recurse)
-        if self.anchor is not None:
-            self.anchor = self.anchor.map(fn)
-        return self
-
-    @_without_autocast
-    def drifts(self, task: int | TaskMask) -> Drifts:
-        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
-
-        Args:
-            task: the task being trained, or its mask, which spares generating it again.
-        """
-        mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
-        anchor = self._anchor_of(number)
-        if mask is None and self.drift.masked:
-            mask = self.mask(number)
-        weight = None if mask is None else mask.weight_drift(anchor.weights)
-        if weight is None:
-            of_mask = mask if self.drift.masked else None
-            logits, thresholds = (None, None) if of_mask is None else (of_mask.logits, of_mask.thresholds)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.drift.weight_scale(anchor.task) > 0):
-                weight = ops.weight_drift(
-                    self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
-                )
-        if mask is not None and mask.output_drift is not None:
-            return Drifts(mask.output_drift, weight)
-        hidden = None if mask is None else mask.earlier_hidden
-        return Drifts(regularizers.output_drift(self.hypernet, anchor, hidden), weight)
-
-    def regularizer(self, task: int | TaskMask) -> Tensor:
-        """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.
-
-        Args:
-            task: the task being trained, or its mask, which spares generating it again.
+            inputs, kwargs: what the network takes.
+            masks: from `all_masks`, or a part of them, whose order the rows then have; any other sequence passes mask
+                by mask. Also the last one of the inputs may be it.
 
         Returns:
-            Scalar with gradient to both networks and all embeddings of tasks 0..t.
+            Of a network that returns several tensors (a tuple, a dict, a dataclass) the same with each tensor stacked.
+            The row of a removed task is NaN (-1 where outputs are integers).
         """
-        drifts = self.drifts(task)
-        assert self.anchor is not None, "drifts made it"
-        return self.drift.loss(drifts, self.anchor.task)
+        if (
+            masks is None
+            and inputs
+            and isinstance(inputs[-1], Sequence)
+            and all(isinstance(m, TaskMask) for m in inputs[-1])
+        ):
+            *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
+        self._check_network(tuple(inputs), kwargs, masks and masks[0])
+        if masks is None:
+            outputs = self._all(self.all_masks(), tuple(inputs), kwargs)
+            return mixed.spread(outputs, self.tasks, self.num_tasks) if self.hypernet.removed else outputs
+        for mask in masks:
+            self._mask_for(mask)
+        return self._all(masks, tuple(inputs), kwargs)
 
-    # -- export ---------------------------------------------------------------------------------------------------
+    def _all(self, masks: Sequence[TaskMask], inputs: tuple, kwargs: dict[str, Any]) -> Any:
+        alone = len(inputs) == 1 and not kwargs
+        if alone and isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(inputs[0], len(masks)):
+            x = inputs[0]
+            repeated = x.expand(len(masks), *x.shape).flatten(0, 1)
+            with self._scope.use(TaskBatch.every(masks, x, repeated)):
+                y = self.net(repeated)
+            return y.view(len(masks), x.shape[0], *y.shape[1:])
+        return mixed.stacked([self._through(mask, inputs, kwargs) for mask in masks])
+
+    def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
+        """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
+
+        select: of what the network returns, the (batch, classes) logits; by default it is the tensor that it returns,
+            or its `logits`.
+        """
+        return ops.entropy_select(mixed.logits(self.forward_all_tasks(*inputs, **kwargs), select))
+
+    # -- away from here -------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model to a folder: weights as safetensors, tied ones once, and hypermask.json, which says what it
+        is: masked parameters, sparsity, all settings, tasks. Its network's code is not in it. Whole at every moment.
+
+        Raises:
+            InputError: it can't be written; a model that was there before still is.
+        """
+        pretrained.save(self, self.drift, self.hypernetwork, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], net: nn.Module) -> "HyperMask":
+        """The model that `save_pretrained` wrote, on the device of `net`. Nothing is unpickled.
+
+        Args:
+            net: a network like the one that was saved; it gets the weights, in the dtypes that they were saved in.
+
+        Raises:
+            InputError: no such model, a damaged one, or another network: then the line names the first difference.
+                The network is left as it was.
+        """
+        saved = pretrained.Saved(Path(folder))
+        model = cls(net, **saved.settings(net))
+        try:
+            saved.fill(model)
+        except (InputError, RuntimeError) as error:
+            model.unconvert()
+            raise InputError(textwrap.shorten(str(error), 300)) from error
+        return model
 
     @torch.no_grad()
     def export(self, task: int) -> nn.Module:
@@ -387,15 +370,7 @@ class HyperMask(nn.Module):
 
         Batch norm carries the task's statistics. Nothing of this library is left in the copy.
         """
-        effective = self.mask(task).effective
-        plain = copy.deepcopy(self.net)
-        for module in plain.modules():
-            for name in ("weight", "bias"):
-                segment = getattr(module, f"{name}_segment", None)
-                if segment is not None:
-                    setattr(module, name, nn.Parameter(effective[segment].clone()))
-        layers.swap_out(plain, task)
-        return plain
+        return self._exported(task, self.mask(task).effective)
 
 
 def _values_at_hand(tensor: Tensor) -> bool:

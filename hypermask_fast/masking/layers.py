@@ -1,6 +1,6 @@
-"""MaskedLinear and MaskedConv2d: nn.Linear and nn.Conv2d with a mask; a network's modules turned into ours and back."""
+"""MaskedLinear and MaskedConv2d: nn.Linear and nn.Conv2d with a mask."""
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
-from .masks import active_mask
-from .norms import TASK_NORM_OF, TaskBatchNorm
+from .access import MaskedModule, masked_parameter, parameter_of
+from .scope import PLAIN
 
 
 class LayerMask(NamedTuple):
@@ -26,15 +26,16 @@ class LayerMask(NamedTuple):
     bias_threshold: Tensor | None = None
 
 
-class _Masked:
-    """What both masked layers share: where their segments lie, and a mask of their own."""
+class _Masked(MaskedModule):
+    """What both masked layers share: parameters that read as the running pass has them, and a mask of their own."""
 
-    weight: Tensor
-    bias: Tensor | None
-    is_masked_layer = True
-    # Segment numbers in the model's layout, set by HyperMask; None: not masked (alone, or excluded by name).
-    weight_segment: int | None = None
-    bias_segment: int | None = None
+    weight: Any = masked_parameter("weight")
+    bias: Any = masked_parameter("bias")
+
+    def _running(self) -> Any:
+        """The pass that this call is within; None where the layer is an ordinary one."""
+        running = None if self.mask_scope is None else self.mask_scope.running
+        return None if running is PLAIN else running
 
     def _check_mask(self, mask: LayerMask) -> None:
         if not isinstance(mask, LayerMask):
@@ -55,10 +56,9 @@ class _Masked:
         return self.bias * ops.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
 
     def _check_dtype(self, x: Tensor) -> None:
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise InputError(
-                f"{type(self).__name__} has weights of {self.weight.dtype}: its input must be too, not {x.dtype}"
-            )
+        dtype = parameter_of(self, "weight").dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise InputError(f"{type(self).__name__} has weights of {dtype}: its input must be too, not {x.dtype}")
 
 
 class MaskedLinear(_Masked, nn.Linear):
@@ -76,7 +76,7 @@ class MaskedLinear(_Masked, nn.Linear):
         if mask is not None:
             self._check_mask(mask)
             return ops.masked_linear(input, self.weight, mask.logits, mask.threshold, self._bias_by(mask))
-        running = active_mask()
+        running = self._running()
         return F.linear(input, self.weight, self.bias) if running is None else running.linear(self, input)
 
 
@@ -96,7 +96,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         self._check_dtype(input)
         if mask is not None:
             return self._forward_masked(input, mask)
-        running = active_mask()
+        running = self._running()
         return self._conv_forward(input, self.weight, self.bias) if running is None else running.conv2d(self, input)
 
     def geometry(self, x: Tensor) -> tuple | None:
@@ -126,43 +126,4 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return ops.masked_conv2d(x, self.weight, mask.logits, mask.threshold, bias, *geometry)
 
 
-_MASKED_OF = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}
-
-
-def swap_in(net: nn.Module, num_tasks: int, batch_statistics: bool) -> None:
-    """Turns Linear, Conv2d and BatchNorm modules of `net` into ours, in place.
-
-    A module's class is changed, not the module: Parameters, hooks and whoever holds the module stay as they are.
-    """
-    for module in net.modules():
-        kind = type(module)
-        if kind in _MASKED_OF:
-            module.__class__ = _MASKED_OF[kind]
-        elif kind in TASK_NORM_OF and module.track_running_stats:
-            module.__class__ = TASK_NORM_OF[kind]
-            cast(TaskBatchNorm, module).batch_statistics = batch_statistics
-            for name in ("running_mean", "running_var", "num_batches_tracked"):
-                buffer = getattr(module, name)
-                setattr(module, name, buffer.expand(num_tasks, *buffer.shape).clone())
-
-
-def swap_out(net: nn.Module, task: int) -> None:
-    """The way back, for an exported network: plain modules, one task's statistics; weights are not touched."""
-    plain_of = {ours: plain for plain, ours in (_MASKED_OF | TASK_NORM_OF).items()}
-    for module in net.modules():
-        if type(module) not in plain_of:
-            continue
-        if isinstance(module, TaskBatchNorm):
-            mean, var, count = module.statistics(task)
-            if module.batch_statistics:
-                module.track_running_stats = False
-                mean = var = count = None
-            module.running_mean, module.running_var = _copied(mean), _copied(var)
-            module.num_batches_tracked = _copied(count)
-        for name in ("weight_segment", "bias_segment", "batch_statistics"):
-            module.__dict__.pop(name, None)
-        module.__class__ = plain_of[type(module)]
-
-
-def _copied(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.clone()
+CALLED: dict[type, type] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}  # layers with kernels of their own

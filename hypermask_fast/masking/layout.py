@@ -1,18 +1,15 @@
 """MaskLayout: which parameters of a target network are masked, and where each lies in the flat mask."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from math import prod
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..ops.reference import kept_rank
-
-MASKED_MODULES = (nn.Linear, nn.Conv2d)
+from . import output, selection
+from .selection import Rule
 
 
 @dataclass(frozen=True)
@@ -43,49 +40,65 @@ class MaskLayout:
     """All masked tensors of a target network one after another: N entries in S segments.
 
     Logits, masks, drift targets and previous weights are arrays over this space; thresholds are arrays over its
-    segments. The order is W1, b1, ..., Wn, bn: the order of the network's own parameters.
+    segments. The order is W1, b1, ..., Wn, bn: the order of the network's own parameters. `print(layout)` shows it.
+
+    Attributes:
+        segments: the masked tensors.
+        rows: all parameters of the network, the shared ones and those per task too.
+        heads: names of the output layers' biases, those too that are not masked.
+        offsets: S + 1 borders of the segments.
+        num_applied: segments up to the last one whose weight is multiplied by its mask.
     """
 
     segments: tuple[Segment, ...]
+    rows: tuple[selection.Row, ...] = field(default=(), compare=False, repr=False)
+    heads: tuple[str, ...] = field(default=(), compare=False, repr=False)
     offsets: tuple[int, ...] = field(init=False)
+    num_applied: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", (0, *(segment.stop for segment in self.segments)))
+        selected = [number for number, segment in enumerate(self.segments) if segment.selected]
+        object.__setattr__(self, "num_applied", selected[-1] + 1 if selected else 0)
 
     @classmethod
     def of(
-        cls, net: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
+        cls,
+        net: nn.Module,
+        include: Rule | Iterable[Rule] | None = None,
+        exclude: Rule | Iterable[Rule] | None = None,
+        *,
+        per_task: Rule | Iterable[Rule] | None = None,
+        heads: str | Iterable[str] | None = None,
     ) -> "MaskLayout":
-        """Layout over the weights and biases of every nn.Linear and nn.Conv2d in `net`.
-
-        Args:
-            net: the target network. Other parameters (normalisation, embeddings, subclasses of Linear, ...) are
-                shared by all tasks.
-            include: shell patterns of parameter names, such as "features.*"; only matching ones are masked.
-            exclude: shell patterns of parameter names left out.
+        """Layout over the weights and biases of `net` that are masked; see `HyperMask` for what the arguments say.
 
         Raises:
-            InputError: not a module, one that a HyperMask model has already, nothing is left to mask, a pattern
+            InputError: not a module, one that a HyperMask model has already, nothing is left to mask, a rule
                 matches nothing, or a parameter is not materialised.
         """
-        if not isinstance(net, nn.Module):
-            raise InputError(f"the target network must be an nn.Module, not {net!r}")
-        candidates = _maskable(net)
-        if not candidates:
-            raise InputError(
-                "the network has nothing to mask: no parameter of an nn.Linear or nn.Conv2d (subclasses don't count)"
-            )
-        chosen = _filtered([name for name, _ in candidates], include, exclude)
-        last_name, last_parameter = candidates[-1]
-        output_bias = last_name if last_parameter.dim() == 1 else None
+        table = selection.rows(net, include, exclude, per_task)
         segments, start = [], 0
-        for name, parameter in candidates:
-            if name not in chosen:
-                continue
-            stop = start + parameter.numel()
-            segments.append(Segment(name, tuple(parameter.shape), start, stop, selected=name != output_bias))
-            start = stop
-        return cls(tuple(segments))
+        for row in table:
+            if row.kind == selection.MASKED:
+                segments.append(Segment(row.name, row.shape, start, start + row.entries))
+                start += row.entries
+        layout = cls(tuple(segments), tuple(table))
+        return layout.with_output_biases(output.biases(net, table, heads))
+
+    def with_output_biases(self, names: Iterable[str]) -> "MaskLayout":
+        """The same with these segments used as they are, and all others masked by a threshold."""
+        names = list(names)
+        kept = set(names)
+        segments = tuple(replace(segment, selected=segment.name not in kept) for segment in self.segments)
+        return replace(self, segments=segments, heads=tuple(names))
+
+    def __str__(self) -> str:
+        """A table of all parameters of the network: name, shape, entries, masked / shared / per task, and why."""
+        unselected = {segment.name for segment in self.segments if not segment.selected}
+        return selection.printed(
+            [replace(r, why="the output layer's bias: used as it is") if r.name in unselected else r for r in self.rows]
+        )
 
     @property
     def size(self) -> int:
@@ -95,11 +108,6 @@ class MaskLayout:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(segment.name for segment in self.segments)
-
-    @property
-    def num_applied(self) -> int:
-        """Segments whose weights are multiplied by their mask: all but the output layer's bias."""
-        return sum(segment.selected for segment in self.segments)
 
     def ranks(self, sparsity: float, device: torch.device | str | None = None) -> Tensor:
         """(S,) int64 rank from which each segment's entries are kept at `sparsity` percent; see `kept_rank`."""
@@ -120,42 +128,3 @@ class MaskLayout:
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """(N,) copy of one tensor per segment."""
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def _maskable(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters of Linear and Conv2d in the network's order, a shared one once."""
-    if any(getattr(m, name, None) is not None for m in net.modules() for name in ("weight_segment", "bias_segment")):
-        raise InputError("the network is a HyperMask model's already: give each model a network of its own")
-    owners = {
-        id(parameter)
-        for module in net.modules()
-        if type(module) in MASKED_MODULES or getattr(module, "is_masked_layer", False)
-        for parameter in module.parameters(recurse=False)
-    }
-    found = [(name, parameter) for name, parameter in net.named_parameters() if id(parameter) in owners]
-    for name, parameter in found:
-        if prod(parameter.shape) == 0:
-            raise InputError(f"parameter {name} is empty: a masked tensor needs at least one entry")
-    return found
-
-
-def _filtered(names: list[str], include: Iterable[str] | None, exclude: Iterable[str] | None) -> set[str]:
-    chosen = set(names) if include is None else set()
-    for pattern in _patterns(include):
-        chosen |= _matches(names, pattern, "include")
-    for pattern in _patterns(exclude):
-        chosen -= _matches(names, pattern, "exclude")
-    if not chosen:
-        raise InputError("the network has nothing to mask: include and exclude leave no parameter")
-    return chosen
-
-
-def _patterns(given: Iterable[str] | None) -> Iterable[str]:
-    return [given] if isinstance(given, str) else given or ()
-
-
-def _matches(names: list[str], pattern: str, which: str) -> set[str]:
-    found = {name for name in names if fnmatchcase(name, pattern)}
-    if not found:
-        raise InputError(f"{which} pattern {pattern!r} matches none of the maskable parameters {', '.join(names)}")
-    return found

@@ -1,28 +1,27 @@
-"""TaskMask: one task's mask over a whole network, and which mask the running forward pass uses."""
+"""TaskMask: one task's mask over a whole network."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from .access import parameter_of
 from .layout import MaskLayout
 
 _T = TypeVar("_T")
 
 
 class Layer(Protocol):
-    """What a mask needs of a `layers.MaskedLinear`. Segments: numbers in the model's layout, or None."""
+    """What a mask needs of a `layers.MaskedLinear`; within a pass weight and bias read as the pass has them."""
 
     weight: Tensor
     bias: Tensor | None
-    weight_segment: int | None
-    bias_segment: int | None
+    mask_segments: Mapping[str, int]
+
+    def segment(self, name: str) -> int | None: ...
 
 
 class Convolution(Layer, Protocol):
@@ -39,27 +38,6 @@ class Convolution(Layer, Protocol):
     def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]: ...
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-
-
-class TaskNorm(Protocol):
-    """What it needs of a `norms.TaskBatchNorm`, which says what each method does."""
-
-    def forward_task(self, x: Tensor, task: int | Tensor) -> Tensor: ...
-
-    def forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor: ...
-
-
-class Running(Protocol):
-    """What a forward pass runs under: `TaskMask`, or many tasks at once (`task_batch.TaskBatch`).
-
-    Each method is a layer's forward pass; the layer has checked the shape of x.
-    """
-
-    def linear(self, layer: Layer, x: Tensor) -> Tensor: ...
-
-    def conv2d(self, layer: Convolution, x: Tensor) -> Tensor: ...
-
-    def batch_norm(self, layer: TaskNorm, x: Tensor) -> Tensor: ...
 
 
 class Made:
@@ -116,15 +94,21 @@ class TaskMask(Made):
         return self._once("effective", self._effective)
 
     def _effective(self) -> tuple[Tensor, ...]:
-        applied = self.layout.num_applied
+        # A network of other dtypes than the hypernetwork's is multiplied in the wider one: a mask is not rounded.
+        applied, dtype = self.layout.num_applied, self.logits.dtype
+        wide = [weight.to(dtype) for weight in self.weights]
         if self.drift_from is not None and torch.is_grad_enabled():
-            masked, drift = ops.masked_weights_drift(
-                self.weights, self.logits, self.thresholds, self.layout.offsets, *self.drift_from
+            made, drift = ops.masked_weights_drift(
+                wide, self.logits, self.thresholds, self.layout.offsets, *self.drift_from
             )
             self._once("weight drift", lambda: drift)
-            return (*masked[:applied], *self.weights[applied:])
-        masked = ops.masked_weights(self.weights[:applied], self.logits, self.thresholds, self.layout.offsets)
-        return (*masked, *self.weights[applied:])
+        else:
+            made = ops.masked_weights(wide[:applied], self.logits, self.thresholds, self.layout.offsets)
+        masked = list(self.weights)
+        for number, segment in enumerate(self.layout.segments):
+            if segment.selected:
+                masked[number] = made[number].to(masked[number].dtype)
+        return tuple(masked)
 
     def weight_drift(self, previous: Tensor) -> Tensor | None:
         """D from `previous` where it came with `effective`; None otherwise."""
@@ -148,43 +132,22 @@ class TaskMask(Made):
     def _views(self) -> list[Tensor]:
         return self._once("views", lambda: self.layout.views(self.logits))
 
-    # -- layers ---------------------------------------------------------------------------------------------------
-
-    def linear(self, layer: Layer, x: Tensor) -> Tensor:
-        """x (W * m)^T + b, fused or with `effective`, as `Op.fused` says for this call."""
-        y = self._alone(ops.masked_linear, layer, x)
-        return F.linear(x, *self.of_layer(layer)) if y is None else y
-
-    def conv2d(self, layer: Convolution, x: Tensor) -> Tensor:
-        """conv2d(x, W * m) + b, chosen likewise."""
-        geometry = layer.geometry(x)
-        y = None if geometry is None else self._alone(ops.masked_conv2d, layer, x, *geometry)
-        return layer.convolve(x, *self.of_layer(layer)) if y is None else y
-
-    def batch_norm(self, layer: TaskNorm, x: Tensor) -> Tensor:
-        """Batch norm with this task's statistics."""
-        return layer.forward_task(x, self.task)
-
-    def of_layer(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias of a layer as they are multiplied with: `effective`, or its own where not masked."""
-        weight = layer.weight if layer.weight_segment is None else self.effective[layer.weight_segment]
-        bias = layer.bias if layer.bias_segment is None else self.effective[layer.bias_segment]
-        return weight, bias
-
-    def _alone(self, op: ops.Op, layer: Layer, x: Tensor, *geometry: object) -> Tensor | None:
-        """The layer's output by an op of its own; None where it should use `effective`.
+    def fused(self, op: ops.Op, layer: Layer, x: Tensor, *geometry: object) -> Tensor | None:
+        """A masked layer's output by an op of its own; None where it should use `effective`.
 
         Once a layer has run fused, W * m of all layers would be made for a few: the others then mask their own.
         """
-        segment = layer.weight_segment
+        segment = layer.segment("weight")
         if segment is None or self._has("effective") or not ops.may_fuse(x):
             return None
-        layer_call = (x, layer.weight, self._views()[segment], self.thresholds[segment])
-        function = op.fused(*layer_call, layer.bias, *geometry)
+        weight, bias = self.weights[segment], layer.segment("bias")
+        call = (x, weight, self._views()[segment], self.thresholds[segment])
+        own = parameter_of(layer, "bias")
+        function = op.fused(*call, own, *geometry)
         if function is None and not self._has("biases"):
             return None
-        bias = self._once("biases", self._biases).get(layer.bias_segment, layer.bias)
-        return (function or op)(*layer_call, bias, *geometry)
+        masked = self._once("biases", self._biases).get(bias, own)
+        return (function or op)(*call, masked, *geometry)
 
     # -- what it looks like ---------------------------------------------------------------------------------------
 
@@ -202,28 +165,3 @@ class TaskMask(Made):
         applied = [masks[segment.name] for segment in self.layout.segments if segment.selected]
         zeros: Any = sum((mask == 0).sum() for mask in applied)
         return 100.0 * zeros / sum(mask.numel() for mask in applied)
-
-
-class _Active(threading.local):
-    """Per thread, so that two threads can run two tasks through one model; torch.compile traces through it."""
-
-    mask: Running | None = None
-
-
-_active = _Active()
-
-
-def active_mask() -> Running | None:
-    """The mask of the forward pass this thread is in; None outside of one."""
-    return _active.mask
-
-
-@contextmanager
-def use_mask(mask: Running) -> Iterator[None]:
-    """Masked layers called inside use `mask`; afterwards nothing of it is left behind."""
-    before = _active.mask
-    _active.mask = mask
-    try:
-        yield
-    finally:
-        _active.mask = before

@@ -1,109 +1,165 @@
-"""Batch norm with running statistics per task."""
+"""Normalisation with running statistics per task."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # noqa: PLC2701 # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # noqa: PLC2701 # pyright: ignore[reportPrivateUsage]
 
-from .masks import active_mask
+from ..errors import InputError
+from .access import MaskedModule
+from .scope import PLAIN, Scope
 
 BatchNorm = _BatchNorm  # what all of PyTorch's are, nn.SyncBatchNorm too, and users' own; it has no public name
+TrackingNorm = _NormBase  # the same with nn.InstanceNorm, which can have running statistics too
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+OWN = "plain_"  # before the name of the buffer that holds the network's own statistics
 
 
-class TaskBatchNorm(BatchNorm):
-    """Batch norm whose affine parameters all tasks share and whose running statistics are per task.
+class TaskNorm(Protocol):
+    """What a pass needs of a `TaskStatistics`, which says what each method does."""
 
-    running_mean, running_var: (tasks, features); num_batches_tracked: (tasks,). With `batch_statistics` (the
-    official fidelity), and outside of a HyperMask forward pass, the batch's own statistics are used, always.
+    training: bool
+    frozen: tuple[int, ...]
+
+    def normalise(self, x: Tensor, *args: Any) -> Tensor: ...
+
+    def forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor: ...
+
+    def stacked(self) -> dict[str, Tensor]: ...
+
+
+def _statistic(name: str) -> property:
+    def get(self: Any) -> Tensor | None:
+        stacked = self._buffers[name]
+        scope: Scope | None = self.mask_scope
+        running = None if scope is None else scope.running
+        if running is None or stacked is None:
+            return stacked
+        if running is not PLAIN and self.batch_statistics:
+            return None
+        return running.statistic(self, name, stacked, self._buffers[OWN + name])
+
+    def put(self: Any, value: Any) -> None:  # nn.Module has taken every tensor before
+        raise InputError(f"{name} of {type(self).__name__} is a buffer: a tensor, not {value!r}")
+
+    return property(get, put)
+
+
+def _tracking() -> property:
+    """Some of PyTorch's forward passes ask whether statistics are kept, and not whether there are any."""
+    name = "track_running_stats"
+
+    def get(self: Any) -> bool:
+        scope: Scope | None = self.mask_scope
+        running = scope.running if self.batch_statistics and scope is not None else None
+        return vars(self)[name] and (running is None or running is PLAIN)
+
+    def put(self: Any, value: bool) -> None:
+        vars(self)[name] = value
+
+    return property(get, put)
+
+
+class TaskStatistics(MaskedModule):
+    """A normalisation whose running statistics are per task; a mixin before nn.BatchNorm2d and its like.
+
+    running_mean, running_var: (tasks, features); num_batches_tracked: (tasks,). Within a pass they read as the running
+    task's row, so the class's own forward serves. With `batch_statistics` (the official fidelity) the batch's own
+    statistics are used, always. The statistics that the network came with stay beside them, for `model.disabled()`.
     """
 
     batch_statistics: bool = False
-    # Tensors, always: nn.BatchNorm's are declared as Tensor | None.
-    running_mean: Any
-    running_var: Any
-    num_batches_tracked: Any
+    frozen: tuple[int, ...] = ()  # tasks whose statistics training no longer moves
+    training: bool
+    running_mean: Any = _statistic("running_mean")
+    running_var: Any = _statistic("running_var")
+    num_batches_tracked: Any = _statistic("num_batches_tracked")
+    track_running_stats: Any = _tracking()
 
-    def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        running = active_mask()
-        if self.batch_statistics or running is None:
-            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return running.batch_norm(self, input)
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        running: Any = None if self.mask_scope is None else self.mask_scope.running
+        if running is None:
+            raise InputError(
+                f"{type(self).__name__} has statistics per task and is called outside of a forward pass: call "
+                "model(x, task), or work inside `with model.use_task(task):` or `with model.disabled():`"
+            )
+        return self.normalise(input, *args) if running is PLAIN else running.batch_norm(self, input, *args)
 
-    def forward_task(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """The whole batch with one task's statistics, which training moves."""
-        if isinstance(task, Tensor):
-            return self._forward_at(x, task.reshape(1))
-        return self._normalise(x, *self.statistics(task))
+    def normalise(self, x: Tensor, *args: Any) -> Tensor:
+        """The forward pass of the class itself, on the statistics that the running pass sees."""
+        return super().forward(x, *args)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
         """Evaluation with each row's own task's statistics: x (rows, features, ...), tasks (rows,) int64."""
-        mean, var = (buffer.index_select(0, tasks) for buffer in (self.running_mean, self.running_var))
-        scale = (var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        module: Any = self
+        stacked = self.stacked()
+        mean, var = (stacked[name].index_select(0, tasks) for name in ("running_mean", "running_var"))
+        scale = (var + module.eps).rsqrt()
+        if module.weight is not None:
+            scale = scale * module.weight
+        shift = -mean * scale if module.bias is None else module.bias - mean * scale
         shape = (*scale.shape, *(1,) * (x.dim() - 2))
         return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
-    def statistics(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of one task's running mean (features,), variance (features,) and batch count ()."""
-        return self.running_mean[task], self.running_var[task], self.num_batches_tracked[task]
+    def stacked(self) -> dict[str, Tensor]:
+        """The statistics of all tasks, by name."""
+        buffers: dict[str, Tensor] = self._buffers  # pyright: ignore
+        return {name: buffers[name] for name in STATISTICS}
 
-    def _forward_at(self, x: Tensor, row: Tensor) -> Tensor:
-        """The same with the task as a tensor: rows are gathered and put back, without a host sync."""
-        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        mean, var, count = (buffer.index_select(0, row)[0] for buffer in buffers)
-        y = self._normalise(x, mean, var, count)
-        if self.training:
-            for buffer, value in zip(buffers, (mean, var, count), strict=True):
-                buffer.index_copy_(0, row, value[None])
-        return y
+    # -- the life of a task ---------------------------------------------------------------------------------------
 
-    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor, count: Tensor) -> Tensor:
-        factor = self.momentum
-        if self.training:
-            count.add_(1)
-            if factor is None:  # cumulative average, as in nn.BatchNorm
-                factor = 1.0 / float(count)
-        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, factor or 0.0, self.eps)
+    def begin(self, num_tasks: int, batch_statistics: bool) -> None:
+        """Every task begins with the network's own statistics, which stay beside them."""
+        module: Any = self
+        for name in STATISTICS:
+            own = module._buffers[name]
+            module.register_buffer(OWN + name, own, persistent=False)
+            module._buffers[name] = own.expand(num_tasks, *own.shape).clone()
+        self.batch_statistics = batch_statistics
 
-    def add_task(self) -> None:
-        """Fresh statistics (mean 0, variance 1) for one more task."""
-        fresh = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
-        for name, value in fresh.items():
-            buffer = getattr(self, name)
-            setattr(self, name, torch.cat([buffer, buffer.new_full((1, *buffer.shape[1:]), value)]))
+    def end(self, task: int | None) -> None:
+        """Leaves one task's statistics (None: the network's own) in a module of its own class."""
+        module: Any = self
+        for name in STATISTICS:
+            stacked, own = module._buffers[name], module._buffers.pop(OWN + name)
+            module._non_persistent_buffers_set.discard(OWN + name)
+            module._buffers[name] = own if task is None else stacked[task].clone()
+        if task is not None and self.batch_statistics:
+            module.track_running_stats = False
+            for name in STATISTICS:
+                module._buffers[name] = None
+        for name in ("batch_statistics", "frozen"):
+            vars(module).pop(name, None)
+
+    def add_task(self, like: int | None = None) -> None:
+        """Statistics for one more task: the network's own, as at construction, or those of the task `like`."""
+        for name, buffer in self.stacked().items():
+            row = self._own(name) if like is None else buffer[like]
+            self._buffers[name] = torch.cat([buffer, row[None]])  # pyright: ignore
+
+    def reset(self, task: int) -> None:
+        """Puts the network's own statistics in the place of a task's."""
+        for name, buffer in self.stacked().items():
+            buffer[task] = self._own(name)
+
+    def _own(self, name: str) -> Tensor:
+        return self._buffers[OWN + name]  # pyright: ignore
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         # A plain network's statistics serve every task.
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            value, own = state_dict.get(prefix + name), getattr(self, name)
+        for name, own in self.stacked().items():
+            value = state_dict.get(prefix + name)
             if value is not None and value.dim() == own.dim() - 1:
                 state_dict[prefix + name] = value.expand_as(own).clone()
-        super()._load_from_state_dict(
+        super()._load_from_state_dict(  # pyright: ignore
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
 
-class TaskBatchNorm1d(TaskBatchNorm, nn.BatchNorm1d):
-    __doc__ = TaskBatchNorm.__doc__
-
-
-class TaskBatchNorm2d(TaskBatchNorm, nn.BatchNorm2d):
-    __doc__ = TaskBatchNorm.__doc__
-
-
-class TaskBatchNorm3d(TaskBatchNorm, nn.BatchNorm3d):
-    __doc__ = TaskBatchNorm.__doc__
-
-
-TASK_NORM_OF = {
-    nn.BatchNorm1d: TaskBatchNorm1d,
-    nn.BatchNorm2d: TaskBatchNorm2d,
-    nn.BatchNorm3d: TaskBatchNorm3d,
-}
+def tracks(module: nn.Module) -> bool:
+    """Whether the module keeps running statistics, so that each task is to have its own."""
+    return isinstance(module, TrackingNorm) and module.track_running_stats and module.running_mean is not None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import overload
+from typing import Any, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,9 +14,11 @@ from torch.func import functional_call
 from .. import ops
 from ..errors import InputError
 from ..ops.task_rows import TaskRows
+from .access import is_attached, parameter_of, scope_of
+from .layers import MaskedConv2d, MaskedLinear
 from .layout import MaskLayout
-from .masks import Convolution, Layer, Made, TaskMask, TaskNorm, use_mask
-from .norms import BatchNorm
+from .masks import Convolution, Layer, Made, TaskMask
+from .norms import TaskNorm, TaskStatistics, TrackingNorm
 
 # Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
 # GPU task by task, by cuBLAS and cuDNN, and so many images under all tasks would not fit beside each other.
@@ -29,12 +31,12 @@ class TaskMasks(Made, Sequence[TaskMask]):
     """The masks of T tasks, from one pass over the hypernetwork: a sequence of `TaskMask`, sliced like one.
 
     Attributes:
-        tasks: their T ids, a range or an int64 tensor (T,) on the device.
+        tasks: their T ids, integers or an int64 tensor (T,) on the device.
         layout, weights: as in `TaskMask`.
         logits: (T, N); thresholds: (T, S).
     """
 
-    tasks: range | Tensor
+    tasks: Sequence[int] | Tensor
     layout: MaskLayout
     logits: Tensor
     thresholds: Tensor
@@ -67,7 +69,10 @@ class TaskMasks(Made, Sequence[TaskMask]):
         """(T,) int64 `tasks` on the device."""
         if isinstance(self.tasks, Tensor):
             return self.tasks
-        return torch.arange(self.tasks.start, self.tasks.stop, self.tasks.step, device=self.logits.device)
+        first, count = self.tasks[0] if self.tasks else 0, len(self.tasks)
+        if list(self.tasks) == list(range(first, first + count)):
+            return torch.arange(first, first + count, device=self.logits.device)
+        return self._once("ids", lambda: torch.tensor(list(self.tasks), device=self.logits.device))
 
     def of(self, segment: int) -> tuple[Tensor, Tensor]:
         """Logits (T, *weight shape) and thresholds (T,) of a layer's weight, by its segment's number."""
@@ -76,15 +81,15 @@ class TaskMasks(Made, Sequence[TaskMask]):
 
     def bias(self, layer: Layer) -> Tensor | None:
         """(T, out) masked biases of a layer; (out,) where the bias is used as it is."""
-        segment = layer.bias_segment
+        segment, bias = layer.segment("bias"), parameter_of(layer, "bias")
         if segment is None or not self.layout.segments[segment].selected:
-            return layer.bias
+            return bias
         views = self._once("views", lambda: self.layout.views(self.logits))
         limits = self.thresholds[:, segment, None]
 
         def make() -> Tensor:
-            assert layer.bias is not None, "it has a segment"
-            return layer.bias * ops.semi_binary_mask(views[segment], limits)
+            assert bias is not None, "it has a segment"
+            return bias * ops.semi_binary_mask(views[segment], limits)
 
         return self._once(f"bias {segment}", make)
 
@@ -119,14 +124,14 @@ class TaskBatch:
     def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """Each row of x (rows, ..., in) times its own (W * m_t)^T, plus its bias."""
         self._check(x, layer)
-        segment = layer.weight_segment
+        segment, weight = layer.segment("weight"), parameter_of(layer, "weight")
         if segment is None:
-            return F.linear(x, layer.weight, layer.bias)
+            return F.linear(x, weight, parameter_of(layer, "bias"))
         logits, thresholds = self.masks.of(segment)
         if self.shared is not None and x is self.shared[1] and x.dim() == 2:  # the first layer: x is read once
-            call = (self.shared[0], layer.weight, logits, thresholds, None, self.masks.bias(layer))
+            call = (self.shared[0], weight, logits, thresholds, None, self.masks.bias(layer))
             return ops.task_batched_linear(*call).flatten(0, 1)
-        return self._product(x, layer.weight, logits, thresholds, self.masks.bias(layer))
+        return self._product(x, weight, logits, thresholds, self.masks.bias(layer))
 
     def conv2d(self, layer: Convolution, x: Tensor) -> Tensor:
         """Each row of x (rows, in, h, w) convolved with its own W * m_t.
@@ -134,22 +139,36 @@ class TaskBatch:
         Windows of x as rows of the linear op; with groups, whose weights are small, a convolution of more groups.
         """
         self._check(x, layer)
-        segment = layer.weight_segment
+        segment, weight = layer.segment("weight"), parameter_of(layer, "weight")
         if segment is None:
-            return layer.convolve(x, layer.weight, layer.bias)
+            return layer.convolve(x, weight, parameter_of(layer, "bias"))
         x, padding = layer.padded(x)
         logits, thresholds = self.masks.of(segment)
         if layer.groups > 1:
             return self._grouped(layer, x, padding, logits, thresholds)
         windows = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
-        weight, logits = layer.weight.flatten(1), logits.flatten(2)
+        weight, logits = weight.flatten(1), logits.flatten(2)
         y = self._product(windows, weight, logits, thresholds, self.masks.bias(layer)).transpose(1, 2)
         return y.unflatten(2, _output_size(layer, x, padding))
 
-    def batch_norm(self, layer: TaskNorm, x: Tensor) -> Tensor:
+    def batch_norm(self, layer: TaskNorm, x: Tensor, *args: Any) -> Tensor:
         """Each row with its own task's statistics."""
         self._check(x, layer)
-        return layer.forward_rows(x, self.masks.ids().index_select(0, self._of_rows(1)))
+        return layer.forward_rows(x, self.tasks())
+
+    def tasks(self) -> Tensor:
+        """(rows,) int64 id of each row's task."""
+        return self.masks.ids().index_select(0, self._of_rows(1))
+
+    def parameter(self, segment: int, plain: Tensor) -> Tensor:
+        """A module that reads a parameter, instead of being called, can't get the values of several tasks."""
+        raise _only_by_calls(self.masks.layout.segments[segment].name)
+
+    def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
+        raise _only_by_calls("a parameter of each task's own")
+
+    def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
+        raise _only_by_calls(name)
 
     def _product(self, x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, bias: Tensor | None) -> Tensor:
         """(rows, ..., out) of x (rows, ..., in) by the op over many tasks."""
@@ -172,12 +191,13 @@ class TaskBatch:
     def _grouped(
         self, layer: Convolution, x: Tensor, padding: tuple[int, ...], logits: Tensor, thresholds: Tensor
     ) -> Tensor:
-        weight = layer.weight * ops.semi_binary_mask(logits, thresholds[:, None, None, None, None])
+        plain = parameter_of(layer, "weight")
+        weight = plain * ops.semi_binary_mask(logits, thresholds[:, None, None, None, None])
         if self.rows is not None:
             weight = weight.index_select(0, self.rows.ids)
         sets = weight.shape[0]  # of weights, each for as many rows as there are per set
         if sets == 0:
-            return layer.convolve(x, layer.weight, layer.bias)
+            return layer.convolve(x, plain, parameter_of(layer, "bias"))
         across = x.unflatten(0, (sets, x.shape[0] // sets)).transpose(0, 1).flatten(1, 2)
         groups = sets * layer.groups
         y = F.conv2d(across, weight.flatten(0, 1), None, layer.stride, padding, layer.dilation, groups)
@@ -197,6 +217,12 @@ class TaskBatch:
             )
 
 
+def _only_by_calls(name: str) -> InputError:
+    return InputError(
+        f"{name} is read by a module while several tasks pass together: such a network needs one task per batch"
+    )
+
+
 def _output_size(layer: Convolution, x: Tensor, padding: tuple[int, ...]) -> tuple[int, ...]:
     geometry = zip(x.shape[-2:], padding, layer.dilation, layer.kernel_size, layer.stride, strict=True)
     return tuple(
@@ -210,20 +236,28 @@ def _output_size(layer: Convolution, x: Tensor, padding: tuple[int, ...]) -> tup
 def serves(net: nn.Module, x: Tensor, tasks: int | None = None) -> bool:
     """Whether samples x of several tasks may pass through `net` together; with `tasks`, each under all of them.
 
-    Not where samples of a batch meet: batch norm with the batch's own statistics. Not where some layer sees other
-    rows than one per sample, which `_row_per_sample` finds out (a compiled graph relies on the check in each layer).
+    Not where samples of a batch meet: batch norm with the batch's own statistics. Not where a masked parameter is read
+    otherwise than by a call of MaskedLinear or MaskedConv2d. Not where some layer sees other rows than one per sample,
+    which `_row_per_sample` finds out (a compiled graph relies on the check in each layer).
     """
     for module in net.modules():
-        if isinstance(module, BatchNorm):
-            if module.training or module.running_mean is None or getattr(module, "batch_statistics", False):
+        if isinstance(module, TrackingNorm):
+            if not isinstance(module, TaskStatistics) or not isinstance(module, _BY_ROWS) or module.training:
                 return False
-        elif getattr(module, "is_masked_layer", False):
-            if module.weight_segment is None and module.bias_segment is not None:
+            if module.batch_statistics or module.mask_own:
+                return False
+        elif isinstance(module, (MaskedLinear, MaskedConv2d)):
+            if module.mask_own or (module.segment("weight") is None and module.segment("bias") is not None):
                 return False
             rows = x.shape[0] * (tasks if isinstance(module, nn.Conv2d) else 1) if tasks else 0
             if rows > _MOST_ROWS:
                 return False
+        elif is_attached(module) and (module.mask_segments or module.mask_own):
+            return False
     return torch.compiler.is_compiling() or _row_per_sample(net, x)
+
+
+_BY_ROWS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _row_per_sample(net: nn.Module, x: Tensor) -> bool:
@@ -239,7 +273,7 @@ def _sees_rows(net: nn.Module, x: Tensor, samples: int) -> bool:
     probe = _Probe(samples)
     state = {name: torch.empty_like(t, device="meta") for name, t in (*net.named_parameters(), *net.named_buffers())}
     try:
-        with use_mask(probe), torch.no_grad():
+        with scope_of(net).use(probe), torch.no_grad():
             y = functional_call(net, state, (x.new_empty((samples, *x.shape[1:]), device="meta"),))
     except Exception:  # whatever a network does that meta tensors can't: its tasks pass one after another
         return False
@@ -255,12 +289,27 @@ class _Probe:
 
     def linear(self, layer: Layer, x: Tensor) -> Tensor:
         self.fits &= x.dim() > 1 and x.shape[0] == self.samples
-        return F.linear(x, layer.weight, layer.bias)
+        return F.linear(x, parameter_of(layer, "weight"), parameter_of(layer, "bias"))
 
     def conv2d(self, layer: Convolution, x: Tensor) -> Tensor:
         self.fits &= x.dim() == 4 and x.shape[0] == self.samples
-        return layer.convolve(x, layer.weight, layer.bias)
+        return layer.convolve(x, parameter_of(layer, "weight"), parameter_of(layer, "bias"))
 
-    def batch_norm(self, layer: TaskNorm, x: Tensor) -> Tensor:
+    def batch_norm(self, layer: TaskNorm, x: Tensor, *args: Any) -> Tensor:
         self.fits &= x.shape[0] == self.samples
         return x
+
+    def parameter(self, segment: int, plain: Tensor) -> Tensor:
+        self.fits = False
+        return plain
+
+    def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
+        self.fits = False
+        return plain
+
+    def tasks(self) -> None:
+        return None
+
+    def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
+        self.fits = False
+        return plain

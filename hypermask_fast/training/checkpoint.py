@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import InputError
+from ..files import writing
 from ..model import HyperMask
-from .files import writing
+from ..model_state import load_network_state, network_state
 
 MANIFEST = "checkpoint.json"
 REMEDY = ": restore it, or start a new run in another folder"
@@ -176,12 +177,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    """The model's weights, tied ones once; the anchor is the Trainer's to save, only within a task."""
+    return {MODEL + name: tensor for name, tensor in network_state(model).items()}
 
 
 def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies a checkpoint's weights, which `stored.load` has checked, into `model`."""
-    model.load_state_dict({name.removeprefix(MODEL): v for name, v in tensors.items() if name.startswith(MODEL)})
+    weights = {name.removeprefix(MODEL): value for name, value in tensors.items() if name.startswith(MODEL)}
+    load_network_state(model, weights)
 
 
 def warn_of_threads(state: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..data import Compose, Normalize, PermutePixels, Scale, Scenario, TensorSplit, Transform
 from ..errors import InputError
+from ..files import write_atomic
 from ..model import HyperMask
-from .files import write_atomic
+from ..model_state import load_network_state, network_state
 from .targets import TargetConfig, build_target
 
 
@@ -69,14 +70,15 @@ def export_model(
         "scenario": scenario.name,
         "task": str(task),
         "task_name": data.name,
-        "class_names": json.dumps(data.class_names or [str(label) for label in range(scenario.num_classes)]),
+        "class_names": json.dumps(data.class_names or [str(label) for label in range(data.num_classes or scenario.num_classes)]),
         "input_shape": json.dumps(scenario.input_shape),
         "num_classes": str(scenario.num_classes),
+        "task_classes": str(data.num_classes or scenario.num_classes),
         "prepare": json.dumps(_described(data.test.prepare) if isinstance(data.test, TensorSplit) else None),
     }
     if target is not None:
         metadata["target"] = json.dumps(asdict(target))
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.export(task).state_dict().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in network_state(model.export(task)).items()}
     write_atomic(path, save(tensors, metadata))
 
 
@@ -118,7 +120,7 @@ def load_exported(path: Path | str, net: nn.Module | None = None) -> nn.Module:
         raise InputError(f"{path} is of a network of one's own: load_exported(path, net) needs one made like it")
     _without_absent_statistics(plain, tensors)
     try:
-        plain.load_state_dict(tensors)
+        load_network_state(plain, tensors)
     except RuntimeError as error:
         raise InputError(f"{path} is of another network: {' '.join(str(error).split())}") from error
     plain.exported = exported  # pyright: ignore[reportArgumentType] (an attribute like any, no Parameter or Module)
@@ -134,9 +136,10 @@ def _built(metadata: dict[str, str]) -> nn.Module:
 def _exported(metadata: dict[str, str]) -> Exported:
     """What the metadata say; files of version 0.1.0 have neither names nor `prepare`."""
     count = int(metadata["num_classes"])
-    classes = json.loads(metadata.get("class_names", "null")) or range(count)
-    if len(classes) != count:
-        raise ValueError(f"it names {len(classes)} of {count} classes")
+    own = int(metadata.get("task_classes", count))  # of the task, where tasks differ in it
+    classes = json.loads(metadata.get("class_names", "null")) or range(own)
+    if len(classes) != own:
+        raise ValueError(f"it names {len(classes)} of {own} classes")
     return Exported(
         metadata["scenario"],
         int(metadata["task"]),

@@ -19,8 +19,8 @@ import torch
 from .. import __version__
 from ..errors import InputError
 from ..extras import needed_for
+from ..files import write_atomic
 from .describe import About
-from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
 from .result import WIDE, Result, learned_rows
 

@@ -14,12 +14,12 @@ import torch
 
 from ..data import Scenario, load_scenario
 from ..errors import InputError
+from ..files import remove_partial, write_atomic, writing
 from ..model import HyperMask
 from . import checkpoint, describe, report, stored
 from .config import CONFIG, RunConfig, stored_config
 from .exported import check_new_file, export_model
 from .exported import load_exported as load_exported  # where it was in version 0.1.0
-from .files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog, on_terminal
 from .needs import check_memory, lack_of_memory_told
@@ -67,6 +67,7 @@ def build_model(config: RunConfig, scenario: Scenario, device: torch.device | st
             lam=method.lam,
             drift_norm=method.drift_norm,
             drift_masked=method.drift_masked,
+            classes=scenario.classes if len(set(scenario.classes)) > 1 else None,
             fidelity=config.fidelity,
         )
         return model.to(device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model import HyperMask
+from ..model_state import PREFIX, network_state
 from . import checkpoint
 from .checkpoint import BEST, MANIFEST, MODEL, MOMENTS, OPTIMIZER, REMEDY
 from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
@@ -100,9 +101,12 @@ class _Check:
 
     def network(self, prefix: str) -> None:
         """Every tensor of the model, finite; variances and counts not negative."""
-        own = self.model.state_dict()
+        own, marks = network_state(self.model), f"{prefix}{PREFIX}tasks"
+        if marks in self.tensors:  # which tasks are removed or frozen
+            self._tensor(marks, (self.model.num_tasks,), torch.uint8)
+            self._values(marks, high=2)
         stored = {name.removeprefix(prefix) for name in self.tensors if name.startswith(prefix)}
-        for name in sorted(own.keys() | stored):
+        for name in sorted(name for name in own.keys() | stored if not name.startswith(PREFIX)):
             if name not in stored or name not in own:
                 where = "the checkpoint" if name not in stored else "this network"
                 raise InputError(f"{self.file} is of another network: {_named(name)} is not in {where}")
@@ -273,7 +277,7 @@ class _Check:
         task, hypernet = self.state["task"], self.model.hypernet
         dtype = hypernet.output.weight.dtype
         shapes = hypernet.drift_target_shapes(task) if task > 0 else ()
-        self._tensor("anchor.weights", (hypernet.size,), next(iter(self.model.weights())).dtype)
+        self._tensor("anchor.weights", (hypernet.size,), dtype)
         self._values("anchor.weights")
         for i, shape in enumerate(shapes):
             self._tensor(f"anchor.targets.{i}", shape, dtype)

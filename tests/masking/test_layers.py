@@ -8,7 +8,6 @@ from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, LayerMask, MaskedConv2d, MaskedLinear
-from hypermask_fast.masking.masks import use_mask
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_running_statistics_are_per_task(convnet_model):
     convnet_model.eval()
     weight = convnet_model.mask(2).effective[0]
     expected = F.batch_norm(F.conv2d(x, weight, padding=1), norm.running_mean[2], norm.running_var[2])
-    with use_mask(convnet_model.mask(2)):
+    with convnet_model.use_task(2):
         torch.testing.assert_close(norm(convnet_model.net[0](x)), expected)
 
 

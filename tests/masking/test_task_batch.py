@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, ops
-from hypermask_fast.masking.masks import use_mask
+from hypermask_fast.masking.access import scope_of
 from hypermask_fast.masking.task_batch import TaskBatch, serves
 from hypermask_fast.ops.plain import mask_first
 
@@ -131,7 +131,7 @@ def test_the_trial_leaves_nothing_behind(convnet_model):
 def test_a_layer_that_sees_other_rows_is_refused(convnet_model):
     model = trained(convnet_model)
     batch = TaskBatch.mixed(model.all_masks(), torch.tensor([0, 1]))
-    with use_mask(batch), pytest.raises(InputError, match="Conv2d sees 6 rows where 2 samples pass"):
+    with scope_of(model.net).use(batch), pytest.raises(InputError, match="Conv2d sees 6 rows where 2 samples pass"):
         model.net(images(6))
 
 
@@ -157,8 +157,10 @@ def test_beside_a_fused_layer_the_others_mask_their_own(monkeypatch):
     x, expected = torch.randn(4, 8), model.mask(1)
     expected = model(x, expected)
 
+    first = model.net[0].weight
+
     def first_layer_only(op, x, weight, *rest):
-        return mask_first.masked_linear if weight is model.net[0].weight else None
+        return mask_first.masked_linear if weight is first else None
 
     monkeypatch.setattr(ops, "may_fuse", lambda x: True)
     monkeypatch.setattr(ops.Op, "fused", first_layer_only)

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
+import hypermask_fast as hmf
 from hypermask_fast import InputError
-from hypermask_fast.training import checkpoint
-from hypermask_fast.training.files import write_atomic
+from hypermask_fast.data import Scenario, TaskData, TensorSplit
+from hypermask_fast.files import write_atomic
+from hypermask_fast.training import checkpoint, run
+from hypermask_fast.training.config import load_preset
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
 STATE = {"task": 1, "lr": 0.1 + 0.2, "best": -1.0}
@@ -218,3 +222,39 @@ def test_a_full_disk_leaves_the_checkpoint_before(run_dir, monkeypatch, failing)
         checkpoint.save(run_dir, "000-0000002", TENSORS, {"task": 2})
     monkeypatch.undo()
     assert checkpoint.load(run_dir)[1] == STATE
+
+
+class Tied(nn.Module):
+    def __init__(self, *_):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+def test_tied_tensors_are_saved_once(tmp_path):
+    net, other = Tied(), Tied()
+    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(net), {"task": 1, "settings": "a"})
+    assert checkpoint.load(tmp_path)[0].keys() == {"model.a.weight", "model.a.bias", "model.b.bias"}
+    checkpoint.restore_model(other, checkpoint.load(tmp_path)[0])
+    assert torch.equal(other.b.weight, net.a.weight) and other.b.weight is other.a.weight
+
+
+def test_an_exported_network_of_tied_tensors(tmp_path, monkeypatch):
+    """Written once, and tied where it is loaded."""
+    torch.manual_seed(0)
+    model = hmf.HyperMask(Tied(), 2, 30, hmf.HypernetConfig(4, (5,)), heads="b").eval()
+    scenario = Scenario("s", tuple(TaskData(str(t), *[blob_split()] * 3) for t in range(2)), (4,), 4)
+    monkeypatch.setattr(run, "load_run", lambda *_: (load_preset("split-mnist"), model, scenario))
+    monkeypatch.setattr(run, "build_target", Tied)
+    run.export_task(tmp_path, 1, tmp_path / "net.safetensors")
+    loaded = run.load_exported(tmp_path / "net.safetensors")
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(loaded(x), model(x, 1))
+    assert loaded.a.weight is loaded.b.weight
+
+
+def blob_split():
+    return TensorSplit(torch.randn(4, 4), torch.arange(4))

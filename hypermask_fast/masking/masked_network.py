@@ -1,0 +1,182 @@
+"""MaskedNetwork: any network, run under the masks that it is given."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from . import network, output
+from .access import parameter_of
+from .classes import Classes, check_export, narrow
+from .layout import MaskLayout
+from .masks import TaskMask
+from .norms import TaskStatistics
+from .passes import Pass
+from .scope import PLAIN, Scope
+from .selection import owners, summary
+
+
+class MaskedNetwork(nn.Module):
+    """`net`, changed in place so that its masked parameters read as W * m within a pass; what `HyperMask` is built on.
+
+    Attributes:
+        net: the network.
+        layout: which of its parameters are masked.
+        own: of each parameter that is per task, every task's value; by the parameter's name with "/" for ".".
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        layout: MaskLayout,
+        num_tasks: int,
+        *,
+        batch_statistics: bool,
+        heads_named: bool,
+        classes: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self._heads_known = heads_named or output.is_plain_to_see(net)
+        self._scope, self._unread = Scope(), set(range(len(layout.segments)))
+        own = network.attach(net, layout, self._scope, num_tasks, batch_statistics)
+        self.net = net
+        self.own = nn.ModuleDict({name.replace(".", "/"): values for name, values in own.items()})
+        self._links = network.Links(net, layout.names)
+        self._guard = net.register_forward_pre_hook(partial(network.refuse_outside, self._scope), with_kwargs=True).id
+        self._classes = None if classes is None else Classes(classes, self._scope)
+        if self._classes is not None:
+            self._hook = net.register_forward_hook(self._classes).id
+        self._owners = self._assigned()
+        if left := summary(layout.rows):
+            warnings.warn(left + " (print(model.layout) shows all)", stacklevel=3)
+
+    def _assigned(self) -> list[tuple[nn.Module, str]]:
+        """Who owns each segment's Parameter, by module and attribute."""
+        held, parameters = owners(self.net), dict(self.net.named_parameters())
+        return [(held[id(parameters[name])][0].module, name.rpartition(".")[2]) for name in self.layout.names]
+
+    def __getattr__(self, name: str) -> Any:
+        """The network's attributes, where the model has none of this name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "net" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.net, name)
+
+    def weights(self) -> list[nn.Parameter]:
+        """The masked Parameters of the target network, one per segment of `layout`."""
+        return [parameter_of(module, name) for module, name in self._owners]
+
+    def heads(self) -> list[str] | None:
+        """Paths of the output layers with a bias; None where they are not known before the first pass."""
+        return [name.rpartition(".")[0] for name in self.layout.heads] if self._heads_known else None
+
+    def statistics(self) -> list[TaskStatistics]:
+        """The network's normalisations with running statistics per task."""
+        return [module for module in self.net.modules() if isinstance(module, TaskStatistics)]
+
+    def own_values(self) -> list[tuple[nn.Parameter, Any]]:
+        """Of each parameter that is per task: the network's own, and the list of every task's."""
+        parameters = dict(self.net.named_parameters())
+        return [(parameters[name.replace("/", ".")], values) for name, values in self.own.items()]
+
+    # -- passes ---------------------------------------------------------------------------------------------------
+
+    def _through(self, mask: TaskMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
+        """One pass under one task's mask."""
+        compiling = torch.compiler.is_compiling()
+        read: set[int] | None = set() if not compiling and self._unread else None
+        one = Pass(mask, read)
+        with self._scope.use(one):
+            y = self.net(*inputs, **kwargs)
+        if read is not None:
+            self._report_unread(read)
+        if torch.is_grad_enabled() and not compiling:
+            y = one.tied(y)
+            self._scope.announce(y, one)
+        return y
+
+    def _report_unread(self, read: set[int]) -> None:
+        """After the first pass: which masked parameters it did not read, said once."""
+        unread, self._unread = sorted(self._unread - read), set()
+        if unread:
+            names = [self.layout.segments[number].name for number in unread]
+            some = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+            warnings.warn(
+                f"the first forward pass did not use these masked parameters: {some}: their masks had no effect on it",
+                stacklevel=4,
+            )
+
+    def _check_network(self, inputs: tuple, kwargs: dict[str, Any], mask: Any = None) -> None:
+        """What a pass needs: the network as it was masked, and knowledge of its output layers.
+
+        mask: a `TaskMask` that was made before, if it is one.
+        """
+        if torch.compiler.is_compiling():
+            if not self._heads_known:
+                raise InputError(
+                    "which layer is the output layer is found in the first ordinary pass: run one batch before "
+                    "compiling, or name it: HyperMask(net, ..., heads='...')"
+                )
+            return
+        self._links.check()
+        if self._heads_known:
+            return
+        with self._scope.use(PLAIN):
+            found = output.biases_found(self.net, self.layout.rows, inputs, kwargs)
+        self._heads_known, before = True, self.layout
+        self.layout = before.with_output_biases(found)
+        if self.layout != before and isinstance(mask, TaskMask):
+            raise InputError(
+                f"the output layer's bias is {' and '.join(found) or 'none'}, as this first pass shows: make the mask "
+                "again, or name the layer at construction (heads='...')"
+            )
+
+    @contextmanager
+    def _under(self, mask: TaskMask) -> Iterator[None]:
+        """The network and all of its modules run under `mask`."""
+        self._links.check()
+        with self._scope.use(Pass(mask)):
+            yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block, in this thread, `model.net` is the plain network: no mask, and batch norm with the
+        statistics that it came with."""
+        with self._scope.use(PLAIN):
+            yield
+
+    # -- the way back ---------------------------------------------------------------------------------------------
+
+    def _exported(self, task: int, values: Sequence[Tensor]) -> nn.Module:
+        """A plain copy of the network with one task's values in place of the masked parameters."""
+        if self._classes is None:
+            return network.exported(self.net, self._guard, task, values)
+        count, width = self._classes.counts[task], self._classes.width
+        narrower = width is None or count < width
+        if narrower:
+            check_export(self.net, self.layout.heads, count)
+        plain = network.exported(self.net, self._guard, task, values)
+        plain._forward_hooks.pop(self._hook)
+        if narrower:
+            narrow(plain, self.layout.heads, count)
+        return plain
+
+    def unconvert(self) -> nn.Module:
+        """Gives the plain network back: its modules of their own classes, unmasked, with the statistics that it came
+        with. The model can't be used afterwards."""
+        net = self.net
+        network.detach(net)
+        net._forward_pre_hooks.pop(self._guard)
+        net._forward_pre_hooks_with_kwargs.pop(self._guard)
+        if self._classes is not None:
+            net._forward_hooks.pop(self._hook)
+        del self.net
+        return net

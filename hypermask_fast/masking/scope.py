@@ -1,0 +1,161 @@
+"""Scope: which pass a read of a masked parameter belongs to."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import partial
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves  # noqa: PLC2701
+
+from ..errors import InputError
+
+
+class Running(Protocol):
+    """What a forward pass of a network runs under: one task's mask, many tasks' masks, or none (`PLAIN`)."""
+
+    def parameter(self, segment: int, plain: Tensor) -> Tensor:
+        """What a module reads as its parameter, the `segment`-th of the layout; plain: the Parameter itself."""
+        ...
+
+    def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
+        """What a module reads as a parameter of which every task has its own value."""
+        ...
+
+    def tasks(self) -> int | Tensor | None:
+        """The task of all samples, an int or a 0-dim int64 tensor; of each row (rows,) int64; None: of none."""
+        ...
+
+    def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
+        """What batch norm reads as a running statistic; stacked: (tasks, ...), plain: the network's own."""
+        ...
+
+
+class _Plain:
+    """The network as it would be without this library: every parameter and statistic is its own."""
+
+    def parameter(self, segment: int, plain: Tensor) -> Tensor:
+        return plain
+
+    def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
+        return plain
+
+    def tasks(self) -> None:
+        return None
+
+    def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
+        return plain
+
+
+PLAIN = _Plain()
+
+
+class _Local(threading.local):
+    """Per thread, so that two threads can run two tasks through one model; torch.compile traces through it."""
+
+    running: Running | None
+    unwinding: "ref[Any] | None"  # the pass whose graph this thread's backward pass is in
+
+    def __init__(self) -> None:  # in every thread: a compiled graph expects to find both
+        self.running = self.unwinding = None
+
+
+class Scope:
+    """The passes through one model's network.
+
+    A pass belongs to the thread that runs it. A masked parameter that is read where no pass can be meant, such as by
+    an optimiser, is the Parameter itself. Where a pass is meant and can't be known (a thread that was started within a
+    pass, a backward pass that computes activations again) the read raises InputError: it never gives the unmasked
+    parameter silently.
+    """
+
+    def __init__(self) -> None:
+        self._local = _Local()
+        self._threads: list[int] = []  # of the passes under way, one entry per pass
+
+    def __reduce__(self) -> tuple:
+        """A copy, or what is unpickled, begins with no pass under way."""
+        return (Scope, ())
+
+    @property
+    def running(self) -> Running | None:
+        """What a read in this thread happens under; None outside of a pass. Raises InputError: see `Scope`."""
+        running = self._local.running
+        if running is not None or torch.compiler.is_compiling():
+            return running
+        if _graph_task() != -1:
+            return self._unwinding()
+        if self._threads:
+            raise InputError(
+                "a masked parameter is read in a thread that has no mask while another thread is inside a forward "
+                "pass: run the thread's work inside `with model.use_task(task):` (or `with model.disabled():`)"
+            )
+        return None
+
+    @contextmanager
+    def use(self, running: Running) -> Iterator[None]:
+        """Reads inside, in this thread, happen under `running`; afterwards nothing of it is left behind."""
+        local = self._local
+        before, counted = local.running, not torch.compiler.is_compiling()
+        thread = threading.get_ident() if counted else 0
+        local.running = running
+        if counted:
+            self._threads.append(thread)
+        try:
+            yield
+        finally:
+            local.running = before
+            if counted:
+                self._threads.remove(thread)
+
+    # -- the backward pass ----------------------------------------------------------------------------------------
+
+    def announce(self, output: Any, one: Any) -> None:
+        """Has the backward pass through `output` know the pass `one`, for activations that it computes again.
+
+        The backward pass visits nodes from the newest to the oldest: between the hook of one pass's output and that
+        of an older pass all nodes are the first one's.
+        """
+        for tensor in tensors_of(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(partial(self._enter, one))
+
+    def _enter(self, one: Any, grads: tuple) -> None:
+        if self._local.unwinding is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._leave)  # pyright: ignore # noqa: SLF001
+        self._local.unwinding = ref(one)
+
+    def _leave(self) -> None:
+        self._local.unwinding = None
+
+    def _unwinding(self) -> Running | None:
+        found = self._local.unwinding
+        one = None if found is None else found()
+        if one is None:
+            raise InputError(
+                "a masked parameter is read in a backward pass, and the forward pass that it belongs to is not known: "
+                "run the network by model(x, task), whose output the backward pass begins at"
+            )
+        return one.again
+
+
+def _graph_task() -> int:
+    """The number of the backward pass that this thread is in; -1 outside of one."""
+    return torch._C._current_graph_task_id()  # noqa: SLF001 # pyright: ignore
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors in what a network returns: a tensor, or tuples, lists, dicts and dataclasses of them."""
+    if isinstance(output, Tensor):
+        return [output]
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_of(list(vars(leaf).values()))
+    return found
