@@ -65,15 +65,16 @@ def export_model(
     if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < len(scenario.tasks):
         raise InputError(f"task {task!r} is not one of {scenario.name}'s: 0 to {len(scenario.tasks) - 1}")
     data = scenario.tasks[task]
+    classes = data.num_classes or scenario.num_classes
     metadata = {
         "format": "pt",
         "scenario": scenario.name,
         "task": str(task),
         "task_name": data.name,
-        "class_names": json.dumps(data.class_names or [str(label) for label in range(data.num_classes or scenario.num_classes)]),
+        "class_names": json.dumps(data.class_names or list(map(str, range(classes)))),
         "input_shape": json.dumps(scenario.input_shape),
         "num_classes": str(scenario.num_classes),
-        "task_classes": str(data.num_classes or scenario.num_classes),
+        "task_classes": str(classes),
         "prepare": json.dumps(_described(data.test.prepare) if isinstance(data.test, TensorSplit) else None),
     }
     if target is not None:

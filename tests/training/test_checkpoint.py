@@ -14,7 +14,7 @@ import hypermask_fast as hmf
 from hypermask_fast import InputError
 from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.files import write_atomic
-from hypermask_fast.training import checkpoint, run
+from hypermask_fast.training import checkpoint, exported, run
 from hypermask_fast.training.config import load_preset
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
@@ -248,7 +248,7 @@ def test_an_exported_network_of_tied_tensors(tmp_path, monkeypatch):
     model = hmf.HyperMask(Tied(), 2, 30, hmf.HypernetConfig(4, (5,)), heads="b").eval()
     scenario = Scenario("s", tuple(TaskData(str(t), *[blob_split()] * 3) for t in range(2)), (4,), 4)
     monkeypatch.setattr(run, "load_run", lambda *_: (load_preset("split-mnist"), model, scenario))
-    monkeypatch.setattr(run, "build_target", Tied)
+    monkeypatch.setattr(exported, "build_target", lambda *_: Tied())
     run.export_task(tmp_path, 1, tmp_path / "net.safetensors")
     loaded = run.load_exported(tmp_path / "net.safetensors")
     x = torch.randn(3, 4)

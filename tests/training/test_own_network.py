@@ -60,7 +60,7 @@ def test_progress_is_shown_where_asked_for_or_on_a_terminal(monkeypatch, progres
     Trainer(blob_model(1), blob_scenario(1), CONFIG, progress=progress, logger=logger).fit()
     shown = terminal and logger is None if progress is None else progress
     assert ("blobs, 1 task of 2 classes, Sequential; hypernetwork 8-12, sparsity 20 %" in stream.getvalue()) == shown
-    assert ("after task 1: " in stream.getvalue()) == shown
+    assert ("after task 0 (blobs 0): " in stream.getvalue()) == shown
     assert ("\x1b[" in stream.getvalue()) == (shown and terminal)
 
 
