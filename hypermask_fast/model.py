@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from . import ops, regularizers
 from .errors import InputError
-from .hypernet import HypernetConfig
+from .hypernet import HypernetConfig, OutputStepper
 from .masking import layers
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask, use_mask
@@ -121,15 +121,15 @@ class HyperMask(nn.Module):
         """One more task embedding (and batch-norm statistics), at any time; returns the new task's id.
 
         Existing Parameters stay the same objects, so a running optimiser goes on working; given here, it also gets
-        the new embedding, with the settings of its first parameter group.
+        the new embedding, in the group of the task before and right behind it: schedulers find as many groups as they
+        know, and the order is that of a new optimiser's.
         """
         embedding = self.hypernet.add_task()
         for module in self.net.modules():
             if isinstance(module, TaskBatchNorm):
                 module.add_task()
         if optimizer is not None:
-            settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
-            optimizer.add_param_group({**settings, "params": [embedding]})
+            _enter(optimizer, self.hypernet.embeddings[-2], embedding)
         return self.num_tasks - 1
 
     # -- masks ----------------------------------------------------------------------------------------------------
@@ -147,26 +147,32 @@ class HyperMask(nn.Module):
         Raises:
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
-        if isinstance(task, Tensor):
+        stepper = self._stepper_in_training()
+        if isinstance(task, Tensor) and (stepper is None or not _values_at_hand(task) or not _is_id(task)):
             return self._mask_by_tensor(task, sparsity, ranks)
+        task = int(task) if isinstance(task, Tensor) else task
         self._check_task(task)
-        stepper = self.hypernet.stepper if self.training and torch.is_grad_enabled() else None
-        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of(task)
+        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
         if anchor is None:
-            return self._mask_of(task, self.hypernet([task]).squeeze(0), sparsity, ranks)
+            hidden = self.hypernet.hidden([task])
+            if stepper is None:
+                logits = self.hypernet.logits(hidden).squeeze(0)
+            else:
+                logits, _ = self.hypernet.factored_logits(hidden, (), task, stepper)
+            return self._mask_of(task, logits, sparsity, ranks)
         hidden = self.hypernet.hidden(range(task + 1))
         for_drifts: dict[str, Any] = {}
         if stepper is None:
             logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[task:]).squeeze(0), hidden[:task]
         else:
-            logits, for_drifts["output_drift"] = self.hypernet.stepped_logits(hidden, anchor.targets)
+            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(hidden, anchor.targets, task, stepper)
         if self.drift.masked and self.drift.weight_scale(task) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
 
     def _mask_by_tensor(self, task: Tensor, sparsity: float | None, ranks: Tensor | None) -> TaskMask:
         """`mask` of a task whose id is a tensor, which is looked at where that costs no host sync."""
-        if task.dtype != torch.int64 or task.dim() > 1 or task.numel() != 1:
+        if not _is_id(task):
             raise InputError(
                 "a task tensor is int64, 0-dim (or, for a forward pass, one id per sample), "
                 f"not {task.dtype} of {tuple(task.shape)}"
@@ -190,6 +196,18 @@ class HyperMask(nn.Module):
     ) -> TaskMask:
         thresholds = self._thresholds(logits, sparsity, ranks)
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
+
+    def _stepper_in_training(self) -> OutputStepper | None:
+        """Who takes the output layer's gradient in factors; in a compiled graph it is an ordinary one."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self.hypernet.stepper
+
+    def _anchor_of_mask(self, task: int) -> Anchor | None:
+        """The anchor of the task that is being trained, which begins here if it is the next; None of an earlier one."""
+        if self.anchor is not None and task < self.anchor.task:
+            return None
+        return self._anchor_of(task)
 
     def _anchor_in_training(self, task: int) -> Anchor | None:
         """The anchor of the task that is being trained; None of any other."""
@@ -266,7 +284,9 @@ class HyperMask(nn.Module):
         ids = present.tolist()
         for task in ids:
             self._check_task(task)
-        groups = zip(ids, x[order].split(counts.tolist()), self.hypernet(ids), strict=True)
+        averages = self.hypernet.averaging is not None  # over the ranks, which may have other tasks in their batches
+        logits = self.hypernet(range(self.num_tasks))[ids] if averages else self.hypernet(ids)
+        groups = zip(ids, x[order].split(counts.tolist()), logits, strict=True)
         sorted_outputs = [self(group, self._mask_of(task, logits)) for task, group, logits in groups]
         return torch.cat(sorted_outputs)[order.argsort()]
 
@@ -284,7 +304,7 @@ class HyperMask(nn.Module):
         if _values_at_hand(tasks) and not known.all():
             self._check_task(int(tasks[~known][0]))
         tasks = tasks.where(known, 0)
-        if self.num_tasks <= tasks.shape[0]:
+        if self.num_tasks <= tasks.shape[0] or self.hypernet.averaging is not None:
             batch = TaskBatch.mixed(self._masks_of(range(self.num_tasks)), tasks)
         else:  # fewer samples than tasks: a mask per sample
             batch = TaskBatch.mixed(self._masks_of(tasks), torch.arange(tasks.shape[0], device=tasks.device))
@@ -396,6 +416,25 @@ class HyperMask(nn.Module):
                     setattr(module, name, nn.Parameter(effective[segment].clone()))
         layers.swap_out(plain, task)
         return plain
+
+
+def _enter(optimizer: Optimizer, before: nn.Parameter, embedding: nn.Parameter) -> None:
+    """Lets the optimiser train one more embedding, behind the one before."""
+    for group in optimizer.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if parameter is before:
+                group["params"].insert(i + 1, embedding)
+                if "param_names" in group:
+                    start, _, number = group["param_names"][i].rpartition(".")
+                    group["param_names"].insert(i + 1, f"{start}.{int(number) + 1}")
+                return
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
+    optimizer.add_param_group({**settings, "params": [embedding]})
+
+
+def _is_id(task: Tensor) -> bool:
+    """Whether it can be one task's id."""
+    return task.dtype == torch.int64 and task.dim() <= 1 and task.numel() == 1
 
 
 def _values_at_hand(tensor: Tensor) -> bool:

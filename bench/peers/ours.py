@@ -38,7 +38,7 @@ class Library:
     def begin_task(self, task: int) -> None:
         self.task = task
         self.model.begin_task(task)
-        self.optimizer = hmf.optim.Adam(self.model, lr=self.lr, exact_loss=False, capturable=self.captured)
+        self.optimizer = hmf.optim.Adam(self.model, lr=self.lr, step_in_backward=True, capturable=self.captured)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step; returns the loss before it. The drift's value is there once backward has run."""

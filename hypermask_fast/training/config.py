@@ -18,9 +18,10 @@ from ..errors import InputError
 from ..extras import needed_for
 from ..hypernet import HypernetConfig
 from ..ops.reference import kept_rank
-from ..optim import GRADIENTS
 from ..regularizers import FIDELITIES
 from .targets import TargetConfig
+
+GRADIENTS = ("auto", "factored", "dense")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class TrainingConfig:
         checkpoint_every: iterations between checkpoints within a task; 0 for one at each task's end only.
         evaluation_batch: samples per evaluation batch.
         precision: "float32", or "bf16" to train the target network under autocast.
-        gradient: of the hypernetwork's output layer: "auto", "factored" or "dense"; see `optim.Adam`.
+        gradient: of the hypernetwork's output layer: "factored" steps it within the backward pass (`optim.Adam` with
+            step_in_backward), "dense" by torch.optim.Adam; "auto": factored where the layer is dense.
         cuda_graph: on a GPU, capture the training step and replay it.
     """
 
