@@ -21,6 +21,12 @@ class Averaging:
     def __init__(self, group: Any = None) -> None:
         self.group, self.size = group, dist.get_world_size(group)
 
+    def __deepcopy__(self, memo: dict) -> "Averaging":
+        return self  # a copied model goes on with the same processes
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()  # one that is loaded is in a process of its own
+
     def means(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors' means over the ranks, in one all-reduce."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -132,7 +132,7 @@ class HyperNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle, which no optimiser holds yet: its output layer is its own."""
-        return {**self.__dict__, "_stepper": None, "averaging": None}
+        return {**self.__dict__, "_stepper": None}
 
     def step_with(self, stepper: OutputStepper | None) -> None:
         """Gives `stepper` the output layer's gradient in factors for as long as it lives, in place of whoever had it

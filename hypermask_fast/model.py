@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import ops, regularizers
@@ -83,6 +84,11 @@ class HyperMask(nn.Module):
         self.sparsity = sparsity
         self.drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
         self.layout = MaskLayout.of(net, include, exclude)
+        if any(isinstance(module, DistributedDataParallel) for module in net.modules()):
+            raise InputError(
+                "HyperMask(DistributedDataParallel(net)) would leave the hypernetwork to each rank: wrap the other way, "
+                "as hmf.distributed.replicate says"
+            )
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
@@ -112,6 +118,21 @@ class HyperMask(nn.Module):
     @property
     def num_tasks(self) -> int:
         return self.hypernet.num_tasks
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Asked for by DistributedDataParallel(model); `distributed.replicate` says what it is."""
+        left_out = self.__dict__.get("_left_to_replicate")
+        if left_out is None or self.hypernet.averaging is None:
+            raise InputError(
+                "DistributedDataParallel would send the output layer's gradient, N x H: "
+                "DistributedDataParallel(hmf.distributed.replicate(model)) sends N numbers"
+            )
+        return left_out
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: list[str]) -> None:
+        self._left_to_replicate = names
 
     def weights(self) -> list[nn.Parameter]:
         """The masked Parameters of the target network, one per segment of `layout`."""

@@ -10,6 +10,7 @@
     few_rows     csrc/cuda's masked_linear and chunk_masked_linear run by a CPU, and arguments for them
     segments     weights, logits, thresholds and previous weights of several segments
     dense        the dense output layer with hidden vectors, targets and moments
+    ranks        what each of two processes does
     internals    what tests reach into the registry for
     emulation    csrc/cuda compiled for the CPU, out of cuda_emulation/
 
