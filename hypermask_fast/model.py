@@ -86,7 +86,7 @@ class HyperMask(nn.Module):
         self.layout = MaskLayout.of(net, include, exclude)
         if any(isinstance(module, DistributedDataParallel) for module in net.modules()):
             raise InputError(
-                "HyperMask(DistributedDataParallel(net)) would leave the hypernetwork to each rank: wrap the other way, "
+                "HyperMask(DistributedDataParallel(net)) leaves the hypernetwork to each rank: wrap the other way, "
                 "as hmf.distributed.replicate says"
             )
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork

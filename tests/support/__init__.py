@@ -11,6 +11,7 @@
     segments     weights, logits, thresholds and previous weights of several segments
     dense        the dense output layer with hidden vectors, targets and moments
     ranks        what each of two processes does
+    framework    runs an example in a process of its own
     internals    what tests reach into the registry for
     emulation    csrc/cuda compiled for the CPU, out of cuda_emulation/
 
