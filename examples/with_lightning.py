@@ -53,12 +53,7 @@ def train(model: hmf.HyperMask, task: int, x: Tensor, y: Tensor, manual: bool = 
     """The loss of each batch."""
     module = (ManualTask if manual else Task)(model, task)
     told = {} if manual else {"gradient_clip_val": CLIP, "accumulate_grad_batches": ACCUMULATE}
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", **told, **quiet)
     trainer.fit(module, DataLoader(TensorDataset(x, y), BATCH))
     return [loss.item() for loss in module.losses]

@@ -17,7 +17,9 @@ namespace {
 // more side by side, which is what hides a multiply-add's latency.
 constexpr int kDotTasks = kLanes == 16 ? 5 : 3;  // of 4 rows each
 constexpr int kHiddenTasks = kLanes == 16 ? 5 : 6;
-constexpr int hidden_columns(int tasks) { return kLanes == 16 ? 4 : tasks == 1 ? 7 : 12 / tasks; }  // vectors
+constexpr int hidden_columns(int tasks) {  // vectors
+  return kLanes == 16 ? (tasks <= 2 ? 7 : 4) : tasks == 1 ? 7 : 12 / tasks;
+}
 constexpr int kOuterColumns = kLanes == 16 ? 7 : 4;  // vectors, of 2 rows each
 constexpr int kAdamWork = 12;                        // Adam on an entry takes about as long as this many multiply-adds
 
@@ -150,11 +152,10 @@ HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padde
   const int rest = static_cast<int>(width - whole);
   for (int64_t k = 0; k < whole; k += kLanes) step(k, [](const float* p) { return load(p); });
   if (rest) step(whole, [rest](const float* p) { return load_part(p, rest); });
+  Quad sums[kTasks];
+  sum_lanes(sum, sums);
 #pragma GCC unroll 8
-  for (int j = 0; j < kTasks; ++j) {
-    const Quad q = sum_lanes(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
-    std::memcpy(out + j * kBlockRows, &q, sizeof q);
-  }
+  for (int j = 0; j < kTasks; ++j) std::memcpy(out + j * kBlockRows, &sums[j], sizeof sums[j]);
 }
 
 // factors[j][r] = W_r . h_j for the drift tasks and the rows of a block.
