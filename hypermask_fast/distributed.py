@@ -46,6 +46,6 @@ def replicate(module: M, group: Any = None) -> M:
             left_out += [f"{prefix}.{parameter}" for parameter, _ in hypernet.named_parameters()]
     if not left_out:
         raise InputError(f"replicate takes a HyperMask or a module with one in it; {type(module).__name__} has none")
-    # DistributedDataParallel's own name for it, which torch.distributed.fsdp and others set, too.
-    module._ddp_params_and_buffers_to_ignore = left_out  # noqa: SLF001
+    marked: Any = module
+    marked._ddp_params_and_buffers_to_ignore = left_out  # noqa: SLF001  # what DistributedDataParallel asks for
     return module

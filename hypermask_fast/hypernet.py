@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from . import ops
 from .averaging import Averaging
 from .errors import InputError
 from .factored import FactoredGradient, Factors, SteppedGradient
+from .settings import WIDEST, Range, Widths, check_fields
 
 # Whether a node is part of the backward pass that is under way. There is no public way to ask.
 _will_be_run: Any = torch._C._will_engine_execute_node  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
@@ -27,36 +28,28 @@ class HypernetConfig:
     Attributes:
         embedding: size E of a task's embedding.
         hidden: widths of the hidden layers (ELU); the last one is H.
-        chunk_size: None for one dense output layer of N rows; C to generate the output in chunks of C entries.
+        chunk_size: entries that the output layer generates at a time, C of N, in chunks; without it (None) all N.
         chunk_embedding: size of a chunk's embedding, for a chunked hypernetwork.
+
+    Raises:
+        InputError: a size that is no positive integer, or beyond any machine.
     """
 
-    embedding: int = 48
-    hidden: tuple[int, ...] = (100,)
-    chunk_size: int | None = None
-    chunk_embedding: int = 8
+    embedding: Annotated[int, Range(1, WIDEST, unit="numbers")] = 48
+    hidden: Annotated[tuple[int, ...], Widths(1)] = (100,)
+    chunk_size: Annotated[int | None, Range(1, unit="mask entries")] = None
+    chunk_embedding: Annotated[int, Range(1, WIDEST, unit="numbers")] = 8
 
     def __post_init__(self) -> None:
         hidden = self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,)
         object.__setattr__(self, "hidden", tuple(hidden))
-        for name in ("embedding", "chunk_embedding", "chunk_size"):
-            value = getattr(self, name)
-            if name == "chunk_size" and value is None:
-                continue
-            if not _is_size(value):
-                raise InputError(f"hypernetwork {name} must be a positive integer, not {value!r}")
-        if not self.hidden or not all(_is_size(width) for width in self.hidden):
-            raise InputError(f"hypernetwork hidden must list one or more positive widths, not {self.hidden!r}")
+        check_fields(self, "hypernetwork")
 
     def build(self, size: int, num_tasks: int) -> "HyperNetwork":
         """The hypernetwork of this shape for `size` entries and `num_tasks` tasks."""
         if self.chunk_size is None:
             return HyperNetwork(size, num_tasks, self.embedding, self.hidden)
         return ChunkedHyperNetwork(size, num_tasks, self.chunk_size, self.embedding, self.chunk_embedding, self.hidden)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class Pending:
@@ -122,7 +115,7 @@ class HyperNetwork(nn.Module):
     def _build(
         self, size: int, num_tasks: int, embedding: int, inputs: int, hidden: tuple[int, ...], rows: int
     ) -> None:
-        if not _is_size(num_tasks):
+        if not isinstance(num_tasks, int) or isinstance(num_tasks, bool) or num_tasks < 1:
             raise InputError(f"num_tasks must be a positive integer, not {num_tasks!r}")
         self.size = size
         self.embeddings = nn.ParameterList(nn.Parameter(torch.randn(embedding)) for _ in range(num_tasks))
@@ -216,6 +209,10 @@ class HyperNetwork(nn.Module):
         if self.output_drift(hidden, (targets,)) != 0:
             targets = torch.cat([self.logits(row[None]) for row in hidden])
         return (targets,)
+
+    def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of `drift_targets`."""
+        return ((task, self.size),)
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.
@@ -380,6 +377,10 @@ class ChunkedHyperNetwork(HyperNetwork):
     def drift_targets(self, task: int) -> tuple[Tensor, ...]:
         """The output layer and its inputs as of now: smaller than the logits, and all that `output_drift` needs."""
         return (self.earlier_hidden(task), self.output.weight.clone(), self.output.bias.clone())
+
+    def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
+        weight = self.output.weight.shape
+        return ((task, len(self.chunk_embeddings), weight[1]), tuple(weight), (weight[0],))
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`."""

@@ -63,7 +63,8 @@ def test_train_writes_its_files_and_shows_the_matrix(tmp_path, capsys):
     assert contents(tmp_path / "run").keys() >= FILES
     assert re.search(r"^ +1( +\d+\.\d\d){2}$", shown.out, re.M), "the last row of the matrix"
     assert "average accuracy" in shown.out
-    assert "task 2 of 2" in shown.err
+    assert "task 1 (digits 2, 3) of 0 to 1: iterations 1 to 8\n" in shown.err
+    assert re.search(r"^after task 1 \(digits 2, 3\): [\d.]+ [\d.]+ \(average", shown.err, re.M)
     stored = RunConfig.load(tmp_path / "run" / "config.toml")
     assert stored == load_preset("split-digits").with_values({**SETTINGS, "seed": 3})
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 1 + 2 * 2

@@ -53,10 +53,14 @@ class Scenario:
 
     def __post_init__(self) -> None:
         check_filled(self.name, self.tasks)
-        for task in self.tasks:
+        for t, task in enumerate(self.tasks):
             for part, split in zip(PARTS, task.splits, strict=True):
                 if isinstance(split, TensorSplit) and split.device.type == "cpu" and len(split):
-                    _check_labels(f"task {task.name}, {part} set", split.labels, self.num_classes)
+                    _check_labels(f"{self.label(t)}, {part} set", split.labels, self.num_classes)
+
+    def label(self, task: int) -> str:
+        """ "task 1 (digits 2, 3)": what a task is called, to people, everywhere."""
+        return task_label(task, self.tasks[task].name)
 
     def to(self, device: torch.device | str) -> Scenario:
         """The scenario with every batch on `device`; tensors that tasks share stay shared."""
@@ -69,14 +73,19 @@ class Scenario:
         return replace(self, tasks=tasks)
 
 
+def task_label(number: int, name: str) -> str:
+    """ "task 1 (digits 2, 3)"; "task 1" where the name says no more."""
+    return f"task {number}" if name in ("", str(number)) else f"task {number} ({name})"
+
+
 def check_filled(name: str, tasks: Sequence[TaskData]) -> None:
     """Raises InputError unless there are tasks, each with training and test samples."""
     if not tasks:
         raise InputError(f"scenario {name} has no tasks: give it at least one")
-    for task in tasks:
+    for t, task in enumerate(tasks):
         for part, split in zip(PARTS, task.splits, strict=True):
             if len(split) == 0 and part != "validation":
-                raise InputError(f"task {task.name} of {name} has no {part} samples; it needs some")
+                raise InputError(f"{task_label(t, task.name)} of {name} has no {part} samples; it needs some")
 
 
 def _check_labels(where: str, labels: Tensor, classes: int) -> None:

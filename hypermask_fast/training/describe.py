@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ..data import SCENARIOS
+from ..data.scenario import task_label
 from .config import RunConfig
 from .targets import TargetConfig
 
@@ -17,6 +18,13 @@ def title(config: RunConfig) -> str:
     """ "split-digits, 2 tasks of 2 classes, MLP-100-100", after the run's own title where it has one."""
     own = f"{config.title}: " if config.title else ""
     return f"{own}{config.data.scenario}{_tasks(config)}, {_network(config.target)}"
+
+
+def task_labels(config: RunConfig) -> list[str]:
+    """ "task 1 (digits 2, 3)" of each of the run's tasks; none where the scenario is unknown, which will be refused."""
+    known = SCENARIOS.get(config.data.scenario)
+    names = known.names[: config.data.tasks] if known else ()
+    return [task_label(number, name) for number, name in enumerate(names)]
 
 
 def details(config: RunConfig) -> str:

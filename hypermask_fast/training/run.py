@@ -5,8 +5,9 @@ reports of `report`. Nothing here replaces a run's files but the run itself, res
 """
 
 import json
+import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,15 +19,17 @@ from torch import nn
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..model import HyperMask
-from . import checkpoint, report
-from .config import RunConfig
+from . import checkpoint, report, stored
+from .config import CONFIG, RunConfig, stored_config
 from .files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
+from .needs import check_memory, lack_of_memory_told
+from .resume import accepted_settings
 from .targets import TargetConfig, build_target
 from .trainer import Result, Trainer
 
-CONFIG, LOG, TENSORBOARD = "config.toml", "log.csv", "tensorboard"
+LOG, TENSORBOARD = "log.csv", "tensorboard"
 
 
 def pick_device(name: str) -> torch.device:
@@ -49,22 +52,25 @@ def build_model(config: RunConfig, scenario: Scenario, device: torch.device | st
     so that every device begins with the same weights.
 
     Raises:
-        InputError: a target that does not take the scenario's inputs, or a setting out of range.
+        InputError: a target that does not take the scenario's inputs, a setting out of range, or more memory than
+            there is.
     """
+    check_memory(config, scenario, device, training=False)
     torch.manual_seed(config.seed)
     method = config.method
-    model = HyperMask(
-        build_target(config.target, scenario.input_shape, scenario.num_classes),
-        len(scenario.tasks),
-        method.sparsity,
-        config.hypernet,
-        beta=method.beta,
-        lam=method.lam,
-        drift_norm=method.drift_norm,
-        drift_masked=method.drift_masked,
-        fidelity=config.fidelity,
-    )
-    return model.to(device)
+    with lack_of_memory_told(config, scenario):
+        model = HyperMask(
+            build_target(config.target, scenario.input_shape, scenario.num_classes),
+            len(scenario.tasks),
+            method.sparsity,
+            config.hypernet,
+            beta=method.beta,
+            lam=method.lam,
+            drift_norm=method.drift_norm,
+            drift_masked=method.drift_masked,
+            fidelity=config.fidelity,
+        )
+        return model.to(device)
 
 
 def train(
@@ -78,7 +84,7 @@ def train(
     """Trains a run to its end. Its folder gets config.toml, log.csv, checkpoints and, after each task, the reports.
 
     Args:
-        config: with resume, the run's own; see `stored_config`.
+        config: with resume, the run's own, see `stored_config`, or one that `resumed_config` allows.
         run_dir: a new or empty folder; with resume, the run's.
         device: where to train.
         resume: go on from the newest checkpoint, or from the beginning where the run was stopped before its first.
@@ -96,25 +102,48 @@ def train(
         if resume:
             stored_config(run_dir)
             lock.enter_context(taken(run_dir))
-            checkpoint.exists(run_dir)  # or was lost
+            if checkpoint.exists(run_dir):  # or was lost
+                checkpoint.check_settings(run_dir, checkpoint.state(run_dir) or {}, accepted_settings(run_dir, config))
         else:
             check_free(run_dir)
         loggers = Loggers([])
         trainer = _trainer(config, run_dir, device, loggers, stop)
         # All that can be checked has been: from here on the folder is a run.
         if not resume:
+            if not run_dir.exists():
+                lock.callback(_remove_empty, run_dir)
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
             lock.enter_context(taken(run_dir))
             check_free(run_dir)  # still, now that nobody else can take it
-        remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
-        if not resume:
-            write_atomic(run_dir / CONFIG, settings)
-        loggers.loggers = tuple(_loggers(run_dir, resume, logger))
         try:
-            return trainer.fit(resume=resume)
+            remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
+            if not resume:
+                write_atomic(run_dir / CONFIG, settings)
+            elif (kept := replace(config, data=stored_config(run_dir).data)) != stored_config(run_dir):
+                write_atomic(run_dir / CONFIG, kept.to_toml())
+            loggers.loggers = tuple(_loggers(run_dir, resume, logger))
+            with lack_of_memory_told(config, trainer.scenario):
+                return trainer.fit(resume=resume)
+        except InputError:
+            if not resume and trainer.result.steps == 0:
+                loggers.close()
+                _forget(run_dir)
+            raise
         finally:
             loggers.close()
+
+
+def _forget(run_dir: Path) -> None:
+    """Takes away what a run has written that has not done its first step: its folder is free again."""
+    for name in (CONFIG, LOG):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
+
+
+def _remove_empty(run_dir: Path) -> None:
+    with suppress(OSError):  # a run is in it
+        run_dir.rmdir()
 
 
 def _trainer(
@@ -126,11 +155,12 @@ def _trainer(
 ) -> Trainer:
     """The run's Trainer, which writes the reports after each task; nothing is written yet."""
     scenario = read_scenario(config)
+    check_memory(config, scenario, device)
     model = build_model(config, scenario, device)
 
     def on_task_end(result: Result) -> None:
         report.write_reports(run_dir, config, result, device)
-        loggers.message(_after_task(result))
+        loggers.message(_after_task(result, scenario))
 
     return Trainer(
         model,
@@ -144,7 +174,7 @@ def _trainer(
         logger=loggers,
         on_task_end=on_task_end,
         stop=stop,
-        earlier_settings=[config.digest_with_title()],
+        earlier_settings=accepted_settings(run_dir, config),
     )
 
 
@@ -159,13 +189,6 @@ def check_free(run_dir: Path) -> None:
         raise InputError(f"{run_dir} is a file: a run needs a new or empty folder (--out)")
     if run_dir.is_dir() and any(not entry.name.startswith(".") for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty: a run needs a new or empty folder (--out)")
-
-
-def stored_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run's folder holds. Raises InputError where it holds no run."""
-    if not (run_dir / CONFIG).is_file():
-        raise InputError(f"{run_dir} holds no run (no {CONFIG}): give a folder that `hypermask-fast train` has made")
-    return RunConfig.load(run_dir / CONFIG)
 
 
 def load_run(
@@ -190,9 +213,15 @@ def load_run(
         config = with_data_dir(config, data_dir)
     scenario = read_scenario(config)
     model = build_model(config, scenario)
-    learned, settings = 0, (config.digest(), config.digest_with_title())
+    learned = 0
     if checkpoint.exists(run_dir):
-        learned = checkpoint.load_model(run_dir, model, *settings)
+        tasks = scenario.tasks
+        samples = None if data_dir is not None else [len(task.train) for task in tasks]
+        tensors, state = stored.load(
+            run_dir, model, len(tasks), config.training, accepted_settings(run_dir, config), samples
+        )
+        checkpoint.restore_model(model, tensors)
+        learned = state["task"]
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)
@@ -274,9 +303,10 @@ def _loggers(run_dir: Path, resume: bool, logger: Logger | None) -> list[Logger]
     return loggers if logger is None else [*loggers, logger]
 
 
-def _after_task(result: Result) -> str:
-    """ "after task 2: 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
+def _after_task(result: Result, scenario: Scenario) -> str:
+    """ "after task 1 (digits 2, 3): 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
     summary = report.summarize(result.matrix, result.baseline)
     row = result.matrix[summary.tasks_learned - 1, : summary.tasks_learned].tolist()
     accuracies = " ".join(f"{value:.1f}" for value in row)
-    return f"after task {summary.tasks_learned}: {accuracies} (average {summary.average_accuracy:.2f} %)"
+    last = scenario.label(summary.tasks_learned - 1)
+    return f"after {last}: {accuracies} (average {summary.average_accuracy:.2f} %)"

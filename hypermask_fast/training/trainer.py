@@ -1,7 +1,7 @@
 """The training loop: task after task, each with its own optimiser, evaluated on all tasks after each."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..data import Scenario, Split
+from ..data import Scenario, Split, TensorSplit
 from ..errors import InputError
 from ..model import HyperMask
 from ..optim import Adam
 from ..regularizers import Anchor
-from . import checkpoint
-from .config import TrainingConfig
+from . import checkpoint, stored
+from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
 from .files import writing
@@ -26,7 +26,8 @@ from .interrupt import Stopped
 from .lock import taken
 from .logs import Logger, Loggers
 from .memory import peak_memory
-from .step import TaskWork
+from .order import batch_rows
+from .step import Block, TaskWork
 from .step import steps as training_steps
 
 
@@ -101,8 +102,7 @@ class Trainer:
             raise InputError(f"Trainer takes a HyperMask model and a Scenario, not {kinds}")
         if len(scenario.tasks) > model.num_tasks:
             raise InputError(f"the scenario has {len(scenario.tasks)} tasks, the model only {model.num_tasks}")
-        self.validates = config.keep == "best" or config.schedule == "plateau"
-        if self.validates and any(len(task.validation) == 0 for task in scenario.tasks):
+        if config.validates and any(len(task.validation) == 0 for task in scenario.tasks):
             raise InputError("keep = best and schedule = plateau need validation data: set data.validation")
         self.device = torch.device(device)
         self.model = model.to(self.device)
@@ -176,8 +176,11 @@ class Trainer:
             self.model.begin_task(task)
         self._finite = start
         self.logger.begin_task(task, length, start)
-        work = self._work(task, split, optimizer, length)
-        steps = training_steps(work, self.config.cuda_graph and self.device.type == "cuda", self.logger.message)
+        blocks = self._blocks(task, split, start, length)
+        rows, ranks = next(blocks)
+        work = TaskWork(self.model, task, split, rows, ranks, optimizer, self.config.precision)
+        graph = self.config.cuda_graph and self.device.type == "cuda"
+        steps = training_steps(work, graph, self.logger.message, blocks)
         self.model.train()
         started, values = time.perf_counter(), {}
         for iteration in range(start, length):
@@ -205,14 +208,15 @@ class Trainer:
             return torch.optim.Adam(self.model.parameters(), lr, fused=True, capturable=on_gpu)
         return Adam(self.model, lr, capturable=on_gpu, step_in_backward=True)
 
-    def _work(self, task: int, split: Split, optimizer: torch.optim.Adam, length: int) -> TaskWork:
-        """What is left of the task: batches and sparsities from the run's iteration on."""
-        start = self._at.iteration
-        rows = batch_rows(len(split), self.config.batch_size, length, self.seed, task)[start:]
-        ramps = self.ramp and task == 0
-        sparsities = [self._sparsity(task, i, length) for i in (range(start, length) if ramps else [start])]
-        ranks = self.model.layout.ramp_ranks(sparsities, self.device)
-        return TaskWork(self.model, task, split, rows.to(self.device), ranks, optimizer, self.config.precision)
+    def _blocks(self, task: int, split: Split, start: int, length: int) -> Iterator[Block]:
+        """Sample numbers and kept ranks of the task's iterations from `start` on, a block of iterations at a time."""
+        reads_on = self.device if isinstance(split, TensorSplit) else "cpu"
+        for rows in batch_rows(len(split), self.config.batch_size, length, self.seed, task, start):
+            ramps = self.ramp and task == 0
+            iterations = range(start, start + len(rows)) if ramps else [start]
+            sparsities = [self._sparsity(task, i, length) for i in iterations]
+            yield rows.to(reads_on), self.model.layout.ramp_ranks(sparsities, self.device)
+            start += len(rows)
 
     def _sparsity(self, task: int, iteration: int, length: int) -> float:
         if self.ramp and task == 0:
@@ -232,7 +236,7 @@ class Trainer:
         self.logger.advance(1)
         logged = {}
         epoch = self.config.epoch_length(len(self.scenario.tasks[task].train))
-        if self.validates and (done % self.config.validate_every == 0 or done % epoch == 0 or done == length):
+        if self.config.validates and (done % self.config.validate_every == 0 or done % epoch == 0 or done == length):
             logged["validation_accuracy"] = self._validate(sparsity)
             if plateau is not None and done % epoch == 0:
                 plateau.step(logged["validation_accuracy"])
@@ -262,7 +266,7 @@ class Trainer:
         split = self.scenario.tasks[task].train
         why = cause(split, values, self.model.drift, self.config.lr, self.config.evaluation_batch)
         seen = f" (finite until {self._finite})" if 0 < self._finite < done else ""
-        return InputError(f"{what} task {task}, iteration {done}{seen}: {why}{self._kept}")
+        return InputError(f"{what} {self.scenario.label(task)}, iteration {done}{seen}: {why}{self._kept}")
 
     def _validate(self, sparsity: float) -> float:
         """Validation accuracy now, percent; keeps a copy of the model where it is the task's best so far."""
@@ -276,7 +280,9 @@ class Trainer:
     def _plateau(self, optimizer: torch.optim.Adam) -> ReduceLROnPlateau | None:
         if self.config.schedule == "constant":
             return None
-        return ReduceLROnPlateau(optimizer, mode="max", factor=0.1**0.5, patience=5, min_lr=5e-7)
+        return ReduceLROnPlateau(
+            optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE, min_lr=PLATEAU_LOWEST
+        )
 
     def _test_accuracies(self) -> Tensor:
         values = [
@@ -300,6 +306,7 @@ class Trainer:
         tensors |= {"result.matrix": self.result.matrix, "result.baseline": self.result.baseline}
         state: dict[str, Any] = {
             "settings": self.settings,
+            "length": {"iterations": self.config.iterations, "epochs": self.config.epochs},
             "task": at.task,
             "iteration": at.iteration,
             "best_accuracy": at.best_accuracy,
@@ -313,8 +320,9 @@ class Trainer:
             assert anchor is not None, "begin_task made it"
             tensors["anchor.weights"] = anchor.weights
             tensors |= {f"anchor.targets.{i}": target for i, target in enumerate(anchor.targets)}
-            tensors |= {f"best.{name}": tensor for name, tensor in at.best_model.items()}
+            tensors |= {checkpoint.BEST + name: tensor for name, tensor in at.best_model.items()}
             state["lr"] = float(optimizer.param_groups[0]["lr"])
+            state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
@@ -322,21 +330,22 @@ class Trainer:
 
     def _stopped(self) -> Stopped:
         kept = "nothing is saved" if self.run_dir is None else "which is saved"
-        return Stopped(f"stopped at task {self._at.task}, iteration {self._at.iteration}, {kept}")
+        return Stopped(f"stopped at {self._place()}, {kept}")
 
     def _keeps(self) -> None:
-        self._kept = f"; the checkpoint of task {self._at.task}, iteration {self._at.iteration} is kept"
+        self._kept = f"; the checkpoint of {self._place()} is kept"
+
+    def _place(self) -> str:
+        task = self._at.task
+        label = self.scenario.label(task) if task < len(self.scenario.tasks) else f"task {task}"
+        return f"{label}, iteration {self._at.iteration}"
 
     def _restore(self, run_dir: Path) -> dict[str, Tensor]:
         """Goes to the checkpoint's position; returns its tensors where that is within a task."""
-        tensors, state = checkpoint.load(run_dir, self.device)
+        tasks = self.scenario.tasks
+        samples, settings = [len(task.train) for task in tasks], (self.settings, *self.earlier_settings)
+        tensors, state = stored.load(run_dir, self.model, len(tasks), self.config, settings, samples, self.device)
         checkpoint.restore_model(self.model, tensors)
-        if tensors["result.matrix"].shape != self.result.matrix.shape:
-            raise InputError(
-                f"the checkpoint in {run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
-                f"not {len(self.result.matrix)}"
-            )
-        checkpoint.check_settings(run_dir, state, (self.settings, *self.earlier_settings))
         checkpoint.restore_generators(tensors, self.device)
         self.result = Result(
             tensors["result.matrix"].cpu(),
@@ -345,7 +354,8 @@ class Trainer:
             state["steps"],
             state["peak_memory"],
         )
-        best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
+        prefix = checkpoint.BEST
+        best = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], best)
         self._restored_state = state
         self._keeps()
@@ -372,14 +382,3 @@ def _folder(path: Path) -> Path:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def batch_rows(samples: int, batch_size: int, iterations: int, seed: int, task: int) -> Tensor:
-    """(iterations, batch_size) int64 sample numbers: one shuffled pass over the data after another.
-
-    A batch may span two passes. The order depends on seed and task alone, so a position in it is an iteration.
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + task) % 2**63)
-    passes = -(-iterations * batch_size // samples)
-    stream = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
-    return stream[: iterations * batch_size].view(iterations, batch_size)

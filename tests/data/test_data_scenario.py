@@ -106,7 +106,7 @@ def test_scenario_refuses_empty():
     with pytest.raises(InputError, match="test samples"):
         Scenario("half", (TaskData("a", some, none, none),), (1,), 1)
     ones = TensorSplit(torch.zeros(2, 1), torch.ones(2, dtype=torch.int64))
-    with pytest.raises(InputError, match=r"task a, validation set: labels must be 0 .. 0, found 1"):
+    with pytest.raises(InputError, match=r"task 0 \(a\), validation set: labels must be 0 .. 0, found 1"):
         Scenario("labels", (TaskData("a", some, ones, some),), (1,), 1)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from hypermask_fast import InputError
 from hypermask_fast.training import checkpoint
@@ -30,8 +29,8 @@ def tensor_file(run_dir):
 
 
 def test_round_trip(run_dir):
-    tensors, state = checkpoint.load(run_dir)
-    assert state == STATE
+    tensors, state, file = checkpoint.load(run_dir)
+    assert state == STATE and file == tensor_file(run_dir)
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[key], TENSORS[key]) and tensors[key].dtype == TENSORS[key].dtype for key in TENSORS)
 
@@ -62,7 +61,7 @@ def test_a_kill_at_any_moment_of_saving(run_dir, monkeypatch, step):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(run_dir, "000-0000002", {"a": torch.zeros(1)}, {"task": 2})
     monkeypatch.undo()
-    tensors, state = checkpoint.load(run_dir)
+    tensors, state, _ = checkpoint.load(run_dir)
     assert (len(tensors), state["task"]) == ((1, 2) if step == 4 else (3, 1))
     checkpoint.save(run_dir, "000-0000003", TENSORS, STATE)  # and saving goes on
     assert len(list(run_dir.iterdir())) == 2
@@ -119,7 +118,7 @@ def test_a_checkpoint_replaced_while_it_is_read(run_dir, monkeypatch, moment):
         return call(*args, **kwargs) if result is None else result
 
     monkeypatch.setattr(checkpoint, name, replacing)
-    tensors, state = checkpoint.load(run_dir)
+    tensors, state, _ = checkpoint.load(run_dir)
     assert (tensors.keys(), state) == ({"a"}, {"task": 2})
     assert replaced
 
@@ -136,7 +135,7 @@ def test_a_reader_beside_a_writer(tmp_path):
     seen = []
     while writing.is_alive():
         if checkpoint.exists(tmp_path):
-            tensors, state = checkpoint.load(tmp_path)
+            tensors, state, _ = checkpoint.load(tmp_path)
             assert (tensors["a"] == state["task"]).all()
             seen.append(state["task"])
     writing.join()
@@ -219,28 +218,3 @@ def test_a_full_disk_leaves_the_checkpoint_before(run_dir, monkeypatch, failing)
         checkpoint.save(run_dir, "000-0000002", TENSORS, {"task": 2})
     monkeypatch.undo()
     assert checkpoint.load(run_dir)[1] == STATE
-
-
-def test_other_settings(tmp_path):
-    net = nn.Linear(3, 2)
-    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(net), {"task": 2, "settings": "a"})
-    assert checkpoint.load_model(tmp_path, net, "a") == 2
-    with pytest.raises(InputError, match="other settings than its config.toml has"):
-        checkpoint.load_model(tmp_path, net, "b")
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (nn.Linear(3, 5), r"another network: bias is float32 \(2,\) there, float32 \(5,\) here"),
-        (nn.Linear(3, 2, bias=False), "another network: bias is not in this network"),
-        (nn.Linear(3, 2).double(), "float32 .* there, float64 .* here"),
-        (nn.Sequential(nn.Linear(3, 2)), "another network: 0.bias is not in the checkpoint"),
-    ],
-)
-def test_another_network(tmp_path, other, message):
-    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(nn.Linear(3, 2)), {"task": 0, "settings": "a"})
-    before = [parameter.clone() for parameter in other.parameters()]
-    with pytest.raises(InputError, match=message):
-        checkpoint.load_model(tmp_path, other, "a")
-    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))

@@ -15,7 +15,7 @@ from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.training import evaluation
 from hypermask_fast.training import trainer as trainer_module
 from hypermask_fast.training.config import TrainingConfig
-from hypermask_fast.training.trainer import Trainer, batch_rows
+from hypermask_fast.training.trainer import Trainer
 
 
 class Recorder:
@@ -164,17 +164,6 @@ def test_plateau_lowers_the_learning_rate():
     assert rates[0] == 1e-2 and rates[-1] <= 1e-3 * 1.001
     ratios = {round(b / a, 4) for a, b in pairwise(rates) if a != b}
     assert ratios == {round(math.sqrt(0.1), 4)}
-
-
-def test_batches_run_over_epoch_borders():
-    rows = batch_rows(10, 4, 5, seed=0, task=0)
-    assert rows.shape == (5, 4)
-    stream = rows.flatten().tolist()
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10] != stream[10:]
-    assert torch.equal(rows, batch_rows(10, 4, 5, seed=0, task=0))
-    assert not torch.equal(rows, batch_rows(10, 4, 5, seed=0, task=1))
-    assert torch.equal(batch_rows(10, 4, 9, seed=0, task=0)[:5], rows)
 
 
 def test_accuracy_by_hand():
