@@ -233,10 +233,12 @@ class Adam(torch.optim.Adam):
         weight = self._net.output.weight
         grad, self._stepped = weight.grad, False
         with torch.no_grad():
-            if not isinstance(grad, SteppedGradient):
+            if isinstance(grad, SteppedGradient):
+                weight.grad = grad = None  # it has served: nobody is to stumble over it between two steps
+            else:
                 self._one_count = False
-            if isinstance(grad, SteppedGradient) or self._step_on_factors(weight, grad):
-                weight.grad = None
+                if self._step_on_factors(weight, grad):
+                    weight.grad = None
             _plain_step(self)
             weight.grad = grad
         return loss

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -471,3 +472,23 @@ def test_an_earlier_task_in_training_mode_leaves_the_anchor():
     anchor = model.anchor
     model(X, 0).sum().backward()
     assert model.anchor is anchor and optimizer.param_groups
+
+
+@pytest.mark.parametrize("settings", [{}, {"step_in_backward": True}], ids=str)
+def test_a_model_moves_between_two_steps(settings):
+    """nn.Module takes gradients along."""
+    model = small_model(2)
+    optimizer = hmf.optim.Adam(model, 1e-2, **settings)
+    optimizer.zero_grad()
+    F.cross_entropy(model(X, model.mask(0)), Y).backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the gradient of the hypernetwork's output layer is made in full")
+        model.double()
+    assert model.hypernet.output.weight.dtype == torch.float64
+    grad = model.hypernet.output.weight.grad
+    assert (
+        (grad is None)
+        if settings
+        else (grad.dtype == torch.float64 and grad.shape == model.hypernet.output.weight.shape)
+    )
