@@ -117,10 +117,7 @@ def _common_classes(tasks: list[TaskData], num_classes: int | None) -> int:
 
 def _restricted(task: TaskData, classes: int) -> TaskData:
     """The task with labels checked as they are read to be 0 .. classes - 1; `Scenario` checks those in memory."""
-    return TaskData(
-        task.name,
-        *(replace(split, num_classes=classes) if isinstance(split, DatasetSplit) else split for split in task.splits),
-    )
+    return task.map(lambda split: replace(split, num_classes=classes) if isinstance(split, DatasetSplit) else split)
 
 
 def _labels(split: Split) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,17 +18,26 @@ PARTS = ("training", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """One task: its three splits, labels 0 .. num_classes - 1 in each. The validation split may be empty."""
+    """One task: its three splits, labels 0 .. num_classes - 1 in each. The validation split may be empty.
+
+    class_names: what the data set calls label 0, 1, ...; () where they have no other names.
+    """
 
     name: str
     train: Split
     validation: Split
     test: Split
+    class_names: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
         """In the order of `PARTS`."""
         return self.train, self.validation, self.test
+
+    def map(self, change: Callable[[Split], Split]) -> TaskData:
+        """The task with each of its splits changed."""
+        train, validation, test = map(change, self.splits)
+        return replace(self, train=train, validation=validation, test=test)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +78,7 @@ class Scenario:
         def move_split(split: Split) -> Split:
             return split.to(device, moved) if isinstance(split, TensorSplit) else split.to(device)
 
-        tasks = tuple(TaskData(task.name, *map(move_split, task.splits)) for task in self.tasks)
-        return replace(self, tasks=tasks)
+        return replace(self, tasks=tuple(task.map(move_split) for task in self.tasks))
 
 
 def task_label(number: int, name: str) -> str:
@@ -134,7 +142,8 @@ def split_by_class(
     for t, group in enumerate(groups):
         task_train = _of_classes(train, group, "training")
         rest, held_out = hold_out_first(task_train, validation, f"task {t}")
-        tasks.append(TaskData(",".join(map(str, group)), rest, held_out, _of_classes(test, group, "test")))
+        names = tuple(map(str, group))
+        tasks.append(TaskData(",".join(names), rest, held_out, _of_classes(test, group, "test"), names))
     return Scenario(name, tuple(tasks), sample_shape(train), len(groups[0]))
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import InputError
+from ..model import HyperMask
 from .files import writing
 
 MANIFEST = "checkpoint.json"
@@ -180,6 +182,23 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies a checkpoint's weights, which `stored.load` has checked, into `model`."""
     model.load_state_dict({name.removeprefix(MODEL): v for name, v in tensors.items() if name.startswith(MODEL)})
+
+
+def warn_of_threads(state: dict[str, Any]) -> None:
+    """A warning where a run on the CPU goes on with another number of threads than it was saved on: PyTorch's own
+    products, such as the target network's, may add up in another order. Version 0.1.0 did not save the number."""
+    before, now = state.get("threads"), torch.get_num_threads()
+    if before not in (None, now):
+        warnings.warn(
+            f"the run was saved on {before} thread{'' if before == 1 else 's'} and goes on with {now}: its last digits "
+            f"may differ from those of a run on one number of threads (OMP_NUM_THREADS={before} keeps it)",
+            stacklevel=2,
+        )
+
+
+def model_settings(model: HyperMask) -> dict[str, Any]:
+    """What decides a model's outputs besides its tensors, as JSON values."""
+    return {"sparsity": float(model.sparsity), "fidelity": model.drift.fidelity, "masked": list(model.layout.names)}
 
 
 def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]) -> None:
