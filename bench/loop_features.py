@@ -281,7 +281,7 @@ FEATURES["the layer frozen in every fifth step"] = Feature(frozen_later)
 SETTINGS: dict[str, dict[str, Any]] = {
     "weight_decay": {"weight_decay": 0.1, "lr": 3e-3},
     "AdamW": {"weight_decay": 0.1, "decoupled_weight_decay": True},
-    "maximize": {"maximize": True, "lr": 1e-3},
+    "maximize": {"maximize": True, "lr": 3e-4},
     "maximize and weight_decay": {"maximize": True, "weight_decay": 0.1, "lr": 1e-3},
     "amsgrad": {"amsgrad": True},
     "other betas and eps": {"betas": (0.8, 0.95), "eps": 1e-4},

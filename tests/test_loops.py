@@ -10,12 +10,21 @@ import hypermask_fast as hmf
 from bench import loops
 from bench.loops import DEFAULT, DENSE, FEATURES, IN_BACKWARD
 
-FLOAT32, FLOAT64 = 3e-4, 1e-6  # |a - b| / |b| of any parameter after 60 steps: Adam makes full steps of small gradients
+# |a - b| / |b| of any parameter after 60 steps: Adam makes full steps of small gradients. In float32 an entry at a
+# mask's threshold may fall either way; how far that leads shows in the dense gradient's own distance from float64.
+FLOAT32, FLOAT64, ROOM = 3e-4, 1e-6, 3
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def yardstick(name, dtype):
     return loops.run(FEATURES[name], DENSE, dtype)
+
+
+def bound(name, dtype):
+    if dtype == torch.float64:
+        return FLOAT64
+    own = loops.difference(yardstick(name, torch.float32), yardstick(name, torch.float64))
+    return max(FLOAT32, ROOM * own)
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +38,8 @@ def quiet():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_default_gives_the_dense_gradients_numbers(name, dtype):
-    bound = FLOAT32 if dtype == torch.float32 else FLOAT64
     found = loops.run(FEATURES[name], DEFAULT, dtype)
-    assert loops.difference(found, yardstick(name, dtype)) < bound
+    assert loops.difference(found, yardstick(name, dtype)) < bound(name, dtype)
     start = loops.small_model(dtype).parameters()
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(found, start, strict=False))
 
@@ -44,7 +52,8 @@ def test_step_in_backward_gives_them_too_or_refuses(name):
             loops.run(feature, IN_BACKWARD)
         assert "\n" not in str(caught.value)
     else:
-        assert loops.difference(loops.run(feature, IN_BACKWARD), yardstick(name, torch.float32)) < FLOAT32
+        found = loops.run(feature, IN_BACKWARD)
+        assert loops.difference(found, yardstick(name, torch.float32)) < bound(name, torch.float32)
 
 
 CHUNKED = ["torch's clip_grad_norm_", "GradScaler, an overflow in every third step", "accumulation of two batches",
