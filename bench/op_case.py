@@ -132,7 +132,8 @@ class OpCase:
         """What a call of that direction returned, by name; a gradient that nobody made is missing."""
         y, grads = (returned, ()) if direction in (FORWARD, RECORDED) else returned
         found: Results = {}
-        for name, value in zip(self.results, (y,) if len(self.results) == 1 else y, strict=False):
+        several = () if y is None else (y,) if len(self.results) == 1 else y
+        for name, value in zip(self.results, several, strict=False):
             found |= _by_name(name, value)
         found |= {name: value for name, value in self._by_parameter(args).items() if name in self.changed}
         leaves = zip(self._leaves(args), grads, strict=bool(grads))

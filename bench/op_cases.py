@@ -379,6 +379,71 @@ def hypernet_adam(tasks: int, size: int, width: int) -> OpCase:
     )
 
 
+def output_residuals(tasks: int, size: int, width: int) -> OpCase:
+    """Logits of one task and residuals of the others, in one read of the dense layer."""
+
+    def arguments(draw: Draw) -> tuple:
+        layer = draw(size, width, low=-0.1, high=0.1), draw(size, low=-0.1, high=0.1)
+        return draw(tasks, width), *layer, draw(tasks - 1, size)
+
+    # Layer and targets read, residuals written.
+    work = {FORWARD: Work(size * (width + 1) + (2 * tasks - 1) * size, 2.0 * size * width * tasks)}
+    return OpCase(
+        "output_residuals", _sizes(tasks, size, width), arguments, work, ("residuals", "drift"), loose=OF_SUMS
+    )
+
+
+def hidden_gradient(tasks: int, size: int, width: int) -> OpCase:
+    """The hidden vectors' gradient by factors that were kept."""
+
+    def arguments(draw: Draw) -> tuple:
+        return draw(tasks, size), draw(tasks), draw(size, width, low=-0.1, high=0.1)
+
+    # Layer and factors read, the bias's gradient written.
+    work = {FORWARD: Work(size * (width + 1) + tasks * size, 2.0 * size * width * tasks)}
+    results, loose = ("hidden_grad", "bias_grad"), OF_SUMS
+    return OpCase("hidden_gradient", _sizes(tasks, size, width), arguments, work, results, loose=loose)
+
+
+def factored_adam(tasks: int, size: int, width: int) -> OpCase:
+    """The dense layer's Adam step by factors that were kept."""
+
+    def arguments(draw: Draw) -> tuple:
+        factors = draw(tasks, size, low=-1e-3, high=1e-3), draw(tasks), draw(tasks, width)
+        layer = draw(size, width, low=-0.1, high=0.1)
+        moments = draw(size, width, low=-1e-3, high=1e-3), draw(size, width, low=0, high=1e-6)
+        step, lr = draw.full(value=100.0), draw.full(value=1e-3)
+        return *factors, layer, *moments, step, lr, 0.9, 0.999, 1e-8
+
+    return OpCase(
+        "factored_adam",
+        _sizes(tasks, size, width),
+        arguments,
+        {FORWARD: Work(6 * size * width + tasks * size, 2.0 * size * width * tasks)},
+        results=(),
+        changed=("weight", "weight_m", "weight_v"),
+        loose=OF_SUMS,
+        oracle=_factored_adam_in_float64,
+    )
+
+
+def _sizes(tasks: int, size: int, width: int) -> str:
+    return f"{size} x {width}, {tasks} task{'s' if tasks > 1 else ''}"
+
+
+def _factored_adam_in_float64(
+    factors: Tensor, scales: Tensor, hidden: Tensor, weight: Tensor, weight_m: Tensor, weight_v: Tensor, *rest
+) -> None:
+    """The reference, some rows at a time."""
+    rows = max(1, BLOCK // hidden.shape[1])
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        double = [tensor[part].double() for tensor in (weight, weight_m, weight_v)]
+        reference.factored_adam(factors[:, part].double(), scales.double(), hidden.double(), *double, *rest)
+        for tensor, value in zip((weight, weight_m, weight_v), double, strict=True):
+            tensor[part].copy_(value)
+
+
 def _adam_in_float64(
     hidden: Tensor, grad: Tensor, targets: Tensor, drift_weight: Tensor, *rest: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ from .op_run import OpRun
 PYTORCH = "PyTorch"
 # What a machine's memory gives right then: the arrays that `hypernet_adam` changes, each read and written once.
 PLAIN_PASS = {"cpu": "pass in place", "cuda": "copy"}
+# hypernet_adam's work with the factors kept between them.
+IN_TWO_PASSES = op_cases.output_residuals, op_cases.hidden_gradient, op_cases.factored_adam
 # Calls of an eager op in a row on a GPU: its own Python, some 60 us a call, then passes while the device works.
 EAGER_CALLS = 10
 
@@ -37,6 +39,7 @@ def cases(experiments: dict[str, Experiment], device: torch.device, quick: bool)
         _against_pytorch(op_cases.output_drift(permuted.tasks - 1, size, width), BOTH, graph=False),
         hypernet_adam(1, size, width, PLAIN_PASS[device.type]),
         hypernet_adam(10, size, width, PLAIN_PASS[device.type]),
+        *(_against_pytorch(make(10, size, width), FORWARD, graph=False) for make in IN_TWO_PASSES),
     ]
 
 

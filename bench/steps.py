@@ -13,8 +13,12 @@ from .case import OURS, Case, Unavailable
 from .experiments import Experiment, Piece, fill, initial_blocks, masked_names, shared_parameters, whole
 from .gate import Sketch, sketch
 
-CPU_CONTENDERS = (OURS, "hypnettorch", "batched torch", "torch.compile", "plain network")
-CUDA_CONTENDERS = ("ours captured", OURS, "batched torch captured", "batched torch", "torch.compile", "plain network")
+ANY_LOOP = f"{OURS} in any loop"  # hmf.optim.Adam without step_in_backward
+CPU_CONTENDERS = (OURS, "hypnettorch", "batched torch", "torch.compile", "plain network", ANY_LOOP)
+CUDA_CONTENDERS = (
+    *("ours captured", OURS, "batched torch captured", "batched torch", "torch.compile", "plain network"),
+    ANY_LOOP,
+)
 BETA1, EPS = 0.9, 1e-8  # Adam's
 # As shipped, the library is what its command line ships. Under "tuned" this changes nothing: the environment decides.
 OWN_ALLOCATOR = "hypermask_fast.training.memory.tune_allocator()"
@@ -69,7 +73,8 @@ def tolerance(experiment: Experiment, device: torch.device, task: int) -> Callab
 def memory(experiment: Experiment, contender: str) -> float:
     """About how many bytes a contender needs at the last task, measured with room."""
     size, hyper = experiment.layout().size, experiment.config.hypernet
-    layers = {OURS: 3.5, "hypnettorch": 7.5, "batched torch": 5.0, "torch.compile": 5.0, "plain network": 0.0}
+    layers = {OURS: 3.5, ANY_LOOP: 3.5, "hypnettorch": 7.5, "batched torch": 5.0, "torch.compile": 5.0}
+    layers["plain network"] = 0.0
     if hyper.chunk_size:
         return 5e8 + 40.0 * experiment.tasks * size
     weights = 4.0 * size * hyper.hidden[-1]
@@ -86,6 +91,7 @@ def build(experiment: Experiment, task: int, contender: str, device: torch.devic
     kind = contender.removesuffix(" captured")
     makers = {
         OURS: lambda: library(experiment, device, captured),
+        ANY_LOOP: lambda: library(experiment, device, captured, in_backward=False),
         "hypnettorch": lambda: hypnettorch(experiment, device),
         "batched torch": lambda: batched(experiment, device, captured=captured),
         "torch.compile": lambda: batched(experiment, device, compiled=True),
@@ -108,7 +114,7 @@ def _peer_settings(experiment: Experiment) -> dict:
     return {name: getattr(hyper, name) for name in names} | method | _settings(experiment)
 
 
-def library(experiment: Experiment, device: torch.device, captured: bool):
+def library(experiment: Experiment, device: torch.device, captured: bool, in_backward: bool = True):
     from .peers.ours import Library
 
     tune_allocator()  # as the command line does; see OWN_ALLOCATOR
@@ -119,6 +125,7 @@ def library(experiment: Experiment, device: torch.device, captured: bool):
         config.method.sparsity,
         config.hypernet,
         captured=captured,
+        in_backward=in_backward,
         device=device,
         **_settings(experiment),
     )

@@ -3,7 +3,7 @@
 from . import startup  # noqa: F401  before all that takes time
 
 # isort: split
-from . import data, optim
+from . import data, distributed, optim
 from . import ops as functional
 from .errors import InputError
 from .hypernet import HypernetConfig
@@ -27,6 +27,7 @@ __all__ = [
     "Prediction",
     "TaskMask",
     "data",
+    "distributed",
     "explain",
     "functional",
     "optim",

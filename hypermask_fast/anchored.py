@@ -48,6 +48,12 @@ class Anchored(TaskLife):
             return None
         return anchor if torch.is_grad_enabled() else None
 
+    def _anchor_of_mask(self, task: int) -> Anchor | None:
+        """The anchor of the task that is being trained, which begins here if it is the next; None of an earlier one."""
+        if self.anchor is not None and task < self.anchor.task:
+            return None
+        return self._anchor_of(task)
+
     def begin_task(self, task: int) -> None:
         """Captures what the regularisers of task t compare with: output of tasks 0..t-1 and the weights, as of now.
 

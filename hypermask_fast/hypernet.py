@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import ops, sizing
+from .averaging import Averaging
 from .errors import InputError
+from .factored import FactoredGradient, Factors, SteppedGradient
 from .masking.layout import MaskLayout
 from .settings import WIDEST, Range, Widths, check_fields
+
+# Whether a node is part of the backward pass that is under way. There is no public way to ask.
+_will_be_run: Any = torch._C._will_engine_execute_node  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass(frozen=True)
@@ -150,14 +155,30 @@ def _sums_of_products(a: Tensor, b: Tensor) -> Tensor:
     return (a.contiguous()[:, None] * b.contiguous()).sum(-1)
 
 
+class Pending:
+    """Lives as long as a forward pass's graph waits for its backward pass."""
+
+
 class OutputStepper(Protocol):
-    """Who steps the dense output layer within the backward pass: the one-pass step, see `HyperNetwork.step_with`.
+    """Who takes the dense output layer's gradient in factors: an optimiser, see `HyperNetwork.step_with`.
 
     Attributes:
-        exact_loss: whether the forward pass is to give the output drift's value; otherwise backward fills it in.
+        step_in_backward: whether it would rather step the layer within the backward pass.
     """
 
-    exact_loss: bool
+    step_in_backward: bool
+
+    def check_task(self, task: int) -> None:
+        """Raises InputError where it does not train this task's embedding; called by every backward pass."""
+        ...
+
+    def announce(self, pending: "Pending") -> None:
+        """A backward pass that may step the layer is to come, for as long as `pending` lives."""
+        ...
+
+    def steps_now(self, pending: "Pending") -> bool:
+        """Whether this backward pass is to step the layer. Raises InputError where that would be wrong."""
+        ...
 
     def step_output_layer(
         self, hidden: Tensor, grad_logits: Tensor, targets: Tensor, drift_weight: Tensor
@@ -182,11 +203,13 @@ class HyperNetwork(nn.Module):
         embedding, hidden: see `HypernetConfig`.
 
     Attributes:
-        factored: whether the output layer can be stepped on its gradient's factors, within the backward pass.
+        factored: whether the output layer's gradient can be kept as its factors, and stepped on them.
+        averaging: of gradients over processes; None for one process. See `distributed.replicate`.
         removed: ids of tasks that are no longer there; their embeddings stay in place, so that all others keep theirs.
     """
 
     factored = True
+    averaging: Averaging | None = None
     removed: tuple[int, ...] = ()
     _stepper: "weakref.ref[OutputStepper] | None" = None
 
@@ -210,8 +233,8 @@ class HyperNetwork(nn.Module):
         return {**self.__dict__, "_stepper": None}
 
     def step_with(self, stepper: OutputStepper | None) -> None:
-        """Lets `stepper` step the output layer for as long as it lives, in place of whoever did so before; None:
-        nobody does, the layer has an ordinary gradient."""
+        """Gives `stepper` the output layer's gradient in factors for as long as it lives, in place of whoever had it
+        before; None: the layer has an ordinary gradient."""
         if (before := self.stepper) is not None:
             before.replaced()
         self._stepper = None if stepper is None else weakref.ref(stepper)
@@ -233,7 +256,10 @@ class HyperNetwork(nn.Module):
     def add_task(self) -> nn.Parameter:
         """One more embedding ~ N(0, 1), returned so that a running optimiser can be given it."""
         like = self.embeddings[0]
-        self.embeddings.append(nn.Parameter(torch.randn_like(like)))
+        embedding = nn.Parameter(torch.randn_like(like))
+        if self.averaging is not None:
+            self.averaging.make_equal([embedding])
+        self.embeddings.append(embedding)
         return self.embeddings[-1]
 
     def embed(self, tasks: Iterable[int] | Tensor) -> Tensor:
@@ -260,17 +286,22 @@ class HyperNetwork(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, N) logits from the last hidden layer (T, chunks, H)."""
-        return ops.hypernet_logits(hidden, self.output.weight, self.output.bias, self.size)
+        logits = ops.hypernet_logits(hidden, self.output.weight, self.output.bias, self.size)
+        return logits if self.averaging is None else self.averaging.of_gradient(logits)
 
-    def stepped_logits(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Logits a_t (N,) of the current task, and R over the earlier ones; their backward steps the output layer.
+    def factored_logits(
+        self, hidden: Tensor, targets: tuple[Tensor, ...], task: int, stepper: OutputStepper
+    ) -> tuple[Tensor, Tensor]:
+        """Logits a_t (N,) of one task, and R over earlier ones. The output layer's gradient is kept in factors.
 
         Args:
-            hidden: (t + 1, chunks, H) last hidden layer of tasks 0..t; targets: `drift_targets` of task t, or ().
+            hidden: (t + 1, chunks, H) last hidden layer of tasks 0..t, or (1, chunks, H) of the task alone.
+            targets: `drift_targets` of task t, or ().
+            stepper: with `step_in_backward` R is 0 until backward has filled it in.
         """
-        rows = hidden[:, 0]
         old = targets[0] if targets else hidden.new_empty(0, self.size)
-        return _SteppedOutput.apply(rows, old, self.output, self.stepper)
+        how = _SteppedOutput if stepper.step_in_backward else _FactoredOutput
+        return how.apply(hidden[:, 0], self.output.weight, self.output.bias, old, task, self, stepper)
 
     def earlier_hidden(self, task: int) -> Tensor:
         """(earlier tasks, chunks, H) last hidden layer of the tasks before t, to the bit as in a pass with t itself.
@@ -305,33 +336,117 @@ class HyperNetwork(nn.Module):
         Returns:
             Scalar.
         """
-        return ops.output_drift(hidden, self.output.weight, self.output.bias, *targets)
+        drift = ops.output_drift(hidden, self.output.weight, self.output.bias, *targets)
+        return drift if self.averaging is None else self.averaging.of_gradient(drift)
 
 
-class _SteppedOutput(torch.autograd.Function):
-    """The dense output layer for the current task, whose backward pass is also its step."""
+class _FactoredOutput(torch.autograd.Function):
+    """The dense output layer for tasks 0..t, read once forward and once backward, whose weight's gradient stays in
+    factors: the residuals that the forward pass has kept, and the current task's gradient of logits."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, output: nn.Linear, stepper: OutputStepper
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        task: int,
+        net: HyperNetwork,
+        stepper: OutputStepper,
     ) -> tuple[Tensor, Tensor]:
-        weight, bias = output.weight, output.bias
+        residuals, drift = ops.output_residuals(hidden, weight, bias, targets)
+        ctx.save_for_backward(hidden, weight)
+        ctx.task, ctx.net, ctx.stepper = task, net, stepper
+        ctx.residuals, ctx.given_away = residuals, False
+        return residuals[-1].clone(), drift  # a copy: backward writes its gradient there
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the names
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grad_logits, grad_drift = grads
+        hidden, weight = ctx.saved_tensors
+        ctx.stepper.check_task(ctx.task)
+        if ctx.net.averaging is not None:
+            grad_logits, grad_drift = ctx.net.averaging.means(grad_logits, grad_drift)
+        residuals = ctx.residuals.clone() if ctx.given_away else ctx.residuals  # the graph is kept, and passed again
+        ctx.given_away = True
+        return *_gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift), None, None, None, None
+
+
+def _gradients(
+    ctx: Any, hidden: Tensor, weight: Tensor, residuals: Tensor, grad_logits: Tensor, grad_drift: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of hidden, weight and bias, as far as they are needed; residuals become factors of the weight's."""
+    residuals[-1] = grad_logits
+    scales = torch.ones_like(hidden[:, 0])
+    scales[:-1] = 2 * grad_drift
+    of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+    hidden_grad = bias_grad = None
+    if of_hidden or of_bias:
+        hidden_grad, bias_grad = ops.hidden_gradient(residuals, scales, weight)
+    factors = FactoredGradient.of(Factors(residuals, scales, hidden)) if of_weight else None
+    return hidden_grad if of_hidden else None, factors, bias_grad if of_bias else None
+
+
+class _SteppedOutput(torch.autograd.Function):
+    """The same, whose backward pass is also the layer's step; where that can't be, it is `_FactoredOutput`'s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        task: int,
+        net: HyperNetwork,
+        stepper: OutputStepper,
+    ) -> tuple[Tensor, Tensor]:
         logits = ops.hypernet_logits(hidden[-1:, None], weight, bias, weight.shape[0])[0]
-        if stepper.exact_loss:
-            drift = ops.output_drift(hidden[:-1, None], weight, bias, targets)
-        else:
-            drift = hidden.new_zeros(())
-        ctx.save_for_backward(hidden, targets)
-        ctx.stepper, ctx.drift = stepper, drift.detach()  # shares its memory: backward fills the value in
+        drift = hidden.new_zeros(())
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.task, ctx.net, ctx.stepper = task, net, stepper
+        ctx.pending = Pending()
+        stepper.announce(ctx.pending)
+        ctx.drift = drift.detach()  # shares its memory: backward fills the value in
         return logits, drift
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets = ctx.saved_tensors
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the names
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad_logits, grad_drift = grads
-        hidden_grad, drift = ctx.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
+        ctx.stepper.check_task(ctx.task)
+        reaches = _reaches_weight(ctx)
+        steps = reaches and ctx.stepper.steps_now(ctx.pending)
+        if reaches or not ctx.needs_input_grad[1]:
+            ctx.pending = None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        if ctx.net.averaging is not None:
+            grad_logits, grad_drift = ctx.net.averaging.means(grad_logits, grad_drift)
+        if steps:
+            hidden_grad, drift = ctx.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
+            gradients = hidden_grad if ctx.needs_input_grad[0] else None, SteppedGradient(weight), None
+        else:
+            residuals, drift = ops.output_residuals(hidden, weight, bias, targets)
+            gradients = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
         ctx.drift.copy_(drift)
-        return hidden_grad, None, None, None
+        return *gradients, None, None, None, None
+
+
+def _reaches_weight(ctx: Any) -> bool:
+    """Whether this pass will give the weight its gradient: torch.autograd.grad asks for some tensors' alone."""
+    if not ctx.needs_input_grad[1]:
+        return False
+    accumulates = ctx.next_functions[1][0]
+    try:
+        return _will_be_run(accumulates)
+    except RuntimeError:  # the weight itself is asked for
+        return False
 
 
 class _WithoutRest(torch.autograd.Function):
@@ -432,14 +547,19 @@ class ChunkedHyperNetwork(HyperNetwork):
         Where chunks follow the tensors: a sum over lengths, of the chunks that generate so many entries, so that what
         is cut off does not count.
         """
-        old_hidden, old_weight, old_bias = targets
+        drift = self._drift(hidden, *targets)
+        return drift if self.averaging is None else self.averaging.of_gradient(drift)
+
+    def _drift(self, hidden: Tensor, old_hidden: Tensor, old_weight: Tensor, old_bias: Tensor) -> Tensor:
         layer = self.output
-        if self.lengths:
-            total = hidden.new_zeros(())
-            for length in self.lengths:
-                chunks: Any = getattr(self, f"chunks_of_{length}")
-                new = hidden.index_select(1, chunks), layer.weight[:length], layer.bias[:length]
-                old = old_hidden.index_select(1, chunks), old_weight[:length], old_bias[:length]
-                total = total + ops.chunked_output_drift(*new, *old, length * len(chunks))
-            return total
-        return ops.chunked_output_drift(hidden, layer.weight, layer.bias, old_hidden, old_weight, old_bias, self.size)
+        if not self.lengths:
+            return ops.chunked_output_drift(
+                hidden, layer.weight, layer.bias, old_hidden, old_weight, old_bias, self.size
+            )
+        total = hidden.new_zeros(())
+        for length in self.lengths:
+            chunks: Any = getattr(self, f"chunks_of_{length}")
+            new = hidden.index_select(1, chunks), layer.weight[:length], layer.bias[:length]
+            old = old_hidden.index_select(1, chunks), old_weight[:length], old_bias[:length]
+            total = total + ops.chunked_output_drift(*new, *old, length * len(chunks))
+        return total

@@ -75,7 +75,8 @@ class TaskLife(MaskedNetwork):
         """One more task, at any time; returns its id.
 
         Existing Parameters stay the same objects, so a running optimiser goes on working; given here, it also gets
-        the new ones, with the settings of its first parameter group.
+        the new ones, each in the group of the task before and right behind it: schedulers find as many groups as they
+        know, and the order is that of a new optimiser's.
 
         Args:
             optimizer: of this model.
@@ -103,8 +104,8 @@ class TaskLife(MaskedNetwork):
         if counts is not None and self._classes is not None:
             self._classes.counts = counts
         if optimizer is not None:
-            settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
-            optimizer.add_param_group({**settings, "params": added})
+            for before, new in zip(self._parameters_of(self.num_tasks - 2), added, strict=True):
+                _enter(optimizer, before, new)
         return self.num_tasks - 1
 
     def _counts_with(self, like: int | None, classes: int | None) -> tuple[int, ...] | None:
@@ -245,3 +246,17 @@ class TaskLife(MaskedNetwork):
 def _sizes(parameters: Sequence[nn.Parameter]) -> tuple[str, str]:
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return f"{trained:,}", f"{sum(parameter.numel() for parameter in parameters):,}"
+
+
+def _enter(optimizer: Optimizer, before: nn.Parameter, new: nn.Parameter) -> None:
+    """Lets the optimiser train one more task's parameter, behind that of the task before."""
+    for group in optimizer.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if parameter is before:
+                group["params"].insert(i + 1, new)
+                if "param_names" in group:
+                    start, _, number = group["param_names"][i].rpartition(".")
+                    group["param_names"].insert(i + 1, f"{start}.{int(number) + 1}")
+                return
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
+    optimizer.add_param_group({**settings, "params": [new]})

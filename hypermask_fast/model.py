@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import ops, pretrained
 from .anchored import Anchored, without_autocast
 from .errors import InputError
-from .hypernet import HypernetConfig
+from .hypernet import HypernetConfig, OutputStepper
 from .masking import classes as numbers
 from .masking import mixed
 from .masking.layout import MaskLayout
@@ -82,6 +83,11 @@ class HyperMask(Anchored):
             warnings.warn(f"sparsity is in percent: {sparsity} keeps almost everything", stacklevel=2)
         drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
         layout = MaskLayout.of(net, include, exclude, per_task=per_task, heads=heads)
+        if any(isinstance(module, DistributedDataParallel) for module in net.modules()):
+            raise InputError(
+                "HyperMask(DistributedDataParallel(net)) leaves the hypernetwork to each rank: wrap the other way, "
+                "as hmf.distributed.replicate says"
+            )
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
@@ -104,6 +110,21 @@ class HyperMask(Anchored):
         self.anchor = None  # assigned to when a run resumes within a task
         self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Asked for by DistributedDataParallel(model); `distributed.replicate` says what it is."""
+        left_out = self.__dict__.get("_left_to_replicate")
+        if left_out is None or self.hypernet.averaging is None:
+            raise InputError(
+                "DistributedDataParallel would send the output layer's gradient, N x H: "
+                "DistributedDataParallel(hmf.distributed.replicate(model)) sends N numbers"
+            )
+        return left_out
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: list[str]) -> None:
+        self._left_to_replicate = names
+
     # -- masks ----------------------------------------------------------------------------------------------------
 
     @without_autocast
@@ -119,26 +140,32 @@ class HyperMask(Anchored):
         Raises:
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
-        if isinstance(task, Tensor):
+        stepper = self._stepper_in_training()
+        if isinstance(task, Tensor) and (stepper is None or not _values_at_hand(task) or not _is_id(task)):
             return self._mask_by_tensor(task, sparsity, ranks)
+        task = int(task) if isinstance(task, Tensor) else task
         self._check_task(task)
-        stepper = self.hypernet.stepper if self.training and torch.is_grad_enabled() else None
-        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of(task)
+        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
         if anchor is None:
-            return self._mask_of(task, self.hypernet([task]).squeeze(0), sparsity, ranks)
+            hidden = self.hypernet.hidden([task])
+            if stepper is None:
+                logits = self.hypernet.logits(hidden).squeeze(0)
+            else:
+                logits, _ = self.hypernet.factored_logits(hidden, (), task, stepper)
+            return self._mask_of(task, logits, sparsity, ranks)
         hidden = self.hypernet.hidden(self.hypernet.tasks(task))
         for_drifts: dict[str, Any] = {}
         if stepper is None:
             logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[-1:]).squeeze(0), hidden[:-1]
         else:
-            logits, for_drifts["output_drift"] = self.hypernet.stepped_logits(hidden, anchor.targets)
+            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(hidden, anchor.targets, task, stepper)
         if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
 
     def _mask_by_tensor(self, task: Tensor, sparsity: float | None, ranks: Tensor | None) -> TaskMask:
         """`mask` of a task whose id is a tensor, which is looked at where that costs no host sync."""
-        if task.dtype != torch.int64 or task.dim() > 1 or task.numel() != 1:
+        if not _is_id(task):
             raise InputError(
                 "a task tensor is int64, 0-dim (or, for a forward pass, one id per sample), "
                 f"not {task.dtype} of {tuple(task.shape)}"
@@ -163,6 +190,12 @@ class HyperMask(Anchored):
     ) -> TaskMask:
         thresholds = self._thresholds(logits, sparsity, ranks)
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
+
+    def _stepper_in_training(self) -> OutputStepper | None:
+        """Who takes the output layer's gradient in factors; in a compiled graph it is an ordinary one."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self.hypernet.stepper
 
     @without_autocast
     def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
@@ -243,7 +276,9 @@ class HyperMask(Anchored):
         ids = present.tolist()
         for task in ids:
             self._check_task(task)
-        masks = [self._mask_of(task, logits) for task, logits in zip(ids, self.hypernet(ids), strict=True)]
+        averages = self.hypernet.averaging is not None  # over the ranks, which may have other tasks in their batches
+        logits = self.hypernet(range(self.num_tasks))[ids] if averages else self.hypernet(ids)
+        masks = [self._mask_of(task, of_task) for task, of_task in zip(ids, logits, strict=True)]
         if len(ids) == 1:
             return self._through(masks[0], inputs, kwargs)
         groups = order.split(counts.tolist())
@@ -269,7 +304,7 @@ class HyperMask(Anchored):
         if _values_at_hand(tasks) and not known.all():
             self._check_task(int(tasks[~known][0]))
         tasks = tasks.where(known, 0)
-        if self.num_tasks <= tasks.shape[0]:
+        if self.num_tasks <= tasks.shape[0] or self.hypernet.averaging is not None:
             batch = TaskBatch.mixed(self._masks_of(range(self.num_tasks)), tasks)
         else:  # fewer samples than tasks: a mask per sample
             batch = TaskBatch.mixed(self._masks_of(tasks), torch.arange(tasks.shape[0], device=tasks.device))
@@ -371,6 +406,11 @@ class HyperMask(Anchored):
         Batch norm carries the task's statistics. Nothing of this library is left in the copy.
         """
         return self._exported(task, self.mask(task).effective)
+
+
+def _is_id(task: Tensor) -> bool:
+    """Whether it can be one task's id."""
+    return task.dtype == torch.int64 and task.dim() <= 1 and task.numel() == 1
 
 
 def _values_at_hand(tensor: Tensor) -> bool:

@@ -1,27 +1,33 @@
-"""Adam on factored gradients: the hypernetwork's output layer is stepped within the backward pass.
+"""Adam on factored gradients: the hypernetwork's output layer, most of a model, is stepped in one pass over it.
 
-That layer, N x H, is most of a model. Its gradient is the product of a (t + 1, N) and a (t + 1, H) factor and need
-never exist: one pass over weight and moments gives the hidden vectors' gradients for all tasks and applies Adam.
+That layer's gradient, N x H, is the product of a (t + 1, N) and a (t + 1, H) factor. `FactoredGradient` keeps it so
+from backward to step(), which forms each row of it while it steps the row.
 """
 
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
 from .errors import InputError
+from .factored import FactoredGradient, Factors, SteppedGradient
+from .hypernet import HyperNetwork, Pending
 from .model import HyperMask
 
-GRADIENTS = ("auto", "factored", "dense")
+__all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
 
 
 class Adam(torch.optim.Adam):
-    """torch.optim.Adam over all Parameters of a HyperMask model, with the same numbers in a fraction of the time.
+    """torch.optim.Adam over all Parameters of a HyperMask model: the same numbers in a fraction of the time.
 
-    With a factored gradient, `loss.backward()` steps the hypernetwork's output layer and `step()` everything else.
-    A step is then one mask, made by `model.mask(task)` and used for both the forward pass and the regulariser,
-    one backward and one `step()`:
+    It is used as any optimiser is, in any loop: clipping, accumulation, a GradScaler, skipped steps, hooks, frozen
+    parameters, closures and schedulers mean what they mean with torch.optim.Adam. `model.hypernet.output.weight.grad`
+    is a `FactoredGradient`, which is a tensor. One mask per step, made by `model.mask(task)` and used for both the
+    forward pass and the regulariser, spares generating it again:
 
         mask = model.mask(task)
         loss = F.cross_entropy(model(x, mask), y) + model.regularizer(mask)
@@ -29,91 +35,162 @@ class Adam(torch.optim.Adam):
         loss.backward()
         optimizer.step()
 
-    The optimiser holds for as long as it lives, or until a newer one for the same model takes its place. Masks made
-    in evaluation mode (`model.eval()`) have ordinary gradients. Tasks are added by `model.add_task(optimizer)`.
+    It holds for as long as it lives, or until a newer one for the same model takes its place. Masks made in evaluation
+    mode (`model.eval()`) have ordinary gradients. Tasks are added by `model.add_task(optimizer)`.
 
     Args:
-        model: whose Parameters, both networks' and the embeddings', are trained.
-        lr, betas, eps: as in torch.optim.Adam; lr may be a one-entry tensor.
-        gradient: "factored"; "dense" for who clips or accumulates gradients: the layer's gradient as an ordinary
-            `.grad`, slower, the same numbers; "auto": factored where the output layer is dense. A chunked
-            hypernetwork's layer is small and always takes its dense gradient.
-        exact_loss: with a factored gradient, whether the loss holds the output drift's value, at the cost of one
-            more read of the layer per step. Otherwise `model.drifts(mask).output` is 0 until backward fills it in;
-            gradients are the same.
-        capturable: keep step counts on the device, for CUDA graphs.
+        model: a HyperMask, or a module with one in it (DistributedDataParallel's, say): all its Parameters are trained.
+        lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, fused, decoupled_weight_decay: as in
+            torch.optim.Adam; fused unless foreach is asked for. With amsgrad the output layer's gradient is made dense.
+        params: the Parameters or groups of them to train, as torch.optim.Adam takes them, in place of all.
+        step_in_backward: step the output layer within `loss.backward()`, in one read less: for a loop with nothing
+            between backward() and step(), and zero_grad() in each turn. What asks for the layer's gradient is refused
+            then, a skipped step too. R, the output drift, is 0 in the loss until backward has filled it in
+            (`model.drifts(mask).output`); its gradient is the same. Where that can't be done (frozen layer, hooks on
+            it, amsgrad, a chunked hypernetwork, ...) the layer waits for step().
 
     Raises:
-        InputError: no HyperMask model, a wrong `gradient`, or "factored" with a chunked hypernetwork.
+        InputError: no HyperMask model, float16 Parameters (in which Adam's eps is 0), or differentiable=True.
     """
 
     def __init__(
         self,
-        model: HyperMask,
+        model: nn.Module,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
-        gradient: str = "auto",
-        exact_loss: bool = True,
+        foreach: bool | None = None,
+        maximize: bool = False,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        params: Iterable[Any] | None = None,
+        step_in_backward: bool = False,
     ) -> None:
-        if not isinstance(model, HyperMask):
-            raise InputError(
-                f"Adam takes the HyperMask model itself, all of whose Parameters it trains, not {type(model).__name__}"
-            )
-        if gradient not in GRADIENTS:
-            raise InputError(f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}")
-        if gradient == "factored" and not model.hypernet.factored:
-            raise InputError("a chunked hypernetwork has no factored gradient: use gradient='auto' or 'dense'")
-        super().__init__(model.parameters(), lr=lr, betas=betas, eps=eps, fused=True, capturable=capturable)
-        self.factored = model.hypernet.factored and gradient != "dense"
-        self.exact_loss = exact_loss
-        self._layer: nn.Linear = model.hypernet.output
-        self._embeddings, self._tasks = model.hypernet.embeddings, model.hypernet.tasks
+        self._model = _hypermask_in(model, type(self).__name__)
+        self.step_in_backward = step_in_backward
+        if differentiable:
+            raise InputError("differentiable=True: the output layer is stepped in place, use torch.optim.Adam for this")
+        super().__init__(
+            model.parameters() if params is None else params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            fused=not foreach if fused is None else fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        """Takes the model's output layer over."""
         self._task = -1  # whose embedding was last seen to be among the Parameters
         self._lr: tuple[tuple, Tensor] | None = None
-        self._stepped = False
-        self._replaced = False
-        model.hypernet.step_with(self if self.factored else None)
+        self._armed, self._stepped, self._replaced = False, False, False
+        self._pending: weakref.WeakSet[Pending] = weakref.WeakSet()
+        self._one_count = False  # whether weight and bias are known to have been stepped as often
+        self._step_supports_amp_scaling = False  # a GradScaler is to unscale the gradients before step()
+        net = self._net
+        net.step_with(self if net.factored and self._group_of(net.output.weight) is not None else None)
+
+    @property
+    def _net(self) -> HyperNetwork:
+        return self._model.hypernet
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model goes along: a copy steps the copied model."""
+        return {**super().__getstate__(), "model": self._model, "step_in_backward": self.step_in_backward}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        model, in_backward = state.pop("model", None), state.pop("step_in_backward", False)
+        super().__setstate__(state)
+        self._one_count = False
+        if model is not None:
+            self._model, self.step_in_backward = model, in_backward
+            self._begin()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._check_dtypes(self.param_groups[-1])
+
+    @staticmethod
+    def _check_dtypes(group: dict[str, Any]) -> None:
+        if any(p.dtype == torch.float16 for p in group["params"]):
+            raise InputError(
+                "Adam's eps is 0 in float16, its quotients are not finite: keep float32 Parameters, use torch.autocast"
+            )
 
     def replaced(self) -> None:
         """Called by the hypernetwork when a newer optimiser takes over."""
         self._replaced = True
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._stepped = False
-        super().zero_grad(set_to_none)
+    # -- what the hypernetwork asks in a backward pass: see `hypernet.OutputStepper` --------------------------------
 
-    def step(self, closure: Any = None) -> None:
-        """Adam on everything but what backward has stepped already. Closures are for dense gradients only."""
-        if self._replaced:
-            raise InputError("a newer hmf.optim.Adam has taken over this model: step that one")
-        if self.factored and (closure is not None or self._layer.weight.grad is not None):
+    def check_task(self, task: int) -> None:
+        """Raises InputError where the task was added without telling the optimiser."""
+        if task == self._task:
+            return
+        first, embedding = self._net.embeddings[0], self._net.embeddings[task]
+        if embedding.requires_grad and self._group_of(embedding) is None and self._group_of(first) is not None:
             raise InputError(
-                "the hypernetwork's output layer has got a dense gradient: make masks by model.mask(task) in "
-                "training mode with an integer task, without a closure, or use gradient='dense'"
+                f"the optimizer would not train task {task}, which is newer: add tasks by model.add_task(optimizer)"
             )
-        self._stepped = False
-        return super().step(closure)
+        self._task = task
+
+    def announce(self, pending: Pending) -> None:
+        self._pending.add(pending)
+
+    def steps_now(self, pending: Pending) -> bool:
+        """Whether the backward pass that calls this may step the layer. Raises InputError where it must not go on."""
+        weight, bias = self._net.output.weight, self._net.output.bias
+        group = self._group_of(weight)
+        hooked = any(_hooks_of(p) for p in (weight, bias))
+        if group is None or self._group_of(bias) is not group or hooked or not bias.requires_grad:
+            return False
+        if group["amsgrad"] or not _steps_on_factors(weight, self.state.get(weight, {})) or not self._count_is_one():
+            return False
+        if self._net.averaging is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InputError("step_in_backward in a group of processes: hmf.distributed.replicate(model) comes first")
+        if self._stepped or any(other is not pending for other in self._pending):
+            raise InputError(
+                "step_in_backward, and a second backward pass before optimizer.step(), or a second mask with gradient: "
+                "make one mask per step, mask = model.mask(task), for both model(x, mask) and model.regularizer(mask)"
+            )
+        if weight.grad is not None or not self._armed:
+            raise InputError(
+                "step_in_backward needs optimizer.zero_grad() before each backward pass: a loop of another optimizer "
+                "would have the output layer stepped by this one"
+            )
+        return True
+
+    def _count_is_one(self) -> bool:
+        """Whether weight and bias have been stepped as often, so that one count serves both. Looked up, which on a GPU
+        is a wait, when something may have changed it."""
+        if not self._one_count:
+            counts = [self.state.get(p, {}).get("step", 0) for p in self._net.output.parameters()]
+            self._one_count = float(counts[0]) == float(counts[1])
+        return self._one_count
 
     def step_output_layer(
         self, hidden: Tensor, grad_logits: Tensor, targets: Tensor, drift_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The backward pass of the output layer, as `hypernet.OutputStepper` promises it."""
-        if self._stepped:
-            raise InputError(
-                "a second backward pass before optimizer.step(): make one mask per step, mask = model.mask(task), for "
-                "both model(x, mask) and model.regularizer(mask), or use gradient='dense' to accumulate"
-            )
-        self._check_embedding(self._tasks()[len(hidden) - 1])
-        self._stepped = True
-        weight, bias = self._layer.weight, self._layer.bias
+        """The backward pass of the output layer with its step, as `hypernet.OutputStepper` promises it."""
+        self._armed, self._stepped = False, True
+        weight, bias = self._net.output.weight, self._net.output.bias
+        group = self._group_of(weight)
+        assert group is not None, "steps_now has seen it"
         state, bias_state = self._state_of(weight), self._state_of(bias)
         for step in (state["step"], bias_state["step"]):
             step.add_(1)
-        group = self.param_groups[0]
-        beta1, beta2 = group["betas"]
         return ops.hypernet_adam(
             hidden,
             grad_logits,
@@ -125,33 +202,87 @@ class Adam(torch.optim.Adam):
             state["exp_avg_sq"],
             bias_state["exp_avg"],
             bias_state["exp_avg_sq"],
-            state["step"],
-            self._lr_beside(weight),
-            beta1,
-            beta2,
-            group["eps"],
+            *self._settings(group, state["step"], weight),
         )
 
-    def _lr_beside(self, weight: Tensor) -> Tensor:
+    # -- the loop's own calls ---------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self._stepped:
+            raise InputError(
+                "backward has stepped the output layer, but step() was not called: skipping a step, or two backward "
+                "passes for one, needs step_in_backward=False"
+            )
+        super().zero_grad(set_to_none)
+        self._armed = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of Adam; returns what the closure does."""
+        if self._replaced:
+            raise InputError("a newer hmf.optim.Adam has taken over this model: step that one")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._check_dtypes(group)
+            if group["differentiable"]:
+                raise InputError("differentiable=True in a parameter group: use torch.optim.Adam for this")
+            if group["fused"] and not _fusible(group["params"]):
+                group["fused"] = False
+        weight = self._net.output.weight
+        grad, self._stepped = weight.grad, False
+        with torch.no_grad():
+            if isinstance(grad, SteppedGradient):
+                weight.grad = grad = None  # it has served: nobody is to stumble over it between two steps
+            else:
+                self._one_count = False
+                if self._step_on_factors(weight, grad):
+                    weight.grad = None
+            _plain_step(self)
+            weight.grad = grad
+        return loss
+
+    def _step_on_factors(self, weight: Tensor, grad: Tensor | None) -> bool:
+        """Steps the layer on its gradient's factors, where that can be done; whether it has."""
+        group = self._group_of(weight)
+        factors: Factors | None = grad.factors if isinstance(grad, FactoredGradient) else None
+        if factors is None or group is None or group["amsgrad"]:
+            return False
+        if not _steps_on_factors(weight, self.state.get(weight, {})):
+            return False
+        state = self._state_of(weight)
+        state["step"].add_(1)
+        ops.factored_adam(
+            *factors,
+            weight,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            *self._settings(group, state["step"], weight),
+        )
+        return True
+
+    # -- what both have in common -----------------------------------------------------------------------------------
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
+        return next((group for group in self.param_groups if any(p is parameter for p in group["params"])), None)
+
+    def _settings(self, group: dict[str, Any], step: Tensor, weight: Tensor) -> tuple[Any, ...]:
+        """From `step` on, the arguments of `ops.factored_adam`."""
+        beta1, beta2 = group["betas"]
+        decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
+        step = step if step.device == weight.device else step.to(weight.device)
+        return step, self._lr_beside(group, weight), beta1, beta2, group["eps"], decay, decoupled, group["maximize"]
+
+    def _lr_beside(self, group: dict[str, Any], weight: Tensor) -> Tensor:
         """The learning rate as a tensor like weight. A number is copied when it changes: to a GPU that is a wait."""
-        lr = self.param_groups[0]["lr"]
+        lr = group["lr"]
         if isinstance(lr, Tensor):
             return lr.to(weight)
         key = lr, weight.dtype, weight.device
         if self._lr is None or self._lr[0] != key:
             self._lr = key, weight.new_tensor(lr)
         return self._lr[1]
-
-    def _check_embedding(self, task: int) -> None:
-        """Raises InputError where the task was added without telling the optimiser."""
-        if task == self._task:
-            return
-        embedding = self._embeddings[task]
-        if embedding.requires_grad and not any(p is embedding for group in self.param_groups for p in group["params"]):
-            raise InputError(
-                f"the optimizer would not train task {task}, which is newer: add tasks by model.add_task(optimizer)"
-            )
-        self._task = task
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The same entries as torch.optim.Adam's, so that a state_dict serves either."""
@@ -161,3 +292,82 @@ class Adam(torch.optim.Adam):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
+
+
+class AdamW(Adam):
+    """`Adam` with decoupled weight decay, w <- (1 - lr weight_decay) w, as torch.optim.AdamW; the same arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **settings)
+
+
+def clip_grad_norm_(
+    parameters: nn.Module | Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_, which also takes a model. A factored gradient's 2-norm comes from its factors.
+
+    |G^T H|^2 = trace((G G^T) (H H^T)), summed in float64; another norm makes the gradient dense.
+
+    Returns:
+        The norm before clipping, a scalar.
+    """
+    tensors = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+    return nn.utils.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
+
+
+def _hypermask_in(module: Any, taker: str) -> HyperMask:
+    if isinstance(module, HyperMask):
+        return module
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"{taker} takes the HyperMask model itself, all of whose Parameters it trains, not {type(module).__name__}"
+        )
+    found = [m for m in module.modules() if isinstance(m, HyperMask)]
+    if len(found) != 1:
+        raise InputError(
+            f"{taker} takes a module with one HyperMask model in it; {type(module).__name__} has {len(found)}"
+        )
+    return found[0]
+
+
+def _steps_on_factors(weight: Tensor, state: dict[str, Any]) -> bool:
+    """Whether the kernels can step this layer where it lies. In bfloat16 torch.optim.Adam rounds elsewhere."""
+    tensors = weight, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)
+    return all(t.is_contiguous() and t.dtype == weight.dtype and t.device == weight.device for t in tensors) and (
+        weight.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _hooks_of(parameter: Tensor) -> Any:
+    """The hooks on its gradient; false where there are none."""
+    return parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: SLF001
+
+
+def _fusible(parameters: Iterable[Tensor]) -> bool:
+    """Whether PyTorch's fused Adam, which walks through memory, meets the same entry in all of a parameter's arrays."""
+    for p in parameters:
+        other = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+        if not (p.is_contiguous() or other) or (p.grad is not None and p.grad.stride() != p.stride()):
+            return False
+    return True
+
+
+def _plain_step(optimizer: torch.optim.Adam) -> None:
+    """torch.optim.Adam's step without the profiler's frame and the hooks around it, which are around ours already."""
+    step = torch.optim.Adam.step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    step(optimizer)

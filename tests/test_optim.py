@@ -1,7 +1,9 @@
 """Adam on factored gradients: the numbers of torch.optim.Adam, and refusals where it can't give them."""
 
 import copy
+import gc
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def ours(**settings):
     return lambda model: hmf.optim.Adam(model, 1e-2, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient": "dense"}, {"gradient": "factored"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"step_in_backward": True}], ids=str)
 @pytest.mark.parametrize("fidelity", ["default", "official"])
 def test_float64_numbers_are_torch_adams(settings, fidelity):
     # The 1-norm's gradient jumps where a weight comes back to where it was; rounding then decides, and shows.
@@ -57,7 +59,8 @@ def test_float64_numbers_are_torch_adams(settings, fidelity):
         losses, optimizer = train(own, ours(**settings), 20)
     finally:
         X = before
-    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-9)
+    if not settings:  # otherwise R is 0 in the loss until backward
+        torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-9)
     for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=name)
     moments = [
@@ -69,12 +72,13 @@ def test_float64_numbers_are_torch_adams(settings, fidelity):
         torch.testing.assert_close(moments[0][name], moments[1][name], rtol=1e-4, atol=1e-14)
 
 
-@pytest.mark.parametrize("gradient", ["factored", "dense"])
-def test_float32_stays_by_torch_adam(gradient):
+@pytest.mark.parametrize("settings", [{}, {"step_in_backward": True}], ids=str)
+def test_float32_stays_by_torch_adam(settings):
     theirs, own = (small_model(2, beta=0.5, lam=0.02, drift_norm=2) for _ in range(2))
     expected, _ = train(theirs, plain, 30, tasks=2)
-    losses, _ = train(own, ours(gradient=gradient), 30, tasks=2)
-    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    losses, _ = train(own, ours(**settings), 30, tasks=2)
+    if not settings:  # otherwise R is 0 in the loss until backward
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm(), name
 
@@ -109,13 +113,14 @@ def test_drift_is_exactly_zero_as_a_task_begins():
 
 
 def test_loss_without_the_drift_until_backward():
-    """exact_loss=False: the same training; the drift's value is there after backward."""
+    """step_in_backward: the same training; the drift's value is there after backward."""
     exact, lazy = (small_model(2, beta=5.0, drift_norm=2) for _ in range(2))
     train(exact, ours(), 5, tasks=2)
-    train(lazy, ours(exact_loss=False), 5, tasks=2)
+    train(lazy, ours(step_in_backward=True), 5, tasks=2)
     for a, b in zip(exact.parameters(), lazy.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-    optimizer = hmf.optim.Adam(lazy, exact_loss=False)
+    optimizer = hmf.optim.Adam(lazy, step_in_backward=True)
+    optimizer.zero_grad()
     mask = lazy.mask(1)
     drifts = lazy.drifts(mask)
     assert drifts.output.item() == 0
@@ -155,34 +160,89 @@ def accumulate_and_clip(model, make_optimizer, x, steps=10):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 5e-6)], ids=str)
-def test_dense_gradient_can_be_accumulated_and_clipped(dtype, bound):
+def test_gradients_can_be_accumulated_and_clipped(dtype, bound):
     theirs, own = (small_model(2, beta=0.5, lam=0.02, drift_norm=2).to(dtype) for _ in range(2))
     start = [p.detach().clone() for p in own.parameters()]
     expected = accumulate_and_clip(theirs, plain, X.to(dtype))
-    found = accumulate_and_clip(own, ours(gradient="dense"), X.to(dtype))
+    found = accumulate_and_clip(own, ours(), X.to(dtype))
     for before, a, b in zip(start, found, expected, strict=True):
         assert (a - b).norm() <= bound * b.norm()
         assert not torch.equal(a, before)
 
 
-def test_a_second_backward_is_refused():
+def refused_unchanged(model, match, do):
+    """`do` raises InputError and leaves the model's entries as they are."""
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=match) as caught:
+        do()
+    assert "\n" not in str(caught.value)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def in_backward(model):
+    optimizer = hmf.optim.Adam(model, step_in_backward=True)
+    optimizer.zero_grad()
+    return optimizer
+
+
+def test_a_second_backward_is_refused_where_the_first_has_stepped():
     model = small_model(1)
-    optimizer = hmf.optim.Adam(model)
+    optimizer = in_backward(model)
     F.cross_entropy(model(X, 0), Y).backward()
-    before = model.hypernet.output.weight.clone()
-    with pytest.raises(InputError, match="a second backward pass before optimizer.step"):
-        F.cross_entropy(model(X, 0), Y).backward()
-    assert torch.equal(model.hypernet.output.weight, before)
+    loss = F.cross_entropy(model(X, 0), Y)
+    refused_unchanged(model, "a second backward pass before optimizer.step", loss.backward)
     optimizer.step()
+    optimizer.zero_grad()
+    del loss
+    gc.collect()  # what was refused, and its graph
     F.cross_entropy(model(X, 0), Y).backward()
 
 
-def test_a_dense_gradient_in_a_factored_step_is_refused():
+def test_two_masks_in_one_loss_are_refused_before_the_first_steps():
     model = small_model(2)
-    optimizer = hmf.optim.Adam(model)
-    F.cross_entropy(model(X, torch.arange(32) % 2), Y).backward()
-    with pytest.raises(InputError, match="has got a dense gradient"):
+    optimizer = in_backward(model)
+    loss = F.cross_entropy(model(X, 1), Y) + model.regularizer(1)
+    refused_unchanged(model, "or a second mask with gradient", loss.backward)
+    del loss
+    gc.collect()
+    kept, other = model.mask(1), model.mask(1)
+    del other  # gone with its graph
+    kept.logits.sum().backward()
+    optimizer.step()
+
+
+def test_a_skipped_step_is_refused_where_backward_has_stepped():
+    model = small_model(1)
+    optimizer = in_backward(model)
+    F.cross_entropy(model(X, 0), Y).backward()
+    refused_unchanged(model, "skipping a step, .* needs step_in_backward=False", optimizer.zero_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("armed", [True, False])
+def test_step_in_backward_waits_for_zero_grad(armed):
+    """An optimiser that nobody uses any more steps nothing."""
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model, step_in_backward=True)
+    loss = F.cross_entropy(model(X, 0), Y)
+    if armed:
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
+        loss = F.cross_entropy(model(X, 0), Y)
+    refused_unchanged(model, "needs optimizer.zero_grad\\(\\) before each backward pass", loss.backward)
+
+
+def test_a_mixed_batch_has_a_dense_gradient():
+    theirs, own = small_model(2), small_model(2)
+    tasks = torch.arange(32) % 2
+    for model, optimizer in ((theirs, plain(theirs)), (own, ours()(own))):
+        F.cross_entropy(model(X, tasks), Y).backward()
+        optimizer.step()
+    for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_backward_pass_in_evaluation_mode_changes_nothing():
@@ -194,10 +254,9 @@ def test_a_backward_pass_in_evaluation_mode_changes_nothing():
     model(x, 1).sum().backward()
     assert x.grad.abs().sum() > 0
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(InputError, match="in training mode"):
-        optimizer.step()
     optimizer.zero_grad()
     optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_another_optimiser_takes_over_when_it_is_gone():
@@ -208,11 +267,12 @@ def test_another_optimiser_takes_over_when_it_is_gone():
     assert model.hypernet.output.weight.grad is not None
 
 
-@pytest.mark.parametrize("newer", [{}, {"gradient": "dense"}], ids=str)
+@pytest.mark.parametrize("newer", [{}, {"step_in_backward": True}], ids=str)
 def test_an_older_optimiser_steps_no_part_of_the_model(newer):
     model = small_model(2)
     older = hmf.optim.Adam(model)
     optimizer = hmf.optim.Adam(model, **newer)
+    optimizer.zero_grad()
     F.cross_entropy(model(X, model.mask(0)), Y).backward()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match="a newer hmf.optim.Adam has taken over"):
@@ -231,26 +291,24 @@ def test_a_changed_learning_rate_counts_at_once(monkeypatch):
     for lr in (1e-2, 1e-2, 0.0, 0.0, torch.tensor(0.0)):
         optimizer.param_groups[0]["lr"] = lr
         before = model.hypernet.output.weight.detach().clone()
+        optimizer.zero_grad()
         F.cross_entropy(model(X, model.mask(0)), Y).backward()
         optimizer.step()
         assert torch.equal(model.hypernet.output.weight, before) == (float(lr) == 0)
     assert made == [1e-2, 0.0]
 
 
-def test_chunked_takes_dense_gradients():
+@pytest.mark.parametrize("settings", [{}, {"step_in_backward": True}], ids=str)
+def test_a_chunked_layers_gradient_is_dense(settings):
     torch.manual_seed(0)
     net = torch.nn.Linear(8, 2)
     model = hmf.HyperMask(net, 2, hypernetwork=hmf.HypernetConfig(4, (6,), chunk_size=5))
-    with pytest.raises(InputError, match="chunked hypernetwork has no factored gradient"):
-        hmf.optim.Adam(model, gradient="factored")
-    hmf.optim.Adam(model)
+    optimizer = hmf.optim.Adam(model, **settings)
     F.cross_entropy(model(X, 0), Y).backward()
-    assert model.hypernet.output.weight.grad is not None
-
-
-def test_unknown_gradient():
-    with pytest.raises(InputError, match="gradient must be one of auto, factored, dense, not 'sparse'"):
-        hmf.optim.Adam(small_model(1), gradient="sparse")
+    assert type(model.hypernet.output.weight.grad) is torch.Tensor
+    before = model.hypernet.output.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.hypernet.output.weight, before)
 
 
 def test_a_copy_has_no_optimiser_of_the_original():
@@ -261,7 +319,10 @@ def test_a_copy_has_no_optimiser_of_the_original():
     with torch.no_grad():
         model.hypernet.output.bias.add_(1)
     torch.testing.assert_close(copied.mask(0).logits + 1, model.mask(0).logits)
-    assert optimizer.factored and pickle.loads(pickle.dumps(model)).num_tasks == 2
+    assert pickle.loads(pickle.dumps(model)).num_tasks == 2
+    F.cross_entropy(copied(X, 0), Y).backward()
+    assert type(copied.hypernet.output.weight.grad) is torch.Tensor
+    optimizer.step()
 
 
 def test_what_adam_takes_is_the_model():
@@ -284,3 +345,151 @@ def test_a_task_that_the_optimiser_was_not_told_of_is_not_trained_in_silence():
     F.cross_entropy(model(X, model.mask(task)), Y).backward()
     optimizer.step()
     assert not torch.equal(model.hypernet.embeddings[task], before["hypernet.embeddings.1"])
+
+
+def test_a_copied_optimiser_steps_the_copied_model():
+    model = small_model(2)
+    optimizer = hmf.optim.Adam(model, 1e-2)
+    train(model, lambda _: optimizer, 2, tasks=1)
+    before = copy.deepcopy(model.state_dict())
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        theirs = again._model
+        assert theirs is not model and again.state_dict().keys() == optimizer.state_dict().keys()
+        loss = F.cross_entropy(theirs(X, theirs.mask(0)), Y)
+        again.zero_grad()
+        loss.backward()
+        again.step()
+        assert theirs.hypernet.output.weight.grad.factors is not None
+        assert not torch.equal(theirs.hypernet.output.weight, model.hypernet.output.weight)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_task_is_entered_where_a_new_optimiser_would_have_it():
+    """So that state_dicts, which count parameters, fit; and the number of groups stays."""
+    model = small_model(2)
+    optimizer = torch.optim.Adam(model.named_parameters())
+    model.add_task(optimizer)
+    (group,) = optimizer.param_groups
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert group["param_names"] == list(names)
+    assert all(a is b for a, b in zip(group["params"], parameters, strict=True))
+    rest = torch.optim.Adam(model.net.parameters())
+    model.add_task(rest)
+    assert len(rest.param_groups) == 2 and rest.param_groups[1]["params"] == [model.hypernet.embeddings[3]]
+
+
+def test_a_copy_of_the_layers_gradient_is_its_own():
+    model = small_model(1)
+    hmf.optim.Adam(model), (held := hmf.optim.Adam(model))
+    F.cross_entropy(model(X, 0), Y).backward()
+    kept = model.hypernet.output.weight.grad.clone()
+    F.cross_entropy(model(X, 0), Y).backward()
+    torch.testing.assert_close(model.hypernet.output.weight.grad.dense(), 2 * kept.dense())
+    assert held.param_groups
+
+
+@pytest.mark.parametrize("what", ["given", "later", "by add_param_group"])
+def test_float16_is_refused(what):
+    model = small_model(1)
+    if what == "given":
+        with pytest.raises(InputError, match="eps is 0 in float16"):
+            hmf.optim.Adam(model.half())
+        return
+    optimizer = hmf.optim.Adam(model)
+    if what == "later":
+        model.half()
+        model.hypernet.output.weight.grad = torch.ones_like(model.hypernet.output.weight)
+        refused_unchanged(model, "eps is 0 in float16", optimizer.step)
+    else:
+        with pytest.raises(InputError, match="eps is 0 in float16"):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2).half())]})
+
+
+def test_bfloat16_is_torch_adams():
+    theirs, own = small_model(1).bfloat16(), small_model(1).bfloat16()
+    for model, optimizer in ((theirs, torch.optim.Adam(theirs.parameters(), 1e-2, fused=True)), (own, ours()(own))):
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X.bfloat16(), model.mask(0)), Y).backward()
+            optimizer.step()
+    for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=2e-3, msg=name)
+
+
+def test_hooks_around_step_are_called_once():
+    model, called = small_model(1), []
+    torch.optim.Adam(model.parameters())  # PyTorch wraps a class's step at its first instance
+    optimizer = hmf.optim.Adam(model)
+    optimizer.register_step_pre_hook(lambda *args: called.append("before"))
+    optimizer.register_step_post_hook(lambda *args: called.append("after"))
+    F.cross_entropy(model(X, 0), Y).backward()
+    optimizer.step()
+    assert called == ["before", "after"]
+
+
+def test_adamw_is_torchs():
+    theirs, own = small_model(1), small_model(1)
+    for model, optimizer in ((theirs, torch.optim.AdamW(theirs.parameters(), 1e-2)), (own, hmf.optim.AdamW(own, 1e-2))):
+        assert optimizer.param_groups[0]["weight_decay"] == 1e-2
+        train(model, lambda _, o=optimizer: o, 5, tasks=1)
+    for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_differentiable_is_refused():
+    with pytest.raises(InputError, match="differentiable=True"):
+        hmf.optim.Adam(small_model(1), differentiable=True)
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model)
+    optimizer.param_groups[0]["differentiable"] = True
+    F.cross_entropy(model(X, 0), Y).backward()
+    refused_unchanged(model, "differentiable=True", optimizer.step)
+
+
+def test_one_model_in_a_module():
+    model = small_model(1)
+    wrapped = torch.nn.Sequential(model, torch.nn.Linear(2, 2))
+    assert len(hmf.optim.Adam(wrapped).param_groups[0]["params"]) == len(list(wrapped.parameters()))
+    with pytest.raises(InputError, match="one HyperMask model in it; Sequential has 0"):
+        hmf.optim.Adam(torch.nn.Sequential())
+
+
+def test_groups_as_torch_takes_them():
+    """And a layer that is in none of them is left alone."""
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model, 1e-2, params=[{"params": model.net.parameters(), "lr": 1e-3}])
+    before = model.hypernet.output.weight.detach().clone()
+    F.cross_entropy(model(X, 0), Y).backward()
+    optimizer.step()
+    assert torch.equal(model.hypernet.output.weight, before) and optimizer.param_groups[0]["lr"] == 1e-3
+    assert type(model.hypernet.output.weight.grad) is torch.Tensor
+
+
+def test_an_earlier_task_in_training_mode_leaves_the_anchor():
+    model = small_model(3)
+    optimizer = hmf.optim.Adam(model)
+    model.begin_task(2)
+    anchor = model.anchor
+    model(X, 0).sum().backward()
+    assert model.anchor is anchor and optimizer.param_groups
+
+
+@pytest.mark.parametrize("settings", [{}, {"step_in_backward": True}], ids=str)
+def test_a_model_moves_between_two_steps(settings):
+    """nn.Module takes gradients along."""
+    model = small_model(2)
+    optimizer = hmf.optim.Adam(model, 1e-2, **settings)
+    optimizer.zero_grad()
+    F.cross_entropy(model(X, model.mask(0)), Y).backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the gradient of the hypernetwork's output layer is made in full")
+        model.double()
+    assert model.hypernet.output.weight.dtype == torch.float64
+    grad = model.hypernet.output.weight.grad
+    assert (
+        (grad is None)
+        if settings
+        else (grad.dtype == torch.float64 and grad.shape == model.hypernet.output.weight.shape)
+    )

@@ -13,7 +13,7 @@ class Library:
     Args:
         net: the target network, changed in place.
         num_tasks, sparsity, config, settings: of `hypermask_fast.HyperMask`.
-        lr: of Adam, made afresh by `begin_task`.
+        lr: of Adam, made afresh by `begin_task`; in_backward: its step_in_backward.
         captured: make a step that a CUDA graph can hold: learning rate and step counts stay on the device.
     """
 
@@ -25,20 +25,23 @@ class Library:
         config: hmf.HypernetConfig,
         *,
         lr: float = 1e-3,
+        in_backward: bool = True,
         captured: bool = False,
         device: torch.device | str = "cpu",
         **settings,
     ) -> None:
         with torch.device(device):
             self.model = hmf.HyperMask(net.to(device), num_tasks, sparsity, config, fidelity="official", **settings)
-        self.captured = captured
+        self.captured, self.in_backward = captured, in_backward
         self.ranks = self.model.layout.ranks(sparsity, device)
         self.lr = torch.tensor(lr, device=device) if captured else lr
 
     def begin_task(self, task: int) -> None:
         self.task = task
         self.model.begin_task(task)
-        self.optimizer = hmf.optim.Adam(self.model, lr=self.lr, exact_loss=False, capturable=self.captured)
+        self.optimizer = hmf.optim.Adam(
+            self.model, lr=self.lr, step_in_backward=self.in_backward, capturable=self.captured
+        )
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step; returns the loss before it. The drift's value is there once backward has run."""

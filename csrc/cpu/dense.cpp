@@ -67,22 +67,22 @@ void copy_sums(const Buffer& partial, int64_t chunks, const DenseLayer& d, float
   }
 }
 
-// Runs dense_pass over all rows; grad_hidden [tasks, width]. Returns the sum of squared residuals.
+// Runs dense_pass over all rows; grad_hidden [tasks, width], or null. Returns the sum of squared residuals.
 double run_pass(const DenseLayer& d, float* grad_hidden) {
   const std::vector<Part> parts = chunks(d);
   const int64_t stride = d.tasks * d.padded;
-  const Buffer partial(static_cast<int64_t>(parts.size()) * stride);
+  const Buffer partial(grad_hidden ? static_cast<int64_t>(parts.size()) * stride : 0);
   std::vector<double> drift(parts.size());
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch(dense_scratch(d.tasks));
     for (int64_t i = begin; i < end; ++i) {
-      float* sums = partial.get() + i * stride;
-      std::fill(sums, sums + stride, 0.0f);
+      float* sums = grad_hidden ? partial.get() + i * stride : nullptr;
+      if (sums) std::fill(sums, sums + stride, 0.0f);
       drift[i] = k.dense_pass(d, parts[i].begin, parts[i].end, scratch.get(), sums);
     }
   });
-  copy_sums(partial, static_cast<int64_t>(parts.size()), d, grad_hidden);
+  if (grad_hidden) copy_sums(partial, static_cast<int64_t>(parts.size()), d, grad_hidden);
   double total = 0;
   for (const double part : drift) total += part;
   return total;
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
                                          const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
                                          const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
                                          const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
-                                         double beta2, double eps) {
+                                         double beta2, double eps, double weight_decay, bool decoupled, bool maximize) {
   check_adam("hypernet_adam", hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m,
              bias_v, step, lr, Place::kCpu);
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
@@ -168,9 +168,75 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
   d.weight_v = mutable_data(weight_v);
   d.bias_m = mutable_data(bias_m);
   d.bias_v = mutable_data(bias_v);
-  d.adam = adam_step(*data(step), *data(lr), beta1, beta2, eps);
+  d.adam = adam_step(*data(step), *data(lr), beta1, beta2, eps, weight_decay, decoupled, maximize);
   *mutable_data(drift) = static_cast<float>(run_pass(d, mutable_data(grad_hidden)));
   return {grad_hidden, drift};
+}
+
+std::tuple<Tensor, Tensor> output_residuals(const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+                                            const Tensor& targets) {
+  check_residuals("output_residuals", hidden, weight, bias, targets, Place::kCpu);
+  Tensor residuals = empty_float(weight, {hidden.size(0), weight.size(0)});
+  Tensor drift = empty_float(weight, {});
+  DenseLayer d = dense_layer(weight, bias, hidden.size(0));
+  const Buffer padded = padded_rows(data(hidden), d.tasks, d.width, d.padded);
+  d.hidden = padded.get();
+  d.targets = data(targets);
+  float* out = mutable_data(residuals);
+  const std::vector<Part> parts = chunks(d);
+  std::vector<double> squares(parts.size());
+  const Kernels& k = kernels();
+  torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch(dense_scratch(d.tasks));
+    for (int64_t i = begin; i < end; ++i) {
+      if (d.tasks == 1) {  // the same numbers, at the rate of the memory
+        k.dense_logits(d, parts[i].begin, parts[i].end, out);
+      } else {
+        squares[i] = k.dense_residuals(d, parts[i].begin, parts[i].end, scratch.get(), out);
+      }
+    }
+  });
+  double total = 0;
+  for (const double part : squares) total += part;
+  *mutable_data(drift) = static_cast<float>(total);
+  return {residuals, drift};
+}
+
+// What the two passes over kept factors have in common. The hidden vectors are the step's only.
+DenseLayer factored_layer(const Tensor& factors, const Tensor& scales, const Tensor& weight) {
+  DenseLayer d{};
+  d.rows = weight.size(0);
+  d.width = weight.size(1);
+  d.padded = (d.width + kAlign - 1) / kAlign * kAlign;
+  d.drift_tasks = d.tasks = factors.size(0);
+  d.weight = data(weight);
+  d.factors = data(factors);
+  d.scales = data(scales);
+  return d;
+}
+
+std::tuple<Tensor, Tensor> hidden_gradient(const Tensor& factors, const Tensor& scales, const Tensor& weight) {
+  check_factors("hidden_gradient", factors, scales, weight, Place::kCpu);
+  Tensor grad_hidden = empty_float(weight, {factors.size(0), weight.size(1)});
+  Tensor grad_bias = empty_float(weight, {weight.size(0)});
+  DenseLayer d = factored_layer(factors, scales, weight);
+  d.grad_bias = mutable_data(grad_bias);
+  run_pass(d, mutable_data(grad_hidden));
+  return {grad_hidden, grad_bias};
+}
+
+void factored_adam(const Tensor& factors, const Tensor& scales, const Tensor& hidden, const Tensor& weight,
+                   const Tensor& weight_m, const Tensor& weight_v, const Tensor& step, const Tensor& lr, double beta1,
+                   double beta2, double eps, double weight_decay, bool decoupled, bool maximize) {
+  check_factored_adam("factored_adam", factors, scales, hidden, weight, weight_m, weight_v, step, lr, Place::kCpu);
+  DenseLayer d = factored_layer(factors, scales, weight);
+  const Buffer padded = padded_rows(data(hidden), d.tasks, d.width, d.padded);
+  d.hidden = padded.get();
+  d.weight_out = mutable_data(weight);
+  d.weight_m = mutable_data(weight_m);
+  d.weight_v = mutable_data(weight_v);
+  d.adam = adam_step(*data(step), *data(lr), beta1, beta2, eps, weight_decay, decoupled, maximize);
+  run_pass(d, nullptr);
 }
 
 }  // namespace
@@ -184,7 +250,17 @@ HM_SCHEMAS(m) {
   m.def(
       "hypernet_adam(Tensor hidden, Tensor grad_logits, Tensor targets, Tensor drift_weight, Tensor(a!) weight,"
       " Tensor(b!) bias, Tensor(c!) weight_m, Tensor(d!) weight_v, Tensor(e!) bias_m, Tensor(f!) bias_v, Tensor step,"
-      " Tensor lr, float beta1, float beta2, float eps) -> (Tensor hidden_grad, Tensor drift)");
+      " Tensor lr, float beta1, float beta2, float eps, float weight_decay=0.0, bool decoupled=False,"
+      " bool maximize=False)"
+      " -> (Tensor hidden_grad, Tensor drift)");
+  m.def(
+      "output_residuals(Tensor hidden, Tensor weight, Tensor bias, Tensor targets) -> (Tensor residuals, Tensor drift)");
+  m.def(
+      "hidden_gradient(Tensor factors, Tensor scales, Tensor weight) -> (Tensor hidden_grad, Tensor bias_grad)");
+  m.def(
+      "factored_adam(Tensor factors, Tensor scales, Tensor hidden, Tensor(a!) weight, Tensor(b!) weight_m,"
+      " Tensor(c!) weight_v, Tensor step, Tensor lr, float beta1, float beta2, float eps, float weight_decay=0.0,"
+      " bool decoupled=False, bool maximize=False) -> ()");
 }
 
 HM_CPU(m) {
@@ -192,6 +268,9 @@ HM_CPU(m) {
   m.impl("output_drift", TORCH_BOX(&output_drift));
   m.impl("output_drift_backward", TORCH_BOX(&output_drift_backward));
   m.impl("hypernet_adam", TORCH_BOX(&hypernet_adam));
+  m.impl("output_residuals", TORCH_BOX(&output_residuals));
+  m.impl("hidden_gradient", TORCH_BOX(&hidden_gradient));
+  m.impl("factored_adam", TORCH_BOX(&factored_adam));
 }
 
 }  // namespace hypermask

@@ -26,12 +26,15 @@ struct DenseLayer {
   const float* targets;      // [t, N]
   const float* grad_logits;  // [N] dLoss/da of the current task, or null
   float coefficient;         // 2 dLoss/dR
+  // With factors these are g in place of residuals and grad_logits: g_j = scales[j] factors[j].
+  const float* factors;  // [tasks, N] or null
+  const float* scales;   // [tasks]
   // gradient mode
   float* grad_weight;  // [N, H] or null
-  float* grad_bias;    // [N]
+  float* grad_bias;    // [N] or null
   // Adam mode
   float* weight_out;  // the weight again, writable; null in the other modes
-  float* bias_out;
+  float* bias_out;    // null where the bias is not stepped
   float *weight_m, *weight_v, *bias_m, *bias_v;
   AdamStep adam;
 };
@@ -57,7 +60,11 @@ struct Kernels {
   void (*dense_logits)(const DenseLayer& layer, int64_t begin, int64_t end, float* logits);
   // Sum of squared residuals over rows begin to end and all drift tasks.
   double (*dense_value)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch);
-  // The same, adding to grad_hidden [tasks, padded], and writing gradients or stepping Adam.
+  // out[j] = W h_j + b - target_j [tasks, N] of all drift tasks; the last one has no target. Returns the sum of squares
+  // of all others.
+  double (*dense_residuals)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* out);
+  // dense_value with what follows from it: adding to grad_hidden [tasks, padded], or null, writing gradients or stepping
+  // Adam.
   double (*dense_pass)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* grad_hidden);
 };
 

@@ -2,7 +2,9 @@
 //
 // For the rows p of a block: residuals r_jp = W_p.h_j + b_p - target_jp of the earlier tasks, g_jp = 2 dLoss/dR r_jp
 // (for the current task g_p is given), dh_j += g_jp W_p, dW_p = sum_j g_jp h_j, db_p = sum_j g_jp, then Adam on the
-// block while it is in the cache. W, m and v are read and written once; the gradient never leaves the cache.
+// block while it is in the cache. W, m and v are read and written once; the gradient never leaves the cache. The same
+// rows in two passes: the residuals are kept by the forward pass, a first pass gives dh and db from them, and a second
+// one dW and Adam.
 #pragma once
 
 #include "kernels.h"
@@ -15,7 +17,9 @@ namespace {
 // more side by side, which is what hides a multiply-add's latency.
 constexpr int kDotTasks = kLanes == 16 ? 5 : 3;  // of 4 rows each
 constexpr int kHiddenTasks = kLanes == 16 ? 5 : 6;
-constexpr int hidden_columns(int tasks) { return kLanes == 16 ? 4 : tasks == 1 ? 7 : 12 / tasks; }  // vectors
+constexpr int hidden_columns(int tasks) {  // vectors
+  return kLanes == 16 ? (tasks <= 2 ? 7 : 4) : tasks == 1 ? 7 : 12 / tasks;
+}
 constexpr int kOuterColumns = kLanes == 16 ? 7 : 4;  // vectors, of 2 rows each
 constexpr int kAdamWork = 12;                        // Adam on an entry takes about as long as this many multiply-adds
 
@@ -84,7 +88,8 @@ struct Cut {
 // under way there.
 class Ahead {
  public:
-  HM_INLINE Ahead of_block(const DenseLayer& d, int64_t row) {
+  // hidden: whether the hidden vectors' gradient is part of the work.
+  HM_INLINE Ahead of_block(const DenseLayer& d, int64_t row, bool hidden) {
     Ahead a;
     a.arrays_ = d.weight_out ? 3 : 1;
     a.near_ = 2 * a.arrays_ * kBlockRows * d.width <= kNear;
@@ -93,7 +98,9 @@ class Ahead {
     a.array_[1] = d.weight_m + later;
     a.array_[2] = d.weight_v + later;
     a.lines_ = kBlockRows * d.width / kLine;
-    a.work_ = kBlockRows * (d.drift_tasks + 2 * d.tasks + kAdamWork);
+    const bool weights = d.weight_out || d.grad_weight;
+    a.work_ = kBlockRows * ((d.factors ? 0 : d.drift_tasks) + hidden * d.tasks + weights * (d.tasks + kAdamWork));
+    if (a.work_ == 0) a.work_ = 1;  // no tasks: there is nothing to do in the meantime
     return a;
   }
 
@@ -145,11 +152,10 @@ HM_INLINE void dots(const float* w, int64_t width, const float* h, int64_t padde
   const int rest = static_cast<int>(width - whole);
   for (int64_t k = 0; k < whole; k += kLanes) step(k, [](const float* p) { return load(p); });
   if (rest) step(whole, [rest](const float* p) { return load_part(p, rest); });
+  Quad sums[kTasks];
+  sum_lanes(sum, sums);
 #pragma GCC unroll 8
-  for (int j = 0; j < kTasks; ++j) {
-    const Quad q = sum_lanes(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
-    std::memcpy(out + j * kBlockRows, &q, sizeof q);
-  }
+  for (int j = 0; j < kTasks; ++j) std::memcpy(out + j * kBlockRows, &sums[j], sizeof sums[j]);
 }
 
 // factors[j][r] = W_r . h_j for the drift tasks and the rows of a block.
@@ -184,6 +190,39 @@ HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* fa
     total += sum_lanes(sum);
   }
   return total;
+}
+
+// out[j] = dots + b - target_j for the rows of a block; the last task's without a target. Returns the others' squares.
+HM_INLINE double write_residuals(const DenseLayer& d, int64_t row, int rows, const float* dots, float* out) {
+  double total = 0;
+  const int64_t last = d.drift_tasks - 1;
+  for (int64_t j = 0; j <= last; ++j) {
+    Vec sum{};
+    float* to = out + j * d.rows + row;
+    if (j < last) __builtin_prefetch(d.targets + j * d.rows + row + kBlockRows, 0, 3);
+    __builtin_prefetch(to + kBlockRows, 1, 3);
+    for (int r = 0; r < rows; r += kLanes) {
+      Vec x = load_up_to(dots + j * kBlockRows + r, rows - r) + load_up_to(d.bias + row + r, rows - r);
+      if (j < last) {
+        x = x - load_up_to(d.targets + j * d.rows + row + r, rows - r);
+        sum += x * x;
+      }
+      store_up_to(to + r, x, rows - r);
+    }
+    total += sum_lanes(sum);
+  }
+  return total;
+}
+
+// factors[j][r] = scales[j] times the row's given factor.
+HM_INLINE void scaled_factors(const DenseLayer& d, int64_t row, int rows, float* factors) {
+  for (int64_t j = 0; j < d.tasks; ++j) {
+    const float* from = d.factors + j * d.rows + row;
+    __builtin_prefetch(from + kBlockRows, 0, 3);
+    for (int r = 0; r < rows; r += kLanes) {
+      store_up_to(factors + j * kBlockRows + r, d.scales[j] * load_up_to(from + r, rows - r), rows - r);
+    }
+  }
 }
 
 // grad_hidden[j] += sum_r g[j][r] W_r for kTasks tasks and kColumns vectors; the last one has `rest` lanes if kPart.
@@ -339,9 +378,21 @@ double dense_value(const DenseLayer& d, int64_t begin, int64_t end, float* scrat
   double total = 0;
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
-    Ahead ahead = Ahead::of_block(d, row);
+    Ahead ahead = Ahead::of_block(d, row, false);
     block_dots(d, cut, d.weight + row * d.width, rows, scratch, ahead);
     total += residuals(d, row, rows, scratch);
+  }
+  return total;
+}
+
+double dense_residuals(const DenseLayer& d, int64_t begin, int64_t end, float* scratch, float* out) {
+  const Cut cut = Cut::of(d);
+  double total = 0;
+  for (int64_t row = begin; row < end; row += kBlockRows) {
+    const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
+    Ahead ahead = Ahead::of_block(d, row, false);
+    block_dots(d, cut, d.weight + row * d.width, rows, scratch, ahead);
+    total += write_residuals(d, row, rows, scratch, out);
   }
   return total;
 }
@@ -352,21 +403,28 @@ double dense_pass(const DenseLayer& d, int64_t begin, int64_t end, float* factor
   for (int64_t row = begin; row < end; row += kBlockRows) {
     const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
     const float* w = d.weight + row * d.width;
-    Ahead ahead = Ahead::of_block(d, row);
-    block_dots(d, cut, w, rows, factors, ahead);
-    total += residuals(d, row, rows, factors);
-    if (d.grad_logits) std::memcpy(factors + d.drift_tasks * kBlockRows, d.grad_logits + row, rows * sizeof(float));
-    hidden_gradient(d, cut, w, rows, factors, grad_hidden, ahead);
-    float grad_bias[kBlockRows];
-    bias_gradient(d, rows, factors, d.weight_out ? grad_bias : d.grad_bias + row);
+    Ahead ahead = Ahead::of_block(d, row, grad_hidden != nullptr);
+    if (d.factors) {
+      scaled_factors(d, row, rows, factors);
+    } else {
+      block_dots(d, cut, w, rows, factors, ahead);
+      total += residuals(d, row, rows, factors);
+      if (d.grad_logits) std::memcpy(factors + d.drift_tasks * kBlockRows, d.grad_logits + row, rows * sizeof(float));
+    }
+    if (grad_hidden) hidden_gradient(d, cut, w, rows, factors, grad_hidden, ahead);
+    if (d.grad_bias) bias_gradient(d, rows, factors, d.grad_bias + row);
     if (d.weight_out) {
       weight_gradient(d, cut, row, rows, factors, StepAdam{d.weight_out, d.weight_m, d.weight_v, d.adam}, ahead);
+    } else if (d.grad_weight) {
+      weight_gradient(d, cut, row, rows, factors, WriteGradient{d.grad_weight}, ahead);
+    }
+    if (d.bias_out) {
+      float grad_bias[kBlockRows];
+      bias_gradient(d, rows, factors, grad_bias);
       const StepAdam step{d.bias_out, d.bias_m, d.bias_v, d.adam};
       for (int r = 0; r < rows; r += kLanes) {
         StepAdam::take(step, load_up_to(grad_bias + r, rows - r), row + r, rows - r);
       }
-    } else {
-      weight_gradient(d, cut, row, rows, factors, WriteGradient{d.grad_weight}, ahead);
     }
   }
   return total;

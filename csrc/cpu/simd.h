@@ -145,4 +145,40 @@ HM_INLINE Quad sum_lanes(Vec a, Vec b, Vec c, Vec d) {
   return __builtin_shuffle(ab, cd, (Pick){0, 2, 4, 6}) + __builtin_shuffle(ab, cd, (Pick){1, 3, 5, 7});
 }
 
+// sums[j] = sum_lanes(v[j][0], ..., v[j][3]), the same bits: with AVX-512 the lanes of many vectors are added at once.
+template <int kCount>
+HM_INLINE void sum_lanes(const Vec (&v)[kCount][4], Quad (&sums)[kCount]) {
+#if HM_LANES == 16
+  // Each of four rows' vector folded to a quad, side by side in one vector.
+  const auto fold_four = [](const Vec(&r)[4]) __attribute__((always_inline)) {
+    const auto pair = [](__m512 a, __m512 b) __attribute__((always_inline)) {
+      return (Vec)_mm512_shuffle_f32x4(a, b, 0x88) + (Vec)_mm512_shuffle_f32x4(a, b, 0xdd);
+    };
+    return pair((__m512)pair((__m512)r[0], (__m512)r[1]), (__m512)pair((__m512)r[2], (__m512)r[3]));
+  };
+  const auto halves = [](Vec a, Vec b) __attribute__((always_inline)) {  // lanes 0 + 2 and 1 + 3 of each quad of a, b
+    const __m512 x = (__m512)a, y = (__m512)b;
+    return (Vec)_mm512_shuffle_ps(x, y, 0x44) + (Vec)_mm512_shuffle_ps(x, y, 0xee);
+  };
+  const __m512i by_task = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  int j = 0;
+#pragma GCC unroll 8
+  for (; j < kCount; j += 4) {
+    const int last = kCount - 1;
+    const Vec a = fold_four(v[j]), b = j + 1 <= last ? fold_four(v[j + 1]) : a;
+    const Vec c = j + 2 <= last ? fold_four(v[j + 2]) : a, d = j + 3 <= last ? fold_four(v[j + 3]) : c;
+    const __m512 ab = (__m512)halves(a, b), cd = j + 2 <= last ? (__m512)halves(c, d) : ab;
+    const Vec all = (Vec)_mm512_shuffle_ps(ab, cd, 0x88) + (Vec)_mm512_shuffle_ps(ab, cd, 0xdd);
+    const __m512 rows = _mm512_permutexvar_ps(by_task, (__m512)all);
+    sums[j] = (Quad)_mm512_castps512_ps128(rows);
+    if (j + 1 <= last) sums[j + 1] = (Quad)_mm512_extractf32x4_ps(rows, 1);
+    if (j + 2 <= last) sums[j + 2] = (Quad)_mm512_extractf32x4_ps(rows, 2);
+    if (j + 3 <= last) sums[j + 3] = (Quad)_mm512_extractf32x4_ps(rows, 3);
+  }
+#else
+#pragma GCC unroll 8
+  for (int j = 0; j < kCount; ++j) sums[j] = sum_lanes(v[j][0], v[j][1], v[j][2], v[j][3]);
+#endif
+}
+
 }  // namespace hypermask

@@ -24,7 +24,7 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
   const int processors = gpu.attribute(cudaDevAttrMultiProcessorCount);
   const int64_t tiles = ceil_div(d.rows, d.layout.rows);
   const auto blocks = static_cast<int>(std::max<int64_t>(std::min<int64_t>(tiles, processors * per_processor), 1));
-  const int outputs = kMode == kValue ? 0 : d.tasks * d.width;
+  const int outputs = sums_hidden(kMode) ? d.tasks * d.width : 0;
   Tensor partial = empty_of(like, {static_cast<int64_t>(blocks) * outputs}, ScalarType::Float);
   Tensor partial_drift = empty_of(like, {blocks}, ScalarType::Double);
   d.partial = mutable_data(partial);
@@ -50,7 +50,7 @@ Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, co
   Dense d{};
   d.rows = weight.size(0);
   d.width = static_cast<int>(weight.size(1));
-  d.tasks = d.drift_tasks = static_cast<int>(drift_tasks);
+  d.tasks = d.drift_tasks = d.target_tasks = static_cast<int>(drift_tasks);
   d.weight = const_cast<float*>(data(weight));
   d.bias = const_cast<float*>(data(bias));
   d.hidden = data(hidden);
@@ -64,6 +64,7 @@ Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor&
   check_float(op, "hidden", hidden, Place::gpu_of(weight), {weight.size(1)});
   Tensor logits = empty_float(weight, {weight.size(0)});
   Dense d = dense_layer(op, hidden, weight, bias, 1);
+  d.target_tasks = 0;
   d.logits = mutable_data(logits);
   run<kValue>(op, d, weight, nullptr, nullptr);
   return logits;
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
                                          const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
                                          const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
                                          const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
-                                         double beta2, double eps) {
+                                         double beta2, double eps, double weight_decay, bool decoupled, bool maximize) {
   const char* op = "hypernet_adam";
   check_adam(op, hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m, bias_v, step, lr,
              Place::gpu_of(weight));
@@ -120,8 +121,69 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
   d.beta1 = beta1;
   d.beta2 = beta2;
   d.eps = eps;
+  d.weight_decay = weight_decay;
+  d.decoupled = decoupled;
+  d.maximize = maximize;
   run<kAdam>(op, d, weight, mutable_data(grad_hidden), mutable_data(drift));
   return {grad_hidden, drift};
+}
+
+std::tuple<Tensor, Tensor> output_residuals(const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+                                            const Tensor& targets) {
+  const char* op = "output_residuals";
+  check_residuals(op, hidden, weight, bias, targets, Place::gpu_of(weight));
+  Tensor residuals = empty_float(weight, {hidden.size(0), weight.size(0)});
+  Tensor drift = empty_float(weight, {});
+  Dense d = dense_layer(op, hidden, weight, bias, hidden.size(0));
+  d.targets = data(targets);
+  d.target_tasks = d.drift_tasks - 1;
+  d.logits = mutable_data(residuals);
+  run<kValue>(op, d, weight, nullptr, mutable_data(drift));
+  return {residuals, drift};
+}
+
+// What the two passes over kept factors have in common. The hidden vectors are the step's only.
+Dense factored_layer(const char* op, const Tensor& factors, const Tensor& scales, const Tensor& weight) {
+  if (weight.size(1) > 4096 || factors.size(0) > 4096) fail(op, "factors or weight have more than 4096 rows or columns");
+  Dense d{};
+  d.rows = weight.size(0);
+  d.width = static_cast<int>(weight.size(1));
+  d.tasks = static_cast<int>(factors.size(0));
+  d.weight = const_cast<float*>(data(weight));
+  d.factors = data(factors);
+  d.scales = data(scales);
+  return d;
+}
+
+std::tuple<Tensor, Tensor> hidden_gradient(const Tensor& factors, const Tensor& scales, const Tensor& weight) {
+  const char* op = "hidden_gradient";
+  check_factors(op, factors, scales, weight, Place::gpu_of(weight));
+  Tensor grad_hidden = empty_float(weight, {factors.size(0), weight.size(1)});
+  Tensor grad_bias = empty_float(weight, {weight.size(0)});
+  Dense d = factored_layer(op, factors, scales, weight);
+  d.grad_bias = mutable_data(grad_bias);
+  run<kHidden>(op, d, weight, mutable_data(grad_hidden), nullptr);
+  return {grad_hidden, grad_bias};
+}
+
+void factored_adam(const Tensor& factors, const Tensor& scales, const Tensor& hidden, const Tensor& weight,
+                   const Tensor& weight_m, const Tensor& weight_v, const Tensor& step, const Tensor& lr, double beta1,
+                   double beta2, double eps, double weight_decay, bool decoupled, bool maximize) {
+  const char* op = "factored_adam";
+  check_factored_adam(op, factors, scales, hidden, weight, weight_m, weight_v, step, lr, Place::gpu_of(weight));
+  Dense d = factored_layer(op, factors, scales, weight);
+  d.hidden = data(hidden);
+  d.weight_m = mutable_data(weight_m);
+  d.weight_v = mutable_data(weight_v);
+  d.step = data(step);
+  d.lr = data(lr);
+  d.beta1 = beta1;
+  d.beta2 = beta2;
+  d.eps = eps;
+  d.weight_decay = weight_decay;
+  d.decoupled = decoupled;
+  d.maximize = maximize;
+  run<kStep>(op, d, weight, nullptr, nullptr);
 }
 
 }  // namespace
@@ -131,6 +193,9 @@ HM_CUDA(m) {
   m.impl("output_drift", TORCH_BOX(&output_drift));
   m.impl("output_drift_backward", TORCH_BOX(&output_drift_backward));
   m.impl("hypernet_adam", TORCH_BOX(&hypernet_adam));
+  m.impl("output_residuals", TORCH_BOX(&output_residuals));
+  m.impl("hidden_gradient", TORCH_BOX(&hidden_gradient));
+  m.impl("factored_adam", TORCH_BOX(&factored_adam));
 }
 
 }  // namespace hypermask

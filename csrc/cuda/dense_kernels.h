@@ -5,7 +5,8 @@
 // registers from tile to tile), and makes the tile's gradient for Adam (a thread per pack of columns, kDensePacks
 // rows), so that each value loaded from shared memory feeds 4 multiply-adds or more. Copies run ahead: while a tile is
 // worked on, W of the next one is on its way, and each m and v follows as soon as its place is free. W, m and v are
-// read and written once. Sums over rows are added in a fixed order: the same bits every time on the same device.
+// read and written once. Sums over rows are added in a fixed order: the same bits every time on the same device. The
+// same in two launches, by factors that the forward pass has kept: kHidden, then kStep.
 #pragma once
 
 #include "../common/adam.h"
@@ -13,6 +14,25 @@
 
 namespace hypermask {
 namespace {
+
+// factors[r][j] = scales[j] times the given factor, for one row and a chunk of tasks per thread.
+template <int kChunk>
+__device__ __forceinline__ void scaled_factors(const Dense& d, const Tile& tile, const Shared& s) {
+  const DenseLayout& l = d.layout;
+  for (int i = threadIdx.x; i < l.rows * (l.slots / kChunk); i += kThreads) {
+    const int chunk = i / l.rows, r = i - chunk * l.rows, first = chunk * kChunk;
+    const int count = r < tile.rows ? min(kChunk, d.tasks - first) : 0;
+    float g[kChunk] = {};
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      if (j < count) g[j] = d.scales[first + j] * d.factors[(first + j) * d.rows + tile.row + r];
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk; j += 4) {
+      pack_at<4>(s.factors + r * l.slots + first + j) = Pack<4>{{g[j], g[j + 1], g[j + 2], g[j + 3]}};
+    }
+  }
+}
 
 // factors[r][j] = dLoss/da_jr for one row and a chunk of tasks per thread. Returns this thread's squared residuals. A
 // dot product is one chain of multiply-adds over the columns: its bits depend neither on the mode nor on the other
@@ -29,7 +49,9 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
     if (drift > 0) {
       const float bias = d.bias[at];
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) target[j] = j < drift && d.targets ? d.targets[(first + j) * d.rows + at] : 0.0f;
+      for (int j = 0; j < kChunk; ++j) {
+        target[j] = j < drift && first + j < d.target_tasks ? d.targets[(first + j) * d.rows + at] : 0.0f;
+      }
       const float *w = s.weight + r * l.stride, *h = s.hidden + first * l.stride;
 #pragma unroll(kPack == 4 ? 8 / kChunk : 4)
       for (int k = 0; k < d.width; k += kPack) {
@@ -45,7 +67,7 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
       for (int j = 0; j < kChunk; ++j) {
         if (j < drift) {
           const float residual = (sum[j] + bias) - target[j];
-          squares += static_cast<double>(residual) * residual;
+          if (first + j < d.target_tasks) squares += static_cast<double>(residual) * residual;
           g[j] = coefficient * residual;
           if (kMode == kValue && d.logits) d.logits[(first + j) * d.rows + at] = residual;
         }
@@ -170,7 +192,7 @@ template <Mode kMode, int kSize>
 __device__ __forceinline__ void update(const Dense& d, const Piece<kSize>& piece, const Shared& s,
                                        const Pack<kSize>& grad, const AdamStep& step) {
   if (!piece.there) return;
-  if constexpr (kMode == kAdam) {
+  if constexpr (steps_weights(kMode)) {
     Pack<kSize> w = pack_at<kSize>(s.weight + piece.shared);
     Pack<kSize> m = pack_at<kSize>(s.m + piece.shared), v = pack_at<kSize>(s.v + piece.shared);
 #pragma unroll
@@ -191,7 +213,7 @@ __device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, co
     Pack<kPack> grad[kDensePacks] = {};
     gradient_of_rows(l, s, lane, column, grad);
     if constexpr (kPack == 4) {
-      if constexpr (kMode == kAdam) cp_async_wait<1>();  // m and v are here; W of the next tile may be under way
+      if constexpr (steps_weights(kMode)) cp_async_wait<1>();  // m and v are here; W of the next tile may be under way
 #pragma unroll
       for (int n = 0; n < kDensePacks; ++n) {
         update<kMode>(d, piece_of_row(d, tile, lane + n * l.lanes, column), s, grad[n], step);
@@ -203,7 +225,7 @@ __device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, co
   });
   if constexpr (kPack == 1) {
     __syncthreads();
-    if constexpr (kMode == kAdam) cp_async_wait<1>();
+    if constexpr (steps_weights(kMode)) cp_async_wait<1>();
     for_pieces(d, tile, [&](const auto& piece) {
       update<kMode>(d, piece, s, pack_at<piece.size>(s.grad + piece.shared), step);
     });
@@ -246,7 +268,7 @@ struct BiasRow {
 template <int kPack, int kChunk, Mode kMode>
 constexpr int dense_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  constexpr bool small = kPack * kChunk <= (kMode == kAdam ? 8 : 16);
+  constexpr bool small = kPack * kChunk <= (steps_weights(kMode) ? 8 : 16);
 #else
   constexpr bool small = kPack * kChunk <= 16;
 #endif
@@ -260,10 +282,12 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
   Shared s(l);
   for (int i = threadIdx.x; i < l.slots * l.stride; i += kThreads) {
     const int task = i / l.stride, k = i - task * l.stride;
-    s.hidden[i] = task < d.tasks && k < d.width ? d.hidden[task * d.width + k] : 0.0f;
+    s.hidden[i] = d.hidden && task < d.tasks && k < d.width ? d.hidden[task * d.width + k] : 0.0f;
   }
-  if (kMode == kAdam && threadIdx.x == 0) step = adam_step(*d.step, *d.lr, d.beta1, d.beta2, d.eps);
-  const float coefficient = kMode == kValue ? 0.0f : 2.0f * *d.outer;
+  if (steps_weights(kMode) && threadIdx.x == 0) {
+    step = adam_step(*d.step, *d.lr, d.beta1, d.beta2, d.eps, d.weight_decay, d.decoupled, d.maximize);
+  }
+  const float coefficient = kMode == kValue || given_factors(kMode) ? 0.0f : 2.0f * *d.outer;
   float* partial = d.partial + static_cast<int64_t>(blockIdx.x) * d.tasks * d.width;
   HiddenGradient<kPack, kChunk> hidden_gradient(l);
   double squares = 0;
@@ -273,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
   // "all but the last group" is W before the barrier below, and m and v in tile_weight.
   copy_tile<kPack>(d, tile, s.weight, d.weight);
   cp_async_commit();
-  if constexpr (kMode == kAdam) {
+  if constexpr (steps_weights(kMode)) {
     copy_tile<kPack>(d, tile, s.m, d.weight_m);
     copy_tile<kPack>(d, tile, s.v, d.weight_v);
   }
@@ -284,15 +308,19 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
     __syncthreads();  // W is here, and all threads are done with the tile before
     if (next.rows > 0) copy_tile<kPack>(d, next, s.next_weight, d.weight);
     cp_async_commit();
-    squares += tile_factors<kPack, kChunk, kMode>(d, tile, s, coefficient);
+    if constexpr (given_factors(kMode)) {
+      scaled_factors<kChunk>(d, tile, s);
+    } else {
+      squares += tile_factors<kPack, kChunk, kMode>(d, tile, s, coefficient);
+    }
     if constexpr (kMode != kValue) {
       BiasRow<kMode> bias(d, tile);
       __syncthreads();
-      hidden_gradient.add_tile(d, s, tile.row == start, partial);
-      tile_weight<kPack, kMode>(d, tile, s, step);
-      bias.update(d, tile, s.factors, step);
+      if constexpr (sums_hidden(kMode)) hidden_gradient.add_tile(d, s, tile.row == start, partial);
+      if constexpr (makes_weights(kMode)) tile_weight<kPack, kMode>(d, tile, s, step);
+      if constexpr (kMode != kStep) bias.update(d, tile, s.factors, step);
     }
-    if (kMode == kAdam && next.rows > 0) {  // where each thread has just used its own pieces
+    if (steps_weights(kMode) && next.rows > 0) {  // where each thread has just used its own pieces
       copy_tile<kPack>(d, next, s.m, d.weight_m);
       copy_tile<kPack>(d, next, s.v, d.weight_v);
     }
@@ -304,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
   }
   squares = block_sum(squares);
   if (threadIdx.x == 0) d.partial_drift[blockIdx.x] = squares;
-  if constexpr (kMode != kValue) hidden_gradient.finish(d, s.hidden, partial);
+  if constexpr (sums_hidden(kMode)) hidden_gradient.finish(d, s.hidden, partial);
 }
 
 // Adds the blocks' sums: 32 outputs a block, 8 groups of partial sums side by side, then the groups in order.

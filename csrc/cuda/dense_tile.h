@@ -6,23 +6,33 @@
 namespace hypermask {
 namespace {
 
-enum Mode { kValue, kGradient, kAdam };
+// kHidden and kStep are the two halves of kAdam, with factors that were kept.
+enum Mode { kValue, kGradient, kAdam, kHidden, kStep };
+
+constexpr bool given_factors(Mode mode) { return mode == kHidden || mode == kStep; }
+constexpr bool sums_hidden(Mode mode) { return mode == kGradient || mode == kAdam || mode == kHidden; }
+constexpr bool makes_weights(Mode mode) { return mode == kGradient || mode == kAdam || mode == kStep; }
+constexpr bool steps_weights(Mode mode) { return mode == kAdam || mode == kStep; }
 
 struct Dense {
   DenseLayout layout;
   int64_t rows;
   int width, drift_tasks, tasks;  // tasks: drift_tasks, plus one for the current task
-  float* weight;                  // written in Adam mode only
+  int target_tasks;               // the first drift tasks, which have targets
+  float* weight;                  // written where it is stepped only
   float* bias;
-  const float* hidden;       // [tasks, width]
-  const float* targets;      // [drift_tasks, rows], or null: 0
+  const float* hidden;       // [tasks, width], or null where only its gradient is asked for
+  const float* targets;      // [target_tasks, rows]
+  const float* factors;      // [tasks, rows]: times scales the factors, where they are given
+  const float* scales;       // [tasks]
   float* logits;             // [drift_tasks, rows]: in value mode where the residuals go, or null
   const float* grad_logits;  // [rows] or null
-  const float* outer;        // one entry: dLoss/dR; null in value mode
+  const float* outer;        // one entry: dLoss/dR; null where residuals are not factors
   float *grad_weight, *grad_bias;
   float *weight_m, *weight_v, *bias_m, *bias_v;
   const float *step, *lr;  // read on the device, so that a captured step sees them change
-  double beta1, beta2, eps;
+  double beta1, beta2, eps, weight_decay;
+  bool decoupled, maximize;
   float* partial;         // [blocks, tasks, width]
   double* partial_drift;  // [blocks]
 };

@@ -5,8 +5,8 @@ it: "plain" (PyTorch's own products), the extension on the CPU and on CUDA (`nat
 arguments, results and gradients are the definition's; every op also takes `backend=`, a name. `registry` says how the
 backend is chosen where none is named, and `explain` which one that is.
 
-Contiguous float32 tensors are accelerated. Other strides are made contiguous, but for what `hypernet_adam` steps; other
-dtypes go to the reference or to plain PyTorch products.
+Contiguous float32 tensors are accelerated. Other strides are made contiguous, but for what an
+op steps in place; other dtypes go to the reference or to plain PyTorch products.
 """
 
 from . import arguments, native, reference, triton
@@ -24,6 +24,8 @@ __all__ = [
     "chunked_output_drift",
     "entropy_select",
     "explain",
+    "factored_adam",
+    "hidden_gradient",
     "hypernet_adam",
     "hypernet_logits",
     "kept_rank",
@@ -35,6 +37,7 @@ __all__ = [
     "masked_weights_drift",
     "may_fuse",
     "output_drift",
+    "output_residuals",
     "semi_binary_mask",
     "task_batched_linear",
     "use_backend",
@@ -150,6 +153,24 @@ hypernet_adam = Op(
     reference.hypernet_adam,
     arguments.hypernet_adam,
     **native.offers(dense.hypernet_adam, dense.hypernet_adam_condition),
+)
+
+output_residuals = Op(
+    reference.output_residuals,
+    arguments.output_residuals,
+    **native.offers(dense.output_residuals, dense.output_residuals_condition),
+)
+
+hidden_gradient = Op(
+    reference.hidden_gradient,
+    arguments.hidden_gradient,
+    **native.offers(dense.hidden_gradient, dense.hidden_gradient_condition),
+)
+
+factored_adam = Op(
+    reference.factored_adam,
+    arguments.factored_adam,
+    **native.offers(dense.factored_adam, dense.factored_adam_condition),
 )
 
 # -- inference ---------------------------------------------------------------------------------------------------------

@@ -326,22 +326,55 @@ def hypernet_adam(
     bias_v: Tensor,
     step: Tensor,
     lr: Tensor,
-    *betas_and_eps: float,
+    *settings: float,
 ) -> None:
-    if hidden.dim() != 2 or len(hidden) == 0 or weight.dim() != 2:
-        shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        raise InputError(f"hidden must be (t + 1, H) and weight (N, H), not {shapes}")
-    rows, columns = weight.shape
-    _shape("hidden", hidden, (len(hidden), columns))
-    _shape("grad_logits", grad_logits, (rows,))
-    _shape("targets", targets, (len(hidden) - 1, rows))
-    _shape("bias", bias, (rows,))
+    output_residuals(hidden, weight, bias, targets)
+    _shape("grad_logits", grad_logits, (weight.shape[0],))
     moments = {"weight_m": weight_m, "weight_v": weight_v, "bias_m": bias_m, "bias_v": bias_v}
     for name, moment in moments.items():
         _shape(name, moment, tuple((weight if name.startswith("weight") else bias).shape))
         if moment.dtype != weight.dtype or bias.dtype != weight.dtype:
             raise InputError(f"bias and {name} must be {weight.dtype}, as weight, not {bias.dtype} and {moment.dtype}")
     for name, one in (("drift_weight", drift_weight), ("step", step), ("lr", lr)):
+        _one_entry(name, one)
+
+
+def output_residuals(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
+    if hidden.dim() != 2 or len(hidden) == 0 or weight.dim() != 2:
+        shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise InputError(f"hidden must be (t + 1, H) and weight (N, H), not {shapes}")
+    rows, columns = weight.shape
+    _shape("hidden", hidden, (len(hidden), columns))
+    _shape("targets", targets, (len(hidden) - 1, rows))
+    _shape("bias", bias, (rows,))
+
+
+def hidden_gradient(factors: Tensor, scales: Tensor, weight: Tensor) -> None:
+    if factors.dim() != 2 or weight.dim() != 2 or factors.shape[1] != weight.shape[0]:
+        raise InputError(
+            f"factors must be (K, N) and weight (N, H), not {tuple(factors.shape)} and {tuple(weight.shape)}"
+        )
+    _shape("scales", scales, (len(factors),))
+
+
+def factored_adam(
+    factors: Tensor,
+    scales: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    weight_m: Tensor,
+    weight_v: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    *settings: float,
+) -> None:
+    hidden_gradient(factors, scales, weight)
+    _shape("hidden", hidden, (len(factors), weight.shape[1]))
+    for name, moment in (("weight_m", weight_m), ("weight_v", weight_v)):
+        _shape(name, moment, tuple(weight.shape))
+        if moment.dtype != weight.dtype:
+            raise InputError(f"{name} must be {weight.dtype}, as weight, not {moment.dtype}")
+    for name, one in (("step", step), ("lr", lr)):
         _one_entry(name, one)
 
 

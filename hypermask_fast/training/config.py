@@ -16,7 +16,6 @@ from typing import Annotated, Any
 from ..errors import InputError
 from ..extras import needed_for
 from ..hypernet import HypernetConfig
-from ..optim import GRADIENTS
 from ..regularizers import FIDELITIES
 from ..settings import LARGEST, Kind, OneOf, Range, Text, check_fields, kinds, shown
 from .checkpoint import MANIFEST
@@ -27,6 +26,7 @@ LENGTHS = {"training.iterations", "training.epochs"}  # one of them is set
 # Of schedule = plateau: the learning rate is multiplied by FACTOR after more than PATIENCE epochs without a better
 # validation accuracy, down to LOWEST.
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LOWEST = 0.1**0.5, 5, 5e-7
+GRADIENTS = ("auto", "factored", "dense")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class TrainingConfig:
         checkpoint_every: how often a checkpoint is saved within a task; 0 for one at each task's end only.
         evaluation_batch: samples that are evaluated at once; it decides memory, and on some devices the last bits.
         precision: "float32", or "bf16" to train the target network under autocast.
-        gradient: how the hypernetwork's output layer, most of the model, is stepped; see `optim.Adam`.
+        gradient: of the hypernetwork's output layer: "factored" steps it within the backward pass (`optim.Adam` with
+            step_in_backward), "dense" by torch.optim.Adam; "auto": factored where the layer is dense.
         cuda_graph: whether, on a GPU, the training step is captured and replayed.
 
     Raises:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..data import Split, TensorSplit
 from ..model import HyperMask
-from ..optim import Adam
 
 Values = dict[str, Tensor]
 _WARM_UP = 3  # eager steps before a capture: libraries make handles and workspaces in them, which a capture must not
@@ -35,7 +34,7 @@ class TaskWork:
     split: Split
     rows: Tensor
     ranks: Tensor
-    optimizer: Adam
+    optimizer: torch.optim.Adam
     precision: str
 
     def step(self, x: Tensor, y: Tensor, ranks: Tensor) -> Values:

@@ -220,10 +220,12 @@ class Trainer:
         self._check_weights(values)
         self.result.seconds += time.perf_counter() - started
 
-    def _optimizer(self) -> Adam:
+    def _optimizer(self) -> torch.optim.Adam:
         on_gpu = self.device.type == "cuda"
         lr = torch.tensor(self.config.lr, device=self.device) if on_gpu else self.config.lr
-        return Adam(self.model, lr, gradient=self.config.gradient, exact_loss=False, capturable=on_gpu)
+        if self.config.gradient == "dense":
+            return torch.optim.Adam(self.model.parameters(), lr, fused=True, capturable=on_gpu)
+        return Adam(self.model, lr, capturable=on_gpu, step_in_backward=True)
 
     def _blocks(self, task: int, split: Split, start: int, length: int) -> Iterator[Block]:
         """Sample numbers and kept ranks of the task's iterations from `start` on, a block of iterations at a time."""
@@ -245,7 +247,7 @@ class Trainer:
         values: dict[str, Tensor],
         sparsity: float,
         length: int,
-        optimizer: Adam,
+        optimizer: torch.optim.Adam,
         plateau: ReduceLROnPlateau | None,
     ) -> None:
         """Validation and the log, where they are due; the only places where the host waits for the device."""
@@ -294,7 +296,7 @@ class Trainer:
             self._at.best_model = {name: tensor.clone() for name, tensor in network_state(self.model).items()}
         return value
 
-    def _plateau(self, optimizer: Adam) -> ReduceLROnPlateau | None:
+    def _plateau(self, optimizer: torch.optim.Adam) -> ReduceLROnPlateau | None:
         if self.config.schedule == "constant":
             return None
         return ReduceLROnPlateau(
@@ -314,7 +316,7 @@ class Trainer:
         every, done = self.config.checkpoint_every, self._at.iteration
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
-    def _save(self, optimizer: Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
+    def _save(self, optimizer: torch.optim.Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
         """Within a task, all that the rest of it depends on; between tasks, the model and the results."""
         if self.run_dir is None:
             return
@@ -382,7 +384,9 @@ class Trainer:
         self._keeps()
         return tensors if self._at.iteration > 0 else {}
 
-    def _restore_task(self, optimizer: Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]) -> None:
+    def _restore_task(
+        self, optimizer: torch.optim.Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]
+    ) -> None:
         state = self._restored_state
         targets = sorted(key for key in tensors if key.startswith("anchor.targets."))
         self.model.anchor = Anchor(self._at.task, tensors["anchor.weights"], tuple(tensors[key] for key in targets))

@@ -22,7 +22,7 @@ REGISTERS = {
     "chunk_few_rows.cu": 168,  # one block of 384: a warp has the logits and weights of 48 x 32 entries
 }
 # What a kernel reads and writes in bulk goes by 16 bytes: (part of the mangled name, loads, stores) at least, in the
-# code for aligned rows and segments. ILi4: packs of 4 floats, ModeE2: Adam; Lb1: aligned rows.
+# code for aligned rows and segments. ILi4: packs of 4 floats, ModeE2: Adam, E4: its second half; Lb1: aligned rows.
 STREAMS = {
     "masks.cu": [
         ("mask_forward_kernel", 1, 1), ("mask_backward_kernel", 2, 1),
@@ -34,6 +34,8 @@ STREAMS = {
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE2E", 24, 12), (r"dense_kernelILi4ELi[48]ELN\w+ModeE1E", 8, 4),
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE0E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE2E", 6, 3),
         (r"dense_kernelILi1ELi[48]ELN\w+ModeE1E", 2, 1), (r"dense_kernelILi1ELi[48]ELN\w+ModeE0E", 2, 0),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE4E", 24, 12), (r"dense_kernelILi1ELi[48]ELN\w+ModeE4E", 6, 3),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE3E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE3E", 2, 0),
     ],
     "few_rows.cu": [(r"\d+masked_linear_kernelI\w+Li[12]ELb1E", 16, 0)],  # 4 of W, 4 of logits, two steps
     "chunk_few_rows.cu": [(r"chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],

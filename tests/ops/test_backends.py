@@ -199,7 +199,7 @@ ops.semi_binary_mask(torch.ones(2), torch.tensor(0.0))
 @pytest.mark.native
 def test_report():
     text = env.report()
-    assert re.search(r"backend cpu: +ready \(.*\): hypernet_adam", text)
+    assert re.search(r"backend cpu: +ready \(.*\): .*hypernet_adam", text)
     rest = "entropy_select" if registry.problem("triton") else ": nothing"  # Triton's kernels serve what is left
     assert rest in text.splitlines()[-1]
 

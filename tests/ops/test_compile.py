@@ -48,11 +48,12 @@ def test_cpu_compiles_without_graph_break(cpu):
 @pytest.mark.native
 def test_cpu_hypernet_adam_modifies_its_arguments_in_a_graph(cpu):
     """In a graph of its own, and what comes before and after in the same graph sees it."""
-    *tensors, beta1, beta2, eps = native_arguments()["hypernet_adam"]
+    arguments = native_arguments()["hypernet_adam"]
+    tensors, settings = arguments[:12], arguments[12:]
 
     def step(*tensors):
         before = tensors[4].sum()
-        results = cpu.hypernet_adam(*tensors, beta1, beta2, eps)
+        results = cpu.hypernet_adam(*tensors, *settings)
         return [before, *results, tensors[4].sum()]
 
     torch.use_deterministic_algorithms(False)

@@ -72,8 +72,11 @@ def replaced(value, how):
 
 
 def more_allowed(name, i):
-    """Whether argument i are logits that may go on behind the last offset, since no other tensor tells their number."""
+    """Whether argument i are logits that may go on behind the last offset, or a weight of any width, since no other
+    tensor tells their number."""
     names = [argument.name for argument in getattr(EXTENSION, name).default._schema.arguments]
+    if name == "hidden_gradient":
+        return names[i] == "weight"
     return names[i] == "logits" and "offsets" in names and "previous" not in names
 
 

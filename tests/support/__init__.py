@@ -12,6 +12,8 @@
     segments     weights, logits, thresholds and previous weights of several segments
     forging      checkpoints that are altered and given the right digests again
     dense        the dense output layer with hidden vectors, targets and moments
+    ranks        what each of two processes does
+    framework    runs an example in a process of its own
     internals    what tests reach into the registry for
     emulation    csrc/cuda compiled for the CPU, out of cuda_emulation/
 

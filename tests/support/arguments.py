@@ -11,6 +11,7 @@ from hypermask_fast.ops.task_rows import TaskRows
 from support.comparing import DEVICE, randn
 
 OFFSETS = [0, 12, 17, 18]
+ADAM = 0.9, 0.99, 1e-8, 0.0, False, False  # betas, eps, weight decay, decoupled, maximize
 
 
 def native_arguments(grad: bool = False) -> dict[str, tuple]:
@@ -39,7 +40,11 @@ def native_arguments(grad: bool = False) -> dict[str, tuple]:
         "output_drift": (hidden, weight, bias, targets),
         "output_drift_backward": (one, hidden.detach(), weight.detach(), bias.detach(), targets),
         "hypernet_logits": (hidden.detach()[0, 0], weight, bias),
-        "hypernet_adam": (torch.randn(3, 6), torch.randn(50), targets[:2], one, *state, one, one, 0.9, 0.99, 1e-8),
+        "hypernet_adam": (torch.randn(3, 6), torch.randn(50), targets[:2], one, *state, one, one, *ADAM),
+        "factored_adam": (
+            *(torch.randn(3, 50), torch.rand(3), torch.randn(3, 6)),
+            *(state[0], state[2], state[3], one, one, *ADAM),
+        ),
     }
     # An operator that takes just what its op takes needs no line above.
     others = [name for name, op in OPS.items() if "cpu" in op.offers and op.layer is None and name not in known]
@@ -74,6 +79,13 @@ def valid(op: str, device: str | torch.device = "cpu") -> dict[str, object]:
         "hypernet_adam": {
             "hidden": torch.randn(3, 6), "grad_logits": torch.randn(50), "targets": torch.randn(2, 50),
             "drift_weight": one, "weight": dense["weight"], "bias": dense["bias"], **moments, "step": one, "lr": one,
+        },
+        "output_residuals": {**dense, "hidden": torch.randn(3, 6), "targets": torch.randn(2, 50)},
+        "hidden_gradient": {"factors": torch.randn(3, 50), "scales": torch.rand(3), "weight": dense["weight"]},
+        "factored_adam": {
+            "factors": torch.randn(3, 50), "scales": torch.rand(3), "hidden": torch.randn(3, 6),
+            "weight": dense["weight"], "weight_m": moments["weight_m"], "weight_v": moments["weight_v"],
+            "step": one, "lr": one,
         },
         "entropy_select": {"logits": torch.randn(3, 4, 5)},
         "masked_linear": {

@@ -196,8 +196,16 @@ class Emulated:
         return self.operators.hypernet_logits(*contiguous((hidden.reshape(-1), weight, bias))).unsqueeze(0)
 
     def hypernet_adam(self, *args) -> tuple[Tensor, Tensor]:
-        tensors, numbers = args[:12], args[12:] or (0.9, 0.999, 1e-8)
-        return self.operators.hypernet_adam(*tensors, *numbers)
+        return self.operators.hypernet_adam(*args[:12], *with_defaults(args[12:]))
+
+    def factored_adam(self, *args) -> None:
+        self.operators.factored_adam(*args[:8], *with_defaults(args[8:]))
+
+
+def with_defaults(settings: tuple) -> tuple:
+    """Adam's settings from beta1 on, all of them."""
+    defaults = 0.9, 0.999, 1e-8, 0.0, False, False
+    return *settings, *defaults[len(settings) :]
 
 
 def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""The hypernetwork's dense output layer: its logits, its output drift, and its backward pass with Adam's step."""
+"""The hypernetwork's dense output layer: its logits, its output drift, and its backward pass with Adam's step, in one
+pass or in two."""
 
 import torch
 from torch import Tensor
@@ -113,13 +114,16 @@ _STEPPED = slice(4, 10)  # of its arguments: weight, bias and their moments, whi
 
 @torch.no_grad()
 def hypernet_adam(*args):
-    *tensors, beta1, beta2, eps = args
-    stepped = tensors[_STEPPED]
-    before, behind = contiguous(tensors[: _STEPPED.start]), contiguous(tensors[_STEPPED.stop :])
-    everything = (t.detach() for t in (*before, *stepped, *behind))
-    result = torch.ops.hypermask_native.hypernet_adam(*everything, beta1, beta2, eps)
+    return _stepping(torch.ops.hypermask_native.hypernet_adam, _STEPPED, args[:12], args[12:])
+
+
+def _stepping(step, stepped, tensors, settings):
+    """Calls an operator that modifies tensors[stepped] in place."""
+    before, behind = contiguous(tensors[: stepped.start]), contiguous(tensors[stepped.stop :])
+    everything = (t.detach() for t in (*before, *tensors[stepped], *behind))
+    result = step(*everything, *settings)
     if not torch.compiler.is_compiling():
-        for t in stepped:
+        for t in tensors[stepped]:
             torch.autograd.graph.increment_version(t)
     return result
 
@@ -131,3 +135,58 @@ def hypernet_adam_condition(hidden, *rest):
 
 
 operator("hypernet_adam", lambda hidden, *rest: (torch.empty_like(hidden), hidden.new_empty(())))
+
+
+# -- the same in two passes: output_residuals forward, hidden_gradient backward, factored_adam in step() ---------------
+
+
+@torch.no_grad()
+def output_residuals(hidden, weight, bias, targets):
+    return torch.ops.hypermask_native.output_residuals(*contiguous((hidden, weight, bias, targets)))
+
+
+def output_residuals_condition(hidden, weight, bias, targets):
+    return _shared_memory_problem(hidden, hidden.shape[0])
+
+
+operator(
+    "output_residuals",
+    lambda hidden, weight, bias, targets: (
+        weight.new_empty(hidden.shape[0], weight.shape[0]),
+        weight.new_empty(()),
+    ),
+)
+
+
+@torch.no_grad()
+def hidden_gradient(factors, scales, weight):
+    return torch.ops.hypermask_native.hidden_gradient(*contiguous((factors, scales, weight)))
+
+
+def hidden_gradient_condition(factors, scales, weight):
+    return _shared_memory_problem(weight, factors.shape[0])
+
+
+operator(
+    "hidden_gradient",
+    lambda factors, scales, weight: (
+        weight.new_empty(factors.shape[0], weight.shape[1]),
+        weight.new_empty(weight.shape[0]),
+    ),
+)
+
+_FACTORED = slice(3, 6)  # weight and its moments
+
+
+@torch.no_grad()
+def factored_adam(*args):
+    return _stepping(torch.ops.hypermask_native.factored_adam, _FACTORED, args[:8], args[8:])
+
+
+def factored_adam_condition(factors, scales, hidden, *rest):
+    if not all(t.is_contiguous() for t in rest[:3]):  # a copy would be stepped in its place
+        return "weight and its moments are not contiguous"
+    return _shared_memory_problem(hidden, hidden.shape[0])
+
+
+operator("factored_adam", lambda *args: None)

@@ -1,0 +1,77 @@
+"""What people do in a training loop: the numbers of torch.optim.Adam on the dense gradient, or a refusal."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+
+import hypermask_fast as hmf
+from bench import loops
+from bench.loops import DEFAULT, DENSE, FEATURES, IN_BACKWARD
+
+# |a - b| / |b| of any parameter after 60 steps: Adam makes full steps of small gradients. In float32 an entry at a
+# mask's threshold may fall either way; how far that leads shows in the dense gradient's own distance from float64.
+FLOAT32, FLOAT64, ROOM = 3e-4, 1e-6, 3
+
+
+@functools.lru_cache(maxsize=4)
+def yardstick(name, dtype):
+    return loops.run(FEATURES[name], DENSE, dtype)
+
+
+def bound(name, dtype):
+    if dtype == torch.float64:
+        return FLOAT64
+    own = loops.difference(yardstick(name, torch.float32), yardstick(name, torch.float64))
+    return max(FLOAT32, ROOM * own)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the gradient of the hypernetwork's output layer is made in full")
+        warnings.filterwarnings("ignore", "Detected call of")
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_default_gives_the_dense_gradients_numbers(name, dtype):
+    found = loops.run(FEATURES[name], DEFAULT, dtype)
+    assert loops.difference(found, yardstick(name, dtype)) < bound(name, dtype)
+    start = loops.small_model(dtype).parameters()
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(found, start, strict=False))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_step_in_backward_gives_them_too_or_refuses(name):
+    feature = FEATURES[name]
+    if feature.waits:
+        with pytest.raises(hmf.InputError) as caught:
+            loops.run(feature, IN_BACKWARD)
+        assert "\n" not in str(caught.value)
+    else:
+        found = loops.run(feature, IN_BACKWARD)
+        assert loops.difference(found, yardstick(name, torch.float32)) < bound(name, torch.float32)
+
+
+CHUNKED = ["torch's clip_grad_norm_", "GradScaler, an overflow in every third step", "accumulation of two batches",
+           "weight_decay", "the output layer frozen", "LambdaLR, a task added on the way"]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimiser", [DEFAULT, IN_BACKWARD])
+@pytest.mark.parametrize("name", CHUNKED)
+def test_a_chunked_hypernetwork_in_the_same_loops(name, optimiser):
+    """Its gradient is dense, so there is nothing to refuse."""
+    expected = loops.run(FEATURES[name], DENSE, chunk_size=50)
+    assert loops.difference(loops.run(FEATURES[name], optimiser, chunk_size=50), expected) < FLOAT32
+
+
+def test_the_table_has_a_line_for_each(capsys, monkeypatch):
+    chosen = {name: FEATURES[name] for name in ("nothing in between", "torch's clip_grad_norm_")}
+    monkeypatch.setattr(loops, "FEATURES", chosen)
+    loops.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[2].count("equal") == 2
+    assert "| equal, " in lines[3] and "| refused: " in lines[3]
