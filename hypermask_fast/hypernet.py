@@ -1,7 +1,7 @@
 """Hypernetworks: from a task's embedding to its flat mask logits, dense or in chunks."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import InputError
+from .ops.once import differentiable_once
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,10 @@ class HyperNetwork(nn.Module):
         return ops.output_drift(hidden, self.output.weight, self.output.bias, *targets)
 
 
+def _differentiable_once(backward: Callable) -> Callable:
+    return differentiable_once("the one-pass step", backward, "optim.Adam(..., gradient='dense') is the way for it")
+
+
 class _SteppedOutput(torch.autograd.Function):
     """The dense output layer for the current task, whose backward pass is also its step."""
 
@@ -215,6 +220,7 @@ class _SteppedOutput(torch.autograd.Function):
         return logits, drift
 
     @staticmethod
+    @_differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors
         grad_logits, grad_drift = grads
