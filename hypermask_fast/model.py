@@ -393,8 +393,9 @@ class HyperMask(MaskedNetwork):
             of_mask = mask if self.drift.masked else None
             logits, thresholds = (None, None) if of_mask is None else (of_mask.logits, of_mask.thresholds)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.drift.weight_scale(anchor.task) > 0):
+                weights = [weight.to(anchor.weights.dtype) for weight in self.weights()]
                 weight = ops.weight_drift(
-                    self.weights(), anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
+                    weights, anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
                 )
         if mask is not None and mask.output_drift is not None:
             return Drifts(mask.output_drift, weight)

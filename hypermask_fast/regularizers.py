@@ -86,7 +86,8 @@ class Anchor(NamedTuple):
 def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: Sequence[Tensor], task: int) -> Anchor:
     """How things stand as `task` begins; weights: one tensor per segment of the layout."""
     targets = hypernet.drift_targets(task) if task > 0 else ()
-    return Anchor(task, layout.flatten([weight.detach() for weight in weights]), targets)
+    dtype = hypernet.output.weight.dtype  # a network of other dtypes is compared in the hypernetwork's
+    return Anchor(task, layout.flatten([weight.detach().to(dtype) for weight in weights]), targets)
 
 
 def output_drift(hypernet: HyperNetwork, anchor: Anchor, hidden: Tensor | None = None) -> Tensor:

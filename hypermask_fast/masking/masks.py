@@ -1,6 +1,6 @@
 """TaskMask: one task's mask over a whole network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ class Layer(Protocol):
 
     weight: Tensor
     bias: Tensor | None
+    mask_segments: Mapping[str, int]
 
     def segment(self, name: str) -> int | None: ...
 

@@ -60,14 +60,14 @@ class TaskStatistics(MaskedModule):
     running_var: Any = _statistic("running_var")
     num_batches_tracked: Any = _statistic("num_batches_tracked")
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
         running: Any = None if self.mask_scope is None else self.mask_scope.running
         if running is None:
             raise InputError(
                 f"{type(self).__name__} has statistics per task and is called outside of a forward pass: call "
                 "model(x, task), or work inside `with model.use_task(task):` or `with model.disabled():`"
             )
-        return self.normalise(x, *args) if running is PLAIN else running.batch_norm(self, x, *args)
+        return self.normalise(input, *args) if running is PLAIN else running.batch_norm(self, input, *args)
 
     def normalise(self, x: Tensor, *args: Any) -> Tensor:
         """The forward pass of the class itself, on the statistics that the running pass sees."""

@@ -42,13 +42,13 @@ class Pass:
 
     # -- what modules read ----------------------------------------------------------------------------------------
 
-    def parameter(self, segment: int, plain: Tensor) -> Tensor:
+    def parameter(self, segment: int, plain: Tensor | None = None) -> Tensor:
         """W * m of the task; the output layer's bias as it is."""
         if self.read is not None:
             self.read.add(segment)
         if self._with_grad and not torch.is_grad_enabled():
             self._quiet.add(segment)
-        return self.effective[segment]
+        return (self._effective or self.effective)[segment]
 
     def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
         """The task's own value of a parameter that is not shared."""
@@ -67,14 +67,23 @@ class Pass:
 
     def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """x (W * m)^T + b, fused or with `effective`, as `Op.fused` says for this call."""
-        y = self._fused(ops.masked_linear, layer, x)
-        return F.linear(x, layer.weight, layer.bias) if y is None else y
+        y = None if self._effective is not None else self._fused(ops.masked_linear, layer, x)
+        return F.linear(x, *self._of(layer)) if y is None else y
 
     def conv2d(self, layer: Convolution, x: Tensor) -> Tensor:
         """conv2d(x, W * m) + b, chosen likewise."""
         geometry = layer.geometry(x)
         y = None if geometry is None else self._fused(ops.masked_conv2d, layer, x, *geometry)
-        return layer.convolve(x, layer.weight, layer.bias) if y is None else y
+        return layer.convolve(x, *self._of(layer)) if y is None else y
+
+    def _of(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        """What a layer reads as its weight and bias, without asking for the running pass once more."""
+        segments = layer.mask_segments
+        weight, bias = segments.get("weight"), segments.get("bias")
+        return (
+            layer.weight if weight is None else self.parameter(weight),
+            layer.bias if bias is None else self.parameter(bias),
+        )
 
     def batch_norm(self, layer: TaskNorm, x: Tensor, *args: Any) -> Tensor:
         """Batch norm with this task's statistics, which training moves."""

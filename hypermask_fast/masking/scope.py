@@ -140,6 +140,8 @@ def _graph_task() -> int:
 
 def tensors_of(output: Any) -> list[Tensor]:
     """All tensors in what a network returns: a tensor, or tuples, lists, dicts and dataclasses of them."""
+    if isinstance(output, Tensor):
+        return [output]
     found: list[Tensor] = []
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
