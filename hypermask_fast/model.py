@@ -18,7 +18,7 @@ from .masking import mixed
 from .masking.layout import MaskLayout
 from .masking.masked_network import MaskedNetwork
 from .masking.masks import TaskMask
-from .masking.selection import Rule
+from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import Anchor, DriftConfig, Drifts
@@ -91,6 +91,7 @@ class HyperMask(MaskedNetwork):
             warnings.warn(f"sparsity is in percent: {sparsity} keeps almost everything", stacklevel=2)
         drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
         layout = MaskLayout.of(net, include, exclude, per_task=per_task, heads=heads)
+        check_values(net)
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")

@@ -75,6 +75,12 @@ class MaskedNetwork(nn.Module):
                 module.add_task()
         return added
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise InputError(
+            "nn.DataParallel can't make replicas of a HyperMask model: use torch.nn.parallel.DistributedDataParallel, "
+            "one model per process"
+        )
+
     # -- passes ---------------------------------------------------------------------------------------------------
 
     def _through(self, mask: TaskMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
