@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -18,6 +18,7 @@ from .masking import mixed
 from .masking.layout import MaskLayout
 from .masking.masked_network import MaskedNetwork
 from .masking.masks import TaskMask
+from .masking.norms import with_one_sample
 from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
@@ -265,6 +266,7 @@ class HyperMask(MaskedNetwork):
         if tasks.shape[0] == 0:
             return self._through(self.mask(0), inputs, kwargs)
         if not kwargs and len(inputs) == 1 and self._in_one_pass(inputs[0]):
+            self._check_rows(inputs, kwargs, count)
             return self._forward_rows(inputs[0], tasks)
         order = tasks.argsort(stable=True)
         present, counts = tasks[order].unique_consecutive(return_counts=True)
@@ -274,12 +276,22 @@ class HyperMask(MaskedNetwork):
         masks = [self._mask_of(task, logits) for task, logits in zip(ids, self.hypernet(ids), strict=True)]
         if len(ids) == 1:
             return self._through(masks[0], inputs, kwargs)
+        self._check_rows(inputs, kwargs, count)
         groups = order.split(counts.tolist())
-        parts = [
-            self._through(mask, *mixed.rows((inputs, kwargs), group, count))
-            for mask, group in zip(masks, groups, strict=True)
-        ]
+        with with_one_sample(self.net) if self.training and 1 in counts else nullcontext():
+            parts = [
+                self._through(mask, *mixed.rows((inputs, kwargs), group, count))
+                for mask, group in zip(masks, groups, strict=True)
+            ]
         return mixed.joined(parts, [len(group) for group in groups], order.argsort())
+
+    def _check_rows(self, inputs: tuple, kwargs: dict[str, Any], count: int) -> None:
+        if not self._rows_are_samples(inputs, kwargs, count):
+            raise InputError(
+                "the rows of the inputs' first dimension are no samples of their own in this network (alone they give "
+                "other outputs than within the batch): put samples first (such as batch_first=True), or pass one task "
+                "per batch"
+            )
 
     def _in_one_pass(self, x: Any, tasks: int | None = None) -> bool:
         """Whether several tasks pass together: on a GPU, and where a compiled graph can't know the groups' sizes.
@@ -331,8 +343,13 @@ class HyperMask(MaskedNetwork):
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
         masks = self.all_masks() if masks is None else masks
         alone = len(inputs) == 1 and not kwargs
-        if alone and isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(inputs[0], len(masks)):
-            x = inputs[0]
+        x: Any = inputs[0] if alone else None
+        if (
+            isinstance(masks, TaskMasks)
+            and len(masks) > 1
+            and self._in_one_pass(x, len(masks))
+            and self._rows_are_samples((x,), {}, x.shape[0])
+        ):
             repeated = x.expand(len(masks), *x.shape).flatten(0, 1)
             with self._scope.use(TaskBatch.every(masks, x, repeated)):
                 y = self.net(repeated)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from . import network, output
+from . import mixed, network, output
 from .access import parameter_of
 from .layout import MaskLayout
 from .masks import TaskMask
-from .norms import TaskStatistics
+from .norms import TaskStatistics, with_one_sample
 from .passes import Pass
 from .scope import PLAIN, Scope
 from .selection import owners, summary
@@ -42,6 +42,7 @@ class MaskedNetwork(nn.Module):
         self._links = network.Links(net, layout.names)
         self._guard = net.register_forward_pre_hook(partial(network.refuse_outside, self._scope), with_kwargs=True).id
         self._owners = self._assigned()
+        self._independent: dict[Any, bool] = {}  # kind of inputs -> whether rows of a batch are independent samples
         if left := summary(layout.rows):
             warnings.warn(left + " (print(model.layout) shows all)", stacklevel=3)
 
@@ -88,7 +89,8 @@ class MaskedNetwork(nn.Module):
         compiling = torch.compiler.is_compiling()
         read: set[int] | None = set() if self._unread and not compiling else None
         one = Pass(mask, read)
-        with self._scope.use(one):
+        alone = self.training and not compiling and mixed.is_one_sample(inputs, kwargs)
+        with self._scope.use(one), with_one_sample(self.net) if alone else nullcontext():
             y = self.net(*inputs, **kwargs)
         if read is not None:
             self._report_unread(read)
@@ -96,6 +98,16 @@ class MaskedNetwork(nn.Module):
             y = one.tied(y)
             self._scope.announce(y, one)
         return y
+
+    def _rows_are_samples(self, inputs: tuple, kwargs: dict[str, Any], count: int) -> bool:
+        """Whether each of `count` rows is a sample of its own, tried once for each kind of inputs."""
+        if torch.compiler.is_compiling() or count < 2:
+            return True
+        kind = mixed.kind(inputs, kwargs, count)
+        if kind not in self._independent:
+            with self._scope.use(PLAIN):
+                self._independent[kind] = mixed.independent(self.net, inputs, kwargs, count)
+        return self._independent[kind]
 
     def _report_unread(self, read: set[int]) -> None:
         """After the first pass: which masked parameters it did not read, said once."""
