@@ -102,7 +102,7 @@ def replicate(self: Any) -> Any:
             "a masked network can't be replicated by nn.DataParallel: its replicas would have no mask (use "
             "torch.nn.parallel.DistributedDataParallel, one model per process)"
         )
-    return nn.Module._replicate_for_data_parallel(self)
+    return nn.Module._replicate_for_data_parallel(self)  # pyright: ignore[reportPrivateUsage]
 
 
 @functools.cache
