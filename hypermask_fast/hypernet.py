@@ -1,8 +1,8 @@
 """Hypernetworks: from a task's embedding to its flat mask logits, dense or in chunks."""
 
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, sizing
 from .errors import InputError
+from .masking.layout import MaskLayout
 from .ops.once import differentiable_once
 
 
@@ -24,12 +25,15 @@ class HypernetConfig:
         hidden: widths of the hidden layers (ELU); the last one is H.
         chunk_size: None for one dense output layer of N rows; C to generate the output in chunks of C entries.
         chunk_embedding: size of a chunk's embedding, for a chunked hypernetwork.
+        by_tensor: with chunk_size, whether each masked tensor begins a chunk of its own. A tensor's last chunk is
+            truncated, and no chunk straddles two tensors.
     """
 
     embedding: int = 48
     hidden: tuple[int, ...] = (100,)
     chunk_size: int | None = None
     chunk_embedding: int = 8
+    by_tensor: bool = False
 
     def __post_init__(self) -> None:
         hidden = self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,)
@@ -42,12 +46,72 @@ class HypernetConfig:
                 raise InputError(f"hypernetwork {name} must be a positive integer, not {value!r}")
         if not self.hidden or not all(_is_size(width) for width in self.hidden):
             raise InputError(f"hypernetwork hidden must list one or more positive widths, not {self.hidden!r}")
+        if not isinstance(self.by_tensor, bool):
+            raise InputError(f"hypernetwork by_tensor must be True or False, not {self.by_tensor!r}")
+        if self.by_tensor and self.chunk_size is None:
+            raise InputError("hypernetwork by_tensor says how chunks lie: it needs a chunk_size")
 
-    def build(self, size: int, num_tasks: int) -> "HyperNetwork":
-        """The hypernetwork of this shape for `size` entries and `num_tasks` tasks."""
+    @classmethod
+    def auto(cls, layout: MaskLayout, budget_bytes: int, **settings: Any) -> "HypernetConfig":
+        """The largest hypernetwork that trains within a budget: dense where that fits, or else in chunks.
+
+        16 bytes a parameter in float32: weight, gradient, and Adam's two moments; see `sizing.parameters` for how many
+        there are. Masks, the target network and its own training come beside it.
+
+        Args:
+            layout: of the target network, `MaskLayout.of(net)`.
+            budget_bytes: bytes.
+            settings: all others than chunk_size; by_tensor is True unless it is given.
+
+        Raises:
+            InputError: not even the smallest one fits.
+        """
+        if not _is_size(budget_bytes):
+            raise InputError(f"budget_bytes must be a positive whole number of bytes, not {budget_bytes!r}")
+        dense = cls(**{"by_tensor": False, **settings, "chunk_size": None})
+        if sizing.TRAINED * dense.num_parameters(layout) <= budget_bytes:
+            return dense
+        chunked = cls(**{"by_tensor": True, **settings, "chunk_size": 1})
+        return replace(chunked, chunk_size=chunked.fitting(layout, budget_bytes))
+
+    def num_parameters(self, layout: MaskLayout) -> int:
+        """How many parameters it has for the tensors of a layout, besides the tasks' embeddings."""
+        sizes = self.embedding, self.hidden, self.chunk_size, self.chunk_embedding
+        return sizing.parameters(self._tensors(layout), *sizes)
+
+    def fitting(self, layout: MaskLayout, budget_bytes: int) -> int:
+        """The largest chunk_size that trains within a budget; see `auto`."""
+        sizes = self.embedding, self.hidden, self.chunk_embedding
+        return sizing.chunk_size(self._tensors(layout), *sizes, budget_bytes)
+
+    def _tensors(self, layout: MaskLayout) -> Sequence[int]:
+        return [segment.size for segment in layout.segments] if self.by_tensor else [layout.size]
+
+    def check_memory(self, layout: MaskLayout, device: torch.device) -> None:
+        """Raises InputError where it is larger than the memory of the device, or of this machine, where it is made."""
+        if device.type == "meta":
+            return
+        devices = [torch.device("cpu")] if device.type == "cpu" else [torch.device("cpu"), device]
+        known = [memory for memory in map(sizing.total_memory, devices) if memory is not None]
+        count = self.num_parameters(layout)
+        if known and sizing.TRAINED * count > min(known):
+            try:
+                hint = f"try HypernetConfig(chunk_size={self.fitting(layout, min(known) // 4)})"
+            except InputError:
+                hint = "take smaller hidden widths"
+            sizing.check_memory(count, devices, hint)
+
+    def build(self, size: int, num_tasks: int, tensors: Sequence[int] | None = None) -> "HyperNetwork":
+        """The hypernetwork of this shape for `size` entries and `num_tasks` tasks.
+
+        tensors: entries of each masked tensor, which sum to `size`; needed where chunks are `by_tensor`.
+        """
         if self.chunk_size is None:
             return HyperNetwork(size, num_tasks, self.embedding, self.hidden)
-        return ChunkedHyperNetwork(size, num_tasks, self.chunk_size, self.embedding, self.chunk_embedding, self.hidden)
+        if self.by_tensor and tensors is None:
+            raise InputError("a hypernetwork whose chunks follow the tensors needs to know their sizes")
+        shape = self.chunk_size, self.embedding, self.chunk_embedding, self.hidden
+        return ChunkedHyperNetwork(size, num_tasks, *shape, tensors if self.by_tensor else None)
 
 
 def _is_size(value: object) -> bool:
@@ -87,9 +151,11 @@ class HyperNetwork(nn.Module):
 
     Attributes:
         factored: whether the output layer can be stepped on its gradient's factors, within the backward pass.
+        removed: ids of tasks that are no longer there; their embeddings stay in place, so that all others keep theirs.
     """
 
     factored = True
+    removed: tuple[int, ...] = ()
     _stepper: "weakref.ref[OutputStepper] | None" = None
 
     def __init__(self, size: int, num_tasks: int, embedding: int, hidden: Iterable[int]) -> None:
@@ -124,7 +190,13 @@ class HyperNetwork(nn.Module):
 
     @property
     def num_tasks(self) -> int:
+        """How many ids have been given, those of removed tasks included."""
         return len(self.embeddings)
+
+    def tasks(self, last: int | None = None) -> Sequence[int]:
+        """Ids of the tasks that are there, up to and with `last`."""
+        ids = range(self.num_tasks if last is None else last + 1)
+        return [task for task in ids if task not in self.removed] if self.removed else ids
 
     def add_task(self) -> nn.Parameter:
         """One more embedding ~ N(0, 1), returned so that a running optimiser can be given it."""
@@ -167,12 +239,12 @@ class HyperNetwork(nn.Module):
         return _SteppedOutput.apply(rows, old, self.output, self.stepper)
 
     def earlier_hidden(self, task: int) -> Tensor:
-        """(t, chunks, H) last hidden layer of tasks 0..t-1, to the bit as in a pass over tasks 0..t.
+        """(earlier tasks, chunks, H) last hidden layer of the tasks before t, to the bit as in a pass with t itself.
 
         The last bits of a matrix product's rows depend on how many rows there are. A drift that is to be 0 at the
         start of a task must be 0, because Adam makes full steps of however small a gradient.
         """
-        return self.hidden(range(task + 1))[:task]
+        return self.hidden(self.tasks(task))[:-1]
 
     @torch.no_grad()
     def drift_targets(self, task: int) -> tuple[Tensor, ...]:
@@ -237,6 +309,7 @@ class ChunkedHyperNetwork(HyperNetwork):
 
     Args:
         size: N; chunk_size: C entries per chunk, the last chunk truncated; others: see `HypernetConfig`.
+        tensors: sizes that sum to N: each of them begins a chunk of its own and has its last chunk truncated.
     """
 
     factored = False  # its layer is small, its gradient ordinary
@@ -249,12 +322,37 @@ class ChunkedHyperNetwork(HyperNetwork):
         embedding: int,
         chunk_embedding: int,
         hidden: Iterable[int],
+        tensors: Sequence[int] | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        chunk_size = min(chunk_size, size)
-        chunks = -(-size // chunk_size)
+        self.tensors = (size,) if tensors is None else tuple(tensors)
+        chunk_size = min(chunk_size, max(self.tensors))
+        self.chunks = tuple(-(-entries // chunk_size) for entries in self.tensors)  # of each tensor
         self._build(size, num_tasks, embedding, chunk_embedding + embedding, tuple(hidden), rows=chunk_size)
-        self.chunk_embeddings = nn.Parameter(torch.randn(chunks, chunk_embedding))
+        self.chunk_embeddings = nn.Parameter(torch.randn(sum(self.chunks), chunk_embedding))
+        of_length = self._chunks_of_length() if len(self.tensors) > 1 else {}
+        self.lengths = tuple(of_length)
+        for length, chunks in of_length.items():
+            self.register_buffer(f"chunks_of_{length}", torch.tensor(chunks), persistent=False)
+
+    def _chunks_of_length(self) -> dict[int, list[int]]:
+        """Which chunks generate how many entries: C, or fewer where a tensor ends."""
+        found: dict[int, list[int]] = {}
+        first, rows = 0, self.output.out_features
+        for entries, chunks in zip(self.tensors, self.chunks, strict=True):
+            for number in range(chunks):
+                found.setdefault(min(rows, entries - number * rows), []).append(first + number)
+            first += chunks
+        return found
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, N) logits from the last hidden layer (T, chunks, H)."""
+        if not self.lengths:
+            return super().logits(hidden)
+        rows = self.output.out_features
+        whole = ops.hypernet_logits(hidden, self.output.weight, self.output.bias, rows * hidden.shape[1])
+        parts = whole.split([rows * chunks for chunks in self.chunks], 1)
+        return torch.cat([part[:, :entries] for part, entries in zip(parts, self.tensors, strict=True)], 1)
 
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task and chunk."""
@@ -272,7 +370,19 @@ class ChunkedHyperNetwork(HyperNetwork):
         return (self.earlier_hidden(task), self.output.weight.clone(), self.output.bias.clone())
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
-        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`."""
+        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`.
+
+        Where chunks follow the tensors: a sum over lengths, of the chunks that generate so many entries, so that what
+        is cut off does not count.
+        """
         old_hidden, old_weight, old_bias = targets
         layer = self.output
+        if self.lengths:
+            total = hidden.new_zeros(())
+            for length in self.lengths:
+                chunks: Any = getattr(self, f"chunks_of_{length}")
+                new = hidden.index_select(1, chunks), layer.weight[:length], layer.bias[:length]
+                old = old_hidden.index_select(1, chunks), old_weight[:length], old_bias[:length]
+                total = total + ops.chunked_output_drift(*new, *old, length * len(chunks))
+            return total
         return ops.chunked_output_drift(hidden, layer.weight, layer.bias, old_hidden, old_weight, old_bias, self.size)

@@ -1,45 +1,31 @@
 """HyperMask: a target network and its hypernetwork as one module."""
 
-import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from . import ops, regularizers
+from . import ops, pretrained
+from .anchored import Anchored, without_autocast
 from .errors import InputError
 from .hypernet import HypernetConfig
+from .masking import classes as numbers
 from .masking import mixed
 from .masking.layout import MaskLayout
-from .masking.masked_network import MaskedNetwork
 from .masking.masks import TaskMask
 from .masking.norms import with_one_sample
 from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
-from .regularizers import Anchor, DriftConfig, Drifts
+from .regularizers import DriftConfig
 
 
-def _without_autocast(method: Callable) -> Callable:
-    """For who has autocast on around a whole forward pass: logits, thresholds and drifts keep their dtype."""
-
-    @functools.wraps(method)
-    def in_own_dtype(self: "HyperMask", *args, **kwargs):
-        kind = self.hypernet.output.weight.device.type
-        if not torch.amp.is_autocast_available(kind):  # meta tensors
-            return method(self, *args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return in_own_dtype
-
-
-class HyperMask(MaskedNetwork):
+class HyperMask(Anchored):
     """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
 
     `net` is changed in place. Its modules stay, and so do their Parameters and names: an ordinary state_dict loads.
@@ -61,6 +47,9 @@ class HyperMask(MaskedNetwork):
             normalisations. (Running statistics are per task in any case.)
         heads: patterns of the paths of the output layers ("head", "heads.*"), whose bias is used as it is; None: found
             by the definition where it is plain to see, or else by the first forward pass.
+        classes: how many classes each task has, such as [2, 3, 5], where tasks differ in it: a task's outputs beyond
+            its classes become the most negative finite number. For a network that returns its output layer's logits:
+            (batch, classes), or (batch, classes, height, width, ...). None: every task uses all outputs.
         fidelity: "official" reproduces the authors' code: output drift divided by t twice, batch norm that always uses
             the batch's own statistics. "default": once, and running statistics per task.
 
@@ -85,6 +74,7 @@ class HyperMask(MaskedNetwork):
         exclude: Rule | Iterable[Rule] | None = None,
         per_task: Rule | Iterable[Rule] | None = None,
         heads: str | Iterable[str] | None = None,
+        classes: Sequence[int] | None = None,
         fidelity: str = "default",
     ) -> None:
         ops.kept_rank(sparsity, 1)
@@ -96,35 +86,28 @@ class HyperMask(MaskedNetwork):
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
-        hypernet = hypernetwork.build(layout.size, num_tasks)  # the last that can be refused: then the network changes
-        super().__init__(net, layout, num_tasks, batch_statistics=fidelity == "official", heads_named=heads is not None)
+        classes = None if classes is None else numbers.check(classes, num_tasks)
+        hypernetwork.check_memory(layout, next(net.parameters()).device)
+        sizes = [segment.size for segment in layout.segments]
+        hypernet = hypernetwork.build(layout.size, num_tasks, sizes)  # the last to be refused: then the network changes
+        super().__init__(
+            net,
+            layout,
+            num_tasks,
+            batch_statistics=fidelity == "official",
+            heads_named=heads is not None,
+            classes=classes,
+        )
         like = self.weights()
         dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in like) else torch.float32
         self.hypernet = hypernet.to(like[0].device, dtype)
-        self.sparsity, self.drift = sparsity, drift
-        self.anchor: Anchor | None = None  # what `begin_task` captured; assigned to when a run resumes within a task
+        self.sparsity, self.drift, self.hypernetwork = sparsity, drift, hypernetwork
+        self.anchor = None  # assigned to when a run resumes within a task
         self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
-
-    @property
-    def num_tasks(self) -> int:
-        return self.hypernet.num_tasks
-
-    def add_task(self, optimizer: Optimizer | None = None) -> int:
-        """One more task embedding (and batch-norm statistics), at any time; returns the new task's id.
-
-        Existing Parameters stay the same objects, so a running optimiser goes on working; given here, it also gets
-        the new embedding, with the settings of its first parameter group.
-        """
-        embedding = self.hypernet.add_task()
-        added = [embedding, *self._add_task()]
-        if optimizer is not None:
-            settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
-            optimizer.add_param_group({**settings, "params": added})
-        return self.num_tasks - 1
 
     # -- masks ----------------------------------------------------------------------------------------------------
 
-    @_without_autocast
+    @without_autocast
     def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
         """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
 
@@ -144,13 +127,13 @@ class HyperMask(MaskedNetwork):
         anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of(task)
         if anchor is None:
             return self._mask_of(task, self.hypernet([task]).squeeze(0), sparsity, ranks)
-        hidden = self.hypernet.hidden(range(task + 1))
+        hidden = self.hypernet.hidden(self.hypernet.tasks(task))
         for_drifts: dict[str, Any] = {}
         if stepper is None:
-            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[task:]).squeeze(0), hidden[:task]
+            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[-1:]).squeeze(0), hidden[:-1]
         else:
             logits, for_drifts["output_drift"] = self.hypernet.stepped_logits(hidden, anchor.targets)
-        if self.drift.masked and self.drift.weight_scale(task) > 0:
+        if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
 
@@ -162,9 +145,10 @@ class HyperMask(MaskedNetwork):
                 f"not {task.dtype} of {tuple(task.shape)}"
             )
         ids = task.reshape(1)
-        if _values_at_hand(task):
-            self._check_task(int(task))
-            return self._mask_of(task, self.hypernet(ids).squeeze(0), sparsity, ranks)
+        if _values_at_hand(task):  # then only this task's own get a gradient
+            number = int(task)
+            self._check_task(number)
+            return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks)
         known = self._known(ids)
         ids = ids.where(known, 0)
         hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
@@ -181,15 +165,8 @@ class HyperMask(MaskedNetwork):
         thresholds = self._thresholds(logits, sparsity, ranks)
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
 
-    def _anchor_in_training(self, task: int) -> Anchor | None:
-        """The anchor of the task that is being trained; None of any other."""
-        anchor = self.anchor
-        if anchor is None or anchor.task != task:
-            return None
-        return anchor if torch.is_grad_enabled() else None
-
-    @_without_autocast
-    def _masks_of(self, tasks: range | Tensor) -> TaskMasks:
+    @without_autocast
+    def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
         logits = self.hypernet(tasks)
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
 
@@ -206,18 +183,6 @@ class HyperMask(MaskedNetwork):
         if key not in self._ranks:
             self._ranks[key] = self.layout.ranks(sparsity, device)
         return self._ranks[key]
-
-    def _known(self, tasks: Tensor) -> Tensor:
-        """Which task ids exist, without a wait for the device."""
-        return (tasks >= 0) & (tasks < self.num_tasks)
-
-    def _check_task(self, task: int) -> None:
-        if isinstance(task, bool) or not isinstance(task, Integral):
-            raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
-        if not 0 <= task < self.num_tasks:
-            raise InputError(
-                f"task {task} does not exist: this model has tasks 0 to {self.num_tasks - 1} (add_task adds one)"
-            )
 
     # -- forward passes -------------------------------------------------------------------------------------------
 
@@ -244,7 +209,14 @@ class HyperMask(MaskedNetwork):
         self._check_network(tuple(inputs), kwargs, task)
         if isinstance(task, Tensor) and task.dim() == 1:
             return self._forward_mixed(tuple(inputs), kwargs, task)
-        return self._through(task if isinstance(task, TaskMask) else self.mask(task), tuple(inputs), kwargs)
+        return self._through(self._mask_for(task), tuple(inputs), kwargs)
+
+    def _mask_for(self, task: int | Tensor | TaskMask) -> TaskMask:
+        if not isinstance(task, TaskMask):
+            return self.mask(task)
+        if not isinstance(task.task, Tensor):
+            self._check_task(task.task)  # it may have been removed since
+        return task
 
     @contextmanager
     def use_task(self, task: int | Tensor | TaskMask) -> Iterator[TaskMask]:
@@ -253,7 +225,7 @@ class HyperMask(MaskedNetwork):
         For what is no forward pass of the model, such as `model.generate`, and for threads of one's own. Masks are made
         once for the block: a step of an optimiser within it is not seen.
         """
-        mask = task if isinstance(task, TaskMask) else self.mask(task)
+        mask = self._mask_for(task)
         with self._under(mask):
             yield mask
 
@@ -264,7 +236,7 @@ class HyperMask(MaskedNetwork):
                 f"one task per sample is an int64 tensor ({count},), not {tasks.dtype} of {tuple(tasks.shape)}"
             )
         if tasks.shape[0] == 0:
-            return self._through(self.mask(0), inputs, kwargs)
+            return self._through(self.mask(self.tasks[0]), inputs, kwargs)
         if not kwargs and len(inputs) == 1 and self._in_one_pass(inputs[0]):
             self._check_rows(inputs, kwargs, count)
             return self._forward_rows(inputs[0], tasks)
@@ -318,20 +290,27 @@ class HyperMask(MaskedNetwork):
         unknown = ~known.view(-1, *(1,) * (y.dim() - 1))
         return y.masked_fill(unknown, float("nan") if y.is_floating_point() else -1)
 
-    def all_masks(self) -> TaskMasks:
-        """Every task's mask, from one pass over the hypernetwork; made once, they serve many batches."""
-        return self._masks_of(range(self.num_tasks))
+    def all_masks(self, tasks: Iterable[int] | None = None) -> TaskMasks:
+        """All tasks' masks, from one pass over the hypernetwork; made once, they serve many batches.
+
+        tasks: of which, in this order; None: `model.tasks`. Each mask says whose it is (`mask.task`).
+        """
+        chosen = self.tasks if tasks is None else tuple(tasks)
+        for task in chosen:
+            self._check_task(task)
+        return self._masks_of(chosen)
 
     def forward_all_tasks(self, *inputs: Any, masks: Sequence[TaskMask] | None = None, **kwargs: Any) -> Any:
-        """(tasks, batch, ...) outputs of every task's masked network on the same batch.
+        """(tasks, batch, ...) outputs of every task's masked network on the same batch: row t is task t's.
 
         Args:
             inputs, kwargs: what the network takes.
-            masks: from `all_masks`, or a part of them; any other sequence passes mask by mask. Also the last one of the
-                inputs may be it.
+            masks: from `all_masks`, or a part of them, whose order the rows then have; any other sequence passes mask
+                by mask. Also the last one of the inputs may be it.
 
         Returns:
             Of a network that returns several tensors (a tuple, a dict, a dataclass) the same with each tensor stacked.
+            The row of a removed task is NaN (-1 where outputs are integers).
         """
         if (
             masks is None
@@ -341,7 +320,14 @@ class HyperMask(MaskedNetwork):
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
-        masks = self.all_masks() if masks is None else masks
+        if masks is None:
+            outputs = self._all(self.all_masks(), tuple(inputs), kwargs)
+            return mixed.spread(outputs, self.tasks, self.num_tasks) if self.hypernet.removed else outputs
+        for mask in masks:
+            self._mask_for(mask)
+        return self._all(masks, tuple(inputs), kwargs)
+
+    def _all(self, masks: Sequence[TaskMask], inputs: tuple, kwargs: dict[str, Any]) -> Any:
         alone = len(inputs) == 1 and not kwargs
         x: Any = inputs[0] if alone else None
         if (
@@ -354,7 +340,7 @@ class HyperMask(MaskedNetwork):
             with self._scope.use(TaskBatch.every(masks, x, repeated)):
                 y = self.net(repeated)
             return y.view(len(masks), x.shape[0], *y.shape[1:])
-        return mixed.stacked([self._through(mask, tuple(inputs), kwargs) for mask in masks])
+        return mixed.stacked([self._through(mask, inputs, kwargs) for mask in masks])
 
     def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
         """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
@@ -364,76 +350,36 @@ class HyperMask(MaskedNetwork):
         """
         return ops.entropy_select(mixed.logits(self.forward_all_tasks(*inputs, **kwargs), select))
 
-    # -- regularisers ---------------------------------------------------------------------------------------------
+    # -- away from here -------------------------------------------------------------------------------------------
 
-    def begin_task(self, task: int) -> None:
-        """Captures what the regularisers of task t compare with: output of tasks 0..t-1 and the weights, as of now.
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model to a folder: weights as safetensors, tied ones once, and hypermask.json, which says what it
+        is: masked parameters, sparsity, all settings, tasks. Its network's code is not in it. Whole at every moment.
 
-        `regularizer` does this by itself at its first call for a task; call it where another moment is meant.
+        Raises:
+            InputError: it can't be written; a model that was there before still is.
         """
-        self.anchor = self._captured(task)
+        pretrained.save(self, self.drift, self.hypernetwork, Path(folder))
 
-    def _captured(self, task: int) -> Anchor:
-        self._check_task(task)
-        return regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
-
-    def _anchor_of(self, task: int) -> Anchor:
-        anchor = self.anchor
-        if anchor is not None and task < anchor.task:
-            raise InputError(
-                f"the drifts of task {task} compare with how things stood as it began, which is gone since task "
-                f"{anchor.task} began: begin_task({task}) begins it anew"
-            )
-        if anchor is None or anchor.task != task:
-            anchor = self.anchor = self._captured(task)
-        return anchor
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HyperMask":
-        """Moves the anchor with the Parameters, wherever nn.Module takes them."""
-        super()._apply(fn, recurse)
-        if self.anchor is not None:
-            self.anchor = self.anchor.map(fn)
-        return self
-
-    @_without_autocast
-    def drifts(self, task: int | TaskMask) -> Drifts:
-        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], net: nn.Module) -> "HyperMask":
+        """The model that `save_pretrained` wrote, on the device of `net`. Nothing is unpickled.
 
         Args:
-            task: the task being trained, or its mask, which spares generating it again.
+            net: a network like the one that was saved; it gets the weights, in the dtypes that they were saved in.
+
+        Raises:
+            InputError: no such model, a damaged one, or another network: then the line names the first difference.
+                The network is left as it was.
         """
-        mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
-        anchor = self._anchor_of(number)
-        if mask is None and self.drift.masked:
-            mask = self.mask(number)
-        weight = None if mask is None else mask.weight_drift(anchor.weights)
-        if weight is None:
-            of_mask = mask if self.drift.masked else None
-            logits, thresholds = (None, None) if of_mask is None else (of_mask.logits, of_mask.thresholds)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.drift.weight_scale(anchor.task) > 0):
-                weights = [weight.to(anchor.weights.dtype) for weight in self.weights()]
-                weight = ops.weight_drift(
-                    weights, anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
-                )
-        if mask is not None and mask.output_drift is not None:
-            return Drifts(mask.output_drift, weight)
-        hidden = None if mask is None else mask.earlier_hidden
-        return Drifts(regularizers.output_drift(self.hypernet, anchor, hidden), weight)
-
-    def regularizer(self, task: int | TaskMask) -> Tensor:
-        """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.
-
-        Args:
-            task: the task being trained, or its mask, which spares generating it again.
-
-        Returns:
-            Scalar with gradient to both networks and all embeddings of tasks 0..t.
-        """
-        drifts = self.drifts(task)
-        assert self.anchor is not None, "drifts made it"
-        return self.drift.loss(drifts, self.anchor.task)
-
-    # -- export ---------------------------------------------------------------------------------------------------
+        saved = pretrained.Saved(Path(folder))
+        model = cls(net, **saved.settings(net))
+        try:
+            saved.fill(model)
+        except (InputError, RuntimeError) as error:
+            model.unconvert()
+            raise InputError(str(error).splitlines()[0]) from error
+        return model
 
     @torch.no_grad()
     def export(self, task: int) -> nn.Module:

@@ -70,7 +70,7 @@ class Adam(torch.optim.Adam):
         self.factored = model.hypernet.factored and gradient != "dense"
         self.exact_loss = exact_loss
         self._layer: nn.Linear = model.hypernet.output
-        self._embeddings = model.hypernet.embeddings
+        self._embeddings, self._tasks = model.hypernet.embeddings, model.hypernet.tasks
         self._task = -1  # whose embedding was last seen to be among the Parameters
         self._lr: tuple[tuple, Tensor] | None = None
         self._stepped = False
@@ -106,7 +106,7 @@ class Adam(torch.optim.Adam):
                 "a second backward pass before optimizer.step(): make one mask per step, mask = model.mask(task), for "
                 "both model(x, mask) and model.regularizer(mask), or use gradient='dense' to accumulate"
             )
-        self._check_embedding(len(hidden) - 1)
+        self._check_embedding(self._tasks()[len(hidden) - 1])
         self._stepped = True
         weight, bias = self._layer.weight, self._layer.bias
         state, bias_state = self._state_of(weight), self._state_of(bias)

@@ -6,6 +6,7 @@ from math import inf
 from numbers import Real
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .errors import InputError
@@ -44,7 +45,10 @@ class DriftConfig:
             raise InputError(f"fidelity must be one of {', '.join(FIDELITIES)}, not {self.fidelity!r}")
 
     def output_scale(self, task: int) -> float:
-        """Factor of R = sum_j ||h*(e*_j) - h(e_j)||^2 in the loss of task `task`; 0 for the first task."""
+        """Factor of R = sum_j ||h*(e*_j) - h(e_j)||^2 in a task's loss; 0 for the first task.
+
+        task: how many earlier tasks there are, which is the task's id unless some have been removed.
+        """
         if task == 0:
             return 0.0
         return self.beta / (task * task if self.fidelity == "official" else task)
@@ -71,7 +75,7 @@ class Anchor(NamedTuple):
     Attributes:
         task: the task t that began.
         weights: (N,) flat target weights.
-        targets: the earlier tasks' `HyperNetwork.drift_targets`; empty for the first task.
+        targets: the earlier tasks' `HyperNetwork.drift_targets`; empty where there is no earlier task.
     """
 
     task: int
@@ -82,10 +86,17 @@ class Anchor(NamedTuple):
         """The same with `function` of every tensor."""
         return Anchor(self.task, function(self.weights), tuple(function(target) for target in self.targets))
 
+    def without(self, row: int) -> "Anchor":
+        """The same without the earlier task of this number among those that are there."""
+        of_tasks, *others = self.targets  # of every hypernetwork, the first one has a row per task
+        if len(of_tasks) == 1:
+            return Anchor(self.task, self.weights, ())
+        return Anchor(self.task, self.weights, (torch.cat([of_tasks[:row], of_tasks[row + 1 :]]), *others))
+
 
 def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: Sequence[Tensor], task: int) -> Anchor:
     """How things stand as `task` begins; weights: one tensor per segment of the layout."""
-    targets = hypernet.drift_targets(task) if task > 0 else ()
+    targets = hypernet.drift_targets(task) if len(hypernet.tasks(task)) > 1 else ()
     dtype = hypernet.output.weight.dtype  # a network of other dtypes is compared in the hypernetwork's
     return Anchor(task, layout.flatten([weight.detach().to(dtype) for weight in weights]), targets)
 
@@ -95,6 +106,6 @@ def output_drift(hypernet: HyperNetwork, anchor: Anchor, hidden: Tensor | None =
 
     hidden: the hypernetwork's `earlier_hidden` of this task, where it is at hand.
     """
-    if anchor.task == 0:
+    if not anchor.targets:
         return anchor.weights.new_zeros(())
     return hypernet.output_drift(hypernet.earlier_hidden(anchor.task) if hidden is None else hidden, anchor.targets)

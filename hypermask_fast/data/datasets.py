@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ def from_datasets(
     name: str = "custom",
     in_memory: bool = True,
     num_workers: int = 0,
-    num_classes: int | None = None,
+    num_classes: int | Sequence[int] | None = None,
     augment: Transform | None = None,
 ) -> Scenario:
     """A scenario of one (train, validation, test) triple of map-style torch Datasets per task.
@@ -37,8 +37,8 @@ def from_datasets(
         in_memory: read every item once, now, and keep it: fast, but the randomness of a dataset's transform
             is then frozen. Otherwise items are read each time they are asked for, see `DatasetSplit`.
         num_workers: DataLoader's processes, where not in_memory.
-        num_classes: C. None takes it from the training labels, of which every task must have all; where not
-            in_memory that reads all training data once.
+        num_classes: C, or one number per task, where they differ. None takes it from the training labels, of which
+            every task must have all; where not in_memory that reads all training data once.
         augment: random transform of training batches as stored, see `TensorSplit`; in_memory only.
 
     Raises:
@@ -61,8 +61,18 @@ def from_datasets(
         tasks.append(TaskData(str(t), *splits))
     check_filled(name, tasks)  # before samples are looked at
     shape = _common_shape(tasks)
-    classes = _common_classes(tasks, num_classes)
-    return Scenario(name, tuple(_restricted(task, classes) for task in tasks), shape, classes)
+    if isinstance(num_classes, Sequence):
+        if len(num_classes) != len(tasks):
+            raise InputError(f"num_classes must be one number, or one per task: {len(tasks)}, not {len(num_classes)}")
+        for t, classes in enumerate(num_classes):
+            check_whole(f"num_classes of task {t}", classes, 1)
+        each, most = list(num_classes), max(num_classes)
+        tasks = [replace(task, num_classes=classes) for task, classes in zip(tasks, each, strict=True)]
+    else:
+        most = _common_classes(tasks, num_classes)
+        each = [most] * len(tasks)
+    restricted = (_restricted(task, classes) for task, classes in zip(tasks, each, strict=True))
+    return Scenario(name, tuple(restricted), shape, most)
 
 
 def _split(dataset: Any, in_memory: bool, num_workers: int) -> Split:
@@ -117,10 +127,8 @@ def _common_classes(tasks: list[TaskData], num_classes: int | None) -> int:
 
 def _restricted(task: TaskData, classes: int) -> TaskData:
     """The task with labels checked as they are read to be 0 .. classes - 1; `Scenario` checks those in memory."""
-    return TaskData(
-        task.name,
-        *(replace(split, num_classes=classes) if isinstance(split, DatasetSplit) else split for split in task.splits),
-    )
+    checked = [replace(s, num_classes=classes) if isinstance(s, DatasetSplit) else s for s in task.splits]
+    return TaskData(task.name, *checked, task.num_classes)
 
 
 def _labels(split: Split) -> Tensor:

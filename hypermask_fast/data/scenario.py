@@ -18,12 +18,16 @@ PARTS = ("training", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """One task: its three splits, labels 0 .. num_classes - 1 in each. The validation split may be empty."""
+    """One task: its three splits, labels 0 .. num_classes - 1 in each. The validation split may be empty.
+
+    num_classes: of this task, where tasks differ in it; None: the scenario's.
+    """
 
     name: str
     train: Split
     validation: Split
     test: Split
+    num_classes: int | None = None
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -33,17 +37,19 @@ class TaskData:
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """Tasks that share one input shape and one number of classes.
+    """Tasks that share one input shape and one output layer.
 
     Args:
         name: for reports and checkpoints.
         tasks: in the order they are learnt; at least one.
         input_shape: of one sample as the model gets it, without the batch.
-        num_classes: classes per task, labelled 0 .. num_classes - 1 in every task.
+        num_classes: outputs of the network: classes per task, or of the task that has most. A task's are labelled
+            0 .. its number - 1.
 
     Raises:
         InputError: no tasks; a task without training or test samples; labels of a `TensorSplit` on the CPU outside of
-            0 .. num_classes - 1 (on a GPU looking at them would mean to wait for it).
+            0 .. num_classes - 1 (on a GPU looking at them would mean to wait for it); a task of more classes than
+            num_classes.
     """
 
     name: str
@@ -53,10 +59,16 @@ class Scenario:
 
     def __post_init__(self) -> None:
         check_filled(self.name, self.tasks)
-        for task in self.tasks:
+        for task, classes in zip(self.tasks, self.classes, strict=True):
+            check_whole(f"num_classes of task {task.name}", classes, 1, self.num_classes)
             for part, split in zip(PARTS, task.splits, strict=True):
                 if isinstance(split, TensorSplit) and split.device.type == "cpu" and len(split):
-                    _check_labels(f"task {task.name}, {part} set", split.labels, self.num_classes)
+                    _check_labels(f"task {task.name}, {part} set", split.labels, classes)
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """How many classes each task has: what `HyperMask` takes as `classes`, where they differ."""
+        return tuple(self.num_classes if task.num_classes is None else task.num_classes for task in self.tasks)
 
     def to(self, device: torch.device | str) -> Scenario:
         """The scenario with every batch on `device`; tensors that tasks share stay shared."""
@@ -65,7 +77,7 @@ class Scenario:
         def move_split(split: Split) -> Split:
             return split.to(device, moved) if isinstance(split, TensorSplit) else split.to(device)
 
-        tasks = tuple(TaskData(task.name, *map(move_split, task.splits)) for task in self.tasks)
+        tasks = tuple(TaskData(task.name, *map(move_split, task.splits), task.num_classes) for task in self.tasks)
         return replace(self, tasks=tasks)
 
 
@@ -97,6 +109,7 @@ def split_by_class(
     augment: Transform | None = None,
     *,
     name: str = "split",
+    unequal: bool = False,
 ) -> Scenario:
     """One task per group of classes: label i of a task is the i-th class of its group.
 
@@ -105,19 +118,21 @@ def split_by_class(
         labels: (n,) int64.
         test_inputs: (m, ...), like inputs.
         test_labels: (m,) int64.
-        class_groups: the labels of each task's classes, in order; groups of one size, no class twice.
+        class_groups: the labels of each task's classes, in order; groups of one size (unless `unequal`), no class
+            twice.
         validation: each task's first `validation` training samples, in the order given, are its validation
             set and leave its training set.
         prepare: stored form to model input, see `TensorSplit`.
         augment: random transform of training batches as stored.
         name: the scenario's.
+        unequal: groups may differ in size.
 
     Raises:
         InputError: groups of different size or none, a class in two of them or without samples; validation
             negative or so large that a task has no training samples left; tensors that `TensorSplit` refuses.
     """
     groups = [tuple(group) for group in class_groups]
-    _check_groups(groups)
+    _check_groups(groups, unequal)
     check_whole("validation", validation, 0)
     train = TensorSplit(inputs, labels, prepare, augment)
     test = TensorSplit(test_inputs, test_labels, prepare)
@@ -125,8 +140,9 @@ def split_by_class(
     for t, group in enumerate(groups):
         task_train = _of_classes(train, group, "training")
         rest, held_out = hold_out_first(task_train, validation, f"task {t}")
-        tasks.append(TaskData(",".join(map(str, group)), rest, held_out, _of_classes(test, group, "test")))
-    return Scenario(name, tuple(tasks), sample_shape(train), len(groups[0]))
+        of_task = len(group) if unequal else None
+        tasks.append(TaskData(",".join(map(str, group)), rest, held_out, _of_classes(test, group, "test"), of_task))
+    return Scenario(name, tuple(tasks), sample_shape(train), max(map(len, groups)))
 
 
 def hold_out_first(train: TensorSplit, validation: int, task: str) -> tuple[TensorSplit, TensorSplit]:
@@ -162,10 +178,13 @@ def _of_classes(split: TensorSplit, group: Sequence[int], part: str) -> TensorSp
     return replace(split, inputs=split.inputs[chosen], labels=member[chosen].int().argmax(1))
 
 
-def _check_groups(groups: Sequence[Sequence[int]]) -> None:
+def _check_groups(groups: Sequence[Sequence[int]], unequal: bool) -> None:
     sizes = sorted({len(group) for group in groups})
-    if len(sizes) != 1 or sizes[0] == 0:
-        raise InputError(f"class_groups must be one or more groups of one size, not {len(groups)} of sizes {sizes}")
+    if not sizes or sizes[0] == 0 or (len(sizes) > 1 and not unequal):
+        raise InputError(
+            f"class_groups must be one or more groups of one size (unequal=True: or of several), "
+            f"not {len(groups)} of sizes {sizes}"
+        )
     seen: set[int] = set()
     for c in (c for group in groups for c in group):
         if c in seen:

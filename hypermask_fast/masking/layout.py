@@ -45,12 +45,14 @@ class MaskLayout:
     Attributes:
         segments: the masked tensors.
         rows: all parameters of the network, the shared ones and those per task too.
+        heads: names of the output layers' biases, those too that are not masked.
         offsets: S + 1 borders of the segments.
         num_applied: segments up to the last one whose weight is multiplied by its mask.
     """
 
     segments: tuple[Segment, ...]
     rows: tuple[selection.Row, ...] = field(default=(), compare=False, repr=False)
+    heads: tuple[str, ...] = field(default=(), compare=False, repr=False)
     offsets: tuple[int, ...] = field(init=False)
     num_applied: int = field(init=False)
 
@@ -86,9 +88,10 @@ class MaskLayout:
 
     def with_output_biases(self, names: Iterable[str]) -> "MaskLayout":
         """The same with these segments used as they are, and all others masked by a threshold."""
+        names = list(names)
         kept = set(names)
         segments = tuple(replace(segment, selected=segment.name not in kept) for segment in self.segments)
-        return replace(self, segments=segments)
+        return replace(self, segments=segments, heads=tuple(names))
 
     def __str__(self) -> str:
         """A table of all parameters of the network: name, shape, entries, masked / shared / per task, and why."""

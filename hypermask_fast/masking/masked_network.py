@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from . import mixed, network, output
 from .access import parameter_of
+from .classes import Classes, check_export, narrow
 from .layout import MaskLayout
 from .masks import TaskMask
 from .norms import TaskStatistics, with_one_sample
@@ -30,7 +31,14 @@ class MaskedNetwork(nn.Module):
     """
 
     def __init__(
-        self, net: nn.Module, layout: MaskLayout, num_tasks: int, *, batch_statistics: bool, heads_named: bool
+        self,
+        net: nn.Module,
+        layout: MaskLayout,
+        num_tasks: int,
+        *,
+        batch_statistics: bool,
+        heads_named: bool,
+        classes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -41,6 +49,9 @@ class MaskedNetwork(nn.Module):
         self.own = nn.ModuleDict({name.replace(".", "/"): values for name, values in own.items()})
         self._links = network.Links(net, layout.names)
         self._guard = net.register_forward_pre_hook(partial(network.refuse_outside, self._scope), with_kwargs=True).id
+        self._classes = None if classes is None else Classes(classes, self._scope)
+        if self._classes is not None:
+            self._hook = net.register_forward_hook(self._classes).id
         self._owners = self._assigned()
         self._independent: dict[Any, bool] = {}  # kind of inputs -> whether rows of a batch are independent samples
         if left := summary(layout.rows):
@@ -64,17 +75,14 @@ class MaskedNetwork(nn.Module):
         """The masked Parameters of the target network, one per segment of `layout`."""
         return [parameter_of(module, name) for module, name in self._owners]
 
-    def _add_task(self) -> list[nn.Parameter]:
-        """What every task has of its own, once more; returns the new Parameters."""
-        added = []
-        values: Any
-        for values in self.own.values():
-            values.append(nn.Parameter(values[0].detach().clone(), values[0].requires_grad))
-            added.append(values[-1])
-        for module in self.net.modules():
-            if isinstance(module, TaskStatistics):
-                module.add_task()
-        return added
+    def statistics(self) -> list[TaskStatistics]:
+        """The network's normalisations with running statistics per task."""
+        return [module for module in self.net.modules() if isinstance(module, TaskStatistics)]
+
+    def own_values(self) -> list[tuple[nn.Parameter, Any]]:
+        """Of each parameter that is per task: the network's own, and the list of every task's."""
+        parameters = dict(self.net.named_parameters())
+        return [(parameters[name.replace("/", ".")], values) for name, values in self.own.items()]
 
     def _replicate_for_data_parallel(self) -> Any:
         raise InputError(
@@ -163,7 +171,17 @@ class MaskedNetwork(nn.Module):
 
     def _exported(self, task: int, values: Sequence[Tensor]) -> nn.Module:
         """A plain copy of the network with one task's values in place of the masked parameters."""
-        return network.exported(self.net, self._guard, task, values)
+        if self._classes is None:
+            return network.exported(self.net, self._guard, task, values)
+        count, width = self._classes.counts[task], self._classes.width
+        narrower = width is None or count < width
+        if narrower:
+            check_export(self.net, self.layout.heads, count)
+        plain = network.exported(self.net, self._guard, task, values)
+        plain._forward_hooks.pop(self._hook)
+        if narrower:
+            narrow(plain, self.layout.heads, count)
+        return plain
 
     def unconvert(self) -> nn.Module:
         """Gives the plain network back: its modules of their own classes, unmasked, with the statistics that it came
@@ -171,5 +189,8 @@ class MaskedNetwork(nn.Module):
         net = self.net
         network.detach(net)
         net._forward_pre_hooks.pop(self._guard)
+        net._forward_pre_hooks_with_kwargs.pop(self._guard)
+        if self._classes is not None:
+            net._forward_hooks.pop(self._hook)
         del self.net
         return net

@@ -140,6 +140,18 @@ def stacked(outputs: Sequence[Any]) -> Any:
     return _over([*outputs], torch.stack)
 
 
+def spread(outputs: Any, places: Sequence[int], count: int) -> Any:
+    """Stacked outputs at these places among `count`; between them NaN, or -1 of integers."""
+
+    def put(tensors: list[Tensor]) -> Tensor:
+        (rows,) = tensors
+        empty = float("nan") if rows.is_floating_point() or rows.is_complex() else -1
+        filled = rows.new_full((count, *rows.shape[1:]), empty)
+        return filled.index_copy(0, torch.tensor(list(places), device=rows.device), rows)
+
+    return _over([outputs], put)
+
+
 def logits(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
     """The logits in a network's output. Raises InputError where they are not to be found."""
     found = output if select is None else select(output)

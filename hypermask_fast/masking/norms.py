@@ -15,14 +15,15 @@ from .scope import PLAIN, Scope
 BatchNorm = _BatchNorm  # what all of PyTorch's are, nn.SyncBatchNorm too, and users' own; it has no public name
 TrackingNorm = _NormBase  # the same with nn.InstanceNorm, which can have running statistics too
 
-STATISTICS = {"running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}  # and what they begin with
-_OWN = "plain_"  # before the name of the buffer that holds the network's own statistics
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+OWN = "plain_"  # before the name of the buffer that holds the network's own statistics
 
 
 class TaskNorm(Protocol):
     """What a pass needs of a `TaskStatistics`, which says what each method does."""
 
     training: bool
+    frozen: tuple[int, ...]
 
     def normalise(self, x: Tensor, *args: Any) -> Tensor: ...
 
@@ -40,7 +41,7 @@ def _statistic(name: str) -> property:
             return stacked
         if running is not PLAIN and self.batch_statistics:
             return None
-        return running.statistic(self, name, stacked, self._buffers[_OWN + name])
+        return running.statistic(self, name, stacked, self._buffers[OWN + name])
 
     def put(self: Any, value: Any) -> None:  # nn.Module has taken every tensor before
         raise InputError(f"{name} of {type(self).__name__} is a buffer: a tensor, not {value!r}")
@@ -57,6 +58,7 @@ class TaskStatistics(MaskedModule):
     """
 
     batch_statistics: bool = False
+    frozen: tuple[int, ...] = ()  # tasks whose statistics training no longer moves
     training: bool
     running_mean: Any = _statistic("running_mean")
     running_var: Any = _statistic("running_var")
@@ -99,7 +101,7 @@ class TaskStatistics(MaskedModule):
         module: Any = self
         for name in STATISTICS:
             own = module._buffers[name]
-            module.register_buffer(_OWN + name, own, persistent=False)
+            module.register_buffer(OWN + name, own, persistent=False)
             module._buffers[name] = own.expand(num_tasks, *own.shape).clone()
         self.batch_statistics = batch_statistics
 
@@ -107,20 +109,29 @@ class TaskStatistics(MaskedModule):
         """Leaves one task's statistics (None: the network's own) in a module of its own class."""
         module: Any = self
         for name in STATISTICS:
-            stacked, own = module._buffers[name], module._buffers.pop(_OWN + name)
-            module._non_persistent_buffers_set.discard(_OWN + name)
+            stacked, own = module._buffers[name], module._buffers.pop(OWN + name)
+            module._non_persistent_buffers_set.discard(OWN + name)
             module._buffers[name] = own if task is None else stacked[task].clone()
         if task is not None and self.batch_statistics:
             module.track_running_stats = False
             for name in STATISTICS:
                 module._buffers[name] = None
-        vars(module).pop("batch_statistics", None)
+        for name in ("batch_statistics", "frozen"):
+            vars(module).pop(name, None)
 
     def add_task(self, like: int | None = None) -> None:
-        """Statistics for one more task: fresh ones (mean 0, variance 1), or those of the task `like`."""
+        """Statistics for one more task: the network's own, as at construction, or those of the task `like`."""
         for name, buffer in self.stacked().items():
-            row = buffer.new_full((1, *buffer.shape[1:]), STATISTICS[name]) if like is None else buffer[like : like + 1]
-            self._buffers[name] = torch.cat([buffer, row])  # pyright: ignore
+            row = self._own(name) if like is None else buffer[like]
+            self._buffers[name] = torch.cat([buffer, row[None]])  # pyright: ignore
+
+    def reset(self, task: int) -> None:
+        """Puts the network's own statistics in the place of a task's."""
+        for name, buffer in self.stacked().items():
+            buffer[task] = self._own(name)
+
+    def _own(self, name: str) -> Tensor:
+        return self._buffers[OWN + name]  # pyright: ignore
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -50,6 +50,10 @@ class Pass:
             self._quiet.add(segment)
         return (self._effective or self.effective)[segment]
 
+    def tasks(self) -> int | Tensor:
+        """The id of the task; see `Running.tasks`."""
+        return self.mask.task
+
     def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
         """The task's own value of a parameter that is not shared."""
         task = self.mask.task
@@ -58,10 +62,11 @@ class Pass:
         )
 
     def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
-        """The task's row of a running statistic; where the task is a tensor, the copy that `batch_norm` gathered."""
-        if isinstance(self.mask.task, Tensor):
+        """The task's row of a running statistic; the copy that `batch_norm` works on, where there is one."""
+        if self._gathered and (module, name) in self._gathered:
             return self._gathered[module, name]
-        return stacked[self.mask.task]
+        task = self.mask.task
+        return stacked.index_select(0, task.reshape(1))[0] if isinstance(task, Tensor) else stacked[task]
 
     # -- what masked layers do when called ------------------------------------------------------------------------
 
@@ -86,18 +91,22 @@ class Pass:
         )
 
     def batch_norm(self, layer: TaskNorm, x: Tensor, *args: Any) -> Tensor:
-        """Batch norm with this task's statistics, which training moves."""
-        if not isinstance(self.mask.task, Tensor):
+        """Batch norm with this task's statistics, which training moves, unless the task is frozen."""
+        task, stacked = self.mask.task, layer.stacked()
+        if isinstance(task, Tensor):  # rows are gathered and put back, without a wait for the device
+            row = task.reshape(1)
+            before = {name: buffer.index_select(0, row)[0] for name, buffer in stacked.items()}
+        elif layer.training and task in layer.frozen:
+            row, before = None, {name: buffer[task] for name, buffer in stacked.items()}
+        else:
             return layer.normalise(x, *args)
-        # Rows are gathered and put back, without a wait for the device.
-        row = self.mask.task.reshape(1)
-        stacked = layer.stacked()
-        for name, buffer in stacked.items():
-            self._gathered[layer, name] = buffer.index_select(0, row)[0]
+        self._gathered |= {(layer, name): value.clone() for name, value in before.items()}
         y = layer.normalise(x, *args)
         for name, buffer in stacked.items():
             value = self._gathered.pop((layer, name))
-            if layer.training:
+            if row is not None and layer.training:
+                for frozen in layer.frozen:
+                    value = value.where(row[0] != frozen, before[name])
                 buffer.index_copy_(0, row, value[None])
         return y
 
@@ -155,6 +164,9 @@ class Again:
 
     def parameter(self, segment: int, plain: Tensor) -> Tensor:
         return self._first.leaf(segment)
+
+    def tasks(self) -> int | Tensor:
+        return self._first.tasks()
 
     def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
         return self._first.own(values, plain)

@@ -26,6 +26,10 @@ class Running(Protocol):
         """What a module reads as a parameter of which every task has its own value."""
         ...
 
+    def tasks(self) -> int | Tensor | None:
+        """The task of all samples, an int or a 0-dim int64 tensor; of each row (rows,) int64; None: of none."""
+        ...
+
     def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
         """What batch norm reads as a running statistic; stacked: (tasks, ...), plain: the network's own."""
         ...
@@ -39,6 +43,9 @@ class _Plain:
 
     def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
         return plain
+
+    def tasks(self) -> None:
+        return None
 
     def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
         return plain

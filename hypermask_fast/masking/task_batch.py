@@ -31,12 +31,12 @@ class TaskMasks(Made, Sequence[TaskMask]):
     """The masks of T tasks, from one pass over the hypernetwork: a sequence of `TaskMask`, sliced like one.
 
     Attributes:
-        tasks: their T ids, a range or an int64 tensor (T,) on the device.
+        tasks: their T ids, integers or an int64 tensor (T,) on the device.
         layout, weights: as in `TaskMask`.
         logits: (T, N); thresholds: (T, S).
     """
 
-    tasks: range | Tensor
+    tasks: Sequence[int] | Tensor
     layout: MaskLayout
     logits: Tensor
     thresholds: Tensor
@@ -69,7 +69,10 @@ class TaskMasks(Made, Sequence[TaskMask]):
         """(T,) int64 `tasks` on the device."""
         if isinstance(self.tasks, Tensor):
             return self.tasks
-        return torch.arange(self.tasks.start, self.tasks.stop, self.tasks.step, device=self.logits.device)
+        first, count = self.tasks[0] if self.tasks else 0, len(self.tasks)
+        if list(self.tasks) == list(range(first, first + count)):
+            return torch.arange(first, first + count, device=self.logits.device)
+        return self._once("ids", lambda: torch.tensor(list(self.tasks), device=self.logits.device))
 
     def of(self, segment: int) -> tuple[Tensor, Tensor]:
         """Logits (T, *weight shape) and thresholds (T,) of a layer's weight, by its segment's number."""
@@ -151,7 +154,11 @@ class TaskBatch:
     def batch_norm(self, layer: TaskNorm, x: Tensor, *args: Any) -> Tensor:
         """Each row with its own task's statistics."""
         self._check(x, layer)
-        return layer.forward_rows(x, self.masks.ids().index_select(0, self._of_rows(1)))
+        return layer.forward_rows(x, self.tasks())
+
+    def tasks(self) -> Tensor:
+        """(rows,) int64 id of each row's task."""
+        return self.masks.ids().index_select(0, self._of_rows(1))
 
     def parameter(self, segment: int, plain: Tensor) -> Tensor:
         """A module that reads a parameter, instead of being called, can't get the values of several tasks."""
@@ -299,6 +306,9 @@ class _Probe:
     def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
         self.fits = False
         return plain
+
+    def tasks(self) -> None:
+        return None
 
     def statistic(self, module: nn.Module, name: str, stacked: Tensor, plain: Tensor) -> Tensor | None:
         self.fits = False

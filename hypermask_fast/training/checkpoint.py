@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import InputError
-from .files import writing
+from ..files import writing
+from ..model_state import PREFIX, load_network_state, network_state
 
 MANIFEST = "checkpoint.json"
 _SCRATCH = ".checkpoint"
@@ -149,7 +150,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    """The model's weights, tied ones once; the anchor is the Trainer's to save, only within a task."""
+    return {_MODEL + name: tensor for name, tensor in network_state(model).items()}
 
 
 def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _MODEL) -> None:
@@ -159,8 +161,8 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _M
         InputError: names or shapes differ: the checkpoint is of another network.
     """
     stored = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    own = model.state_dict()
-    for name in sorted(own.keys() | stored.keys()):
+    own = network_state(model)
+    for name in sorted(name for name in own.keys() | stored.keys() if not name.startswith(PREFIX)):
         if name not in stored or name not in own:
             where = "the checkpoint" if name not in stored else "this network"
             raise InputError(f"the checkpoint is of another network: {name} is not in {where}")
@@ -169,7 +171,7 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _M
                 f"the checkpoint is of another network: {name} is {_describe(stored[name])} there, "
                 f"{_describe(own[name])} here"
             )
-    model.load_state_dict(stored)
+    load_network_state(model, stored)
 
 
 def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]) -> None:

@@ -161,6 +161,8 @@ class RunConfig:
     def digest_with_title(self) -> str:
         """The digest as version 0.1.0 wrote it into checkpoints."""
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
+        if not self.hypernet.by_tensor:
+            values["hypernet"].pop("by_tensor", None)  # which came later, and is off for all runs before
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def with_values(self, assignments: dict[str, Any]) -> "RunConfig":

@@ -14,7 +14,7 @@ _LARGE_LR = 1.0  # Adam moves each weight by about lr per step; weights begin we
 
 def finite_weights(model: nn.Module) -> bool:
     """Whether every parameter and buffer is finite. Waits for the device once."""
-    floats = [value for value in model.state_dict().values() if value.is_floating_point()]
+    floats = [value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()]
     return bool(torch.stack([value.isfinite().all() for value in floats]).all())
 
 

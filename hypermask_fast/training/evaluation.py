@@ -32,6 +32,25 @@ def _evaluating(model: HyperMask) -> Iterator[None]:
             module.training = training
 
 
+def check_tasks(model: HyperMask, scenario: Scenario) -> None:
+    """Raises InputError unless the model has the scenario's tasks, and as many classes in each."""
+    numbers = range(len(scenario.tasks))
+    missing = [str(number) for number in numbers if number not in model.tasks]
+    if missing:
+        raise InputError(f"the scenario has {len(numbers)} tasks, of which the model lacks {', '.join(missing)}")
+    mine = scenario.classes if model.classes is None else model.classes[: len(numbers)]
+    if mine != scenario.classes:
+        raise InputError(
+            f"the scenario's tasks have {list(scenario.classes)} classes, the model's {list(mine)}: give it "
+            f"HyperMask(..., classes=scenario.classes)"
+        )
+    if model.classes is None and len(set(scenario.classes)) > 1:
+        raise InputError(
+            f"the scenario's tasks differ in their number of classes, {list(scenario.classes)}: tell the model, "
+            "HyperMask(..., classes=scenario.classes)"
+        )
+
+
 @torch.no_grad()
 def check_outputs(model: HyperMask, scenario: Scenario) -> None:
     """Shows the network two test samples, in evaluation mode, so that nothing of it changes.
@@ -39,6 +58,7 @@ def check_outputs(model: HyperMask, scenario: Scenario) -> None:
     Raises:
         InputError: it does not take them, or does not give (2, outputs) with an output for each of the classes.
     """
+    check_tasks(model, scenario)
     split = scenario.tasks[0].test
     samples = min(2, len(split))  # batch norm that uses a batch's own statistics needs more than one
     with _evaluating(model):
@@ -72,12 +92,18 @@ def accuracy(model: HyperMask, split: Split, task: int, batch_size: int, sparsit
 
 @torch.no_grad()
 def entropy_accuracy(model: HyperMask, scenario: Scenario, batch_size: int) -> EntropyAccuracy:
-    """Accuracy on every task's test split with the task unknown, inferred by lowest entropy; see `predict`."""
+    """Accuracy on every task's test split with the task unknown, inferred by lowest entropy; see `predict`.
+
+    A task that was removed from the model is not among those to choose from, and has NaN.
+    """
     with _evaluating(model):
-        masks = model.all_masks()[: len(scenario.tasks)]
+        masks = model.all_masks([number for number in model.tasks if number < len(scenario.tasks)])
         rows = []
         for number, task in enumerate(scenario.tasks):
-            correct = torch.zeros(2, dtype=torch.int64, device=masks[0].logits.device)
+            if number not in model.tasks:
+                rows.append(torch.full((2,), float("nan"), dtype=torch.float64, device=masks.logits.device))
+                continue
+            correct = torch.zeros(2, dtype=torch.int64, device=masks.logits.device)
             for x, y in task.test.chunks(_batch_size(model, task.test, batch_size)):
                 found = predict(model, x, masks)
                 right = found.task == number

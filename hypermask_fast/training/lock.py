@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from ..errors import InputError
-from .files import writing
+from ..files import writing
 
 LOCK = ".lock"
 _taken: ContextVar[frozenset[Path]] = ContextVar("folders that this thread has taken", default=frozenset())

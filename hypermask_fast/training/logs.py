@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ..extras import needed_for
-from .files import write_atomic, writing
+from ..files import write_atomic, writing
 
 if TYPE_CHECKING:
     from rich.progress import Progress

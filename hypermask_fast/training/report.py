@@ -19,9 +19,9 @@ import torch
 from .. import __version__
 from ..errors import InputError
 from ..extras import needed_for
+from ..files import write_atomic
 from . import describe
 from .config import RunConfig
-from .files import write_atomic
 from .metrics import Summary, summarize, tasks_learned
 from .tables import text_table
 from .trainer import Result

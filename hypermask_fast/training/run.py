@@ -17,10 +17,10 @@ from torch import nn
 
 from ..data import Scenario, load_scenario
 from ..errors import InputError
+from ..files import remove_partial, write_atomic, writing
 from ..model import HyperMask
 from . import checkpoint, report
 from .config import RunConfig
-from .files import remove_partial, write_atomic, writing
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog
 from .targets import TargetConfig, build_target
@@ -62,6 +62,7 @@ def build_model(config: RunConfig, scenario: Scenario, device: torch.device | st
         lam=method.lam,
         drift_norm=method.drift_norm,
         drift_masked=method.drift_masked,
+        classes=scenario.classes if len(set(scenario.classes)) > 1 else None,
         fidelity=config.fidelity,
     )
     return model.to(device)

@@ -14,14 +14,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..data import Scenario, Split
 from ..errors import InputError
+from ..files import writing
 from ..model import HyperMask
+from ..model_state import load_network_state, network_state
 from ..optim import Adam
 from ..regularizers import Anchor
 from . import checkpoint
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
-from .files import writing
 from .interrupt import Stopped
 from .lock import taken
 from .logs import Logger, Loggers
@@ -194,7 +195,7 @@ class Trainer:
             if stop:
                 raise self._stopped()
         if self._at.best_model:
-            self.model.load_state_dict(self._at.best_model)
+            load_network_state(self.model, self._at.best_model)
         self._check_weights(values)
         self.result.seconds += time.perf_counter() - started
 
@@ -268,7 +269,7 @@ class Trainer:
         value = accuracy(self.model, self.scenario.tasks[task].validation, task, self.config.evaluation_batch, sparsity)
         if self.config.keep == "best" and value > self._at.best_accuracy:
             self._at.best_accuracy = value
-            self._at.best_model = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self._at.best_model = {name: tensor.clone() for name, tensor in network_state(self.model).items()}
         return value
 
     def _plateau(self, optimizer: Adam) -> ReduceLROnPlateau | None:

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hypermask_fast import InputError
+from hypermask_fast.files import write_atomic
 from hypermask_fast.training import checkpoint
-from hypermask_fast.training.files import write_atomic
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
 STATE = {"task": 1, "lr": 0.1 + 0.2, "best": -1.0}

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from hypermask_fast import InputError
+from hypermask_fast.files import write_atomic
 from hypermask_fast.training import describe, report
 from hypermask_fast.training.config import load_preset
-from hypermask_fast.training.files import write_atomic
 from hypermask_fast.training.tables import text_table
 from hypermask_fast.training.trainer import Result
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import InputError
+from .errors import InputError
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+"""Regularisers of a model: what its tasks compare with, from when, and both drifts."""
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import ops, regularizers
+from .errors import InputError
+from .life import TaskLife
+from .masking.masks import TaskMask
+from .regularizers import Anchor, DriftConfig, Drifts
+
+
+def without_autocast(method: Callable) -> Callable:
+    """For who has autocast on around a whole forward pass: logits, thresholds and drifts keep their dtype."""
+
+    @functools.wraps(method)
+    def in_own_dtype(self: "Anchored", *args, **kwargs):
+        kind = self.hypernet.output.weight.device.type
+        if not torch.amp.is_autocast_available(kind):  # meta tensors
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return in_own_dtype
+
+
+class Anchored(TaskLife):
+    """Tasks with an anchor: how things stood as the task that is being trained began.
+
+    Attributes:
+        drift: strength and kind of both regularisers.
+    """
+
+    drift: DriftConfig
+
+    @abstractmethod
+    def mask(self, task: int | Tensor) -> TaskMask:
+        """The mask of one task."""
+
+    def _anchor_in_training(self, task: int) -> Anchor | None:
+        """The anchor of the task that is being trained; None of any other."""
+        anchor = self.anchor
+        if anchor is None or anchor.task != task:
+            return None
+        return anchor if torch.is_grad_enabled() else None
+
+    def begin_task(self, task: int) -> None:
+        """Captures what the regularisers of task t compare with: output of tasks 0..t-1 and the weights, as of now.
+
+        `regularizer` does this by itself at its first call for a task; call it where another moment is meant.
+        """
+        self.anchor = self._captured(task)
+
+    def _captured(self, task: int) -> Anchor:
+        self._check_task(task)
+        return regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
+
+    def _anchor_of(self, task: int) -> Anchor:
+        anchor = self.anchor
+        if anchor is not None and task < anchor.task:
+            raise InputError(
+                f"the drifts of task {task} compare with how things stood as it began, which is gone since task "
+                f"{anchor.task} began: begin_task({task}) begins it anew"
+            )
+        if anchor is None or anchor.task != task:
+            anchor = self.anchor = self._captured(task)
+        return anchor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Anchored":
+        """Moves the anchor with the Parameters, wherever nn.Module takes them."""
+        super()._apply(fn, recurse)
+        if self.anchor is not None:
+            self.anchor = self.anchor.map(fn)
+        return self
+
+    @without_autocast
+    def drifts(self, task: int | TaskMask) -> Drifts:
+        """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
+
+        Args:
+            task: the task being trained, or its mask, which spares generating it again.
+        """
+        mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
+        anchor = self._anchor_of(number)
+        if mask is None and self.drift.masked:
+            mask = self.mask(number)
+        weight = None if mask is None else mask.weight_drift(anchor.weights)
+        if weight is None:
+            of_mask = mask if self.drift.masked else None
+            logits, thresholds = (None, None) if of_mask is None else (of_mask.logits, of_mask.thresholds)
+            scale = self.drift.weight_scale(self.position(anchor.task))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and scale > 0):
+                weights = [weight.to(anchor.weights.dtype) for weight in self.weights()]
+                weight = ops.weight_drift(
+                    weights, anchor.weights, self.layout.offsets, self.drift.norm, logits, thresholds
+                )
+        if mask is not None and mask.output_drift is not None:
+            return Drifts(mask.output_drift, weight)
+        hidden = None if mask is None else mask.earlier_hidden
+        return Drifts(regularizers.output_drift(self.hypernet, anchor, hidden), weight)
+
+    def regularizer(self, task: int | TaskMask) -> Tensor:
+        """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.
+
+        Args:
+            task: the task being trained, or its mask, which spares generating it again.
+
+        Returns:
+            Scalar with gradient to both networks and all embeddings of tasks 0..t.
+        """
+        drifts = self.drifts(task)
+        assert self.anchor is not None, "drifts made it"
+        return self.drift.loss(drifts, self.position(self.anchor.task))
