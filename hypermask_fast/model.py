@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import ops, pretrained
+from . import exporting, ops, pretrained
 from .anchored import Anchored, without_autocast
 from .errors import InputError
 from .hypernet import HypernetConfig
@@ -381,13 +381,49 @@ class HyperMask(Anchored):
             raise InputError(str(error).splitlines()[0]) from error
         return model
 
+    @overload
+    def export(self, task: int, format: Literal["module"] = "module") -> nn.Module: ...
+    @overload
+    def export(
+        self,
+        task: int,
+        format: str,
+        path: str | os.PathLike[str],
+        inputs: tuple | Tensor = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        dynamic: bool = True,
+    ) -> Path: ...
     @torch.no_grad()
-    def export(self, task: int) -> nn.Module:
+    def export(
+        self,
+        task: int,
+        format: str = "module",
+        path: str | os.PathLike[str] | None = None,
+        inputs: tuple | Tensor = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        dynamic: bool = True,
+    ) -> nn.Module | Path:
         """A plain copy of the target network with task t's mask multiplied into its weights: the same outputs.
 
         Batch norm carries the task's statistics. Nothing of this library is left in the copy.
+
+        Args:
+            format: "module", the copy itself; or a file at `path`, of the copy in evaluation mode: "safetensors", its
+                state_dict; "pt2", for torch.export.load; "onnx" (needs onnx and onnxscript).
+            inputs, kwargs: for pt2 and onnx, an example of what the network takes, of two samples or more.
+            dynamic: whether the file takes batches of any size, or only of the example's.
+
+        Returns:
+            The copy, or the path.
+
+        Raises:
+            InputError: no such task or format, a network that PyTorch can't export so, or a file that can't be written.
         """
-        return self._exported(task, self.mask(task).effective)
+        exporting.check(format, path, inputs, kwargs, dynamic)
+        net = self._exported(task, self.mask(task).effective)
+        return net if path is None else exporting.write(net, format, path, inputs, kwargs, dynamic=dynamic)
 
 
 def _values_at_hand(tensor: Tensor) -> bool:

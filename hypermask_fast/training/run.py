@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
+from .. import exporting
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..files import remove_partial, write_atomic, writing
@@ -207,11 +207,17 @@ def with_data_dir(config: RunConfig, data_dir: Path | str) -> RunConfig:
 # -- exported networks ------------------------------------------------------------------------------------------------
 
 
-def export_task(run_dir: Path | str, task: int, path: Path | str, data_dir: Path | str | None = None) -> None:
-    """Writes the plain network of one learned task, mask baked in, as safetensors; see `load_exported`.
+def export_task(
+    run_dir: Path | str,
+    task: int,
+    path: Path | str,
+    data_dir: Path | str | None = None,
+    format: str = "safetensors",
+) -> None:
+    """Writes the plain network of one learned task, mask baked in, as safetensors (see `load_exported`), pt2 or onnx.
 
-    The tensors are the network's state_dict. The file's metadata (strings) says how to build the network: target
-    (its TargetConfig as JSON), input_shape, num_classes (JSON), and task, scenario and format.
+    The tensors of a safetensors file are the network's state_dict. The file's metadata (strings) says how to build the
+    network: target (its TargetConfig as JSON), input_shape, num_classes (JSON), and task, scenario and format.
 
     Raises:
         InputError: the task is not learned, `path` exists, or what `load_run` raises.
@@ -225,15 +231,14 @@ def export_task(run_dir: Path | str, task: int, path: Path | str, data_dir: Path
     if not 0 <= task < len(scenario.tasks):
         raise InputError(f"task {task} is not among those this run has learned: 0 to {len(scenario.tasks) - 1}")
     metadata = {
-        "format": "pt",
         "scenario": scenario.name,
         "task": str(task),
         "target": json.dumps(asdict(config.target)),
         "input_shape": json.dumps(scenario.input_shape),
         "num_classes": str(scenario.num_classes),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in model.export(task).state_dict().items()}
-    write_atomic(path, save(tensors, metadata))
+    example = torch.zeros(2, *scenario.input_shape)
+    exporting.write(model.export(task), format, path, example, metadata=metadata)
 
 
 def load_exported(path: Path | str) -> nn.Module:
