@@ -76,7 +76,9 @@ def independent(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], count: in
 
     try:
         net.eval()
-        with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []), torch.no_grad():
+        devices = [device] if device is not None and device.type == "cuda" else []
+        # A compiled network is not compiled for these sizes too.
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices), torch.no_grad():
             try:
                 whole, again = run(chosen), run(chosen)
             except Exception:  # it takes no other batch: its own pass says what is wrong

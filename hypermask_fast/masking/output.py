@@ -66,7 +66,9 @@ def biases_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: dict
     devices = sorted({p.device for p in parameters.values() if p.device.type == "cuda"}, key=str)
     try:
         net.eval()
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        # A compiled network would be a single node of the graph.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             output = _run(lambda a, k: functional_call(net, leaves, a, k), args, kwargs)
     finally:
         for module, mode in modes.items():

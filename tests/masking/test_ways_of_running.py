@@ -363,3 +363,34 @@ def test_a_network_that_fails_leaves_no_mask_behind():
     with pytest.raises(InputError, match="on its own has no mask"):
         model.net(batch())
     assert model.net[0].weight is model.net[0]._parameters["weight"]
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "a part"])
+def test_a_network_compiled_before_it_is_wrapped(how):
+    """Its output layer is found as without, and its masks are not compiled into it."""
+    torch.compiler.reset()
+    net = HeadFirst()
+    plain = copy.deepcopy(net)
+    if how == "whole":
+        net = torch.compile(net, backend="aot_eager")
+    elif how == "in place":
+        net.compile(backend="aot_eager")
+    else:
+        net.body.compile(backend="aot_eager")
+    model, expected = model_of(net), model_of(plain)
+    expected.hypernet.load_state_dict(model.hypernet.state_dict())
+    with torch.no_grad():
+        for task in range(3):
+            assert_close(model(batch(), task), expected(batch(), task), "network")
+        assert_close(model(batch(), TASKS), expected(batch(), TASKS), "network")
+    unselected = [
+        [segment.name.removeprefix("_orig_mod.") for segment in m.layout.segments if not segment.selected]
+        for m in (model, expected)
+    ]
+    assert unselected == [["head.bias"]] * 2
+    grads = [torch.autograd.grad(m(batch(), 1).square().sum(), m.weights()) for m in (model, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        assert_close(ours, theirs, "network")
