@@ -13,6 +13,7 @@ from ..errors import InputError
 from .scope import tensors_of
 from .selection import Row, owners
 
+_BY_INDEX = ("Embedding", "Index", "Gather")
 _LONGEST_CHAIN = 6  # operations between a parameter and the layer that uses it, such as a transposition and a cast
 
 
@@ -110,6 +111,8 @@ def _nearest(output: Any, by_id: dict[int, str], layer: set[str]) -> set[str]:
             pure[node] = None if name is None else frozenset([name])
             return pure[node]
         below = [leaves_of(n, depth + 1) if n is not None else None for n, _ in node.next_functions]
+        if node.name().startswith(_BY_INDEX):
+            below = []  # a layer over integers, which leave no node of their own
         found = None if not below or None in below else frozenset().union(*(b for b in below if b is not None))
         pure[node] = found
         return found
