@@ -187,7 +187,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_proj(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
         return self.head(self.encoder(x + self.position)[:, 0])
 
 
@@ -214,7 +214,9 @@ class Translator(nn.Module):
     def forward(self, ids: Tensor, shifted: Tensor) -> Tensor:
         length = shifted.shape[1]
         later = torch.ones(length, length, dtype=torch.bool, device=ids.device).triu(1)
-        return self.head(self.transformer(self.embedding(ids), self.embedding(shifted), tgt_mask=later))
+        return self.head(
+            self.transformer(self.embedding(ids), self.embedding(shifted), tgt_mask=later, tgt_is_causal=True)
+        )
 
 
 def pairs(count: int) -> Inputs:
@@ -249,8 +251,18 @@ def _without_this_folder() -> Iterator[None]:
 
 _SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 _BERT = {**_SMALL, "intermediate_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_GPT = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 16, "pad_token_id": 0}
-_T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+_NO_CACHE = {"use_cache": False}  # of keys and values, which PyTorch can't export
+_GPT = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 16, "pad_token_id": 0, **_NO_CACHE}
+_T5 = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    **_NO_CACHE,
+}
 _QUIET = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
 
 ZOO = {
@@ -272,7 +284,9 @@ ZOO = {
     ),
     "GPT-2 (tied)": Entry(hugging_face("GPT2LMHeadModel", "GPT2Config", **_GPT, **_QUIET), padded_words),
     "Llama": Entry(
-        hugging_face("LlamaForCausalLM", "LlamaConfig", intermediate_size=32, num_key_value_heads=2, **_SMALL),
+        hugging_face(
+            "LlamaForCausalLM", "LlamaConfig", intermediate_size=32, num_key_value_heads=2, **_SMALL, **_NO_CACHE
+        ),
         padded_words,
     ),
     "T5 (tied)": Entry(

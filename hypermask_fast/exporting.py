@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: PLC2701
 
 from .errors import InputError
@@ -89,7 +90,7 @@ def write(
 
 
 def _program(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], dynamic: bool) -> torch.export.ExportedProgram:
-    shapes = None
+    shapes, count = None, 0
     if dynamic:
         count = next(leaf.shape[0] for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor))
 
@@ -98,7 +99,21 @@ def _program(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], dynamic: boo
             return {0: torch.export.Dim.AUTO} if batch else None
 
         shapes = inspect.signature(net.forward).bind(*tree_map(sizes, inputs), **tree_map(sizes, kwargs)).arguments
-    return torch.export.export(net, inputs, kwargs, dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(net, inputs, kwargs, dynamic_shapes=shapes, strict=False)
+    if dynamic and _is_of_one_size(program, count):
+        raise InputError(
+            f"{type(net).__name__} makes a constant of the batch's size {count} (such as by len(x), where x.shape[0] "
+            "leaves it open): dynamic=False writes a file for that size alone"
+        )
+    return program
+
+
+def _is_of_one_size(program: torch.export.ExportedProgram, count: int) -> bool:
+    """Whether an input that had `count` rows may have no other number."""
+    names = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    rows = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    return any(not free_symbols(size) and int(size) == count for size in rows)
 
 
 def _pt2(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:

@@ -172,3 +172,21 @@ def test_without_onnx(tmp_path, monkeypatch):
     model = model_of(small_convnet())
     with pytest.raises(InputError, match=r'exporting to ONNX needs onnx: pip install "hypermask-fast\[onnx\]"'):
         model.export(TASK, "onnx", tmp_path / "net.onnx", torch.randn(2, 2, 8, 8))
+
+
+class OfOneSize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.reshape(len(x), -1))
+
+
+def test_a_network_that_fixes_the_batch_s_size(tmp_path):
+    model = model_of(OfOneSize())
+    model(X, 0)
+    with pytest.raises(InputError, match="OfOneSize makes a constant of the batch's size 2") as caught:
+        model.export(TASK, "pt2", tmp_path / "net.pt2", X)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    model.export(TASK, "pt2", tmp_path / "net.pt2", X, dynamic=False)

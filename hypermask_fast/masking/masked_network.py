@@ -53,6 +53,8 @@ class MaskedNetwork(nn.Module):
         if self._classes is not None:
             self._hook = net.register_forward_hook(self._classes).id
         self._owners = self._assigned()
+        self._looks_at_task = bool(own) or bool(self.statistics())
+        self._ids: dict[tuple[int, torch.device], Tensor] = {}  # as `_row` has made them
         self._independent: dict[Any, bool] = {}  # kind of inputs -> whether rows of a batch are independent samples
         if left := summary(layout.rows):
             warnings.warn(left + " (print(model.layout) shows all)", stacklevel=3)
@@ -96,7 +98,7 @@ class MaskedNetwork(nn.Module):
         """One pass under one task's mask."""
         compiling = torch.compiler.is_compiling()
         read: set[int] | None = set() if self._unread and not compiling else None
-        one = Pass(mask, read)
+        one = Pass(mask, read, None if compiling else self._row(mask))
         alone = self.training and not compiling and mixed.is_one_sample(inputs, kwargs)
         with self._scope.use(one), with_one_sample(self.net) if alone else nullcontext():
             y = self.net(*inputs, **kwargs)
@@ -106,6 +108,15 @@ class MaskedNetwork(nn.Module):
             y = one.tied(y)
             self._scope.announce(y, one)
         return y
+
+    def _row(self, mask: TaskMask) -> Tensor | None:
+        """The task's id as a tensor, made once, where modules look at it."""
+        if isinstance(mask.task, Tensor) or not self._looks_at_task:
+            return None
+        key = mask.task, mask.logits.device
+        if key not in self._ids:
+            self._ids[key] = torch.tensor(mask.task, device=mask.logits.device)
+        return self._ids[key]
 
     def _rows_are_samples(self, inputs: tuple, kwargs: dict[str, Any], count: int) -> bool:
         """Whether each of `count` rows is a sample of its own, tried once for each kind of inputs."""
@@ -157,7 +168,7 @@ class MaskedNetwork(nn.Module):
     def _under(self, mask: TaskMask) -> Iterator[None]:
         """The network and all of its modules run under `mask`."""
         self._links.check()
-        with self._scope.use(Pass(mask)):
+        with self._scope.use(Pass(mask, row=self._row(mask))):
             yield
 
     @contextmanager
