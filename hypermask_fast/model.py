@@ -214,8 +214,8 @@ class HyperMask(Anchored):
     def _mask_for(self, task: int | Tensor | TaskMask) -> TaskMask:
         if not isinstance(task, TaskMask):
             return self.mask(task)
-        if not isinstance(task.task, Tensor):
-            self._check_task(task.task)  # it may have been removed since
+        if not isinstance(task.task, Tensor) and task.task in self.hypernet.removed:  # since the mask was made
+            self._check_task(task.task)
         return task
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -66,10 +66,13 @@ class MaskedNetwork(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The network's attributes, where the model has none of this name."""
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # each pass asks for some
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "net" not in self.__dict__.get("_modules", {}):
+            if name.startswith("_") or "net" not in modules:
                 raise
             return getattr(self.net, name)
 
@@ -99,9 +102,12 @@ class MaskedNetwork(nn.Module):
         compiling = torch.compiler.is_compiling()
         read: set[int] | None = set() if self._unread and not compiling else None
         one = Pass(mask, read, None if compiling else self._row(mask))
-        alone = self.training and not compiling and mixed.is_one_sample(inputs, kwargs)
-        with self._scope.use(one), with_one_sample(self.net) if alone else nullcontext():
-            y = self.net(*inputs, **kwargs)
+        with self._scope.use(one):
+            if self.training and not compiling and mixed.is_one_sample(inputs, kwargs):
+                with with_one_sample(self.net):
+                    y = self.net(*inputs, **kwargs)
+            else:
+                y = self.net(*inputs, **kwargs)
         if read is not None:
             self._report_unread(read)
         if torch.is_grad_enabled() and not compiling:

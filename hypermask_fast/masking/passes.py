@@ -32,7 +32,7 @@ class Pass:
         self._quiet: set[int] = set()  # segments read without gradients: that part may be computed again in backward
         self._leaves: dict[int, Tensor] = {}
         self._gathered: dict[tuple[object, str], Tensor] = {}
-        self._effective = None if ops.may_fuse(mask.logits) else mask.effective
+        self._effective = None if not mask.is_made and ops.may_fuse(mask.logits) else mask.effective
 
     @property
     def effective(self) -> tuple[Tensor, ...]:
