@@ -286,7 +286,8 @@ _HEADER = """# Networks
 
 Which networks can be masked, and what was checked of each. The table is made by `python -m bench.networks`, on the CPU,
 with random weights and small configurations of each kind; the networks are in `bench/zoo.py`, those of Hugging Face
-come from `transformers`. "passes" means: the same numbers as `torch.func.functional_call` with W * m in place of W, to
+come from `transformers` (GPT-2, Llama and T5 with `use_cache=False`, for PyTorch exports no cache of keys and values).
+"passes" means: the same numbers as `torch.func.functional_call` with W * m in place of W, to
 rounding.
 
 | check | what passes |
@@ -298,7 +299,7 @@ rounding.
 | mixed batch | a batch of several tasks, and every task over one batch |
 | state_dict | into another model, and a copy of the model |
 | one-pass Adam | four steps over two tasks with `optim.Adam`, against the same steps on an ordinary gradient |
-| torch.compile | `fullgraph=True` after wrapping, and compiled before wrapping; no task is compiled anew |
+| torch.compile | with `fullgraph=True` (the task a tensor), and compiled before wrapping; no task is compiled anew |
 | .pt2, ONNX | the file loaded without this library, for two sizes of batch |
 
 """

@@ -345,10 +345,14 @@ class HyperMask(Anchored):
     def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
         """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
 
-        select: of what the network returns, the (batch, classes) logits; by default it is the tensor that it returns,
+        select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor that it returns,
             or its `logits`.
         """
-        return ops.entropy_select(mixed.logits(self.forward_all_tasks(*inputs, **kwargs), select))
+        outputs = self.forward_all_tasks(*inputs, **kwargs)
+        if select is None:
+            return ops.entropy_select(mixed.logits(outputs, None))
+        each = [mixed.logits(mixed.of_task(outputs, task), select) for task in range(self.num_tasks)]
+        return ops.entropy_select(torch.stack(each))
 
     # -- away from here -------------------------------------------------------------------------------------------
 

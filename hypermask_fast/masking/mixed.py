@@ -154,6 +154,11 @@ def spread(outputs: Any, places: Sequence[int], count: int) -> Any:
     return _over([outputs], put)
 
 
+def of_task(outputs: Any, task: int) -> Any:
+    """Of `stacked` outputs, those of one task."""
+    return _over([outputs], lambda tensors: tensors[0][task])
+
+
 def logits(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
     """The logits in a network's output. Raises InputError where they are not to be found."""
     found = output if select is None else select(output)
