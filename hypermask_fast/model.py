@@ -345,8 +345,8 @@ class HyperMask(Anchored):
     def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
         """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
 
-        select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor that it returns,
-            or its `logits`.
+        select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor that
+            it returns, or its `logits`.
         """
         outputs = self.forward_all_tasks(*inputs, **kwargs)
         if select is None:
