@@ -20,7 +20,7 @@ from .regularizers import FIDELITIES
 from .training import describe, evaluation, explain, report, resume, run
 from .training.config import CONFIG, RunConfig, load_preset, presets
 from .training.interrupt import Stopped, StopSignals
-from .training.logs import DownloadProgress, TerminalLog
+from .training.logs import DownloadProgress
 from .training.memory import tune_allocator
 from .training.tables import text_table
 
@@ -109,13 +109,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.data_dir is not None:
         config = run.with_data_dir(config, arguments.data_dir)
     device = run.pick_device(arguments.device)
-    title = f"{describe.title(config)}; {describe.details(config)}; {report.device_name(device)}"
-    labels = describe.task_labels(config)
     finished = arguments.resume and resume.is_finished(run_dir, config)
-    terminal = None if finished else TerminalLog(len(labels), title, labels=labels)
     with StopSignals() as signals:
         try:
-            result = run.train(config, run_dir, device, arguments.resume, terminal, signals)
+            result = run.train(config, run_dir, device, arguments.resume, stop=signals, progress=not finished)
         except KeyboardInterrupt as error:
             where = f": {error}" if isinstance(error, Stopped) else ""
             hint = "; the same command with --resume goes on" if (run_dir / CONFIG).is_file() else ""
@@ -124,7 +121,7 @@ def _train(arguments: argparse.Namespace) -> int:
         average = report.summarize(result.matrix, result.baseline).average_accuracy
         print(f"{run_dir} is finished, with an average accuracy of {average:.2f} %: {run_dir / report.METRICS}")
         return 0
-    print(report.text_matrix(result))
+    print(result)
     rate = f", {_rate(result.steps / result.seconds)} steps per second" if result.seconds else ""
     print(f"\ntrained for {result.seconds:.1f} s{rate}\nresults in {run_dir} (picture: {report.MATRIX_PICTURE})")
     return 0

@@ -110,6 +110,46 @@ class HypernetConfig:
         return ChunkedHyperNetwork(size, num_tasks, *shape, tensors if self.by_tensor else None)
 
 
+_FEW_ROWS, _FEW_PRODUCTS = 64, 1 << 22
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b; on the CPU the same bits from any number of threads, where x (..., K) has few rows.
+
+    In PyTorch's own product of few rows the order in which numbers are added depends on the number of threads, and
+    Adam makes large differences of small ones. A trunk's products are so small that they can be added up plainly.
+    """
+    rows = x.numel() // max(x.shape[-1], 1)
+    if x.device.type != "cpu" or rows > _FEW_ROWS or rows * weight.numel() > _FEW_PRODUCTS:
+        return F.linear(x, weight, bias)
+    return _FewRowsLinear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+
+
+class _FewRowsLinear(torch.autograd.Function):
+    """x W^T + b of x (T, K) and W (N, K), the three gradients too.
+
+    Every number is a sum of its own over neighbours in memory, which PyTorch never cuts into parts for its threads.
+    Gradients by autograd would be sums over other dimensions, which it does cut.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _sums_of_products(x, weight) + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        of_entry = grad.t().contiguous()
+        return _sums_of_products(grad, weight.t()), _sums_of_products(of_entry, x.t()), of_entry.sum(-1)
+
+
+def _sums_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """(m, n): a (m, k) times b^T, b (n, k)."""
+    return (a.contiguous()[:, None] * b.contiguous()).sum(-1)
+
+
 class OutputStepper(Protocol):
     """Who steps the dense output layer within the backward pass: the one-pass step, see `HyperNetwork.step_with`.
 
@@ -204,12 +244,14 @@ class HyperNetwork(nn.Module):
 
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task; one chunk here."""
-        return self._after_first(self.trunk[0](self.embed(tasks)))[:, None]
+        first: Any = self.trunk[0]  # an nn.Linear
+        return self._after_first(_linear(self.embed(tasks), first.weight, first.bias))[:, None]
 
     def _after_first(self, first: Tensor) -> Tensor:
         hidden = F.elu(first)
-        for layer in self.trunk[1:]:
-            hidden = F.elu(layer(hidden))
+        layers: Any = self.trunk[1:]
+        for layer in layers:
+            hidden = F.elu(_linear(hidden, layer.weight, layer.bias))
         return hidden
 
     def forward(self, tasks: Iterable[int] | Tensor) -> Tensor:
@@ -233,7 +275,7 @@ class HyperNetwork(nn.Module):
     def earlier_hidden(self, task: int) -> Tensor:
         """(earlier tasks, chunks, H) last hidden layer of the tasks before t, to the bit as in a pass with t itself.
 
-        The last bits of a matrix product's rows depend on how many rows there are. A drift that is to be 0 at the
+        The last bits of a matrix product's rows can depend on how many rows there are. A drift that is to be 0 at the
         start of a task must be 0, because Adam makes full steps of however small a gradient.
         """
         return self.hidden(self.tasks(task))[:-1]
@@ -369,8 +411,8 @@ class ChunkedHyperNetwork(HyperNetwork):
         of_chunk, of_task = first.weight.split(
             [self.chunk_embeddings.shape[1], first.in_features - self.chunk_embeddings.shape[1]], dim=1
         )
-        per_chunk = F.linear(self.chunk_embeddings, of_chunk, first.bias)
-        per_task = F.linear(self.embed(tasks), of_task)
+        per_chunk = F.linear(self.chunk_embeddings, of_chunk)
+        per_task = _linear(self.embed(tasks), of_task, first.bias)
         return self._after_first(per_chunk[None] + per_task[:, None])
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from hypermask_fast import InputError, cli
 from hypermask_fast.training import describe, run, targets
 from hypermask_fast.training.config import RunConfig, load_preset, presets
-from hypermask_fast.training.trainer import Result
+from hypermask_fast.training.result import Result
 
 SETTINGS = {
     "data.tasks": "2",
@@ -263,6 +263,10 @@ def test_export_gives_the_model_s_outputs(finished, tmp_path, capsys):
     assert not isinstance(net, type(model))
     torch.testing.assert_close(net(x), model(x, task=1))
     assert not torch.allclose(net(x), model(x, task=0))
+    about = net.exported
+    assert (about.scenario, about.task, about.task_name) == ("split-digits", 1, scenario.tasks[1].name)
+    assert (about.class_names, about.input_shape) == (("2", "3"), (1, 8, 8))
+    assert torch.equal(about.prepare(scenario.tasks[1].test.inputs[:20]), x)
 
 
 def test_export_of_batch_norm_networks_of_both_kinds(tmp_path):
@@ -398,7 +402,7 @@ def test_large_seeds(tmp_path, seed):
 )
 def test_slow_runs_have_a_rate_too(tmp_path, monkeypatch, capsys, steps, seconds, shown):
     result = Result(torch.eye(2).double(), torch.zeros(2).double(), float(seconds), steps)
-    monkeypatch.setattr(run, "train", lambda *_: result)
+    monkeypatch.setattr(run, "train", lambda *_, **__: result)
     assert train(tmp_path / "run") == 0
     assert f", {shown}" in capsys.readouterr().out
 

@@ -145,11 +145,11 @@ def _permuted_mnist(name: str, data_dir: Path, seed: int, validation: int, tasks
     train, held_out = hold_out_first(TensorSplit(raw.inputs, raw.labels), validation, "every task")
     test = TensorSplit(raw.test_inputs, raw.test_labels)
     generator = torch.Generator().manual_seed(seed)
-    task_data = []
+    task_data, digits = [], tuple(map(str, range(10)))
     for t in range(tasks):
         permute = PermutePixels(torch.randperm(32 * 32, generator=generator), pad=2)
-        parts = (replace(split, prepare=permute) for split in (train, held_out, test))
-        task_data.append(TaskData(f"permutation {t}", *parts))
+        splits = [replace(split, prepare=permute) for split in (train, held_out, test)]
+        task_data.append(TaskData(f"permutation {t}", splits[0], splits[1], splits[2], digits))
     return Scenario(name, tuple(task_data), sample_shape(task_data[0].train), 10)
 
 

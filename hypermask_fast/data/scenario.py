@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,18 +21,25 @@ class TaskData:
     """One task: its three splits, labels 0 .. num_classes - 1 in each. The validation split may be empty.
 
     num_classes: of this task, where tasks differ in it; None: the scenario's.
+    class_names: what the data set calls label 0, 1, ...; () where they have no other names.
     """
 
     name: str
     train: Split
     validation: Split
     test: Split
+    class_names: tuple[str, ...] = ()
     num_classes: int | None = None
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
         """In the order of `PARTS`."""
         return self.train, self.validation, self.test
+
+    def map(self, change: Callable[[Split], Split]) -> TaskData:
+        """The task with each of its splits changed."""
+        train, validation, test = map(change, self.splits)
+        return replace(self, train=train, validation=validation, test=test)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +88,7 @@ class Scenario:
         def move_split(split: Split) -> Split:
             return split.to(device, moved) if isinstance(split, TensorSplit) else split.to(device)
 
-        def moved_task(task: TaskData) -> TaskData:
-            train, validation, test = map(move_split, task.splits)
-            return replace(task, train=train, validation=validation, test=test)
-
-        tasks = tuple(map(moved_task, self.tasks))
-        return replace(self, tasks=tasks)
+        return replace(self, tasks=tuple(task.map(move_split) for task in self.tasks))
 
 
 def task_label(number: int, name: str) -> str:
@@ -153,8 +155,9 @@ def split_by_class(
     for t, group in enumerate(groups):
         task_train = _of_classes(train, group, "training")
         rest, held_out = hold_out_first(task_train, validation, f"task {t}")
-        of_task = len(group) if unequal else None
-        tasks.append(TaskData(",".join(map(str, group)), rest, held_out, _of_classes(test, group, "test"), of_task))
+        names, of_task = tuple(map(str, group)), len(group) if unequal else None
+        parts = rest, held_out, _of_classes(test, group, "test")
+        tasks.append(TaskData(",".join(names), *parts, names, of_task))
     return Scenario(name, tuple(tasks), sample_shape(train), max(map(len, groups)))
 
 

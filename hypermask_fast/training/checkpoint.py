@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 
 from ..errors import InputError
 from ..files import writing
+from ..model import HyperMask
 from ..model_state import load_network_state, network_state
 
 MANIFEST = "checkpoint.json"
@@ -183,6 +185,23 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies a checkpoint's weights, which `stored.load` has checked, into `model`."""
     weights = {name.removeprefix(MODEL): value for name, value in tensors.items() if name.startswith(MODEL)}
     load_network_state(model, weights)
+
+
+def warn_of_threads(state: dict[str, Any]) -> None:
+    """A warning where a run on the CPU goes on with another number of threads than it was saved on: PyTorch's own
+    products, such as the target network's, may add up in another order. Version 0.1.0 did not save the number."""
+    before, now = state.get("threads"), torch.get_num_threads()
+    if before not in (None, now):
+        warnings.warn(
+            f"the run was saved on {before} thread{'' if before == 1 else 's'} and goes on with {now}: its last digits "
+            f"may differ from those of a run on one number of threads (OMP_NUM_THREADS={before} keeps it)",
+            stacklevel=2,
+        )
+
+
+def model_settings(model: HyperMask) -> dict[str, Any]:
+    """What decides a model's outputs besides its tensors, as JSON values."""
+    return {"sparsity": float(model.sparsity), "fidelity": model.drift.fidelity, "masked": list(model.layout.names)}
 
 
 def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]) -> None:

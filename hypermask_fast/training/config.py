@@ -19,6 +19,7 @@ from ..hypernet import HypernetConfig
 from ..optim import GRADIENTS
 from ..regularizers import FIDELITIES
 from ..settings import LARGEST, Kind, OneOf, Range, Text, check_fields, kinds, shown
+from .checkpoint import MANIFEST
 from .targets import TargetConfig
 
 CONFIG = "config.toml"  # of a run's folder
@@ -243,6 +244,11 @@ def tables() -> dict[str, Any]:
 def stored_config(run_dir: Path) -> RunConfig:
     """The configuration that a run's folder holds. Raises InputError where it holds no run."""
     if not (run_dir / CONFIG).is_file():
+        if (run_dir / MANIFEST).is_file():
+            raise InputError(
+                f"{run_dir} holds a Trainer's run (no {CONFIG}), whose network only Python knows: there "
+                "hypermask_fast.training.run.load_model(folder, model) loads it"
+            )
         raise InputError(f"{run_dir} holds no run (no {CONFIG}): give a folder that `hypermask-fast train` has made")
     return RunConfig.load(run_dir / CONFIG)
 

@@ -154,7 +154,7 @@ class TerminalLog:
         self.tasks, self.title = tasks, title
         self.labels = labels or []
         self.stream = stream or sys.stderr
-        moves = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        moves = _is_terminal(self.stream) and os.environ.get("TERM") != "dumb"
         self._progress = _progress(self.stream) if moves else None
         self._total = self._reported = 0
 
@@ -205,6 +205,15 @@ class TerminalLog:
 
     def _tenth(self, iteration: int, iterations: int) -> int:
         return self.LINES_PER_TASK * iteration // max(iterations, 1)
+
+
+def on_terminal() -> bool:
+    """Whether a progress bar can be shown unasked: standard error is a terminal, and rich is installed."""
+    return _is_terminal(sys.stderr) and importlib.util.find_spec("rich") is not None
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()  # None: it was closed before Python began
 
 
 def _progress(stream: TextIO) -> "Progress":

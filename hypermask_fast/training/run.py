@@ -4,31 +4,29 @@ A run's folder holds config.toml (written first: its presence makes the folder a
 reports of `report`. Nothing here replaces a run's files but the run itself, resumed, in one process at a time.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
 
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..files import remove_partial, write_atomic, writing
 from ..model import HyperMask
-from ..model_state import load_network_state, network_state
-from . import checkpoint, report, stored
+from . import checkpoint, describe, report, stored
 from .config import CONFIG, RunConfig, stored_config
+from .exported import check_new_file, export_model
+from .exported import load_exported as load_exported  # where it was in version 0.1.0
 from .lock import LOCK, taken
-from .logs import CsvLog, Logger, Loggers, TensorBoardLog
+from .logs import CsvLog, Logger, Loggers, TensorBoardLog, on_terminal
 from .needs import check_memory, lack_of_memory_told
+from .result import Result
 from .resume import accepted_settings
-from .targets import TargetConfig, build_target
-from .trainer import Result, Trainer
+from .targets import build_target
+from .trainer import Trainer
 
 LOG, TENSORBOARD = "log.csv", "tensorboard"
 
@@ -82,6 +80,7 @@ def train(
     resume: bool = False,
     logger: Logger | None = None,
     stop: Callable[[], bool] | None = None,
+    progress: bool | None = None,
 ) -> Result:
     """Trains a run to its end. Its folder gets config.toml, log.csv, checkpoints and, after each task, the reports.
 
@@ -91,7 +90,7 @@ def train(
         device: where to train.
         resume: go on from the newest checkpoint, or from the beginning where the run was stopped before its first.
         logger: is told of progress besides log.csv and TensorBoard.
-        stop: see `Trainer`.
+        stop, progress: see `Trainer`.
 
     Raises:
         InputError: the folder is in use, data or settings are wrong, a package is missing. Nothing was written then,
@@ -109,7 +108,8 @@ def train(
         else:
             check_free(run_dir)
         loggers = Loggers([])
-        trainer = _trainer(config, run_dir, device, loggers, stop)
+        shown = logger is None and on_terminal() if progress is None else progress
+        trainer = _trainer(config, run_dir, device, loggers, stop, shown)
         # All that can be checked has been: from here on the folder is a run.
         if not resume:
             if not run_dir.exists():
@@ -154,16 +154,12 @@ def _trainer(
     device: torch.device | str,
     loggers: Loggers,
     stop: Callable[[], bool] | None,
+    progress: bool,
 ) -> Trainer:
-    """The run's Trainer, which writes the reports after each task; nothing is written yet."""
+    """The run's Trainer; nothing is written yet."""
     scenario = read_scenario(config)
     check_memory(config, scenario, device)
     model = build_model(config, scenario, device)
-
-    def on_task_end(result: Result) -> None:
-        report.write_reports(run_dir, config, result, device)
-        loggers.message(_after_task(result, scenario))
-
     return Trainer(
         model,
         scenario,
@@ -173,8 +169,10 @@ def _trainer(
         device=device,
         run_dir=run_dir,
         settings=config.digest(),
+        report=run_dir,
+        progress=progress,
+        about=describe.about(config),
         logger=loggers,
-        on_task_end=on_task_end,
         stop=stop,
         earlier_settings=accepted_settings(run_dir, config),
     )
@@ -229,73 +227,47 @@ def load_run(
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)
 
 
+def load_model(run_dir: Path | str, model: HyperMask) -> int:
+    """Loads a `Trainer`'s run, as its newest checkpoint has it, into a model of one's own.
+
+    Args:
+        run_dir: the Trainer's run_dir.
+        model: made like the one that was trained; it is in evaluation mode afterwards.
+
+    Returns:
+        How many tasks are learned to the end, tasks 0 to that less 1. A task under way is loaded as it stands.
+
+    Raises:
+        InputError: no checkpoint, one that is damaged, no HyperMask model, or another one: other tensors, sparsity,
+            fidelity or masked parameters.
+    """
+    run_dir = Path(run_dir)
+    if not isinstance(model, HyperMask):
+        raise InputError(
+            f"load_model takes a HyperMask model like the one that was trained, not {type(model).__name__}"
+        )
+    tensors, learned = stored.load_network(run_dir, model)
+    checkpoint.restore_model(model, tensors)
+    model.eval()
+    return learned
+
+
 def with_data_dir(config: RunConfig, data_dir: Path | str) -> RunConfig:
     """`config` reading its data from `data_dir`, made absolute so that it holds wherever the run is loaded from."""
     return replace(config, data=replace(config.data, dir=str(Path(data_dir).expanduser().resolve())))
 
 
-# -- exported networks ------------------------------------------------------------------------------------------------
-
-
 def export_task(run_dir: Path | str, task: int, path: Path | str, data_dir: Path | str | None = None) -> None:
-    """Writes the plain network of one learned task, mask baked in, as safetensors; see `load_exported`.
-
-    The tensors are the network's state_dict. The file's metadata (strings) says how to build the network: target
-    (its TargetConfig as JSON), input_shape, num_classes (JSON), and task, scenario and format.
+    """Writes the plain network of one learned task of a run; see `exported.export_model`.
 
     Raises:
         InputError: the task is not learned, `path` exists, or what `load_run` raises.
     """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"{path} already exists: choose another file")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path.absolute().parent} is not a folder: make it first, or choose another file")
+    check_new_file(path)
     config, model, scenario = load_run(run_dir, data_dir)
     if not 0 <= task < len(scenario.tasks):
         raise InputError(f"task {task} is not among those this run has learned: 0 to {len(scenario.tasks) - 1}")
-    metadata = {
-        "format": "pt",
-        "scenario": scenario.name,
-        "task": str(task),
-        "target": json.dumps(asdict(config.target)),
-        "input_shape": json.dumps(scenario.input_shape),
-        "num_classes": str(scenario.num_classes),
-    }
-    tensors = {name: tensor.contiguous() for name, tensor in network_state(model.export(task)).items()}
-    write_atomic(path, save(tensors, metadata))
-
-
-def load_exported(path: Path | str) -> nn.Module:
-    """The plain nn.Module in a file by `export_task`, in evaluation mode on the CPU; nothing is unpickled.
-
-    Raises:
-        InputError: not such a file.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        values = json.loads(metadata["target"])
-        target = TargetConfig(**{**values, "hidden": tuple(values["hidden"])})
-        net = build_target(target, json.loads(metadata["input_shape"]), int(metadata["num_classes"]))
-        _without_absent_statistics(net, tensors)
-        load_network_state(net, tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is not a network exported by hypermask-fast: {reason}") from error
-    return net.eval()
-
-
-def _without_absent_statistics(net: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Batch norm of an official-fidelity run has no running statistics: it uses each batch's own."""
-    for name, module in net.named_modules():
-        if (
-            isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-            and f"{name}.running_mean" not in tensors
-        ):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
+    export_model(model, scenario, task, path, config.target)
 
 
 def _loggers(run_dir: Path, resume: bool, logger: Logger | None) -> list[Logger]:
@@ -303,12 +275,3 @@ def _loggers(run_dir: Path, resume: bool, logger: Logger | None) -> list[Logger]
     if TensorBoardLog.available():
         loggers.append(TensorBoardLog(run_dir / TENSORBOARD))
     return loggers if logger is None else [*loggers, logger]
-
-
-def _after_task(result: Result, scenario: Scenario) -> str:
-    """ "after task 1 (digits 2, 3): 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
-    summary = report.summarize(result.matrix, result.baseline)
-    row = result.matrix[summary.tasks_learned - 1, : summary.tasks_learned].tolist()
-    accuracies = " ".join(f"{value:.1f}" for value in row)
-    last = scenario.label(summary.tasks_learned - 1)
-    return f"after {last}: {accuracies} (average {summary.average_accuracy:.2f} %)"

@@ -23,6 +23,8 @@ from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingCo
 
 _LONGEST = 1e10  # seconds: three hundred years
 _LARGEST = 2**50  # bytes of memory
+_MOST_THREADS = 2**20
+_NOT_KNOWN = TrainingConfig(iterations=1)  # of a checkpoint whose network alone is looked at
 
 
 def load(
@@ -59,12 +61,29 @@ def load(
     check.counters()
     check.results()
     check.generators()
+    check.machine_and_model()
     if found.state["iteration"] > 0:
         check.running_task()
     else:
         check.between_tasks()
     check.nothing_else()
     return found.tensors, found.state
+
+
+def load_network(run_dir: Path, model: HyperMask) -> tuple[dict[str, Tensor], int]:
+    """Of a checkpoint whose settings nobody knows, such as a `Trainer`'s: its tensors, and how many tasks are learned.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is of another model: other tensors, sparsity, fidelity or masked
+            parameters.
+    """
+    found = checkpoint.load(run_dir)
+    check = _Check(found.file, found.tensors, found.state, model, model.num_tasks, _NOT_KNOWN, None)
+    if "model" not in found.state:
+        raise InputError(f"the checkpoint in {run_dir} is of version 0.1.0, which did not save what its model was")
+    check.machine_and_model()
+    check.network(MODEL)
+    return found.tensors, check.learned()
 
 
 @dataclass
@@ -150,6 +169,26 @@ class _Check:
             torch.Generator().set_state(self.tensors["generator.cpu"].cpu())
         except RuntimeError as error:
             self._bad_tensor("generator.cpu", f"is no generator's state ({str(error).splitlines()[0]})")
+
+    def machine_and_model(self) -> None:
+        """What version 0.1.0 did not save: threads, and what decides the model's outputs besides its tensors."""
+        self.seen |= {"state.threads", "state.model"}
+        if "threads" in self.state:
+            self._whole("threads", 1, _MOST_THREADS)
+        if "model" not in self.state:
+            return
+        model: Any = self.state["model"]
+        for name, value in checkpoint.model_settings(self.model).items():
+            there = model.get(name) if isinstance(model, dict) else None
+            if there != value:
+                raise InputError(
+                    f"the checkpoint in {self.file.parent} is of another model: {name} is {_shown(there)} there, "
+                    f"{_shown(value)} here"
+                )
+
+    def learned(self) -> int:
+        """How many tasks are learned, of as many as there are at most."""
+        return self._whole("task", 0, self.tasks)
 
     def running_task(self) -> None:
         """All that the rest of a task depends on."""

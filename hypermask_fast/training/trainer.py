@@ -19,35 +19,19 @@ from ..model import HyperMask
 from ..model_state import load_network_state, network_state
 from ..optim import Adam
 from ..regularizers import Anchor
-from . import checkpoint, stored
+from . import checkpoint, describe, stored
 from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
 from .interrupt import Stopped
 from .lock import taken
-from .logs import Logger, Loggers
+from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
 from .order import batch_rows
+from .report import check_no_reports, check_packages, device_name, write_reports
+from .result import Result, text_after_task
 from .step import Block, TaskWork
 from .step import steps as training_steps
-
-
-@dataclass
-class Result:
-    """What a run has measured so far.
-
-    Attributes:
-        matrix: (T, T) float64 percent: row t after training task t, column j on task j's test split; NaN: not yet.
-        baseline: (T,) float64 percent of the untrained model.
-        seconds: spent in training steps (validation included, evaluation after a task not); steps: their number.
-        peak_memory: bytes; see `peak_memory`.
-    """
-
-    matrix: Tensor
-    baseline: Tensor
-    seconds: float = 0.0
-    steps: int = 0
-    peak_memory: int = 0
 
 
 @dataclass
@@ -73,13 +57,19 @@ class Trainer:
         run_dir: folder for checkpoints, made where it is not there; None writes none.
         settings: kept in checkpoints; one that was saved under others is refused, those of earlier_settings apart. See
             `RunConfig.digest`.
+        report: folder for metrics.json, timing.json, and the accuracy matrix as a table and a picture, written after
+            each task; None writes none.
+        progress: show progress on standard error, as the command line does; None: where that is a terminal and there
+            is no `logger`.
+        about: what reports and progress call the run; None: made from the arguments.
         logger: is told of progress.
         on_task_end: called with the result so far after each task, and at once when a run is resumed.
         stop: asked after every step and every task. Where it says yes, a checkpoint is saved and `fit` raises Stopped.
 
     Raises:
         InputError: more tasks in the scenario than in the model, a network that does not take its inputs or has fewer
-            outputs than classes, or no validation data where they are needed.
+            outputs than classes, no validation data where they are needed, or a package missing that `report` or
+            `progress` needs.
     """
 
     def __init__(
@@ -93,6 +83,9 @@ class Trainer:
         device: torch.device | str = "cpu",
         run_dir: Path | str | None = None,
         settings: str = "",
+        report: Path | str | None = None,
+        progress: bool | None = None,
+        about: describe.About | None = None,
         logger: Logger | None = None,
         on_task_end: Callable[[Result], None] | None = None,
         stop: Callable[[], bool] | None = None,
@@ -112,7 +105,12 @@ class Trainer:
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.settings, self.earlier_settings = settings, tuple(earlier_settings)
-        self.logger = logger or Loggers([])
+        self.report = None if report is None else Path(report)
+        if self.report is not None:
+            check_packages()
+        self.about = about or describe.about_training(self.model, self.scenario, config, seed)
+        self._terminal = self._progress(logger is None and on_terminal() if progress is None else progress)
+        self.logger = Loggers([each for each in (logger, self._terminal) if each is not None])
         self.on_task_end = on_task_end or (lambda result: None)
         tasks = len(scenario.tasks)
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
@@ -130,16 +128,24 @@ class Trainer:
                 those of a run that was never stopped.
 
         Raises:
-            InputError: run_dir can't be written, another process trains in it, or its checkpoint is not this run's;
-                without resume, it has one.
+            InputError: run_dir or report can't be written, another process trains in run_dir, or its checkpoint is not
+                this run's; without resume, it has one, or report has reports.
             Stopped: `stop` has said so.
         """
+        if self.report is not None:
+            if not resume:
+                check_no_reports(self.report)
+            _folder(self.report)  # now, not when the first task is done
         on_gpu = self.device.type == "cuda"
-        with (
-            torch.cuda.device(self.device) if on_gpu else nullcontext(),  # a graph is captured on the current one
-            nullcontext() if self.run_dir is None else taken(_folder(self.run_dir)),
-        ):
-            return self._fit(resume)
+        try:
+            with (
+                torch.cuda.device(self.device) if on_gpu else nullcontext(),  # a graph is captured on the current one
+                nullcontext() if self.run_dir is None else taken(_folder(self.run_dir)),
+            ):
+                return self._fit(resume)
+        finally:
+            if self._terminal is not None:
+                self._terminal.close()
 
     def _fit(self, resume: bool) -> Result:
         restored: dict[str, Tensor] = {}
@@ -149,7 +155,7 @@ class Trainer:
                 raise InputError(f"{saved} holds a checkpoint: fit(resume=True) goes on from it")
             restored = self._restore(saved)
             if self._at.task > 0:
-                self.on_task_end(self.result)
+                self._after_task()
         else:
             torch.manual_seed(self.seed)
             self.result.baseline.copy_(self._test_accuracies())
@@ -159,10 +165,22 @@ class Trainer:
             self.result.peak_memory = max(self.result.peak_memory, peak_memory(self.device))
             self._at, restored = _Position(task=self._at.task + 1), {}
             self._save()
-            self.on_task_end(self.result)
+            self._after_task()
             if self._at.task < len(self.scenario.tasks) and self.stop():
                 raise self._stopped()
         return self.result
+
+    def _after_task(self) -> None:
+        """Tells of the result so far."""
+        if self.report is not None:
+            write_reports(self.report, self.about, self.result, self.device)
+        self.logger.message(text_after_task(self.result, self.scenario))
+        self.on_task_end(self.result)
+
+    def _progress(self, shown: bool) -> TerminalLog | None:
+        title = f"{self.about.title}; {self.about.details}; {device_name(self.device)}"
+        labels = [self.scenario.label(task) for task in range(len(self.scenario.tasks))]
+        return TerminalLog(len(labels), title, labels=labels) if shown else None
 
     # -- one task -------------------------------------------------------------------------------------------------
 
@@ -312,6 +330,8 @@ class Trainer:
             "seconds": self.result.seconds,
             "steps": self.result.steps,
             "peak_memory": self.result.peak_memory,
+            "threads": torch.get_num_threads(),
+            "model": checkpoint.model_settings(self.model),
         }
         if optimizer is not None:
             tensors |= checkpoint.optimizer_tensors(optimizer, self.model)
@@ -346,6 +366,8 @@ class Trainer:
         tensors, state = stored.load(run_dir, self.model, len(tasks), self.config, settings, samples, self.device)
         checkpoint.restore_model(self.model, tensors)
         checkpoint.restore_generators(tensors, self.device)
+        if self.device.type == "cpu":
+            checkpoint.warn_of_threads(state)
         self.result = Result(
             tensors["result.matrix"].cpu(),
             tensors["result.baseline"].cpu(),

@@ -110,13 +110,13 @@ def test_groups_of_several_sizes():
 def test_a_tasks_labels_are_its_own_classes():
     split = TensorSplit(torch.zeros(4, 1), torch.tensor([0, 1, 2, 0]))
     assert Scenario(
-        "s", (TaskData("a", split, split, split, 3), TaskData("b", split, split, split)), (1,), 5
+        "s", (TaskData("a", split, split, split, num_classes=3), TaskData("b", split, split, split)), (1,), 5
     ).classes == (3, 5)
     with pytest.raises(InputError, match=r"task 0 \(a\), training set: labels must be 0 .. 1, found 2"):
-        Scenario("s", (TaskData("a", split, split, split, 2),), (1,), 5)
+        Scenario("s", (TaskData("a", split, split, split, num_classes=2),), (1,), 5)
     for wrong in (6, 0, 2.0):
         with pytest.raises(InputError, match=r"num_classes of task 0 \(a\) must be a whole number, 1 .. 5"):
-            Scenario("s", (TaskData("a", split, split, split, wrong),), (1,), 5)
+            Scenario("s", (TaskData("a", split, split, split, num_classes=wrong),), (1,), 5)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
