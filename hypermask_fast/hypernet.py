@@ -346,7 +346,7 @@ class _WithoutRest(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         whole = grad.new_zeros(len(grad), sum(ctx.padded))
         for part, given in zip(whole.split(ctx.padded, 1), grad.split(ctx.tensors, 1), strict=True):
