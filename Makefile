@@ -19,12 +19,19 @@ help:
 	@echo "make compile_commands  compile_commands.json for editors, from the last build of csrc/"
 	@echo "make env               environment; what this installation is and sees"
 	@echo "make clean             all of that away again; runs are kept"
+	@echo
+	@echo "The first of these makes the environment. PyTorch is downloaded: gigabytes with CUDA, so as long as your connection"
+	@echo "takes for these; README.md has a smaller one. Then csrc/ is compiled: a minute or two, some more with nvcc."
+	@echo "pip says nothing meanwhile. After that the command is"
+	@echo "    $(BIN)/hypermask-fast     or, once you have typed source $(BIN)/activate, hypermask-fast"
 
 # The digits' network is too small to be worth sharing among cores, hence one thread. Every run gets a fresh folder.
 demo: $(VENV)/.package
-	out=runs/split-digits-$$(date +%Y%m%d-%H%M%S)-$$$$ && \
+	@out=runs/split-digits-$$(date +%Y%m%d-%H%M%S)-$$$$ && \
 	OMP_NUM_THREADS=1 $(BIN)/hypermask-fast train split-digits --out "$$out" && \
-	echo "the matrix as a picture: $$out/accuracy_matrix.png"
+	echo "the matrix as a picture: $$out/accuracy_matrix.png" && \
+	echo "the command: $(BIN)/hypermask-fast --help     or, once you have typed source $(BIN)/activate, hypermask-fast" && \
+	echo "such as:     $(BIN)/hypermask-fast evaluate $$out"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
@@ -66,7 +73,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	{ echo "Python 3.10 or newer is needed; name one by: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing PyTorch, some minutes where it has to be downloaded"
+	@echo "installing PyTorch; pip is silent while it downloads gigabytes (README.md: a smaller one), which can take many minutes"
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
@@ -76,14 +83,16 @@ $(VENV)/.torch:
 PIP_EDITABLE = $(BIN)/pip install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
-	@echo "compiling csrc/, a minute or more where nvcc is there"
+	@echo "installing what training needs and compiling csrc/; silent for a minute or two, some more where nvcc is there"
 	$(PIP_EDITABLE) ".[train]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.package
+	@echo "installing what the tests need; silent for a minute or so"
 	$(PIP_EDITABLE) ".[test]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.package
+	@echo "installing what the benchmarks need; silent for a minute or so"
 	$(PIP_EDITABLE) ".[bench]"
 	touch $@

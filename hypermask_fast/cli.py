@@ -1,4 +1,4 @@
-"""The command line `hypermask-fast`: train, evaluate, export, presets, env."""
+"""The command line `hypermask-fast`: data, train, evaluate, export, presets, settings, env."""
 
 import argparse
 import errno
@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 
 from . import __version__, env, exporting, startup
 from .data import SCENARIOS
+from .data.download import DOWNLOADS, download
 from .errors import InputError
 from .extras import needed_for
 from .regularizers import FIDELITIES
-from .training import describe, evaluation, report, run
-from .training.config import RunConfig, load_preset, presets
+from .training import describe, evaluation, explain, report, resume, run
+from .training.config import CONFIG, RunConfig, load_preset, presets
 from .training.interrupt import Stopped, StopSignals
-from .training.logs import TerminalLog
+from .training.logs import DownloadProgress
 from .training.memory import tune_allocator
 from .training.tables import text_table
 
@@ -76,7 +77,7 @@ def _check_packages() -> None:
 
 
 def _refuse(message: str) -> int:
-    _tell(f"error: {message}")
+    _tell("error: " + message.replace("\n", "\\n"))  # of a path
     return EXIT_INPUT
 
 
@@ -104,20 +105,23 @@ def _train(arguments: argparse.Namespace) -> int:
     preset = _preset(arguments.preset)
     run_dir = arguments.out or Path("runs") / Path(arguments.preset).stem
     asked = _asked_settings(arguments)
-    config = _resumed_config(run_dir, preset, asked) if arguments.resume else preset.with_values(asked)
+    config = resume.resumed_config(run_dir, preset, asked) if arguments.resume else preset.with_values(asked)
     if arguments.data_dir is not None:
         config = run.with_data_dir(config, arguments.data_dir)
     device = run.pick_device(arguments.device)
-    title = f"{describe.title(config)}; {describe.details(config)}; {report.device_name(device)}"
-    terminal = TerminalLog(_task_count(config), title)
+    finished = arguments.resume and resume.is_finished(run_dir, config)
     with StopSignals() as signals:
         try:
-            result = run.train(config, run_dir, device, arguments.resume, terminal, signals)
+            result = run.train(config, run_dir, device, arguments.resume, stop=signals, progress=not finished)
         except KeyboardInterrupt as error:
             where = f": {error}" if isinstance(error, Stopped) else ""
-            hint = "; the same command with --resume goes on" if (run_dir / run.CONFIG).is_file() else ""
+            hint = "; the same command with --resume goes on" if (run_dir / CONFIG).is_file() else ""
             return _interrupted(signals.number or signal.SIGINT, where + hint)
-    print(report.text_matrix(result))
+    if finished:
+        average = report.summarize(result.matrix, result.baseline).average_accuracy
+        print(f"{run_dir} is finished, with an average accuracy of {average:.2f} %: {run_dir / report.METRICS}")
+        return 0
+    print(result)
     rate = f", {_rate(result.steps / result.seconds)} steps per second" if result.seconds else ""
     print(f"\ntrained for {result.seconds:.1f} s{rate}\nresults in {run_dir} (picture: {report.MATRIX_PICTURE})")
     return 0
@@ -139,7 +143,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         measured = evaluation.entropy_accuracy(model, scenario, batch)
         columns = {"task found %": measured.task.tolist(), "class found %": measured.label.tolist()}
-    print(_table([task.name for task in scenario.tasks], columns))
+    print(_table([scenario.label(t) for t in range(len(scenario.tasks))], columns))
     return 0
 
 
@@ -159,9 +163,31 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _presets(arguments: argparse.Namespace) -> int:
     if arguments.name is not None:
-        print(load_preset(arguments.name).to_toml(), end="")
+        print(explain.commented_toml(load_preset(arguments.name)), end="")
         return 0
     print(text_table([(name, describe.title(config)) for name, config in presets().items()], "<<", gap=2))
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    print(explain.listing(arguments.key))
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    name = arguments.dataset
+    if name in SCENARIOS:
+        name = SCENARIOS[name].dataset
+        if name is None:
+            print(f"{arguments.dataset} needs no files")
+            return 0
+    elif name not in DOWNLOADS:
+        raise InputError(f"no data set {name!r}: there are {', '.join(DOWNLOADS)}, and the names of scenarios")
+    shown = DownloadProgress()
+    if not download(name, arguments.to, arguments.mirror, shown.message, shown.progress):
+        print(f"{name} is in {arguments.to} already: nothing to download")
+    else:
+        print(f"train with --data-dir {arguments.to}")
     return 0
 
 
@@ -193,34 +219,12 @@ def _asked_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return asked
 
 
-def _resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> RunConfig:
-    """The run's own configuration; InputError where the command line contradicts it."""
-    stored = run.stored_config(run_dir)
-    expected = preset.with_values(asked)
-    kinds = [f"{config.data.scenario} with {config.target.name}" for config in (stored, expected)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"{run_dir} holds a run of another preset, {kinds[0]}, not {kinds[1]}")
-    for key, value in asked.items():
-        if stored.with_values({key: value}) != stored:
-            raise InputError(
-                f"{key}={value} contradicts the run in {run_dir}, whose {run.CONFIG} decides: leave it out, "
-                "or start a new run in another folder (--out)"
-            )
-    return stored
-
-
-def _task_count(config: RunConfig) -> int:
-    if config.data.scenario not in SCENARIOS:
-        return 0  # which reading the scenario will refuse
-    return config.data.tasks or SCENARIOS[config.data.scenario].tasks
-
-
 def _table(names: list[str], columns: dict[str, list[float]]) -> str:
     """Names and percentages side by side, with the columns' means."""
     rows = [*zip(names, *columns.values(), strict=True)]
     rows.append(("mean", *(sum(values) / len(values) for values in columns.values())))
     texts = [(name, *(f"{value:.2f}" for value in values)) for name, *values in rows]
-    return text_table([("task", *columns), *texts], "<" + ">" * len(columns), gap=3)
+    return text_table([("", *columns), *texts], "<" + ">" * len(columns), gap=3)
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
@@ -238,6 +242,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+
+    command = _command(commands, "data", _data, "download a data set, with checksums")
+    command.add_argument("dataset", metavar="DATASET", help=f"{', '.join(DOWNLOADS)}, or what is trained on it")
+    command.add_argument("--to", type=Path, required=True, metavar="DIR", help="where it goes: for train's --data-dir")
+    command.add_argument("--mirror", metavar="URL", help="download from here, files of the same names and checksums")
 
     command = _command(commands, "evaluate", _evaluate, "accuracy of a run's model on the tasks it has learned")
     command.add_argument("dir", type=Path, metavar="DIR", help="the run's folder")
@@ -264,6 +273,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "presets", _presets, "what there is to train, or one preset's settings")
     command.add_argument("name", nargs="?", metavar="PRESET", help="show its settings, as a configuration file")
+    command = _command(commands, "settings", _settings, "every setting: its default, what it may be, and its meaning")
+    command.add_argument(
+        "key",
+        nargs="?",
+        default="",
+        metavar="KEY",
+        help="one setting, such as training.lr, or one table, such as method",
+    )
     _command(commands, "env", _env, "versions, devices, threads and backends")
     return parser
 
@@ -289,7 +306,7 @@ def _add_train(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change one setting, such as training.lr=0.01; may be repeated",
+        help=f"change one setting, such as training.lr=0.01; may be repeated; `{PROGRAM} settings` explains all",
     )
     command.add_argument("--resume", action="store_true", help="go on with the run in the folder")
 

@@ -2,18 +2,22 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import ops, sizing
 from .errors import InputError
+from .few_rows import linear
 from .masking.layout import MaskLayout
 from .ops.once import differentiable_once
+from .settings import WIDEST, Range, Widths, check_fields
 
 
 @dataclass(frozen=True)
@@ -23,31 +27,25 @@ class HypernetConfig:
     Attributes:
         embedding: size E of a task's embedding.
         hidden: widths of the hidden layers (ELU); the last one is H.
-        chunk_size: None for one dense output layer of N rows; C to generate the output in chunks of C entries.
+        chunk_size: entries that the output layer generates at a time, C of N, in chunks; without it (None) all N.
         chunk_embedding: size of a chunk's embedding, for a chunked hypernetwork.
         by_tensor: with chunk_size, whether each masked tensor begins a chunk of its own. A tensor's last chunk is
             truncated, and no chunk straddles two tensors.
+
+    Raises:
+        InputError: a size that is no positive integer, or beyond any machine.
     """
 
-    embedding: int = 48
-    hidden: tuple[int, ...] = (100,)
-    chunk_size: int | None = None
-    chunk_embedding: int = 8
+    embedding: Annotated[int, Range(1, WIDEST, unit="numbers")] = 48
+    hidden: Annotated[tuple[int, ...], Widths(1)] = (100,)
+    chunk_size: Annotated[int | None, Range(1, unit="mask entries")] = None
+    chunk_embedding: Annotated[int, Range(1, WIDEST, unit="numbers")] = 8
     by_tensor: bool = False
 
     def __post_init__(self) -> None:
         hidden = self.hidden if isinstance(self.hidden, Iterable) else (self.hidden,)
         object.__setattr__(self, "hidden", tuple(hidden))
-        for name in ("embedding", "chunk_embedding", "chunk_size"):
-            value = getattr(self, name)
-            if name == "chunk_size" and value is None:
-                continue
-            if not _is_size(value):
-                raise InputError(f"hypernetwork {name} must be a positive integer, not {value!r}")
-        if not self.hidden or not all(_is_size(width) for width in self.hidden):
-            raise InputError(f"hypernetwork hidden must list one or more positive widths, not {self.hidden!r}")
-        if not isinstance(self.by_tensor, bool):
-            raise InputError(f"hypernetwork by_tensor must be True or False, not {self.by_tensor!r}")
+        check_fields(self, "hypernetwork")
         if self.by_tensor and self.chunk_size is None:
             raise InputError("hypernetwork by_tensor says how chunks lie: it needs a chunk_size")
 
@@ -66,9 +64,9 @@ class HypernetConfig:
         Raises:
             InputError: not even the smallest one fits.
         """
-        if not _is_size(budget_bytes):
+        if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes < 1:
             raise InputError(f"budget_bytes must be a positive whole number of bytes, not {budget_bytes!r}")
-        dense = cls(**{"by_tensor": False, **settings, "chunk_size": None})
+        dense = cls(**{**settings, "by_tensor": False, "chunk_size": None})
         if sizing.TRAINED * dense.num_parameters(layout) <= budget_bytes:
             return dense
         chunked = cls(**{"by_tensor": True, **settings, "chunk_size": 1})
@@ -77,14 +75,15 @@ class HypernetConfig:
     def num_parameters(self, layout: MaskLayout) -> int:
         """How many parameters it has for the tensors of a layout, besides the tasks' embeddings."""
         sizes = self.embedding, self.hidden, self.chunk_size, self.chunk_embedding
-        return sizing.parameters(self._tensors(layout), *sizes)
+        return sizing.parameters(self.tensors(layout), *sizes)
 
     def fitting(self, layout: MaskLayout, budget_bytes: int) -> int:
         """The largest chunk_size that trains within a budget; see `auto`."""
         sizes = self.embedding, self.hidden, self.chunk_embedding
-        return sizing.chunk_size(self._tensors(layout), *sizes, budget_bytes)
+        return sizing.chunk_size(self.tensors(layout), *sizes, budget_bytes)
 
-    def _tensors(self, layout: MaskLayout) -> Sequence[int]:
+    def tensors(self, layout: MaskLayout) -> Sequence[int]:
+        """Entries of each tensor that begins a chunk of its own."""
         return [segment.size for segment in layout.segments] if self.by_tensor else [layout.size]
 
     def check_memory(self, layout: MaskLayout, device: torch.device) -> None:
@@ -92,13 +91,12 @@ class HypernetConfig:
         if device.type == "meta":
             return
         devices = [torch.device("cpu")] if device.type == "cpu" else [torch.device("cpu"), device]
-        known = [memory for memory in map(sizing.total_memory, devices) if memory is not None]
-        count = self.num_parameters(layout)
-        if known and sizing.TRAINED * count > min(known):
-            try:
-                hint = f"try HypernetConfig(chunk_size={self.fitting(layout, min(known) // 4)})"
-            except InputError:
-                hint = "take smaller hidden widths"
+        memory, count = min(map(sizing.total_memory, devices)), self.num_parameters(layout)
+        if sizing.TRAINED * count > memory:
+            hint = "take smaller hidden widths"
+            for share in (1, 2, 4):  # of the memory; the smallest share that does
+                with suppress(InputError):
+                    hint = f"try HypernetConfig(chunk_size={self.fitting(layout, int(memory) // share)})"
             sizing.check_memory(count, devices, hint)
 
     def build(self, size: int, num_tasks: int, tensors: Sequence[int] | None = None) -> "HyperNetwork":
@@ -112,10 +110,6 @@ class HypernetConfig:
             raise InputError("a hypernetwork whose chunks follow the tensors needs to know their sizes")
         shape = self.chunk_size, self.embedding, self.chunk_embedding, self.hidden
         return ChunkedHyperNetwork(size, num_tasks, *shape, tensors if self.by_tensor else None)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class OutputStepper(Protocol):
@@ -165,7 +159,7 @@ class HyperNetwork(nn.Module):
     def _build(
         self, size: int, num_tasks: int, embedding: int, inputs: int, hidden: tuple[int, ...], rows: int
     ) -> None:
-        if not _is_size(num_tasks):
+        if not isinstance(num_tasks, int) or isinstance(num_tasks, bool) or num_tasks < 1:
             raise InputError(f"num_tasks must be a positive integer, not {num_tasks!r}")
         self.size = size
         self.embeddings = nn.ParameterList(nn.Parameter(torch.randn(embedding)) for _ in range(num_tasks))
@@ -212,12 +206,14 @@ class HyperNetwork(nn.Module):
 
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task; one chunk here."""
-        return self._after_first(self.trunk[0](self.embed(tasks)))[:, None]
+        first: Any = self.trunk[0]  # an nn.Linear
+        return self._after_first(linear(self.embed(tasks), first.weight, first.bias))[:, None]
 
     def _after_first(self, first: Tensor) -> Tensor:
         hidden = F.elu(first)
-        for layer in self.trunk[1:]:
-            hidden = F.elu(layer(hidden))
+        layers: Any = self.trunk[1:]
+        for layer in layers:
+            hidden = F.elu(linear(hidden, layer.weight, layer.bias))
         return hidden
 
     def forward(self, tasks: Iterable[int] | Tensor) -> Tensor:
@@ -241,7 +237,7 @@ class HyperNetwork(nn.Module):
     def earlier_hidden(self, task: int) -> Tensor:
         """(earlier tasks, chunks, H) last hidden layer of the tasks before t, to the bit as in a pass with t itself.
 
-        The last bits of a matrix product's rows depend on how many rows there are. A drift that is to be 0 at the
+        The last bits of a matrix product's rows can depend on how many rows there are. A drift that is to be 0 at the
         start of a task must be 0, because Adam makes full steps of however small a gradient.
         """
         return self.hidden(self.tasks(task))[:-1]
@@ -257,6 +253,10 @@ class HyperNetwork(nn.Module):
         if self.output_drift(hidden, (targets,)) != 0:
             targets = torch.cat([self.logits(row[None]) for row in hidden])
         return (targets,)
+
+    def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of `drift_targets`."""
+        return ((task, self.size),)
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, in one read of the output layer for all tasks.
@@ -299,6 +299,26 @@ class _SteppedOutput(torch.autograd.Function):
         hidden_grad, drift = ctx.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
         ctx.drift.copy_(drift)
         return hidden_grad, None, None, None
+
+
+class _WithoutRest(torch.autograd.Function):
+    """(T, N) of whole chunks' outputs, without what is cut off at each tensor's end. One array in backward, where
+    autograd would make several of N numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, tensors: Sequence[int], padded: list[int]) -> Tensor:
+        ctx.tensors, ctx.padded = list(tensors), padded
+        parts = zip(whole.split(padded, 1), tensors, strict=True)
+        return torch.cat([part[:, :entries] for part, entries in parts], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
+        whole = grad.new_zeros(len(grad), sum(ctx.padded))
+        for part, given in zip(whole.split(ctx.padded, 1), grad.split(ctx.tensors, 1), strict=True):
+            part[:, : given.shape[1]] = given
+        return whole, None, None
 
 
 class ChunkedHyperNetwork(HyperNetwork):
@@ -351,8 +371,7 @@ class ChunkedHyperNetwork(HyperNetwork):
             return super().logits(hidden)
         rows = self.output.out_features
         whole = ops.hypernet_logits(hidden, self.output.weight, self.output.bias, rows * hidden.shape[1])
-        parts = whole.split([rows * chunks for chunks in self.chunks], 1)
-        return torch.cat([part[:, :entries] for part, entries in zip(parts, self.tensors, strict=True)], 1)
+        return _WithoutRest.apply(whole, self.tensors, [rows * chunks for chunks in self.chunks])
 
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task and chunk."""
@@ -360,14 +379,18 @@ class ChunkedHyperNetwork(HyperNetwork):
         of_chunk, of_task = first.weight.split(
             [self.chunk_embeddings.shape[1], first.in_features - self.chunk_embeddings.shape[1]], dim=1
         )
-        per_chunk = F.linear(self.chunk_embeddings, of_chunk, first.bias)
-        per_task = F.linear(self.embed(tasks), of_task)
+        per_chunk = F.linear(self.chunk_embeddings, of_chunk)
+        per_task = linear(self.embed(tasks), of_task, first.bias)
         return self._after_first(per_chunk[None] + per_task[:, None])
 
     @torch.no_grad()
     def drift_targets(self, task: int) -> tuple[Tensor, ...]:
         """The output layer and its inputs as of now: smaller than the logits, and all that `output_drift` needs."""
         return (self.earlier_hidden(task), self.output.weight.clone(), self.output.bias.clone())
+
+    def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
+        weight = self.output.weight.shape
+        return ((task, len(self.chunk_embeddings), weight[1]), tuple(weight), (weight[0],))
 
     def output_drift(self, hidden: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 at a cost that does not grow with N; see `ops.chunked_output_drift`.

@@ -205,11 +205,15 @@ class TaskLife(MaskedNetwork):
         entries = model_state.entries(self.layout, self.sparsity, marks, self.classes, known, self.anchor)
         destination.update({prefix + name: tensor for name, tensor in entries.items()})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         found = model_state.taken(state_dict, prefix)
         if found:
             self._restore(found)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _restore(self, found: dict[str, Tensor]) -> None:
         """Takes `model_state.entries` over. Raises InputError, before anything changes, where they don't fit."""
@@ -235,7 +239,7 @@ class TaskLife(MaskedNetwork):
                 f"the state is of another layout: its output layer's bias is {', '.join(biases) or 'none'}, this "
                 f"model's is {', '.join(mine) or 'none'}"
             )
-        return layout
+        return self.layout if self._heads_known else layout
 
 
 def _sizes(parameters: Sequence[nn.Parameter]) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """HyperMask: a target network and its hypernetwork as one module."""
 
 import os
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -211,7 +212,7 @@ class HyperMask(Anchored):
             return self._forward_mixed(tuple(inputs), kwargs, task)
         return self._through(self._mask_for(task), tuple(inputs), kwargs)
 
-    def _mask_for(self, task: int | Tensor | TaskMask) -> TaskMask:
+    def _mask_for(self, task: Any) -> TaskMask:
         if not isinstance(task, TaskMask):
             return self.mask(task)
         if not isinstance(task.task, Tensor) and task.task in self.hypernet.removed:  # since the mask was made
@@ -382,7 +383,7 @@ class HyperMask(Anchored):
             saved.fill(model)
         except (InputError, RuntimeError) as error:
             model.unconvert()
-            raise InputError(str(error).splitlines()[0]) from error
+            raise InputError(textwrap.shorten(str(error), 300)) from error
         return model
 
     @overload

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def save(model: TaskLife, drift: DriftConfig, config: HypernetConfig, folder: Pa
         "drift": asdict(drift),
         "hypernetwork": asdict(config),
         "parameters": [_described(row, model) for row in model.layout.rows],
+        "heads": model.heads(),
     }
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
     for old in folder.glob("model-*.safetensors"):
@@ -158,6 +160,7 @@ class Saved:
                 "drift_masked": drift["masked"],
                 "fidelity": drift["fidelity"],
                 "classes": None if classes is None else tuple(classes),
+                "heads": None if self.manifest["heads"] is None else list(map(escape, self.manifest["heads"])),
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{self.folder / MANIFEST} was altered: {error}") from error

@@ -3,15 +3,16 @@
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 import torch
 
 from .errors import InputError
 
-TRAINED, KEPT = 16, 4  # bytes per float32 parameter: with its gradient and Adam's two moments, and by itself
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+KEPT, WITH_ADAM, TRAINED = 4, 12, 16  # bytes per float32 parameter: by itself, with Adam's moments, and its gradient
 
 
 def parameters(tensors: Sequence[int], inputs: int, hidden: Sequence[int], chunk: int | None, of_chunk: int) -> int:
@@ -54,8 +55,8 @@ def chunk_size(tensors: Sequence[int], inputs: int, hidden: Sequence[int], of_ch
     best = max(1, round((sum(tensors) * of_chunk / row) ** 0.5))
     least = TRAINED * parameters(tensors, inputs, hidden, best, of_chunk)
     raise InputError(
-        f"no hypernetwork of hidden widths {tuple(hidden)} trains within {shown(budget)}: the smallest, of "
-        f"chunk_size={best}, takes {shown(least)}"
+        f"no hypernetwork of hidden widths {tuple(hidden)} trains within {readable(budget)}: the smallest, of "
+        f"chunk_size={best}, takes {readable(least)}"
     )
 
 
@@ -70,40 +71,61 @@ def check_memory(parameters: int, devices: Sequence[torch.device], hint: str) ->
         devices: where they are to lie; the first one that is too small is named.
         hint: what to do about it.
     """
+    kept, trained = readable(parameters * KEPT), readable(parameters * WITH_ADAM)
     for device in devices:
         memory = total_memory(device)
-        if memory is None:
-            continue
-        where = f"the {shown(memory)} of {device.type}"
+        where = f"the {readable(memory)} of {device.type}"
         if parameters * KEPT > memory:
             raise InputError(
-                f"the hypernetwork takes {shown(parameters * KEPT)} ({shown(parameters * (TRAINED - 4))} with Adam's "
-                f"moments), more than {where}: {hint}"
+                f"the hypernetwork takes {kept} ({trained} with Adam's moments), more than {where}: {hint}"
             )
-        if parameters * (TRAINED - 4) > memory:
+        if parameters * WITH_ADAM > memory:
             warnings.warn(
-                f"training the hypernetwork takes {shown(parameters * (TRAINED - 4))} with Adam's moments, more than "
-                f"{where}: {hint}",
+                f"training the hypernetwork takes {trained} with Adam's moments, more than {where}: {hint}",
                 stacklevel=4,
             )
 
 
-def total_memory(device: torch.device) -> int | None:
-    """Bytes that a device has; of the CPU what this process may use. None: not known."""
+def total_memory(device: torch.device) -> float:
+    """Bytes that the device has, or that this process may have of them; inf where nothing tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
-        return None
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
-        with suppress(OSError, ValueError):
-            limits.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
-    return min(limits)
+    return min(_physical(), _cgroup(), _address_space()) if device.type == "cpu" else inf
 
 
-def shown(count: int) -> str:
-    """Bytes in words, such as "34.9 GB"."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1000:.1f} kB"
+def _physical() -> float:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return inf
+
+
+def _cgroup() -> float:
+    """What a container, or a job of a cluster, may have."""
+    for path in _CGROUP_LIMITS:
+        try:
+            return int(Path(path).read_text())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return inf
+
+
+def _address_space() -> float:
+    """`ulimit -v`."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return inf
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return inf if limit == resource.RLIM_INFINITY else limit
+
+
+def readable(size: float) -> str:
+    """Bytes in words, three digits of them: "34.9 GB"."""
+    units = iter(("bytes", "kB", "MB", "GB", "TB", "PB"))
+    unit = next(units)
+    for larger in units:
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"

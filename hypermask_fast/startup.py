@@ -1,4 +1,5 @@
-"""Control-C while the command line is still being imported, which takes seconds, ends it without a traceback.
+"""While the command line is still being imported, which takes seconds: Control-C ends it without a traceback, and a run
+that goes on says so.
 
 Imported before anything else of the package. Where the package is used as a library nothing changes.
 """
@@ -6,6 +7,7 @@ Imported before anything else of the package. Where the package is used as a lib
 import re
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _MODULE = re.compile(r"\0-m\0hypermask_fast(\.cli)?\0")
@@ -25,5 +27,14 @@ def ready() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _tell_resumed() -> None:
+    """On a terminal a run that goes on says so at once, before the seconds that importing PyTorch takes."""
+    with suppress(OSError, AttributeError, ValueError):  # closed
+        if sys.stderr.isatty():
+            print("hypermask-fast: resuming; PyTorch is being loaded first", file=sys.stderr, flush=True)
+
+
+if _is_command() and "--resume" in sys.argv[1:] + sys.orig_argv:
+    _tell_resumed()
 if _is_command() and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

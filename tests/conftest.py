@@ -47,3 +47,11 @@ def cifar10_dir() -> Path:
 @pytest.fixture
 def convnet_model() -> hmf.HyperMask:
     return networks.convnet_model()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """What other tests have compiled doesn't count as a recompilation here, nor what this one compiles there."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

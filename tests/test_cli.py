@@ -10,7 +10,7 @@ import torch
 from hypermask_fast import InputError, cli
 from hypermask_fast.training import describe, run, targets
 from hypermask_fast.training.config import RunConfig, load_preset, presets
-from hypermask_fast.training.trainer import Result
+from hypermask_fast.training.result import Result
 
 SETTINGS = {
     "data.tasks": "2",
@@ -63,7 +63,8 @@ def test_train_writes_its_files_and_shows_the_matrix(tmp_path, capsys):
     assert contents(tmp_path / "run").keys() >= FILES
     assert re.search(r"^ +1( +\d+\.\d\d){2}$", shown.out, re.M), "the last row of the matrix"
     assert "average accuracy" in shown.out
-    assert "task 2 of 2" in shown.err
+    assert "task 1 (digits 2, 3) of 0 to 1: iterations 1 to 8\n" in shown.err
+    assert re.search(r"^after task 1 \(digits 2, 3\): [\d.]+ [\d.]+ \(average", shown.err, re.M)
     stored = RunConfig.load(tmp_path / "run" / "config.toml")
     assert stored == load_preset("split-digits").with_values({**SETTINGS, "seed": 3})
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 1 + 2 * 2
@@ -262,6 +263,10 @@ def test_export_gives_the_model_s_outputs(finished, tmp_path, capsys):
     assert not isinstance(net, type(model))
     torch.testing.assert_close(net(x), model(x, task=1))
     assert not torch.allclose(net(x), model(x, task=0))
+    about = net.exported
+    assert (about.scenario, about.task, about.task_name) == ("split-digits", 1, scenario.tasks[1].name)
+    assert (about.class_names, about.input_shape) == (("2", "3"), (1, 8, 8))
+    assert torch.equal(about.prepare(scenario.tasks[1].test.inputs[:20]), x)
 
 
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
@@ -416,7 +421,7 @@ def test_large_seeds(tmp_path, seed):
 )
 def test_slow_runs_have_a_rate_too(tmp_path, monkeypatch, capsys, steps, seconds, shown):
     result = Result(torch.eye(2).double(), torch.zeros(2).double(), float(seconds), steps)
-    monkeypatch.setattr(run, "train", lambda *_: result)
+    monkeypatch.setattr(run, "train", lambda *_, **__: result)
     assert train(tmp_path / "run") == 0
     assert f", {shown}" in capsys.readouterr().out
 

@@ -171,7 +171,7 @@ def test_float32_steps_of_later_tasks(monkeypatch, task, chunk_size, make_optimi
     peer.weights = [nn.Parameter(weight.detach().double()) for weight in peer.weights]
     peer.begin_task(task)
     ours.begin_task(task)
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for theirs, own in paired(peer, ours):
             own.add_(0.05 * torch.randn(own.shape, generator=generator))

@@ -127,8 +127,7 @@ def _common_classes(tasks: list[TaskData], num_classes: int | None) -> int:
 
 def _restricted(task: TaskData, classes: int) -> TaskData:
     """The task with labels checked as they are read to be 0 .. classes - 1; `Scenario` checks those in memory."""
-    checked = [replace(s, num_classes=classes) if isinstance(s, DatasetSplit) else s for s in task.splits]
-    return TaskData(task.name, *checked, task.num_classes)
+    return task.map(lambda split: replace(split, num_classes=classes) if isinstance(split, DatasetSplit) else split)
 
 
 def _labels(split: Split) -> Tensor:

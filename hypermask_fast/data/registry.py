@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from ..errors import InputError
 from .checks import check_whole
 from .scenario import Scenario, TaskData, hold_out_first, sample_shape, split_by_class
-from .sources import RawImages, read_cifar10, read_cifar100, read_digits, read_mnist, read_tiny_imagenet
+from .sources import MissingFiles, RawImages, read_cifar10, read_cifar100, read_digits, read_mnist, read_tiny_imagenet
 from .splits import TensorSplit
 from .transforms import Compose, HorizontalFlip, Normalize, PadCrop, PermutePixels, Scale, Transform
 
@@ -29,17 +30,21 @@ class ScenarioInfo:
         summary: one line.
         tasks: how many it has.
         num_classes: classes per task.
+        names: of its tasks, for people.
         validation: default size of each task's validation set.
         files: what data_dir must hold; None where no files are needed.
+        dataset: what `download` calls these files; None where none are needed.
         build: (name, data_dir, seed, validation, tasks) to the scenario; data_dir is not looked at without files.
     """
 
     summary: str
     tasks: int
     num_classes: int
+    names: tuple[str, ...]
     validation: int
     files: str | None
     build: Callable[[str, Path, int, int, int], Scenario]
+    dataset: str | None = None
 
 
 def load_scenario(
@@ -75,8 +80,34 @@ def load_scenario(
     check_whole("validation", validation, 0)
     check_whole("seed", seed, 0, 2**63 - 1)
     if info.files is not None and data_dir is None:
-        raise InputError(f"{name} needs its data: give the folder (--data-dir) that holds {info.files}")
-    return info.build(name, Path(data_dir or "."), seed, validation, tasks)
+        raise InputError(
+            f"{name} needs its data: give the folder (--data-dir) that holds {info.files}; "
+            f"`hypermask-fast data {info.dataset} --to DIR` downloads them"
+        )
+    try:
+        return _named(info.build(name, Path(data_dir or "."), seed, validation, tasks), info.names)
+    except MissingFiles as error:
+        command = shlex.join(["hypermask-fast", "data", str(info.dataset), "--to", str(data_dir)])
+        raise InputError(f"{error}; `{command}` downloads it") from error
+
+
+def _named(scenario: Scenario, names: Sequence[str]) -> Scenario:
+    tasks = zip(scenario.tasks, names, strict=False)  # the first so many tasks
+    return replace(scenario, tasks=tuple(replace(task, name=name) for task, name in tasks))
+
+
+def _by_number(kind: str, classes: Sequence[int], per_task: int) -> tuple[str, ...]:
+    """ "digits 2, 3", "classes 10 to 19", "classes 68, 56, 78, ...": names of tasks of so many classes each."""
+    names = []
+    for start in range(0, len(classes), per_task):
+        group = list(classes[start : start + per_task])
+        if len(group) <= 5:
+            names.append(f"{kind} {', '.join(map(str, group))}")
+        elif group == list(range(group[0], group[-1] + 1)):
+            names.append(f"{kind} {group[0]} to {group[-1]}")
+        else:
+            names.append(f"{kind} {', '.join(map(str, group[:3]))}, ...")
+    return tuple(names)
 
 
 def _by_class(
@@ -114,11 +145,11 @@ def _permuted_mnist(name: str, data_dir: Path, seed: int, validation: int, tasks
     train, held_out = hold_out_first(TensorSplit(raw.inputs, raw.labels), validation, "every task")
     test = TensorSplit(raw.test_inputs, raw.test_labels)
     generator = torch.Generator().manual_seed(seed)
-    task_data = []
+    task_data, digits = [], tuple(map(str, range(10)))
     for t in range(tasks):
         permute = PermutePixels(torch.randperm(32 * 32, generator=generator), pad=2)
-        parts = (replace(split, prepare=permute) for split in (train, held_out, test))
-        task_data.append(TaskData(f"permutation {t}", *parts))
+        splits = [replace(split, prepare=permute) for split in (train, held_out, test)]
+        task_data.append(TaskData(f"permutation {t}", splits[0], splits[1], splits[2], digits))
     return Scenario(name, tuple(task_data), sample_shape(task_data[0].train), 10)
 
 
@@ -135,6 +166,7 @@ SCENARIOS: dict[str, ScenarioInfo] = {
         "scikit-learn's 8 x 8 digits, two classes a task; needs no files",
         tasks=5,
         num_classes=2,
+        names=_by_number("digits", range(10), 2),
         validation=40,
         files=None,
         build=_by_class(lambda _dir, _n: read_digits(), 2, Scale()),
@@ -143,48 +175,60 @@ SCENARIOS: dict[str, ScenarioInfo] = {
         "MNIST, two classes a task, normalised, random crops",
         tasks=5,
         num_classes=2,
+        names=_by_number("digits", range(10), 2),
         validation=1000,
         files=_MNIST_FILES,
         build=_by_class(lambda path, _n: read_mnist(path), 2, Normalize((0.1307,), (0.3081,)), PadCrop(28, 4)),
+        dataset="mnist",
     ),
     "permuted-mnist": ScenarioInfo(
         "MNIST padded to 1024 pixels, another order of them in each task",
         tasks=10,
         num_classes=10,
+        names=tuple(f"permutation {t}" for t in range(10)),
         validation=5000,
         files=_MNIST_FILES,
         build=_permuted_mnist,
+        dataset="mnist",
     ),
     "split-cifar10": ScenarioInfo(
         "CIFAR-10, two classes a task, normalised, random crops and flips",
         tasks=5,
         num_classes=2,
+        names=_by_number("classes", range(10), 2),
         validation=500,
         files=_CIFAR10_FILES,
         build=_by_class(lambda path, _n: read_cifar10(path), 2, _RGB, _CIFAR_AUGMENT),
+        dataset="cifar10",
     ),
     "split-cifar100": ScenarioInfo(
         "CIFAR-100, ten classes a task, normalised, random crops and flips",
         tasks=10,
         num_classes=10,
+        names=_by_number("classes", range(100), 10),
         validation=500,
         files=_CIFAR100_FILES,
         build=_by_class(lambda path, _n: read_cifar100(path), 10, _RGB, _CIFAR_AUGMENT),
+        dataset="cifar100",
     ),
     "cifar100-5x20": ScenarioInfo(
         "CIFAR-100, twenty classes a task in FeCAM's order",
         tasks=5,
         num_classes=20,
+        names=_by_number("classes", _FECAM_ORDER, 20),
         validation=500,
         files=_CIFAR100_FILES,
         build=_by_class(lambda path, _n: read_cifar100(path), 20, _RGB, _CIFAR_AUGMENT, _FECAM_ORDER),
+        dataset="cifar100",
     ),
     "tiny-imagenet": ScenarioInfo(
         "Tiny ImageNet, five classes a task in wnids.txt's order",
         tasks=40,
         num_classes=5,
+        names=_by_number("classes", range(200), 5),
         validation=250,
         files=_TINY_FILES,
         build=_by_class(read_tiny_imagenet, 5, _RGB, Compose(HorizontalFlip(), PadCrop(64, 4))),
+        dataset="tiny-imagenet",
     ),
 }

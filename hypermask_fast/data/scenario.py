@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,18 +21,25 @@ class TaskData:
     """One task: its three splits, labels 0 .. num_classes - 1 in each. The validation split may be empty.
 
     num_classes: of this task, where tasks differ in it; None: the scenario's.
+    class_names: what the data set calls label 0, 1, ...; () where they have no other names.
     """
 
     name: str
     train: Split
     validation: Split
     test: Split
+    class_names: tuple[str, ...] = ()
     num_classes: int | None = None
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
         """In the order of `PARTS`."""
         return self.train, self.validation, self.test
+
+    def map(self, change: Callable[[Split], Split]) -> TaskData:
+        """The task with each of its splits changed."""
+        train, validation, test = map(change, self.splits)
+        return replace(self, train=train, validation=validation, test=test)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +66,20 @@ class Scenario:
 
     def __post_init__(self) -> None:
         check_filled(self.name, self.tasks)
-        for task, classes in zip(self.tasks, self.classes, strict=True):
-            check_whole(f"num_classes of task {task.name}", classes, 1, self.num_classes)
+        for t, (task, classes) in enumerate(zip(self.tasks, self.classes, strict=True)):
+            check_whole(f"num_classes of {self.label(t)}", classes, 1, self.num_classes)
             for part, split in zip(PARTS, task.splits, strict=True):
                 if isinstance(split, TensorSplit) and split.device.type == "cpu" and len(split):
-                    _check_labels(f"task {task.name}, {part} set", split.labels, classes)
+                    _check_labels(f"{self.label(t)}, {part} set", split.labels, classes)
 
     @property
     def classes(self) -> tuple[int, ...]:
         """How many classes each task has: what `HyperMask` takes as `classes`, where they differ."""
         return tuple(self.num_classes if task.num_classes is None else task.num_classes for task in self.tasks)
+
+    def label(self, task: int) -> str:
+        """ "task 1 (digits 2, 3)": what a task is called, to people, everywhere."""
+        return task_label(task, self.tasks[task].name)
 
     def to(self, device: torch.device | str) -> Scenario:
         """The scenario with every batch on `device`; tensors that tasks share stay shared."""
@@ -77,18 +88,22 @@ class Scenario:
         def move_split(split: Split) -> Split:
             return split.to(device, moved) if isinstance(split, TensorSplit) else split.to(device)
 
-        tasks = tuple(TaskData(task.name, *map(move_split, task.splits), task.num_classes) for task in self.tasks)
-        return replace(self, tasks=tasks)
+        return replace(self, tasks=tuple(task.map(move_split) for task in self.tasks))
+
+
+def task_label(number: int, name: str) -> str:
+    """ "task 1 (digits 2, 3)"; "task 1" where the name says no more."""
+    return f"task {number}" if name in ("", str(number)) else f"task {number} ({name})"
 
 
 def check_filled(name: str, tasks: Sequence[TaskData]) -> None:
     """Raises InputError unless there are tasks, each with training and test samples."""
     if not tasks:
         raise InputError(f"scenario {name} has no tasks: give it at least one")
-    for task in tasks:
+    for t, task in enumerate(tasks):
         for part, split in zip(PARTS, task.splits, strict=True):
             if len(split) == 0 and part != "validation":
-                raise InputError(f"task {task.name} of {name} has no {part} samples; it needs some")
+                raise InputError(f"{task_label(t, task.name)} of {name} has no {part} samples; it needs some")
 
 
 def _check_labels(where: str, labels: Tensor, classes: int) -> None:
@@ -140,8 +155,9 @@ def split_by_class(
     for t, group in enumerate(groups):
         task_train = _of_classes(train, group, "training")
         rest, held_out = hold_out_first(task_train, validation, f"task {t}")
-        of_task = len(group) if unequal else None
-        tasks.append(TaskData(",".join(map(str, group)), rest, held_out, _of_classes(test, group, "test"), of_task))
+        names, of_task = tuple(map(str, group)), len(group) if unequal else None
+        parts = rest, held_out, _of_classes(test, group, "test")
+        tasks.append(TaskData(",".join(names), *parts, names, of_task))
     return Scenario(name, tuple(tasks), sample_shape(train), max(map(len, groups)))
 
 

@@ -34,10 +34,11 @@ class Classes:
             return output
         if isinstance(output, Tensor):
             return self._narrowed(output, tasks)
+        one: Any = output
         if isinstance(output, dict) and isinstance(output.get("logits"), Tensor):
             output["logits"] = self._narrowed(output["logits"], tasks)
         elif isinstance(getattr(output, "logits", None), Tensor) and not isinstance(output, tuple):
-            output.logits = self._narrowed(output.logits, tasks)
+            one.logits = self._narrowed(one.logits, tasks)
         else:
             raise InputError(
                 f"classes=... needs a network that returns its logits, as a tensor or by that name, "

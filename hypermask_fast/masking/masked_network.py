@@ -80,6 +80,10 @@ class MaskedNetwork(nn.Module):
         """The masked Parameters of the target network, one per segment of `layout`."""
         return [parameter_of(module, name) for module, name in self._owners]
 
+    def heads(self) -> list[str] | None:
+        """Paths of the output layers with a bias; None where they are not known before the first pass."""
+        return [name.rpartition(".")[0] for name in self.layout.heads] if self._heads_known else None
+
     def statistics(self) -> list[TaskStatistics]:
         """The network's normalisations with running statistics per task."""
         return [module for module in self.net.modules() if isinstance(module, TaskStatistics)]
@@ -100,7 +104,7 @@ class MaskedNetwork(nn.Module):
     def _through(self, mask: TaskMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
         """One pass under one task's mask."""
         compiling = torch.compiler.is_compiling()
-        read: set[int] | None = set() if self._unread and not compiling else None
+        read: set[int] | None = set() if not compiling and self._unread else None
         one = Pass(mask, read, None if compiling else self._row(mask))
         with self._scope.use(one):
             if self.training and not compiling and mixed.is_one_sample(inputs, kwargs):

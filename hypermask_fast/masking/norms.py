@@ -49,6 +49,21 @@ def _statistic(name: str) -> property:
     return property(get, put)
 
 
+def _tracking() -> property:
+    """Some of PyTorch's forward passes ask whether statistics are kept, and not whether there are any."""
+    name = "track_running_stats"
+
+    def get(self: Any) -> bool:
+        scope: Scope | None = self.mask_scope
+        running = scope.running if self.batch_statistics and scope is not None else None
+        return vars(self)[name] and (running is None or running is PLAIN)
+
+    def put(self: Any, value: bool) -> None:
+        vars(self)[name] = value
+
+    return property(get, put)
+
+
 class TaskStatistics(MaskedModule):
     """A normalisation whose running statistics are per task; a mixin before nn.BatchNorm2d and its like.
 
@@ -63,6 +78,7 @@ class TaskStatistics(MaskedModule):
     running_mean: Any = _statistic("running_mean")
     running_var: Any = _statistic("running_var")
     num_batches_tracked: Any = _statistic("num_batches_tracked")
+    track_running_stats: Any = _tracking()
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         running: Any = None if self.mask_scope is None else self.mask_scope.running

@@ -55,9 +55,13 @@ PLAIN = _Plain()
 class _Local(threading.local):
     """Per thread, so that two threads can run two tasks through one model; torch.compile traces through it."""
 
-    running: Running | None = None
-    again: bool = False  # whether something was read as torch.utils.checkpoint reads it, who will run that part again
-    unwinding: "ref[Any] | None" = None  # the pass whose graph this thread's backward pass is in
+    running: Running | None
+    again: bool  # whether something was read as torch.utils.checkpoint reads it, who will run that part again
+    unwinding: "ref[Any] | None"  # the pass whose graph this thread's backward pass is in
+
+    def __init__(self) -> None:  # in every thread: a compiled graph expects to find them
+        self.running = self.unwinding = None
+        self.again = False
 
 
 class _Use:

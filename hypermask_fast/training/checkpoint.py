@@ -8,10 +8,13 @@ at every moment checkpoint.json names a whole file. Nothing is ever unpickled.
 import hashlib
 import json
 import os
+import re
 import shutil
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,14 +24,23 @@ from torch.optim import Optimizer
 
 from ..errors import InputError
 from ..files import writing
-from ..model_state import PREFIX, load_network_state, network_state
+from ..model import HyperMask
+from ..model_state import load_network_state, network_state
 
 MANIFEST = "checkpoint.json"
+REMEDY = ": restore it, or start a new run in another folder"
+MODEL, BEST, OPTIMIZER = "model.", "best.", "optimizer."  # what names of tensors begin with
+MOMENTS = "moments"  # the state's entry that names the parameters with moments; version 0.1.0 wrote none
 _SCRATCH = ".checkpoint"
 _FORMAT = 1
-_REMEDY = ": restore it, or start a new run in another folder"
-_MODEL = "model."
-_OPTIMIZER = "optimizer."
+
+
+class Checkpoint(NamedTuple):
+    """What `load` reads: tensors by name, JSON values, and the file that the tensors are from."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    file: Path
 
 
 def save(run_dir: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -93,20 +105,30 @@ def exists(run_dir: Path) -> bool:
     return False
 
 
-def load(run_dir: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The run's checkpoint as (tensors, state); the newest where the run replaces it meanwhile.
+def load(run_dir: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """The run's checkpoint; the newest where the run replaces it meanwhile. See `stored.load` for what it must hold.
 
     Raises:
         InputError: there is none, or it is cut off, altered or unreadable.
     """
     while True:
         manifest = _read_manifest(run_dir / MANIFEST)
+        path = run_dir / manifest["file"]
         try:
-            return _read_tensors(run_dir / manifest["file"], manifest["sha256"], device), manifest["state"]
+            return Checkpoint(_read_tensors(path, manifest["sha256"], device), manifest["state"], path)
         except InputError:
             if _read_manifest(run_dir / MANIFEST) == manifest:
                 raise
         # The run has saved another checkpoint and removed this one.
+
+
+def state(run_dir: Path) -> dict[str, Any] | None:
+    """The state of the run's checkpoint without its tensors; None where the run has saved none.
+
+    Raises:
+        InputError: checkpoint.json is damaged.
+    """
+    return _read_manifest(run_dir / MANIFEST)["state"] if (run_dir / MANIFEST).exists() else None
 
 
 def _read_tensors(path: Path, digest: str, device: torch.device | str) -> dict[str, Tensor]:
@@ -114,35 +136,40 @@ def _read_tensors(path: Path, digest: str, device: torch.device | str) -> dict[s
     try:
         with path.open("rb") as file:
             if _digest(file) != digest:
-                raise InputError(
-                    f"{path} is cut off or was altered (its SHA-256 is not the one in {MANIFEST}){_REMEDY}"
-                )
+                raise InputError(f"{path} is cut off or was altered (its SHA-256 is not the one in {MANIFEST}){REMEDY}")
             tensors = load_file(path, device=str(device))
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise InputError(f"{path} was replaced while it was read{_REMEDY}")
+                raise InputError(f"{path} was replaced while it was read{REMEDY}")
             return tensors
     except FileNotFoundError as error:
-        raise InputError(f"{path.parent / MANIFEST} names {path.name}, which is missing{_REMEDY}") from error
+        raise InputError(f"{path.parent / MANIFEST} names {path.name}, which is missing{REMEDY}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file: {error}{_REMEDY}") from error
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that PyTorch lacks
+        reason = textwrap.shorten(str(error), 120)
+        raise InputError(f"{path} is not a safetensors file of ours: {reason}{REMEDY}") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """checkpoint.json without its own digest, which is right; its entries have their types."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint in {path.parent}: {path.name} is missing") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is cut off or was altered ({error}){_REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is cut off or was altered ({error}){REMEDY}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise InputError(f"{path} is not a checkpoint of format {_FORMAT}{_REMEDY}")
+        raise InputError(f"{path} is not a checkpoint of format {_FORMAT}{REMEDY}")
     digest = manifest.pop("manifest_sha256", None)
-    if digest != _manifest_digest(manifest) or Path(manifest["file"]).name != manifest["file"]:
-        raise InputError(f"{path} was altered (its own checksum does not match){_REMEDY}")
+    if digest != _manifest_digest(manifest):
+        raise InputError(f"{path} was altered (its own checksum does not match){REMEDY}")
+    kinds = {name: type(value) for name, value in manifest.items()}
+    if kinds != {"format": int, "file": str, "sha256": str, "state": dict}:
+        raise InputError(f"{path} was altered (its entries are not those of a checkpoint){REMEDY}")
+    if not re.fullmatch(r"checkpoint-[\w-]{1,100}\.safetensors", manifest["file"]):
+        raise InputError(f"{path} was altered (the file that it names is no checkpoint's){REMEDY}")
     return manifest
 
 
@@ -151,27 +178,30 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights, tied ones once; the anchor is the Trainer's to save, only within a task."""
-    return {_MODEL + name: tensor for name, tensor in network_state(model).items()}
+    return {MODEL + name: tensor for name, tensor in network_state(model).items()}
 
 
-def restore_model(model: nn.Module, tensors: dict[str, Tensor], prefix: str = _MODEL) -> None:
-    """Copies a checkpoint's weights into `model`.
+def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copies a checkpoint's weights, which `stored.load` has checked, into `model`."""
+    weights = {name.removeprefix(MODEL): value for name, value in tensors.items() if name.startswith(MODEL)}
+    load_network_state(model, weights)
 
-    Raises:
-        InputError: names or shapes differ: the checkpoint is of another network.
-    """
-    stored = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    own = network_state(model)
-    for name in sorted(name for name in own.keys() | stored.keys() if not name.startswith(PREFIX)):
-        if name not in stored or name not in own:
-            where = "the checkpoint" if name not in stored else "this network"
-            raise InputError(f"the checkpoint is of another network: {name} is not in {where}")
-        if own[name].shape != stored[name].shape or own[name].dtype != stored[name].dtype:
-            raise InputError(
-                f"the checkpoint is of another network: {name} is {_describe(stored[name])} there, "
-                f"{_describe(own[name])} here"
-            )
-    load_network_state(model, stored)
+
+def warn_of_threads(state: dict[str, Any]) -> None:
+    """A warning where a run on the CPU goes on with another number of threads than it was saved on: PyTorch's own
+    products, such as the target network's, may add up in another order. Version 0.1.0 did not save the number."""
+    before, now = state.get("threads"), torch.get_num_threads()
+    if before not in (None, now):
+        warnings.warn(
+            f"the run was saved on {before} thread{'' if before == 1 else 's'} and goes on with {now}: its last digits "
+            f"may differ from those of a run on one number of threads (OMP_NUM_THREADS={before} keeps it)",
+            stacklevel=2,
+        )
+
+
+def model_settings(model: HyperMask) -> dict[str, Any]:
+    """What decides a model's outputs besides its tensors, as JSON values."""
+    return {"sparsity": float(model.sparsity), "fidelity": model.drift.fidelity, "masked": list(model.layout.names)}
 
 
 def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]) -> None:
@@ -183,18 +213,10 @@ def check_settings(run_dir: Path, state: dict[str, Any], settings: Sequence[str]
         )
 
 
-def load_model(run_dir: Path, model: nn.Module, *settings: str) -> int:
-    """Loads the run's newest weights into `model`; returns how many tasks are learned to the end."""
-    tensors, state = load(run_dir)
-    restore_model(model, tensors)
-    check_settings(run_dir, state, settings)
-    return state["task"]
-
-
 def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Moments and step counts of every parameter that has them, by the parameter's name in `model`."""
     return {
-        f"{_OPTIMIZER}{name}/{key}": value
+        f"{OPTIMIZER}{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -203,8 +225,8 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
 def restore_optimizer(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
-        if key.startswith(_OPTIMIZER):
-            name, entry = key.removeprefix(_OPTIMIZER).split("/")
+        if key.startswith(OPTIMIZER):
+            name, entry = key.removeprefix(OPTIMIZER).split("/")
             optimizer.state[parameters[name]][entry] = value
 
 
@@ -244,7 +266,3 @@ def _digest(file: BinaryIO) -> str:
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -11,38 +11,58 @@ import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ..data.checks import check_whole
 from ..errors import InputError
 from ..extras import needed_for
 from ..hypernet import HypernetConfig
-from ..ops.reference import kept_rank
 from ..optim import GRADIENTS
 from ..regularizers import FIDELITIES
+from ..settings import LARGEST, Kind, OneOf, Range, Text, check_fields, kinds, shown
+from .checkpoint import MANIFEST
 from .targets import TargetConfig
+
+CONFIG = "config.toml"  # of a run's folder
+LENGTHS = {"training.iterations", "training.epochs"}  # one of them is set
+# Of schedule = plateau: the learning rate is multiplied by FACTOR after more than PATIENCE epochs without a better
+# validation accuracy, down to LOWEST.
+PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LOWEST = 0.1**0.5, 5, 5e-7
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """scenario: a name of `data.SCENARIOS`; dir: where its files lie; tasks: the first k only (None: all);
-    validation: training samples per task held out (None: the scenario's own number)."""
+    """Where the tasks come from.
 
-    scenario: str
-    dir: str | None = None
-    tasks: int | None = None
-    validation: int | None = None
+    Attributes:
+        scenario: which data, cut into which tasks.
+        dir: the folder where its files lie; `--data-dir` sets it.
+        tasks: how many, the first ones; without it, all that the scenario has.
+        validation: training samples of each task that are held out to validate; without it, the scenario's own number.
+    """
+
+    scenario: Annotated[str, Text()]
+    dir: Annotated[str | None, Text(path=True, longest=4096)] = None
+    tasks: Annotated[int | None, Range(1, unit="tasks")] = None
+    validation: Annotated[int | None, Range(0, unit="samples")] = None
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """sparsity in percent; beta, lam: weights of output and weight drift; drift_norm 1 or 2; ramp: sparsity
-    grows over the first task. See `HyperMask`."""
+    """The method's strengths; see `HyperMask`.
 
-    sparsity: float = 0.0
-    beta: float = 0.01
-    lam: float = 0.01
-    drift_norm: int = 1
+    Attributes:
+        sparsity: how many of each tensor's entries a mask sets to 0.
+        beta: weight of the output drift, which holds the hypernetwork to the masks it made for earlier tasks.
+        lam: weight of the weight drift, which holds the target network's weights where earlier tasks need them.
+        drift_norm: the weight drift's norm, 1 or 2.
+        drift_masked: whether the weight drift counts each weight as much as the running task's mask lets it through.
+        ramp: whether sparsity grows from 0 over the first task's iterations, or is there from the beginning.
+    """
+
+    sparsity: Annotated[float, Range(0, 100, unit="percent")] = 0.0
+    beta: Annotated[float, Range(0)] = 0.01
+    lam: Annotated[float, Range(0)] = 0.01
+    drift_norm: Annotated[int, Range(1, 2)] = 1
     drift_masked: bool = True
     ramp: bool = True
 
@@ -52,46 +72,49 @@ class TrainingConfig:
     """How each task is trained.
 
     Attributes:
-        lr, batch_size: of Adam, which starts afresh with every task.
-        iterations, epochs: length of a task, one of the two.
-        keep: "last" model of a task, or the one of "best" validation accuracy, checked every `validate_every`
-            iterations, at each epoch's end and at the last iteration.
-        schedule: "constant", or "plateau": ReduceLROnPlateau on validation accuracy per epoch.
-        log_every: iterations between log lines (the only host syncs of the loop).
-        checkpoint_every: iterations between checkpoints within a task; 0 for one at each task's end only.
-        evaluation_batch: samples per evaluation batch.
+        lr: learning rate of Adam, which starts afresh with every task.
+        batch_size: training samples per iteration.
+        iterations: length of each task in training steps; this or epochs.
+        epochs: length of each task in passes over its training samples; this or iterations.
+        keep: the "last" model of a task, or the one of "best" validation accuracy, which is measured every
+            `validate_every` iterations, at each epoch's end and at the last iteration.
+        schedule: how the learning rate goes: "constant", or "plateau": ReduceLROnPlateau on validation accuracy per
+            epoch.
+        validate_every: how often validation accuracy is measured, where keep or schedule asks for it.
+        log_every: how often the loss and its parts are logged; the only moments at which the loop waits for a GPU.
+        checkpoint_every: how often a checkpoint is saved within a task; 0 for one at each task's end only.
+        evaluation_batch: samples that are evaluated at once; it decides memory, and on some devices the last bits.
         precision: "float32", or "bf16" to train the target network under autocast.
-        gradient: of the hypernetwork's output layer: "auto", "factored" or "dense"; see `optim.Adam`.
-        cuda_graph: on a GPU, capture the training step and replay it.
+        gradient: how the hypernetwork's output layer, most of the model, is stepped; see `optim.Adam`.
+        cuda_graph: whether, on a GPU, the training step is captured and replayed.
+
+    Raises:
+        InputError: a value of another type or out of its range; neither iterations nor epochs, or both.
     """
 
-    lr: float = 1e-3
-    batch_size: int = 128
-    iterations: int | None = None
-    epochs: int | None = None
-    keep: str = "last"
-    schedule: str = "constant"
-    validate_every: int = 100
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    evaluation_batch: int = 1000
-    precision: str = "float32"
-    gradient: str = "auto"
+    lr: Annotated[float, Range(0, above=True)] = 1e-3
+    batch_size: Annotated[int, Range(1, unit="samples")] = 128
+    iterations: Annotated[int | None, Range(1, unit="iterations")] = None
+    epochs: Annotated[int | None, Range(1, unit="epochs")] = None
+    keep: Annotated[str, OneOf(("last", "best"))] = "last"
+    schedule: Annotated[str, OneOf(("constant", "plateau"))] = "constant"
+    validate_every: Annotated[int, Range(1, unit="iterations")] = 100
+    log_every: Annotated[int, Range(1, unit="iterations")] = 100
+    checkpoint_every: Annotated[int, Range(0, unit="iterations")] = 1000
+    evaluation_batch: Annotated[int, Range(1, unit="samples")] = 1000
+    precision: Annotated[str, OneOf(("float32", "bf16"))] = "float32"
+    gradient: Annotated[str, OneOf(GRADIENTS)] = "auto"
     cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
             raise InputError("training takes either iterations or epochs, one of the two")
-        for name in ("iterations", "epochs", "batch_size", "validate_every", "log_every", "evaluation_batch"):
-            if getattr(self, name) is not None:
-                check_whole(f"training.{name}", getattr(self, name), 1)
-        if not 0 < self.lr < float("inf"):
-            raise InputError(f"training.lr must be a positive number, not {self.lr}")
-        check_whole("training.checkpoint_every", self.checkpoint_every, 0)
-        _choice("training.keep", self.keep, ("last", "best"))
-        _choice("training.schedule", self.schedule, ("constant", "plateau"))
-        _choice("training.precision", self.precision, ("float32", "bf16"))
-        _choice("training.gradient", self.gradient, GRADIENTS)
+        check_fields(self, "training")
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation accuracy decides anything."""
+        return self.keep == "best" or self.schedule == "plateau"
 
     def length(self, samples: int) -> int:
         """Iterations of a task with that many training samples; an epoch's last, partial batch counts."""
@@ -103,22 +126,37 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's numbers; besides `title`, a name for people, which decides nothing."""
+    """Everything that decides a run's numbers; besides `title`, a name for people, which decides nothing.
+
+    Attributes:
+        data: where the tasks come from.
+        target: the network that is masked.
+        training: how each task is trained.
+        hypernet: the network that makes the masks.
+        method: the method's strengths.
+        title: a name of one's own, shown before what is made from the settings.
+        seed: decides initial weights, the order of samples and augmentation.
+        fidelity: whose method: "official" as the authors' published code does it; "default" with its slips mended.
+
+    Raises:
+        InputError: a value of another type or out of its range, or two that exclude each other.
+    """
 
     data: DataConfig
     target: TargetConfig
     training: TrainingConfig
     hypernet: HypernetConfig = field(default_factory=HypernetConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
-    title: str = ""
-    seed: int = 0
-    fidelity: str = "default"
+    title: Annotated[str, Text()] = ""
+    seed: Annotated[int, Range(0, LARGEST)] = 0
+    fidelity: Annotated[str, OneOf(FIDELITIES)] = "default"
 
     def __post_init__(self) -> None:
-        _choice("fidelity", self.fidelity, FIDELITIES)
-        for name, text in (("title", self.title), ("data.dir", self.data.dir or "")):
-            _storable(name, text)
-        kept_rank(self.method.sparsity, 1)
+        check_fields(self)
+        for name, table in tables().items():
+            if not isinstance(getattr(self, name), table):
+                raise InputError(f"{name} must be a {table.__name__}, not {shown(getattr(self, name))}")
+            check_fields(getattr(self, name), name)
         if self.training.gradient == "factored" and self.hypernet.chunk_size is not None:
             raise InputError("training.gradient = factored needs a dense hypernetwork: take dense or auto with chunks")
 
@@ -132,10 +170,10 @@ class RunConfig:
         tomllib = _tomllib()
         try:
             return cls.from_dict(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{source} is not valid TOML: {error}") from error
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
+        except (ValueError, RecursionError) as error:  # TOMLDecodeError, a number of thousands of digits, deep lists
+            raise InputError(f"{source} is not valid TOML: {error}") from error
 
     @classmethod
     def load(cls, path: Path | str) -> "RunConfig":
@@ -155,8 +193,20 @@ class RunConfig:
         return tomli_w.dumps(self.to_dict())
 
     def digest(self) -> str:
-        """SHA-256 of all settings but the title and where the data lie: equal for runs of equal numbers."""
-        return dataclasses.replace(self, title="").digest_with_title()
+        """SHA-256 of all settings that decide a number: equal for runs of equal numbers.
+
+        Not of the title, of where the data lie, and of how often the run logs and saves, nor of how often it would
+        validate where it never does.
+        """
+        usual, names = TrainingConfig(iterations=1), ["log_every", "checkpoint_every"]
+        if not self.training.validates:
+            names.append("validate_every")
+        training = dataclasses.replace(self.training, **{name: getattr(usual, name) for name in names})
+        return dataclasses.replace(self, title="", training=training).digest_with_title()
+
+    def digests(self) -> tuple[str, ...]:
+        """`digest`, and those of the same settings in checkpoints of earlier versions."""
+        return self.digest(), self.digest_with_title(), dataclasses.replace(self, title="").digest_with_title()
 
     def digest_with_title(self) -> str:
         """The digest as version 0.1.0 wrote it into checkpoints."""
@@ -171,9 +221,8 @@ class RunConfig:
         Setting one of training.iterations and training.epochs unsets the other.
         """
         values = self.to_dict()
-        lengths = {"training.iterations", "training.epochs"}
-        if len(lengths & assignments.keys()) == 1:
-            (unset,) = lengths - assignments.keys()
+        if len(LENGTHS & assignments.keys()) == 1:
+            (unset,) = LENGTHS - assignments.keys()
             values["training"].pop(unset.removeprefix("training."), None)
         for key, value in assignments.items():
             *tables, last = key.split(".")
@@ -184,6 +233,24 @@ class RunConfig:
                     raise InputError(f"unknown setting {key!r}: {name} is not a table")
             table[last] = _parse(value) if isinstance(value, str) else value
         return self.from_dict(values)
+
+
+@functools.cache
+def tables() -> dict[str, Any]:
+    """Name -> dataclass of every table of a `RunConfig`."""
+    return {name: hint for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint)}
+
+
+def stored_config(run_dir: Path) -> RunConfig:
+    """The configuration that a run's folder holds. Raises InputError where it holds no run."""
+    if not (run_dir / CONFIG).is_file():
+        if (run_dir / MANIFEST).is_file():
+            raise InputError(
+                f"{run_dir} holds a Trainer's run (no {CONFIG}), whose network only Python knows: there "
+                "hypermask_fast.training.run.load_model(folder, model) loads it"
+            )
+        raise InputError(f"{run_dir} holds no run (no {CONFIG}): give a folder that `hypermask-fast train` has made")
+    return RunConfig.load(run_dir / CONFIG)
 
 
 def presets() -> dict[str, RunConfig]:
@@ -203,6 +270,15 @@ def load_preset(name: str) -> RunConfig:
     return known[name]
 
 
+def setting_names() -> list[str]:
+    """Dotted names of all settings and their tables."""
+    names = []
+    for entry in dataclasses.fields(RunConfig):
+        inner = dataclasses.fields(tables()[entry.name]) if entry.name in tables() else ()
+        names += [entry.name, *(f"{entry.name}.{f.name}" for f in inner)]
+    return names
+
+
 @functools.cache
 def _tomllib() -> types.ModuleType:
     """Python's own reader of TOML, or the same as a package for Python 3.10."""
@@ -218,45 +294,50 @@ def _parse(text: str) -> Any:
     tomllib = _tomllib()
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string
+    except (ValueError, RecursionError):
+        return text  # a bare word is a string, and what TOML can't hold is no other value
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise InputError(f"{where or 'the configuration'} must be a table, not {values!r}")
-    hints = typing.get_type_hints(cls)
+        raise InputError(f"{where or 'the configuration'} must be a table, not {shown(values)}")
+    plain = kinds(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in fields:
             raise InputError(
-                f"unknown setting {prefix + key!r}{_meant(prefix + key)}; "
-                f"{where or 'the top level'} has {', '.join(fields)}"
+                f"unknown setting {shown(prefix + key)}{meant(prefix + key)}; "
+                f"{where or 'the top level'} has {', '.join(fields)}: `hypermask-fast settings"
+                f"{f' {where}' if where else ''}` explains them"
             )
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise InputError(f"setting {prefix + name!r} is missing")
-    return cls(**{key: _typed(value, hints[key], prefix + key) for key, value in values.items()})
+    return cls(
+        **{
+            key: _typed(value, plain[key], prefix + key) if key in plain else _build(tables()[key], value, prefix + key)
+            for key, value in values.items()
+        }
+    )
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
+def _typed(value: Any, kind: Kind, where: str) -> Any:
     """`value` as the field's type: integers pass for floats, lists become tuples; anything else is an error."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            if all(type(item) is typing.get_args(option)[0] for item in value):
-                return tuple(value)
-        elif type(value) is option:
-            return value
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    kinds = [names.get(option, "a list of integers") for option in options if option is not type(None)]
-    raise InputError(f"setting {where!r} must be {' or '.join(kinds)}, not {value!r}")
+    if kind.type is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise InputError(f"{where} must be {kind.text}, not {shown(value)}") from error
+    if kind.type is tuple and isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+        value = tuple(value)
+    if type(value) is not kind.type:
+        names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+        must = names.get(kind.type, "a list of integers")
+        raise InputError(f"setting {where!r} must be {must}, not {shown(value)}")
+    kind.check(where, value)
+    return value
 
 
 def _without_none(value: Any) -> Any:
@@ -265,25 +346,9 @@ def _without_none(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
-
-
-def _storable(name: str, text: str) -> None:
-    """Raises InputError for bytes of a command line that are no text: config.toml is UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"setting {name!r} must be text in UTF-8, not {text!r}") from error
-
-
-def _meant(key: str) -> str:
+def meant(key: str) -> str:
     """A hint at the setting that an unknown one stands for: with its table left out or another, or misspelt."""
-    known = []
-    for name, hint in typing.get_type_hints(RunConfig).items():
-        inner = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
-        known += [name, *(f"{name}.{f.name}" for f in inner)]
+    known = setting_names()
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     return f" (did you mean {same[0]!r}?)" if same else _closest(key, known)

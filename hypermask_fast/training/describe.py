@@ -1,10 +1,26 @@
 """What a run is, in words that are made from its settings and so are true of it."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from ..data import SCENARIOS
-from .config import RunConfig
+from torch import nn
+
+from ..data import SCENARIOS, Scenario
+from ..data.scenario import task_label
+from ..hypernet import HypernetConfig
+from ..model import HyperMask
+from .config import RunConfig, TrainingConfig
 from .targets import TargetConfig
+
+
+class About(NamedTuple):
+    """What reports say of a run: title and details, a line each; seed; fidelity."""
+
+    title: str
+    details: str
+    seed: int
+    fidelity: str
+
 
 _NETWORKS: dict[str, Callable[[TargetConfig], str]] = {
     "mlp": lambda target: "-".join(["MLP", *map(str, target.hidden)]),
@@ -19,22 +35,60 @@ def title(config: RunConfig) -> str:
     return f"{own}{config.data.scenario}{_tasks(config)}, {_network(config.target)}"
 
 
+def task_labels(config: RunConfig) -> list[str]:
+    """ "task 1 (digits 2, 3)" of each of the run's tasks; none where the scenario is unknown, which will be refused."""
+    known = SCENARIOS.get(config.data.scenario)
+    names = known.names[: config.data.tasks] if known else ()
+    return [task_label(number, name) for number, name in enumerate(names)]
+
+
 def details(config: RunConfig) -> str:
     """The settings that a title leaves out and that are looked at first, seed and fidelity among them; one line."""
-    method, training = config.method, config.training
-    hypernet = "-".join(map(str, (config.hypernet.embedding, *config.hypernet.hidden)))
+    method = config.method
+    return _details(
+        config.hypernet, method.sparsity, method.beta, method.lam, config.training, config.seed, config.fidelity
+    )
+
+
+def about(config: RunConfig) -> About:
+    """What there is to say of a run by configuration."""
+    return About(title(config), details(config), config.seed, config.fidelity)
+
+
+def about_training(model: HyperMask, scenario: Scenario, training: TrainingConfig, seed: int) -> About:
+    """The same of a model of one's own: "mine, 2 tasks of 3 classes, Sequential"."""
+    hypernet, drift, tasks = model.hypernet, model.drift, len(scenario.tasks)
+    name = f"{scenario.name}{_task_words(tasks, scenario.num_classes)}, {type(model.net).__name__}"
+    shape = HypernetConfig(
+        hypernet.embeddings[0].numel(),
+        tuple(layer.out_features for layer in hypernet.trunk if isinstance(layer, nn.Linear)),
+        None if hypernet.factored else hypernet.output.out_features,
+    )
+    words = _details(shape, model.sparsity, drift.beta, drift.lam, training, seed, drift.fidelity)
+    return About(name, words, seed, drift.fidelity)
+
+
+def _details(
+    hypernet: HypernetConfig,
+    sparsity: float,
+    beta: float,
+    lam: float,
+    training: TrainingConfig,
+    seed: int,
+    fidelity: str,
+) -> str:
+    widths = "-".join(map(str, (hypernet.embedding, *hypernet.hidden)))
     length = f"{training.iterations} iterations" if training.iterations else f"{training.epochs} epochs"
     parts = [
-        f"hypernetwork {hypernet}"
-        + (f" in chunks of {config.hypernet.chunk_size}" if config.hypernet.chunk_size else ""),
-        f"sparsity {method.sparsity:g} %",
-        f"beta {method.beta:g}",
-        f"lam {method.lam:g}",
+        f"hypernetwork {widths}" + (f" in chunks of {hypernet.chunk_size}" if hypernet.chunk_size else ""),
+        f"sparsity {sparsity:g} %",
+        f"beta {beta:g}",
+        f"lam {lam:g}",
         f"{length} of {training.batch_size} samples",
         f"lr {training.lr:g}",
-        f"seed {config.seed}",
+        f"seed {seed}",
     ]
-    return ", ".join([*parts, "official fidelity"] if config.fidelity == "official" else parts)
+    return ", ".join([*parts, "official fidelity"] if fidelity == "official" else parts)
 
 
 def _tasks(config: RunConfig) -> str:
@@ -42,7 +96,11 @@ def _tasks(config: RunConfig) -> str:
     if known is None:
         return ""  # reading it will be refused
     tasks = known.tasks if config.data.tasks is None else config.data.tasks
-    return f", {tasks} task{'' if tasks == 1 else 's'} of {known.num_classes} classes"
+    return _task_words(tasks, known.num_classes)
+
+
+def _task_words(tasks: int, classes: int) -> str:
+    return f", {tasks} task{'' if tasks == 1 else 's'} of {classes} classes"
 
 
 def _network(target: TargetConfig) -> str:

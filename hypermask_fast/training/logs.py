@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -101,13 +102,42 @@ def _is_upto(line: str, position: tuple[int, int]) -> bool:
     return (int(cells[0]), int(cells[1])) <= position
 
 
+class DownloadProgress:
+    """How far a download is, on standard error: a line that moves on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+        self._moves = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._told = time.monotonic()
+
+    def message(self, text: str) -> None:
+        with suppress(OSError):
+            print(f"\r\x1b[K{text}" if self._moves else text, file=self.stream, flush=True)
+
+    def progress(self, what: str, done: int, size: int) -> None:
+        """So many bytes, or files, of so many are done."""
+        now = time.monotonic()
+        if now - self._told < (0.1 if self._moves else 10) and done < size:
+            return
+        self._told = now
+        text = f"{what}: {100 * done // size} % of {size / 1e6:.1f} MB" if size > 1e6 else f"{what}: {done} of {size}"
+        with suppress(OSError):
+            print(
+                f"\r\x1b[K{text}" if self._moves else text,
+                end="" if self._moves else "\n",
+                file=self.stream,
+                flush=True,
+            )
+
+
 class TerminalLog:
     """A progress bar of the running task where `stream` is a terminal, otherwise about ten plain lines per task.
 
     Args:
-        tasks: how many the run has, to say "task 2 of 5".
+        tasks: how many the run has, to say "task 1 of 0 to 4".
         title: a line shown when the first task begins, so when all that can be wrong with a run has been checked.
         stream: standard error by default, so that standard output holds results only.
+        labels: what the tasks are called, "task 1 (digits 2, 3)", one for each; by default their numbers.
 
     A stream that can't be written any more, such as a terminal that was closed, is left alone: it ends no run.
 
@@ -118,10 +148,13 @@ class TerminalLog:
     LINES_PER_TASK = 10
     _SHOWN = ("loss", "cross_entropy", "validation_accuracy")
 
-    def __init__(self, tasks: int, title: str = "", stream: TextIO | None = None) -> None:
+    def __init__(
+        self, tasks: int, title: str = "", stream: TextIO | None = None, labels: Sequence[str] | None = None
+    ) -> None:
         self.tasks, self.title = tasks, title
+        self.labels = labels or []
         self.stream = stream or sys.stderr
-        moves = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        moves = _is_terminal(self.stream) and os.environ.get("TERM") != "dumb"
         self._progress = _progress(self.stream) if moves else None
         self._total = self._reported = 0
 
@@ -130,7 +163,7 @@ class TerminalLog:
             self.message(self.title)
             self.title = ""
         self._total, self._reported = iterations, self._tenth(start_iteration, iterations)
-        name = f"task {task + 1} of {self.tasks}"
+        name = self._name(task)
         if self._progress is None:
             self.message(f"{name}: iterations {start_iteration + 1} to {iterations}")
             return
@@ -147,7 +180,7 @@ class TerminalLog:
         tenth = self._tenth(iteration, self._total)
         if tenth > self._reported:
             self._reported = tenth
-            place = f"task {task + 1} of {self.tasks}  iteration {iteration} of {self._total}"
+            place = f"{self._name(task)}  iteration {iteration} of {self._total}"
             self.message("  ".join([place, *shown]))
 
     def advance(self, iterations: int) -> None:
@@ -166,8 +199,21 @@ class TerminalLog:
             with suppress(OSError):
                 self._progress.stop()
 
+    def _name(self, task: int) -> str:
+        label = self.labels[task] if task < len(self.labels) else f"task {task}"
+        return f"{label} of 0 to {self.tasks - 1}"
+
     def _tenth(self, iteration: int, iterations: int) -> int:
         return self.LINES_PER_TASK * iteration // max(iterations, 1)
+
+
+def on_terminal() -> bool:
+    """Whether a progress bar can be shown unasked: standard error is a terminal, and rich is installed."""
+    return _is_terminal(sys.stderr) and importlib.util.find_spec("rich") is not None
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()  # None: it was closed before Python began
 
 
 def _progress(stream: TextIO) -> "Progress":

@@ -20,11 +20,9 @@ from .. import __version__
 from ..errors import InputError
 from ..extras import needed_for
 from ..files import write_atomic
-from . import describe
-from .config import RunConfig
+from .describe import About
 from .metrics import Summary, summarize, tasks_learned
-from .tables import text_table
-from .trainer import Result
+from .result import WIDE, Result, learned_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,28 +31,34 @@ if TYPE_CHECKING:
 METRICS, TIMING = "metrics.json", "timing.json"
 MATRIX_TABLE, MATRIX_PICTURE = "accuracy_matrix.csv", "accuracy_matrix.png"
 FILES = (METRICS, TIMING, MATRIX_TABLE, MATRIX_PICTURE)
-_WIDE = 10  # tasks up to which accuracies are shown with a decimal
 _CELL = 0.75  # inches of such a number's cell
 
 
-def write_reports(run_dir: Path, config: RunConfig, result: Result, device: torch.device | str) -> None:
-    """All four files of `run_dir`, from the result so far."""
-    write_metrics(run_dir, config, result)
-    write_timing(run_dir, result, device)
-    write_matrix_table(run_dir, result)
-    write_matrix_picture(run_dir, result, f"{describe.title(config)}\n{describe.details(config)}")
+def check_no_reports(folder: Path) -> None:
+    """Raises InputError where reports would replace another run's."""
+    for name in FILES:
+        if (folder / name).exists():
+            raise InputError(f"{folder} holds the reports of a run ({name}): choose another folder")
 
 
-def write_metrics(run_dir: Path, config: RunConfig, result: Result) -> None:
+def write_reports(folder: Path, about: About, result: Result, device: torch.device | str) -> None:
+    """All four files of `folder`, from the result so far."""
+    write_metrics(folder, about, result)
+    write_timing(folder, result, device)
+    write_matrix_table(folder, result)
+    write_matrix_picture(folder, result, f"{about.title}\n{about.details}")
+
+
+def write_metrics(run_dir: Path, about: About, result: Result) -> None:
     """metrics.json: the run's deterministic numbers and nothing else, so that equal runs give equal bytes.
 
     Keys: title, seed, fidelity; summary (see `Summary`); baseline (T,) and matrix (T, T), percent, null where not
     measured.
     """
     content = {
-        "title": describe.title(config),
-        "seed": config.seed,
-        "fidelity": config.fidelity,
+        "title": about.title,
+        "seed": about.seed,
+        "fidelity": about.fidelity,
         "summary": summarize(result.matrix, result.baseline).to_dict(),
         "baseline": _nullable(result.baseline.tolist()),
         "matrix": [_nullable(row) for row in result.matrix.tolist()],
@@ -83,7 +87,7 @@ def write_matrix_table(run_dir: Path, result: Result) -> None:
     """
     tasks = len(result.matrix)
     rows = [["after_task", *(f"task_{j}" for j in range(tasks))]]
-    for label, values in _rows(result, "untrained"):
+    for label, values in learned_rows(result, "untrained"):
         rows.append([label, *("" if math.isnan(value) else repr(value) for value in values)])
     write_atomic(run_dir / MATRIX_TABLE, "".join(",".join(row) + "\n" for row in rows))
 
@@ -138,7 +142,7 @@ def figure_class() -> "type[Figure]":
 def matrix_figure(result: Result, title: str) -> "Figure":
     """The heat map as a matplotlib Figure; title: lines, each wrapped where it is wider than the figure."""
     matrix, tasks = result.matrix.numpy(), len(result.matrix)
-    cell = _CELL if tasks <= _WIDE else 0.42
+    cell = _CELL if tasks <= WIDE else 0.42
     side = max(4 * _CELL, cell * tasks)
     # Large pictures are looked at from further away: text grows with them, and all margins with the text.
     points = min(max(10.0, side), 16.0)
@@ -171,7 +175,7 @@ def _number_cells(axes: "Axes", matrix: np.ndarray) -> None:
     """Each measured cell's number, and the line below which the tasks learned so far lie."""
     tasks = len(matrix)
     for i, j in np.argwhere(~np.isnan(matrix)).tolist():
-        text = f"{matrix[i, j]:.1f}" if tasks <= _WIDE else f"{matrix[i, j]:.0f}"
+        text = f"{matrix[i, j]:.1f}" if tasks <= WIDE else f"{matrix[i, j]:.0f}"
         colour = "black" if matrix[i, j] > 60 else "white"
         # Right of the diagonal stand tasks not learned yet: fainter, to let the triangle of interest show.
         axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9, alpha=0.55 if j > i else 1)
@@ -186,30 +190,6 @@ def _wrapped(text: str, characters: int) -> list[str]:
     return [line.replace("$", r"\$") for line in lines]
 
 
-def text_matrix(result: Result) -> str:
-    """The learned rows of the matrix as aligned text with the metrics below, several lines."""
-    tasks = range(len(result.matrix))
-    cell = "6.2f" if len(tasks) <= _WIDE else "3.0f"
-    rows = [["after task", *map(str, tasks)]]
-    for label, values in _rows(result, "none"):
-        rows.append([label, *("-" if math.isnan(value) else format(value, cell) for value in values)])
-    matrix = text_table(rows, ">" * len(rows[0]))
-    return "\n".join([matrix, "", *summary_lines(summarize(result.matrix, result.baseline))])
-
-
-def summary_lines(summary: Summary) -> list[str]:
-    """One line per metric that is known, with its unit."""
-    units = {
-        "average_accuracy": "%",
-        "learning_accuracy": "%",
-        "forgetting": "points",
-        "backward_transfer": "points",
-        "forward_transfer": "points",
-    }
-    known = ((name, unit, getattr(summary, name)) for name, unit in units.items())
-    return [f"{name.replace('_', ' '):<18}{value:8.2f} {unit}" for name, unit, value in known if value is not None]
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, PyTorch and this package."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "hypermask_fast": __version__}
@@ -219,11 +199,6 @@ def device_name(device: torch.device | str) -> str:
     """What a device is called: "cuda: NVIDIA ..." or "cpu: x86_64"."""
     device = torch.device(device)
     return f"{device.type}: {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()}"
-
-
-def _rows(result: Result, untrained: str) -> list[tuple[str, list[float]]]:
-    learned = tasks_learned(result.matrix)
-    return [(untrained, result.baseline.tolist()), *((str(i), result.matrix[i].tolist()) for i in range(learned))]
 
 
 def _caption(title: str, summary: Summary) -> str:

@@ -4,29 +4,31 @@ A run's folder holds config.toml (written first: its presence makes the folder a
 reports of `report`. Nothing here replaces a run's files but the run itself, resumed, in one process at a time.
 """
 
-import json
+import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
 
-from .. import exporting
 from ..data import Scenario, load_scenario
 from ..errors import InputError
 from ..files import remove_partial, write_atomic, writing
 from ..model import HyperMask
-from . import checkpoint, report
-from .config import RunConfig
+from . import checkpoint, describe, report, stored
+from .config import CONFIG, RunConfig, stored_config
+from .exported import check_new_file, export_model
+from .exported import load_exported as load_exported  # where it was in version 0.1.0
 from .lock import LOCK, taken
-from .logs import CsvLog, Logger, Loggers, TensorBoardLog
-from .targets import TargetConfig, build_target
-from .trainer import Result, Trainer
+from .logs import CsvLog, Logger, Loggers, TensorBoardLog, on_terminal
+from .needs import check_memory, lack_of_memory_told
+from .result import Result
+from .resume import accepted_settings
+from .targets import build_target
+from .trainer import Trainer
 
-CONFIG, LOG, TENSORBOARD = "config.toml", "log.csv", "tensorboard"
+LOG, TENSORBOARD = "log.csv", "tensorboard"
 
 
 def pick_device(name: str) -> torch.device:
@@ -49,23 +51,26 @@ def build_model(config: RunConfig, scenario: Scenario, device: torch.device | st
     so that every device begins with the same weights.
 
     Raises:
-        InputError: a target that does not take the scenario's inputs, or a setting out of range.
+        InputError: a target that does not take the scenario's inputs, a setting out of range, or more memory than
+            there is.
     """
+    check_memory(config, scenario, device, training=False)
     torch.manual_seed(config.seed)
     method = config.method
-    model = HyperMask(
-        build_target(config.target, scenario.input_shape, scenario.num_classes),
-        len(scenario.tasks),
-        method.sparsity,
-        config.hypernet,
-        beta=method.beta,
-        lam=method.lam,
-        drift_norm=method.drift_norm,
-        drift_masked=method.drift_masked,
-        classes=scenario.classes if len(set(scenario.classes)) > 1 else None,
-        fidelity=config.fidelity,
-    )
-    return model.to(device)
+    with lack_of_memory_told(config, scenario):
+        model = HyperMask(
+            build_target(config.target, scenario.input_shape, scenario.num_classes),
+            len(scenario.tasks),
+            method.sparsity,
+            config.hypernet,
+            beta=method.beta,
+            lam=method.lam,
+            drift_norm=method.drift_norm,
+            drift_masked=method.drift_masked,
+            classes=scenario.classes if len(set(scenario.classes)) > 1 else None,
+            fidelity=config.fidelity,
+        )
+        return model.to(device)
 
 
 def train(
@@ -75,16 +80,17 @@ def train(
     resume: bool = False,
     logger: Logger | None = None,
     stop: Callable[[], bool] | None = None,
+    progress: bool | None = None,
 ) -> Result:
     """Trains a run to its end. Its folder gets config.toml, log.csv, checkpoints and, after each task, the reports.
 
     Args:
-        config: with resume, the run's own; see `stored_config`.
+        config: with resume, the run's own, see `stored_config`, or one that `resumed_config` allows.
         run_dir: a new or empty folder; with resume, the run's.
         device: where to train.
         resume: go on from the newest checkpoint, or from the beginning where the run was stopped before its first.
         logger: is told of progress besides log.csv and TensorBoard.
-        stop: see `Trainer`.
+        stop, progress: see `Trainer`.
 
     Raises:
         InputError: the folder is in use, data or settings are wrong, a package is missing. Nothing was written then,
@@ -97,25 +103,49 @@ def train(
         if resume:
             stored_config(run_dir)
             lock.enter_context(taken(run_dir))
-            checkpoint.exists(run_dir)  # or was lost
+            if checkpoint.exists(run_dir):  # or was lost
+                checkpoint.check_settings(run_dir, checkpoint.state(run_dir) or {}, accepted_settings(run_dir, config))
         else:
             check_free(run_dir)
         loggers = Loggers([])
-        trainer = _trainer(config, run_dir, device, loggers, stop)
+        shown = logger is None and on_terminal() if progress is None else progress
+        trainer = _trainer(config, run_dir, device, loggers, stop, shown)
         # All that can be checked has been: from here on the folder is a run.
         if not resume:
+            if not run_dir.exists():
+                lock.callback(_remove_empty, run_dir)
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
             lock.enter_context(taken(run_dir))
             check_free(run_dir)  # still, now that nobody else can take it
-        remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
-        if not resume:
-            write_atomic(run_dir / CONFIG, settings)
-        loggers.loggers = tuple(_loggers(run_dir, resume, logger))
         try:
-            return trainer.fit(resume=resume)
+            remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
+            if not resume:
+                write_atomic(run_dir / CONFIG, settings)
+            elif (kept := replace(config, data=stored_config(run_dir).data)) != stored_config(run_dir):
+                write_atomic(run_dir / CONFIG, kept.to_toml())
+            loggers.loggers = tuple(_loggers(run_dir, resume, logger))
+            with lack_of_memory_told(config, trainer.scenario):
+                return trainer.fit(resume=resume)
+        except InputError:
+            if not resume and trainer.result.steps == 0:
+                loggers.close()
+                _forget(run_dir)
+            raise
         finally:
             loggers.close()
+
+
+def _forget(run_dir: Path) -> None:
+    """Takes away what a run has written that has not done its first step: its folder is free again."""
+    for name in (CONFIG, LOG):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
+
+
+def _remove_empty(run_dir: Path) -> None:
+    with suppress(OSError):  # a run is in it
+        run_dir.rmdir()
 
 
 def _trainer(
@@ -124,15 +154,12 @@ def _trainer(
     device: torch.device | str,
     loggers: Loggers,
     stop: Callable[[], bool] | None,
+    progress: bool,
 ) -> Trainer:
-    """The run's Trainer, which writes the reports after each task; nothing is written yet."""
+    """The run's Trainer; nothing is written yet."""
     scenario = read_scenario(config)
+    check_memory(config, scenario, device)
     model = build_model(config, scenario, device)
-
-    def on_task_end(result: Result) -> None:
-        report.write_reports(run_dir, config, result, device)
-        loggers.message(_after_task(result))
-
     return Trainer(
         model,
         scenario,
@@ -142,10 +169,12 @@ def _trainer(
         device=device,
         run_dir=run_dir,
         settings=config.digest(),
+        report=run_dir,
+        progress=progress,
+        about=describe.about(config),
         logger=loggers,
-        on_task_end=on_task_end,
         stop=stop,
-        earlier_settings=[config.digest_with_title()],
+        earlier_settings=accepted_settings(run_dir, config),
     )
 
 
@@ -160,13 +189,6 @@ def check_free(run_dir: Path) -> None:
         raise InputError(f"{run_dir} is a file: a run needs a new or empty folder (--out)")
     if run_dir.is_dir() and any(not entry.name.startswith(".") for entry in run_dir.iterdir()):
         raise InputError(f"{run_dir} is not empty: a run needs a new or empty folder (--out)")
-
-
-def stored_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run's folder holds. Raises InputError where it holds no run."""
-    if not (run_dir / CONFIG).is_file():
-        raise InputError(f"{run_dir} holds no run (no {CONFIG}): give a folder that `hypermask-fast train` has made")
-    return RunConfig.load(run_dir / CONFIG)
 
 
 def load_run(
@@ -191,20 +213,48 @@ def load_run(
         config = with_data_dir(config, data_dir)
     scenario = read_scenario(config)
     model = build_model(config, scenario)
-    learned, settings = 0, (config.digest(), config.digest_with_title())
+    learned = 0
     if checkpoint.exists(run_dir):
-        learned = checkpoint.load_model(run_dir, model, *settings)
+        tasks = scenario.tasks
+        samples = None if data_dir is not None else [len(task.train) for task in tasks]
+        tensors, state = stored.load(
+            run_dir, model, len(tasks), config.training, accepted_settings(run_dir, config), samples
+        )
+        checkpoint.restore_model(model, tensors)
+        learned = state["task"]
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
     return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)
 
 
+def load_model(run_dir: Path | str, model: HyperMask) -> int:
+    """Loads a `Trainer`'s run, as its newest checkpoint has it, into a model of one's own.
+
+    Args:
+        run_dir: the Trainer's run_dir.
+        model: made like the one that was trained; it is in evaluation mode afterwards.
+
+    Returns:
+        How many tasks are learned to the end, tasks 0 to that less 1. A task under way is loaded as it stands.
+
+    Raises:
+        InputError: no checkpoint, one that is damaged, no HyperMask model, or another one: other tensors, sparsity,
+            fidelity or masked parameters.
+    """
+    run_dir = Path(run_dir)
+    if not isinstance(model, HyperMask):
+        raise InputError(
+            f"load_model takes a HyperMask model like the one that was trained, not {type(model).__name__}"
+        )
+    tensors, learned = stored.load_network(run_dir, model)
+    checkpoint.restore_model(model, tensors)
+    model.eval()
+    return learned
+
+
 def with_data_dir(config: RunConfig, data_dir: Path | str) -> RunConfig:
     """`config` reading its data from `data_dir`, made absolute so that it holds wherever the run is loaded from."""
     return replace(config, data=replace(config.data, dir=str(Path(data_dir).expanduser().resolve())))
-
-
-# -- exported networks ------------------------------------------------------------------------------------------------
 
 
 def export_task(
@@ -214,63 +264,16 @@ def export_task(
     data_dir: Path | str | None = None,
     format: str = "safetensors",
 ) -> None:
-    """Writes the plain network of one learned task, mask baked in, as safetensors (see `load_exported`), pt2 or onnx.
-
-    The tensors of a safetensors file are the network's state_dict. The file's metadata (strings) says how to build the
-    network: target (its TargetConfig as JSON), input_shape, num_classes (JSON), and task, scenario and format.
+    """Writes the plain network of one learned task of a run; see `exported.export_model`.
 
     Raises:
         InputError: the task is not learned, `path` exists, or what `load_run` raises.
     """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"{path} already exists: choose another file")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path.absolute().parent} is not a folder: make it first, or choose another file")
+    check_new_file(path)
     config, model, scenario = load_run(run_dir, data_dir)
     if not 0 <= task < len(scenario.tasks):
         raise InputError(f"task {task} is not among those this run has learned: 0 to {len(scenario.tasks) - 1}")
-    metadata = {
-        "scenario": scenario.name,
-        "task": str(task),
-        "target": json.dumps(asdict(config.target)),
-        "input_shape": json.dumps(scenario.input_shape),
-        "num_classes": str(scenario.num_classes),
-    }
-    example = torch.zeros(2, *scenario.input_shape)
-    exporting.write(model.export(task), format, path, example, metadata=metadata)
-
-
-def load_exported(path: Path | str) -> nn.Module:
-    """The plain nn.Module in a file by `export_task`, in evaluation mode on the CPU; nothing is unpickled.
-
-    Raises:
-        InputError: not such a file.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        values = json.loads(metadata["target"])
-        target = TargetConfig(**{**values, "hidden": tuple(values["hidden"])})
-        net = build_target(target, json.loads(metadata["input_shape"]), int(metadata["num_classes"]))
-        _without_absent_statistics(net, tensors)
-        net.load_state_dict(tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is not a network exported by hypermask-fast: {reason}") from error
-    return net.eval()
-
-
-def _without_absent_statistics(net: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Batch norm of an official-fidelity run has no running statistics: it uses each batch's own."""
-    for name, module in net.named_modules():
-        if (
-            isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-            and f"{name}.running_mean" not in tensors
-        ):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
+    export_model(model, scenario, task, path, config.target, format)
 
 
 def _loggers(run_dir: Path, resume: bool, logger: Logger | None) -> list[Logger]:
@@ -278,11 +281,3 @@ def _loggers(run_dir: Path, resume: bool, logger: Logger | None) -> list[Logger]
     if TensorBoardLog.available():
         loggers.append(TensorBoardLog(run_dir / TENSORBOARD))
     return loggers if logger is None else [*loggers, logger]
-
-
-def _after_task(result: Result) -> str:
-    """ "after task 2: 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
-    summary = report.summarize(result.matrix, result.baseline)
-    row = result.matrix[summary.tasks_learned - 1, : summary.tasks_learned].tolist()
-    accuracies = " ".join(f"{value:.1f}" for value in row)
-    return f"after task {summary.tasks_learned}: {accuracies} (average {summary.average_accuracy:.2f} %)"

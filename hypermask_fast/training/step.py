@@ -2,8 +2,10 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,10 @@ _WARM_UP = 3  # eager steps before a capture: libraries make handles and workspa
 
 @dataclass(frozen=True)
 class TaskWork:
-    """All that the steps of one task need, or of what is left of it.
+    """All that the steps of one task need, or a block of them.
 
     Attributes:
-        split: the training data; rows: (steps, batch) int64 sample numbers of each step.
+        split: the training data; rows: (steps, batch) int64 sample numbers of each step, where the split reads them.
         ranks: (steps, S) int64 kept ranks of each step (a sparsity ramp), or (1, S) for all.
         precision: "float32", or "bf16" to run the target network under autocast; thresholds, drifts and the
             optimiser stay in float32.
@@ -60,31 +62,44 @@ class TaskWork:
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.rows.device.type, torch.bfloat16)
+        return torch.autocast(self.split.device.type, torch.bfloat16)
 
 
-def steps(work: TaskWork, graph: bool, say: Callable[[str], None]) -> Iterator[Values]:
+Block = tuple[Tensor, Tensor]  # rows and ranks, as `TaskWork` has them
+
+
+def steps(work: TaskWork, graph: bool, say: Callable[[str], None], more: Iterable[Block] = ()) -> Iterator[Values]:
     """Does one step at each `next` and yields its values; on a GPU, on the current device.
 
     Args:
         graph: replay the whole step, the choice of its samples included, as a CUDA graph, where that can be done.
         say: is told why it can't.
+        more: rows and ranks of the steps after those of `work`, no block longer than its own.
     """
     if not graph:
-        return _eager(work)
+        return _eager(work, more)
     if not isinstance(work.split, TensorSplit):
         say("training without a CUDA graph: batches come from a Dataset, read on the host")
-        return _eager(work)
-    return _graphed(work, say)
+        return _eager(work, more)
+    return _graphed(work, say, more)
 
 
-def _eager(work: TaskWork) -> Iterator[Values]:
-    last = len(work.ranks) - 1
-    for i, (x, y) in enumerate(work.split.batches(work.rows, train=True)):
-        yield work.step(x, y, work.ranks[min(i, last)])
+def _eager(work: TaskWork, more: Iterable[Block]) -> Iterator[Values]:
+    """All blocks by one call of the split, whose workers may read ahead and draw their seed once."""
+    waiting: deque[Tensor] = deque()  # ranks of the rows that were asked for
+
+    def rows_in_turn() -> Iterator[Tensor]:
+        for rows, ranks in chain([(work.rows, work.ranks)], more):
+            last = len(ranks) - 1
+            for i, row in enumerate(rows):
+                waiting.append(ranks[min(i, last)])
+                yield row
+
+    for x, y in work.split.batches(rows_in_turn(), train=True):
+        yield work.step(x, y, waiting.popleft())
 
 
-def _graphed(work: TaskWork, say: Callable[[str], None]) -> Iterator[Values]:
+def _graphed(work: TaskWork, say: Callable[[str], None], more: Iterable[Block]) -> Iterator[Values]:
     position = torch.zeros(1, dtype=torch.int64, device=work.rows.device)
     last = len(work.ranks) - 1
 
@@ -94,24 +109,38 @@ def _graphed(work: TaskWork, say: Callable[[str], None]) -> Iterator[Values]:
         position.add_(1)
         return work.step(*work.split.batch(row, train=True), ranks)
 
-    waits, side = "", torch.cuda.Stream()
-    for i in range(min(_WARM_UP, len(work.rows))):
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            if i == _WARM_UP - 1:
-                values, waits = _watched(step)
-            else:
-                values = step()
-        torch.cuda.current_stream().wait_stream(side)
-        yield values
-    if waits:
-        say(f"training without a CUDA graph: the step waits for the GPU: {waits}")
-        replay = step
-    else:
-        work.optimizer.zero_grad(set_to_none=True)  # gradients then live in the graph's own memory
-        replay = _capture(step, say)
-    for _ in range(_WARM_UP, len(work.rows)):
+    waits, side, replay = "", torch.cuda.Stream(), None
+    for done in _numbered(work, more, position):
+        if done < _WARM_UP:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                if done == _WARM_UP - 1:
+                    values, waits = _watched(step)
+                else:
+                    values = step()
+            torch.cuda.current_stream().wait_stream(side)
+            yield values
+            continue
+        if replay is None and waits:
+            say(f"training without a CUDA graph: the step waits for the GPU: {waits}")
+            replay = step
+        elif replay is None:
+            work.optimizer.zero_grad(set_to_none=True)  # gradients then live in the graph's own memory
+            replay = _capture(step, say)
         yield replay()
+
+
+def _numbered(work: TaskWork, more: Iterable[Block], position: Tensor) -> Iterator[int]:
+    """0, 1, 2, ... for each step, with `position` at its row: each block of `more` in turn takes the place of the
+    first one, which a captured step reads."""
+    yield from range(len(work.rows))
+    done = len(work.rows)
+    for rows, ranks in more:
+        work.rows[: len(rows)].copy_(rows)
+        work.ranks[: len(ranks)].copy_(ranks)
+        position.zero_()
+        yield from range(done, done + len(rows))
+        done += len(rows)
 
 
 def _watched(step: Callable[[], Values]) -> tuple[Values, str]:

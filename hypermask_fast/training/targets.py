@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..settings import WIDEST, Range, Text, Widths, check_fields
 
 ZENKE_SMALLEST = 12  # two times (valid 3x3 convolution, halving) leaves one pixel of 12 x 12
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """name: mlp, resnet20 or zenkenet; hidden: an MLP's hidden widths; width: a ResNet's first width, 16 k."""
+    """The network that is masked.
 
-    name: str
-    hidden: tuple[int, ...] = (400, 400)
-    width: int = 32
+    Attributes:
+        name: its kind: mlp, resnet20 (CIFAR's ResNet of 20 layers) or zenkenet (the network of Zenke et al.).
+        hidden: an mlp's widths of its hidden layers; none for a linear classifier.
+        width: a resnet20's channels in its first stage, 16 or more; 16 k, with 2 and 4 times as many in the others.
+    """
+
+    name: Annotated[str, Text()]
+    hidden: Annotated[tuple[int, ...], Widths()] = (400, 400)
+    width: Annotated[int, Range(1, WIDEST, unit="channels")] = 32
 
 
 class MLP(nn.Sequential):
@@ -194,8 +202,7 @@ def build_target(config: TargetConfig, input_shape: Sequence[int], num_classes: 
         raise InputError(f"an input shape lists one or more positive sizes, not {shape}")
     if num_classes < 1:
         raise InputError(f"a target network needs at least 1 class, not {num_classes}")
-    if any(width < 1 for width in config.hidden):
-        raise InputError(f"target.hidden must list positive widths, not {list(config.hidden)}")
+    check_fields(config, "target")
     return TARGETS[config.name](config, shape, num_classes)
 
 

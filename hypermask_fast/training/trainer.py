@@ -1,7 +1,7 @@
 """The training loop: task after task, each with its own optimiser, evaluated on all tasks after each."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -12,41 +12,26 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..data import Scenario, Split
+from ..data import Scenario, Split, TensorSplit
 from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
 from ..optim import Adam
 from ..regularizers import Anchor
-from . import checkpoint
-from .config import TrainingConfig
+from . import checkpoint, describe, stored
+from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
 from .interrupt import Stopped
 from .lock import taken
-from .logs import Logger, Loggers
+from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
-from .step import TaskWork
+from .order import batch_rows
+from .report import check_no_reports, check_packages, device_name, write_reports
+from .result import Result, text_after_task
+from .step import Block, TaskWork
 from .step import steps as training_steps
-
-
-@dataclass
-class Result:
-    """What a run has measured so far.
-
-    Attributes:
-        matrix: (T, T) float64 percent: row t after training task t, column j on task j's test split; NaN: not yet.
-        baseline: (T,) float64 percent of the untrained model.
-        seconds: spent in training steps (validation included, evaluation after a task not); steps: their number.
-        peak_memory: bytes; see `peak_memory`.
-    """
-
-    matrix: Tensor
-    baseline: Tensor
-    seconds: float = 0.0
-    steps: int = 0
-    peak_memory: int = 0
 
 
 @dataclass
@@ -72,13 +57,19 @@ class Trainer:
         run_dir: folder for checkpoints, made where it is not there; None writes none.
         settings: kept in checkpoints; one that was saved under others is refused, those of earlier_settings apart. See
             `RunConfig.digest`.
+        report: folder for metrics.json, timing.json, and the accuracy matrix as a table and a picture, written after
+            each task; None writes none.
+        progress: show progress on standard error, as the command line does; None: where that is a terminal and there
+            is no `logger`.
+        about: what reports and progress call the run; None: made from the arguments.
         logger: is told of progress.
         on_task_end: called with the result so far after each task, and at once when a run is resumed.
         stop: asked after every step and every task. Where it says yes, a checkpoint is saved and `fit` raises Stopped.
 
     Raises:
         InputError: more tasks in the scenario than in the model, a network that does not take its inputs or has fewer
-            outputs than classes, or no validation data where they are needed.
+            outputs than classes, no validation data where they are needed, or a package missing that `report` or
+            `progress` needs.
     """
 
     def __init__(
@@ -92,6 +83,9 @@ class Trainer:
         device: torch.device | str = "cpu",
         run_dir: Path | str | None = None,
         settings: str = "",
+        report: Path | str | None = None,
+        progress: bool | None = None,
+        about: describe.About | None = None,
         logger: Logger | None = None,
         on_task_end: Callable[[Result], None] | None = None,
         stop: Callable[[], bool] | None = None,
@@ -102,8 +96,7 @@ class Trainer:
             raise InputError(f"Trainer takes a HyperMask model and a Scenario, not {kinds}")
         if len(scenario.tasks) > model.num_tasks:
             raise InputError(f"the scenario has {len(scenario.tasks)} tasks, the model only {model.num_tasks}")
-        self.validates = config.keep == "best" or config.schedule == "plateau"
-        if self.validates and any(len(task.validation) == 0 for task in scenario.tasks):
+        if config.validates and any(len(task.validation) == 0 for task in scenario.tasks):
             raise InputError("keep = best and schedule = plateau need validation data: set data.validation")
         self.device = torch.device(device)
         self.model = model.to(self.device)
@@ -112,7 +105,12 @@ class Trainer:
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.settings, self.earlier_settings = settings, tuple(earlier_settings)
-        self.logger = logger or Loggers([])
+        self.report = None if report is None else Path(report)
+        if self.report is not None:
+            check_packages()
+        self.about = about or describe.about_training(self.model, self.scenario, config, seed)
+        self._terminal = self._progress(logger is None and on_terminal() if progress is None else progress)
+        self.logger = Loggers([each for each in (logger, self._terminal) if each is not None])
         self.on_task_end = on_task_end or (lambda result: None)
         tasks = len(scenario.tasks)
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
@@ -130,16 +128,24 @@ class Trainer:
                 those of a run that was never stopped.
 
         Raises:
-            InputError: run_dir can't be written, another process trains in it, or its checkpoint is not this run's;
-                without resume, it has one.
+            InputError: run_dir or report can't be written, another process trains in run_dir, or its checkpoint is not
+                this run's; without resume, it has one, or report has reports.
             Stopped: `stop` has said so.
         """
+        if self.report is not None:
+            if not resume:
+                check_no_reports(self.report)
+            _folder(self.report)  # now, not when the first task is done
         on_gpu = self.device.type == "cuda"
-        with (
-            torch.cuda.device(self.device) if on_gpu else nullcontext(),  # a graph is captured on the current one
-            nullcontext() if self.run_dir is None else taken(_folder(self.run_dir)),
-        ):
-            return self._fit(resume)
+        try:
+            with (
+                torch.cuda.device(self.device) if on_gpu else nullcontext(),  # a graph is captured on the current one
+                nullcontext() if self.run_dir is None else taken(_folder(self.run_dir)),
+            ):
+                return self._fit(resume)
+        finally:
+            if self._terminal is not None:
+                self._terminal.close()
 
     def _fit(self, resume: bool) -> Result:
         restored: dict[str, Tensor] = {}
@@ -149,7 +155,7 @@ class Trainer:
                 raise InputError(f"{saved} holds a checkpoint: fit(resume=True) goes on from it")
             restored = self._restore(saved)
             if self._at.task > 0:
-                self.on_task_end(self.result)
+                self._after_task()
         else:
             torch.manual_seed(self.seed)
             self.result.baseline.copy_(self._test_accuracies())
@@ -159,10 +165,22 @@ class Trainer:
             self.result.peak_memory = max(self.result.peak_memory, peak_memory(self.device))
             self._at, restored = _Position(task=self._at.task + 1), {}
             self._save()
-            self.on_task_end(self.result)
+            self._after_task()
             if self._at.task < len(self.scenario.tasks) and self.stop():
                 raise self._stopped()
         return self.result
+
+    def _after_task(self) -> None:
+        """Tells of the result so far."""
+        if self.report is not None:
+            write_reports(self.report, self.about, self.result, self.device)
+        self.logger.message(text_after_task(self.result, self.scenario))
+        self.on_task_end(self.result)
+
+    def _progress(self, shown: bool) -> TerminalLog | None:
+        title = f"{self.about.title}; {self.about.details}; {device_name(self.device)}"
+        labels = [self.scenario.label(task) for task in range(len(self.scenario.tasks))]
+        return TerminalLog(len(labels), title, labels=labels) if shown else None
 
     # -- one task -------------------------------------------------------------------------------------------------
 
@@ -177,8 +195,11 @@ class Trainer:
             self.model.begin_task(task)
         self._finite = start
         self.logger.begin_task(task, length, start)
-        work = self._work(task, split, optimizer, length)
-        steps = training_steps(work, self.config.cuda_graph and self.device.type == "cuda", self.logger.message)
+        blocks = self._blocks(task, split, start, length)
+        rows, ranks = next(blocks)
+        work = TaskWork(self.model, task, split, rows, ranks, optimizer, self.config.precision)
+        graph = self.config.cuda_graph and self.device.type == "cuda"
+        steps = training_steps(work, graph, self.logger.message, blocks)
         self.model.train()
         started, values = time.perf_counter(), {}
         for iteration in range(start, length):
@@ -204,14 +225,15 @@ class Trainer:
         lr = torch.tensor(self.config.lr, device=self.device) if on_gpu else self.config.lr
         return Adam(self.model, lr, gradient=self.config.gradient, exact_loss=False, capturable=on_gpu)
 
-    def _work(self, task: int, split: Split, optimizer: Adam, length: int) -> TaskWork:
-        """What is left of the task: batches and sparsities from the run's iteration on."""
-        start = self._at.iteration
-        rows = batch_rows(len(split), self.config.batch_size, length, self.seed, task)[start:]
-        ramps = self.ramp and task == 0
-        sparsities = [self._sparsity(task, i, length) for i in (range(start, length) if ramps else [start])]
-        ranks = self.model.layout.ramp_ranks(sparsities, self.device)
-        return TaskWork(self.model, task, split, rows.to(self.device), ranks, optimizer, self.config.precision)
+    def _blocks(self, task: int, split: Split, start: int, length: int) -> Iterator[Block]:
+        """Sample numbers and kept ranks of the task's iterations from `start` on, a block of iterations at a time."""
+        reads_on = self.device if isinstance(split, TensorSplit) else "cpu"
+        for rows in batch_rows(len(split), self.config.batch_size, length, self.seed, task, start):
+            ramps = self.ramp and task == 0
+            iterations = range(start, start + len(rows)) if ramps else [start]
+            sparsities = [self._sparsity(task, i, length) for i in iterations]
+            yield rows.to(reads_on), self.model.layout.ramp_ranks(sparsities, self.device)
+            start += len(rows)
 
     def _sparsity(self, task: int, iteration: int, length: int) -> float:
         if self.ramp and task == 0:
@@ -231,7 +253,7 @@ class Trainer:
         self.logger.advance(1)
         logged = {}
         epoch = self.config.epoch_length(len(self.scenario.tasks[task].train))
-        if self.validates and (done % self.config.validate_every == 0 or done % epoch == 0 or done == length):
+        if self.config.validates and (done % self.config.validate_every == 0 or done % epoch == 0 or done == length):
             logged["validation_accuracy"] = self._validate(sparsity)
             if plateau is not None and done % epoch == 0:
                 plateau.step(logged["validation_accuracy"])
@@ -261,7 +283,7 @@ class Trainer:
         split = self.scenario.tasks[task].train
         why = cause(split, values, self.model.drift, self.config.lr, self.config.evaluation_batch)
         seen = f" (finite until {self._finite})" if 0 < self._finite < done else ""
-        return InputError(f"{what} task {task}, iteration {done}{seen}: {why}{self._kept}")
+        return InputError(f"{what} {self.scenario.label(task)}, iteration {done}{seen}: {why}{self._kept}")
 
     def _validate(self, sparsity: float) -> float:
         """Validation accuracy now, percent; keeps a copy of the model where it is the task's best so far."""
@@ -275,7 +297,9 @@ class Trainer:
     def _plateau(self, optimizer: Adam) -> ReduceLROnPlateau | None:
         if self.config.schedule == "constant":
             return None
-        return ReduceLROnPlateau(optimizer, mode="max", factor=0.1**0.5, patience=5, min_lr=5e-7)
+        return ReduceLROnPlateau(
+            optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE, min_lr=PLATEAU_LOWEST
+        )
 
     def _test_accuracies(self) -> Tensor:
         values = [
@@ -299,12 +323,15 @@ class Trainer:
         tensors |= {"result.matrix": self.result.matrix, "result.baseline": self.result.baseline}
         state: dict[str, Any] = {
             "settings": self.settings,
+            "length": {"iterations": self.config.iterations, "epochs": self.config.epochs},
             "task": at.task,
             "iteration": at.iteration,
             "best_accuracy": at.best_accuracy,
             "seconds": self.result.seconds,
             "steps": self.result.steps,
             "peak_memory": self.result.peak_memory,
+            "threads": torch.get_num_threads(),
+            "model": checkpoint.model_settings(self.model),
         }
         if optimizer is not None:
             tensors |= checkpoint.optimizer_tensors(optimizer, self.model)
@@ -312,8 +339,9 @@ class Trainer:
             assert anchor is not None, "begin_task made it"
             tensors["anchor.weights"] = anchor.weights
             tensors |= {f"anchor.targets.{i}": target for i, target in enumerate(anchor.targets)}
-            tensors |= {f"best.{name}": tensor for name, tensor in at.best_model.items()}
+            tensors |= {checkpoint.BEST + name: tensor for name, tensor in at.best_model.items()}
             state["lr"] = float(optimizer.param_groups[0]["lr"])
+            state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
@@ -321,22 +349,25 @@ class Trainer:
 
     def _stopped(self) -> Stopped:
         kept = "nothing is saved" if self.run_dir is None else "which is saved"
-        return Stopped(f"stopped at task {self._at.task}, iteration {self._at.iteration}, {kept}")
+        return Stopped(f"stopped at {self._place()}, {kept}")
 
     def _keeps(self) -> None:
-        self._kept = f"; the checkpoint of task {self._at.task}, iteration {self._at.iteration} is kept"
+        self._kept = f"; the checkpoint of {self._place()} is kept"
+
+    def _place(self) -> str:
+        task = self._at.task
+        label = self.scenario.label(task) if task < len(self.scenario.tasks) else f"task {task}"
+        return f"{label}, iteration {self._at.iteration}"
 
     def _restore(self, run_dir: Path) -> dict[str, Tensor]:
         """Goes to the checkpoint's position; returns its tensors where that is within a task."""
-        tensors, state = checkpoint.load(run_dir, self.device)
+        tasks = self.scenario.tasks
+        samples, settings = [len(task.train) for task in tasks], (self.settings, *self.earlier_settings)
+        tensors, state = stored.load(run_dir, self.model, len(tasks), self.config, settings, samples, self.device)
         checkpoint.restore_model(self.model, tensors)
-        if tensors["result.matrix"].shape != self.result.matrix.shape:
-            raise InputError(
-                f"the checkpoint in {run_dir} is of a run of {len(tensors['result.matrix'])} tasks, "
-                f"not {len(self.result.matrix)}"
-            )
-        checkpoint.check_settings(run_dir, state, (self.settings, *self.earlier_settings))
         checkpoint.restore_generators(tensors, self.device)
+        if self.device.type == "cpu":
+            checkpoint.warn_of_threads(state)
         self.result = Result(
             tensors["result.matrix"].cpu(),
             tensors["result.baseline"].cpu(),
@@ -344,7 +375,8 @@ class Trainer:
             state["steps"],
             state["peak_memory"],
         )
-        best = {key.removeprefix("best."): value for key, value in tensors.items() if key.startswith("best.")}
+        prefix = checkpoint.BEST
+        best = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], best)
         self._restored_state = state
         self._keeps()
@@ -369,14 +401,3 @@ def _folder(path: Path) -> Path:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def batch_rows(samples: int, batch_size: int, iterations: int, seed: int, task: int) -> Tensor:
-    """(iterations, batch_size) int64 sample numbers: one shuffled pass over the data after another.
-
-    A batch may span two passes. The order depends on seed and task alone, so a position in it is an iteration.
-    """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + task) % 2**63)
-    passes = -(-iterations * batch_size // samples)
-    stream = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
-    return stream[: iterations * batch_size].view(iterations, batch_size)

@@ -1,11 +1,11 @@
 """Data sets for the tests: the real ones where they lie beside the repository, small ones written here."""
 
 import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.datasets import idx_bytes
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -16,11 +16,6 @@ def real_data():
     if not (SHARED / "mnist").is_dir() or not (SHARED / "cifar10").is_dir():
         pytest.skip("the real MNIST and CIFAR-10 are not in ../shared/data beside the repository")
     return SHARED
-
-
-def idx_bytes(array):
-    """The IDX file of a uint8 array."""
-    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from support.datasets import batch, jpeg_bytes, python2_pickle, smooth, write_npz, write_tiny_imagenet
 
 from hypermask_fast.data.sources import (
     read_cifar10,
@@ -20,14 +21,6 @@ from hypermask_fast.data.sources.safe_pickle import read_pickle
 from hypermask_fast.errors import InputError
 
 
-def jpeg_bytes(pixels):
-    """A JPEG of (H, W, 3) or grey (H, W) uint8 pixels."""
-    image_module = pytest.importorskip("PIL.Image")
-    file = io.BytesIO()
-    image_module.fromarray(pixels).save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
 def refused(read, *args, match):
     """The reader raises InputError with one line that matches."""
     with pytest.raises(InputError, match=match) as caught:
@@ -36,29 +29,6 @@ def refused(read, *args, match):
 
 
 # CIFAR pickles
-
-
-def python2_pickle(data, labels, key):
-    """What Python 2 wrote for the published files: protocol 2 with byte strings, built opcode by opcode."""
-
-    def string(value):
-        return b"T" + struct.pack("<I", len(value)) + value
-
-    def number(value):
-        return b"J" + struct.pack("<i", value)
-
-    dtype = b"cnumpy\ndtype\n(" + string(b"u1") + number(0) + number(1) + b"tR("
-    dtype += number(3) + string(b"|") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + number(0) + b"t" + string(b"b") + b"tR("
-    array += number(1) + b"(" + b"".join(number(n) for n in data.shape) + b"t" + dtype + b"\x89"
-    array += string(data.tobytes()) + b"tb"
-    listed = b"](" + b"".join(number(label) for label in labels) + b"e"
-    return b"\x80\x02}(" + string(b"data") + array + string(key) + listed + b"u."
-
-
-def batch(n, classes, seed):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (n, 3072), dtype=np.uint8), rng.integers(0, classes, n).tolist()
 
 
 def dump(data, labels, key, form):
@@ -181,22 +151,6 @@ def test_cifar_damaged_pickles(tmp_path):
 # CIFAR-10 as .npz of JPEGs
 
 
-def write_npz(path, files, numbers, **changes):
-    arrays = {
-        "jpeg": np.frombuffer(b"".join(files), np.uint8),
-        "offsets": np.cumsum([0] + [len(f) for f in files]),
-        "labels": np.array(numbers, np.uint8),
-    }
-    arrays.update(changes)
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-
-
-def smooth(rng, side):
-    """An image that JPEG keeps well: a colour that rises from left to right."""
-    colour = rng.integers(40, 160, 3)
-    return (colour + np.arange(side)[None, :, None] * 64 // side + np.zeros((side, 1, 1), int)).astype(np.uint8)
-
-
 def test_cifar10_npz(tmp_path):
     rng = np.random.default_rng(0)
     pixels = [smooth(rng, 32) for _ in range(5)]
@@ -254,26 +208,9 @@ def test_cifar10_npz_wrong(tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Three classes of two training images (one grey) and one validation image; and their colours."""
-    rng = np.random.default_rng(0)
+    """The folder, and the colours of its training images."""
     root = tmp_path / "tiny-imagenet-200"
-    wnids = ["n3", "n1", "n2"]
-    (root / "val" / "images").mkdir(parents=True)
-    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
-    colours, lines = {}, []
-    for c, wnid in enumerate(wnids):
-        folder = root / "train" / wnid / "images"
-        folder.mkdir(parents=True)
-        for i in range(2):
-            pixels = smooth(rng, 64)
-            pixels = pixels[..., 0] if (c, i) == (1, 1) else pixels
-            (folder / f"{wnid}_{i}.JPEG").write_bytes(jpeg_bytes(pixels))
-            colours[c, i] = np.broadcast_to(pixels[0, 0], 3).astype(int)
-    for v, c in enumerate((2, 0, 1)):
-        (root / "val" / "images" / f"val_{v}.JPEG").write_bytes(jpeg_bytes(smooth(rng, 64)))
-        lines.append(f"val_{v}.JPEG\t{wnids[c]}\t0\t0\t62\t62")
-    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
-    return root, colours
+    return root, write_tiny_imagenet(root)
 
 
 def test_tiny_imagenet(tiny):
@@ -295,7 +232,7 @@ def test_tiny_imagenet_wrong(tiny):
     image = root / "train" / "n1" / "images" / "n1_0.JPEG"
     content = image.read_bytes()
     image.write_bytes(jpeg_bytes(np.zeros((32, 32, 3), np.uint8)))
-    refused(read_tiny_imagenet, root, 3, match=r"image 2 is \(32, 32\), expected 64 x 64")
+    refused(read_tiny_imagenet, root, 3, match=r"images/n1_0.JPEG is \(32, 32\), expected 64 x 64$")
     image.write_bytes(content)
     (root / "val" / "images" / "val_1.JPEG").unlink()
     refused(read_tiny_imagenet, root, 3, match=r"val_1.JPEG cannot be read")

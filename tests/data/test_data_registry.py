@@ -32,7 +32,7 @@ def test_split_digits():
     assert sum(sum(row) for row in sizes(made)) == 1797
     x, y = made.tasks[2].train.batch(torch.arange(50), train=True)
     assert x.dtype == torch.float32 and x.min() == 0 and x.max() == 1 and set(y.tolist()) == {0, 1}
-    assert made.tasks[2].name == "4,5"
+    assert made.tasks[2].name == "digits 4, 5"
 
 
 def test_split_mnist_written(write_mnist, tmp_path):
@@ -197,8 +197,8 @@ def test_validation_too_large(write_mnist, tmp_path):
 def test_tasks_limits(write_mnist, tmp_path):
     write_mnist()
     assert [task.name for task in load_scenario("split-mnist", tmp_path, validation=1, tasks=2).tasks] == [
-        "0,1",
-        "2,3",
+        "digits 0, 1",
+        "digits 2, 3",
     ]
 
 

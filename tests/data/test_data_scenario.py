@@ -92,6 +92,47 @@ def test_groups_refused(groups, message):
         split_by_class(*raw(), *raw(100, seed=1), groups)
 
 
+def test_groups_of_several_sizes():
+    groups = [(4, 1, 3), (0,), (2, 5)]
+    made = split_by_class(*raw(), *raw(100, seed=1), groups, 3, unequal=True)
+    assert made.classes == (3, 1, 2) and made.num_classes == 3
+    for task, group in zip(made.tasks, groups, strict=True):
+        for split, (_, labels) in ((task.train, raw()), (task.test, raw(100, seed=1))):
+            assert [group[y] for y in split.labels.tolist()] == labels[place(split)].tolist()
+    moved = made.to("cpu")
+    assert moved.classes == made.classes
+    with pytest.raises(InputError, match="of one size \\(unequal=True: or of several\\)"):
+        split_by_class(*raw(), *raw(100, seed=1), groups)
+    with pytest.raises(InputError, match=r"sizes \[0, 2\]"):
+        split_by_class(*raw(), *raw(100, seed=1), [(), (0, 1)], unequal=True)
+
+
+def test_a_tasks_labels_are_its_own_classes():
+    split = TensorSplit(torch.zeros(4, 1), torch.tensor([0, 1, 2, 0]))
+    assert Scenario(
+        "s", (TaskData("a", split, split, split, num_classes=3), TaskData("b", split, split, split)), (1,), 5
+    ).classes == (3, 5)
+    with pytest.raises(InputError, match=r"task 0 \(a\), training set: labels must be 0 .. 1, found 2"):
+        Scenario("s", (TaskData("a", split, split, split, num_classes=2),), (1,), 5)
+    for wrong in (6, 0, 2.0):
+        with pytest.raises(InputError, match=r"num_classes of task 0 \(a\) must be a whole number, 1 .. 5"):
+            Scenario("s", (TaskData("a", split, split, split, num_classes=wrong),), (1,), 5)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_datasets_of_several_sizes(in_memory):
+    datasets = [(GOOD, None, GOOD), (relabelled([0, 1, 2]), None, relabelled([2, 0]))]
+    made = from_datasets(datasets, num_classes=[2, 3], in_memory=in_memory)
+    assert made.classes == (2, 3) and made.num_classes == 3
+    with pytest.raises(InputError, match="num_classes must be one number, or one per task: 2, not 1"):
+        from_datasets(datasets, num_classes=[3], in_memory=in_memory)
+    with pytest.raises(InputError, match="num_classes of task 1 must be a whole number"):
+        from_datasets(datasets, num_classes=[2, 0], in_memory=in_memory)
+    with pytest.raises(InputError, match=r"labels must be 0 .. 1, found 2"):
+        late = from_datasets(datasets, num_classes=[2, 2], in_memory=in_memory)
+        list(late.tasks[1].train.chunks(3))
+
+
 def test_a_class_without_test_samples_is_refused():
     x, y = raw()
     with pytest.raises(InputError, match="class 1 has no test samples"):
@@ -106,7 +147,7 @@ def test_scenario_refuses_empty():
     with pytest.raises(InputError, match="test samples"):
         Scenario("half", (TaskData("a", some, none, none),), (1,), 1)
     ones = TensorSplit(torch.zeros(2, 1), torch.ones(2, dtype=torch.int64))
-    with pytest.raises(InputError, match=r"task a, validation set: labels must be 0 .. 0, found 1"):
+    with pytest.raises(InputError, match=r"task 0 \(a\), validation set: labels must be 0 .. 0, found 1"):
         Scenario("labels", (TaskData("a", some, ones, some),), (1,), 1)
 
 

@@ -6,9 +6,11 @@
     chunks       a chunked hypernetwork, and the logits that it generates
     arguments    valid arguments of every op and operator, by name
     memory       uninitialised memory that is NaN
+    datasets     small data sets in the formats of the real ones
     networks     small networks, models and scenarios
     few_rows     csrc/cuda's masked_linear and chunk_masked_linear run by a CPU, and arguments for them
     segments     weights, logits, thresholds and previous weights of several segments
+    forging      checkpoints that are altered and given the right digests again
     dense        the dense output layer with hidden vectors, targets and moments
     internals    what tests reach into the registry for
     emulation    csrc/cuda compiled for the CPU, out of cuda_emulation/

@@ -10,9 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+import hypermask_fast as hmf
 from hypermask_fast import InputError
+from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.files import write_atomic
-from hypermask_fast.training import checkpoint
+from hypermask_fast.training import checkpoint, exported
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
 STATE = {"task": 1, "lr": 0.1 + 0.2, "best": -1.0}
@@ -30,8 +32,8 @@ def tensor_file(run_dir):
 
 
 def test_round_trip(run_dir):
-    tensors, state = checkpoint.load(run_dir)
-    assert state == STATE
+    tensors, state, file = checkpoint.load(run_dir)
+    assert state == STATE and file == tensor_file(run_dir)
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[key], TENSORS[key]) and tensors[key].dtype == TENSORS[key].dtype for key in TENSORS)
 
@@ -62,7 +64,7 @@ def test_a_kill_at_any_moment_of_saving(run_dir, monkeypatch, step):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(run_dir, "000-0000002", {"a": torch.zeros(1)}, {"task": 2})
     monkeypatch.undo()
-    tensors, state = checkpoint.load(run_dir)
+    tensors, state, _ = checkpoint.load(run_dir)
     assert (len(tensors), state["task"]) == ((1, 2) if step == 4 else (3, 1))
     checkpoint.save(run_dir, "000-0000003", TENSORS, STATE)  # and saving goes on
     assert len(list(run_dir.iterdir())) == 2
@@ -119,7 +121,7 @@ def test_a_checkpoint_replaced_while_it_is_read(run_dir, monkeypatch, moment):
         return call(*args, **kwargs) if result is None else result
 
     monkeypatch.setattr(checkpoint, name, replacing)
-    tensors, state = checkpoint.load(run_dir)
+    tensors, state, _ = checkpoint.load(run_dir)
     assert (tensors.keys(), state) == ({"a"}, {"task": 2})
     assert replaced
 
@@ -136,7 +138,7 @@ def test_a_reader_beside_a_writer(tmp_path):
     seen = []
     while writing.is_alive():
         if checkpoint.exists(tmp_path):
-            tensors, state = checkpoint.load(tmp_path)
+            tensors, state, _ = checkpoint.load(tmp_path)
             assert (tensors["a"] == state["task"]).all()
             seen.append(state["task"])
     writing.join()
@@ -221,26 +223,35 @@ def test_a_full_disk_leaves_the_checkpoint_before(run_dir, monkeypatch, failing)
     assert checkpoint.load(run_dir)[1] == STATE
 
 
-def test_other_settings(tmp_path):
-    net = nn.Linear(3, 2)
-    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(net), {"task": 2, "settings": "a"})
-    assert checkpoint.load_model(tmp_path, net, "a") == 2
-    with pytest.raises(InputError, match="other settings than its config.toml has"):
-        checkpoint.load_model(tmp_path, net, "b")
+class Tied(nn.Module):
+    def __init__(self, *_):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (nn.Linear(3, 5), r"another network: bias is float32 \(2,\) there, float32 \(5,\) here"),
-        (nn.Linear(3, 2, bias=False), "another network: bias is not in this network"),
-        (nn.Linear(3, 2).double(), "float32 .* there, float64 .* here"),
-        (nn.Sequential(nn.Linear(3, 2)), "another network: 0.bias is not in the checkpoint"),
-    ],
-)
-def test_another_network(tmp_path, other, message):
-    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(nn.Linear(3, 2)), {"task": 0, "settings": "a"})
-    before = [parameter.clone() for parameter in other.parameters()]
-    with pytest.raises(InputError, match=message):
-        checkpoint.load_model(tmp_path, other, "a")
-    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+def test_tied_tensors_are_saved_once(tmp_path):
+    net, other = Tied(), Tied()
+    checkpoint.save(tmp_path, "x", checkpoint.model_tensors(net), {"task": 1, "settings": "a"})
+    assert checkpoint.load(tmp_path)[0].keys() == {"model.a.weight", "model.a.bias", "model.b.bias"}
+    checkpoint.restore_model(other, checkpoint.load(tmp_path)[0])
+    assert torch.equal(other.b.weight, net.a.weight) and other.b.weight is other.a.weight
+
+
+def test_an_exported_network_of_tied_tensors(tmp_path):
+    """Written once, and tied where it is loaded."""
+    torch.manual_seed(0)
+    model = hmf.HyperMask(Tied(), 2, 30, hmf.HypernetConfig(4, (5,)), heads="b").eval()
+    scenario = Scenario("s", tuple(TaskData(str(t), *[blob_split()] * 3) for t in range(2)), (4,), 4)
+    exported.export_model(model, scenario, 1, tmp_path / "net.safetensors")
+    loaded = exported.load_exported(tmp_path / "net.safetensors", Tied())
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(loaded(x), model(x, 1))
+    assert loaded.a.weight is loaded.b.weight
+
+
+def blob_split():
+    return TensorSplit(torch.randn(4, 4), torch.arange(4))

@@ -56,7 +56,7 @@ def break_the_weights(monkeypatch, at_step: int) -> None:
 
 
 def assert_finite_checkpoint(run_dir, task: int, iteration: int) -> None:
-    tensors, state = checkpoint.load(run_dir)
+    tensors, state, _ = checkpoint.load(run_dir)
     assert (state["task"], state["iteration"]) == (task, iteration)
     weights = [tensor for name, tensor in tensors.items() if name.startswith(("model.", "optimizer."))]
     assert all(tensor.isfinite().all() for tensor in weights if tensor.is_floating_point())
@@ -74,11 +74,12 @@ def test_the_good_checkpoint_is_kept(tmp_path, monkeypatch, at_step, looks):
     kept = iteration // 3 * 3  # of the step before the weights broke
     due = (iteration + 1) % 3 == 0 or iteration + 1 == 40
     assert_finite_checkpoint(tmp_path, task, kept)
-    assert told.endswith(f"; the checkpoint of task {task}, iteration {kept} is kept")
+    where = f"task {task} (blobs {task})"
+    assert told.endswith(f"; the checkpoint of {where}, iteration {kept} is kept")
     if due:  # seen before they are saved, whatever the loss was
-        assert told.startswith(f"the weights are not finite after task {task}, iteration {iteration + 1}")
+        assert told.startswith(f"the weights are not finite after {where}, iteration {iteration + 1}")
     elif looks:
-        assert told.startswith(f"the loss is nan at task {task}, iteration {iteration + 2} (finite until ")
+        assert told.startswith(f"the loss is nan at {where}, iteration {iteration + 2} (finite until ")
     whole = trainer()
     whole.fit()
     resumed = trainer(tmp_path)
@@ -93,7 +94,7 @@ def test_weights_that_break_in_a_task_s_last_step_are_not_a_result(tmp_path, mon
     reported = []
     training = trainer(tmp_path)
     training.on_task_end = lambda result: reported.append(1)
-    assert f"after task {at_step // 40 - 1}, iteration 40" in message(training)
+    assert f"after task {at_step // 40 - 1} (blobs {at_step // 40 - 1}), iteration 40" in message(training)
     assert_finite_checkpoint(tmp_path, at_step // 40 - 1, 39)
     assert len(reported) == at_step // 40 - 1
 
@@ -110,13 +111,13 @@ def test_inputs_that_are_not_finite_are_named(tmp_path, value, task):
         inputs[17, 3] = inputs[30, 0] = value
 
     told = message(trainer(tmp_path, with_inputs(task, spoil), evaluation_batch=7))
-    assert re.match(rf"the loss is nan at task {task}, iteration \d+", told)
+    assert re.match(rf"the loss is nan at task {task} \(blobs {task}\), iteration \d+", told)
     assert "sample 17 of the task's training data is not finite: mend the data" in told
 
 
 def test_inputs_out_of_all_proportion_are_named():
     told = message(trainer(scenario=with_inputs(0, lambda inputs: inputs.mul_(1e38).clamp_(-3e38, 3e38))))
-    assert "the loss is nan at task 0, iteration 1: " in told
+    assert "the loss is nan at task 0 (blobs 0), iteration 1: " in told
     assert re.search(r"training data reach [23]e\+38, out of all proportion: scale them", told)
 
 
@@ -124,9 +125,9 @@ def test_inputs_out_of_all_proportion_are_named():
 def test_drifts_out_of_all_proportion_are_named(tmp_path, settings):
     told = message(trainer(tmp_path, model=blob_model(**settings)))
     (name, value), *_ = settings.items()
-    assert "at task 1, iteration " in told
+    assert "at task 1 (blobs 1), iteration " in told
     assert f"{name} {value:g}" in told and "out of all proportion (cross entropy 0." in told
-    assert told.endswith("; the checkpoint of task 1, iteration 0 is kept")
+    assert told.endswith("; the checkpoint of task 1 (blobs 1), iteration 0 is kept")
 
 
 @pytest.mark.parametrize(("lr", "reason"), [(1e30, "training.lr 1e+30 is out of all proportion, "), (1e38, "1e+38")])

@@ -37,7 +37,9 @@ def test_a_run_that_was_asked_to_stop_goes_on_bit_for_bit(tmp_path, stop_at, set
     whole = trainer(**settings)
     expected = whole.fit()
     task, iteration = divmod(stop_at, ITERATIONS)
-    with pytest.raises(Stopped, match=f"^stopped at task {task}, iteration {iteration}, which is saved$"):
+    with pytest.raises(
+        Stopped, match=rf"^stopped at task {task} \(blobs {task}\), iteration {iteration}, which is saved$"
+    ):
         trainer(tmp_path, stop_at, **settings).fit()
     state = checkpoint.load(tmp_path)[1]
     assert (state["task"], state["iteration"], state["steps"]) == (task, iteration, stop_at)
@@ -54,7 +56,7 @@ def test_a_run_that_is_over_is_not_stopped(tmp_path):
 
 
 def test_without_a_folder_nothing_is_saved():
-    with pytest.raises(Stopped, match="^stopped at task 0, iteration 3, nothing is saved$"):
+    with pytest.raises(Stopped, match=r"^stopped at task 0 \(blobs 0\), iteration 3, nothing is saved$"):
         trainer(stop_at=3).fit()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hypermask_fast.training import logs
 from hypermask_fast.training.logs import COLUMNS, CsvLog, Loggers, TensorBoardLog, TerminalLog
 
 STEPS = [(task, iteration) for task in range(2) for iteration in (10, 20, 30)]
@@ -115,17 +116,24 @@ def test_plain_lines_are_few_and_name_their_task():
     stream = io.StringIO()
     run_through(TerminalLog(5, "a title", stream), iterations=1000, every=1)
     lines = stream.getvalue().splitlines()
-    assert lines[:2] == ["a title", "task 2 of 5: iterations 1 to 1000"]
+    assert lines[:2] == ["a title", "task 1 of 0 to 4: iterations 1 to 1000"]
     assert lines[-1] == "done"
-    assert lines[-2] == "task 2 of 5  iteration 1000 of 1000  loss 0.001"
+    assert lines[-2] == "task 1 of 0 to 4  iteration 1000 of 1000  loss 0.001"
     assert len(lines) == 3 + TerminalLog.LINES_PER_TASK
+
+
+def test_tasks_have_their_names():
+    stream = io.StringIO()
+    run_through(TerminalLog(2, stream=stream, labels=["task 0 (cats)", "task 1 (dogs)"]), iterations=10, every=10)
+    told = ["task 1 (dogs) of 0 to 1: iterations 1 to 10", "task 1 (dogs) of 0 to 1  iteration 10 of 10  loss 0.1"]
+    assert stream.getvalue().splitlines() == [*told, "done"]
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     run_through(TerminalLog(5, stream=stream), iterations=50, every=10)
-    assert "task 2 of 5" in stream.getvalue()
+    assert "task 1 of 0 to 4" in stream.getvalue()
     assert "50/50" in stream.getvalue()
     assert "done" in stream.getvalue()
 
@@ -137,7 +145,7 @@ def test_no_control_characters_in_files_nor_on_dumb_terminals(monkeypatch):
     for stream in streams:
         run_through(TerminalLog(5, "a [bold]title[/bold]", stream), iterations=20, every=5)
     assert streams[0].getvalue() == streams[1].getvalue()
-    assert streams[0].getvalue().startswith("a [bold]title[/bold]\ntask 2 of 5: iterations 1 to 20\n")
+    assert streams[0].getvalue().startswith("a [bold]title[/bold]\ntask 1 of 0 to 4: iterations 1 to 20\n")
     assert streams[0].getvalue().replace("\n", "").isprintable()
 
 
@@ -149,12 +157,12 @@ def test_a_bar_serves_task_after_task_and_leaves_the_stream_as_it_was(monkeypatc
         log.begin_task(task, 30, 10 * task)
         log.step(task, 20, values_at(task, 20))
         log.advance(30 - 10 * task)
-        log.message(f"after task {task + 1}")
+        log.message(f"after task {task}")
     log.close()
     log.close()
     shown = stream.getvalue()
     assert "a [bold]title[/bold]" in shown and "loss 120" in shown
-    assert shown.index("task 1 of 2") < shown.index("after task 1") < shown.index("task 2 of 2")
+    assert shown.index("task 0 of 0 to 1") < shown.index("after task 0") < shown.index("task 1 of 0 to 1")
     assert "10/30" in shown, "a task that is gone on with begins where it was"
     assert shown.rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
     assert (sys.stdout, sys.stderr) == outputs
@@ -203,3 +211,25 @@ def test_tensorboard_gets_a_run_per_task(tmp_path, monkeypatch):
     assert [writer.purge_step for writer in made] == [11, 1]
     assert made[0].scalars == [("loss", 1.5, 20)]
     assert not any(writer.open for writer in made)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_of_a_download(monkeypatch, terminal):
+    """A line that moves on a terminal; elsewhere lines, ten seconds apart, and the last one always."""
+    stream, now = io.StringIO(), [0.0]
+    stream.isatty = lambda: terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(logs.sys, "stderr", stream)
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    shown = logs.DownloadProgress()
+    shown.message("downloading a")
+    for second in range(21):
+        now[0] = float(second)
+        shown.progress("a", second * 10**6, 20 * 10**6)
+    lines = ["downloading a", "a: 50 % of 20.0 MB", "a: 100 % of 20.0 MB"]
+    if terminal:
+        lines[1:1] = [f"a: {5 * second} % of 20.0 MB" for second in range(1, 10)]
+        lines[-1:] = [f"a: {5 * second} % of 20.0 MB" for second in range(11, 21)]
+        assert stream.getvalue() == "".join(f"\r\x1b[K{line}" for line in lines).replace("ng a", "ng a\n", 1)
+    else:
+        assert stream.getvalue() == "".join(f"{line}\n" for line in lines)

@@ -15,11 +15,12 @@ from hypermask_fast import InputError
 from hypermask_fast.files import write_atomic
 from hypermask_fast.training import describe, report
 from hypermask_fast.training.config import load_preset
+from hypermask_fast.training.result import Result
 from hypermask_fast.training.tables import text_table
-from hypermask_fast.training.trainer import Result
 
 ROOT = Path(__file__).parents[2]
 CONFIG = load_preset("split-digits")
+ABOUT = describe.about(CONFIG)
 
 
 def a_result(tasks: int = 3, learned: int | None = None, **timing) -> Result:
@@ -30,7 +31,7 @@ def a_result(tasks: int = 3, learned: int | None = None, **timing) -> Result:
 
 def test_metrics_hold_the_numbers_exactly_and_null_for_what_is_not_measured(tmp_path):
     result = a_result(3, learned=2)
-    report.write_metrics(tmp_path, CONFIG, result)
+    report.write_metrics(tmp_path, ABOUT, result)
     stored = json.loads((tmp_path / "metrics.json").read_text())
     assert stored["matrix"][:2] == result.matrix[:2].tolist()
     assert stored["matrix"][2] == [None] * 3
@@ -43,7 +44,7 @@ def test_metrics_do_not_depend_on_how_long_it_took(tmp_path):
     for i, timing in enumerate([{"seconds": 1.0, "steps": 5}, {"seconds": 2.0, "steps": 5, "peak_memory": 7}]):
         run_dir = tmp_path / str(i)
         run_dir.mkdir()
-        report.write_reports(run_dir, CONFIG, a_result(**timing), "cpu")
+        report.write_reports(run_dir, ABOUT, a_result(**timing), "cpu")
         files.append((run_dir / "metrics.json").read_bytes())
     assert files[0] == files[1]
 
@@ -115,7 +116,7 @@ def test_a_picture_says_what_was_run(tmp_path, monkeypatch):
     captions, figure = [], report.matrix_figure
     monkeypatch.setattr(report, "matrix_figure", lambda *words: captions.append(words[1]) or figure(*words))
     changed = CONFIG.with_values({"data.tasks": 3, "seed": 77, "training.lr": 0.125, "fidelity": "official"})
-    report.write_reports(tmp_path, changed, a_result(3), "cpu")
+    report.write_reports(tmp_path, describe.about(changed), a_result(3), "cpu")
     for told in ("3 tasks", "seed 77", "lr 0.125", "official fidelity"):
         assert told in captions[0]
 
@@ -145,7 +146,7 @@ import os, sys
 from pathlib import Path
 import torch
 from hypermask_fast.training import describe, report
-from hypermask_fast.training.trainer import Result
+from hypermask_fast.training.result import Result
 report.check_packages()
 report.write_matrix_picture(Path(sys.argv[1]), Result(torch.eye(2).double(), torch.zeros(2).double()), "t")
 import matplotlib
@@ -208,12 +209,12 @@ def test_text_matrix():
     result = Result(
         torch.tensor([[90.0, 20.0], [80.0, 95.5]], dtype=torch.float64), torch.tensor([10.0, 11.0]).double()
     )
-    lines = report.text_matrix(result).splitlines()
+    lines = str(result).splitlines()
     assert lines[0].split() == ["after", "task", "0", "1"]
     assert lines[1].split() == ["none", "10.00", "11.00"]
     assert lines[3].split() == ["1", "80.00", "95.50"]
     assert "forgetting           10.00 points" in lines
-    assert max(map(len, report.text_matrix(a_result(40)).splitlines())) <= 10 + 4 * 40
+    assert max(map(len, str(a_result(40)).splitlines())) <= 10 + 4 * 40
 
 
 def test_tables_align_and_cut_nothing(monkeypatch):

@@ -95,7 +95,7 @@ def test_stopped_by_signals(tmp_path, left_alone):
         assert process.returncode == 128 + number
         last = errors.splitlines()[-1]
         told = re.fullmatch(
-            r"hypermask-fast: interrupted: stopped at task (\d), iteration (\d+), which is saved; "
+            r"hypermask-fast: interrupted: stopped at task (\d) \(digits \d, \d\), iteration (\d+), which is saved; "
             "the same command with --resume goes on",
             last,
         )
@@ -139,3 +139,60 @@ def test_read_while_it_trains(tmp_path):
         process.communicate()
     assert learned == sorted(learned) and learned[0] >= 1
     assert loads > 5, "read while it trained"
+
+
+# Evaluates again and again until its standard input ends; prints how often, and fails at the first failure.
+EVALUATING = """
+import contextlib, io, sys, threading
+from hypermask_fast import cli
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+times = 0
+while not ended.is_set():
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        code = cli.main(["evaluate", sys.argv[1], "--device", "cpu"])
+    if code != 0 or "mean" not in table.getvalue():
+        sys.exit(f"evaluation {times}: exit code {code}, {table.getvalue()!r}")
+    times += 1
+    print(times, flush=True)
+    ended.wait(0.3)
+"""
+
+
+def test_killed_and_taken_up_by_two_while_another_process_evaluates(tmp_path, left_alone):
+    """The reader never fails, one of two that resume at once goes on, and the files are those of a run left alone."""
+    run_dir = tmp_path / "run"
+    process = start(run_dir)
+    while not (run_dir / "metrics.json").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    command = [sys.executable, "-c", EVALUATING, str(run_dir)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    reader = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    try:
+        assert reader.stdout.readline() == "1\n", reader.communicate()[1]
+        process.kill()
+        process.communicate()
+        process, told = the_one_that_goes_on(start(run_dir, "--resume"), start(run_dir, "--resume"))
+        assert not told or (told.count("\n") == 1 and "is in use by process" in told), told
+        finish(process)
+        reader.stdin.close()
+        reader.stdin = None
+        out, errors = reader.communicate(timeout=120)
+        assert reader.returncode == 0, errors
+        assert out.split(), "it evaluated beside the run"
+    finally:
+        for child in (process, reader):
+            child.kill()
+            child.communicate()
+    assert_same_files(run_dir, left_alone)
+
+
+def the_one_that_goes_on(*processes: subprocess.Popen) -> tuple[subprocess.Popen, str]:
+    """Of two processes the one that is not refused, and what the other one said; "" where that came too late."""
+    while all(process.poll() is None for process in processes):
+        time.sleep(0.005)
+    ended, other = sorted(processes, key=lambda process: process.poll() is None)
+    _, told = ended.communicate()
+    assert ended.returncode in (0, 2), told
+    return other, told if ended.returncode == 2 else ""

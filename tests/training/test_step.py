@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,14 @@ class Waiting(nn.Module):
         return x
 
 
+class RandomItems(torch.utils.data.Dataset):
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, i):
+        return torch.randn(8), i % 2
+
+
 def work(*layers):
     """Six steps of ten samples, and the model they train."""
     torch.manual_seed(0)
@@ -92,12 +101,47 @@ def test_a_step_that_waits_for_the_device_is_not_captured(monkeypatch):
     assert_trained_the_same(ours, eager)
 
 
+@pytest.mark.parametrize("block", [1, 2, 4, 5])
+def test_blocks_are_the_same_steps(monkeypatch, block):
+    """Blocks take each other's place in what a captured step reads, before, within and after the warm-up."""
+    FakeCuda(monkeypatch, "not on a CPU")
+    eager = work()
+    ramp = eager.model.layout.ramp_ranks([0, 10, 20, 30, 60, 90])
+    losses = [values["loss"].item() for values in steps(replace(eager, ranks=ramp), False, print)]
+    for graph in (False, True):
+        ours = work()
+        blocks = iter([(ours.rows[i : i + block].clone(), ramp[i : i + block].clone()) for i in range(0, 6, block)])
+        rows, ranks = next(blocks)
+        first = replace(ours, rows=rows, ranks=ranks)
+        assert [values["loss"].item() for values in steps(first, graph, print, blocks)] == losses
+        assert_trained_the_same(ours, eager)
+
+
 def test_batches_of_a_dataset_are_not_captured():
     dataset, ours, said = torch.utils.data.TensorDataset(torch.randn(50, 8), torch.arange(50) % 2), work(), []
     split = hmf.data.from_datasets([(dataset, dataset, dataset)], in_memory=False).tasks[0].train
     task = TaskWork(ours.model, 0, split, ours.rows, ours.ranks, ours.optimizer, "float32")
     assert len(list(steps(task, True, said.append))) == 6
     assert said == ["training without a CUDA graph: batches come from a Dataset, read on the host"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataset_is_read_by_one_call_for_all_blocks(num_workers):
+    """Its workers draw one seed per call: more calls would be other numbers."""
+    ours, losses = work(), []
+    for block in (6, 2):
+        ours, dataset = work(), RandomItems()
+        split = hmf.data.from_datasets([(dataset,) * 3], in_memory=False, num_workers=num_workers).tasks[0].train
+        blocks = iter([(rows, ours.ranks) for rows in ours.rows.split(block)])
+        rows, ranks = next(blocks)
+        torch.manual_seed(1)
+        losses.append(
+            [
+                values["loss"].item()
+                for values in steps(replace(ours, split=split, rows=rows, ranks=ranks), False, print, blocks)
+            ]
+        )
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,7 +15,8 @@ from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.training import evaluation
 from hypermask_fast.training import trainer as trainer_module
 from hypermask_fast.training.config import TrainingConfig
-from hypermask_fast.training.trainer import Trainer, batch_rows
+from hypermask_fast.training.exported import export_model, load_exported
+from hypermask_fast.training.trainer import Trainer
 
 
 class Recorder:
@@ -166,17 +167,6 @@ def test_plateau_lowers_the_learning_rate():
     assert ratios == {round(math.sqrt(0.1), 4)}
 
 
-def test_batches_run_over_epoch_borders():
-    rows = batch_rows(10, 4, 5, seed=0, task=0)
-    assert rows.shape == (5, 4)
-    stream = rows.flatten().tolist()
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10] != stream[10:]
-    assert torch.equal(rows, batch_rows(10, 4, 5, seed=0, task=0))
-    assert not torch.equal(rows, batch_rows(10, 4, 5, seed=0, task=1))
-    assert torch.equal(batch_rows(10, 4, 9, seed=0, task=0)[:5], rows)
-
-
 def test_accuracy_by_hand():
     model, scenario = blob_model().eval(), blob_scenario()
     split = scenario.tasks[1].test
@@ -316,3 +306,104 @@ def test_loss_falls_on_convolutions():
     result = Trainer(model, scenario, config(iterations=100), logger=recorder).fit()
     assert recorder.rows[-1][2]["loss"] < 0.5 * recorder.rows[0][2]["loss"]
     assert result.matrix[0, 0] > 90
+
+
+# -- tasks of different sizes -----------------------------------------------------------------------------------------
+
+
+def sized_scenario(classes=(2, 3, 2)):
+    """Blobs as before, each task with as many as it says."""
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for t, count in enumerate(classes):
+        centres = 2 * torch.randn(count, 8, generator=generator)
+
+        def split(n, count=count, centres=centres):
+            labels = torch.arange(n) % count
+            return TensorSplit(centres[labels] + torch.randn(n, 8, generator=generator), labels)
+
+        data.append(TaskData(f"blobs {t}", split(200), split(60), split(100), num_classes=count))
+    return Scenario("sizes", tuple(data), (8,), max(classes))
+
+
+def sized_model(classes=(2, 3, 2), **settings):
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    torch.manual_seed(0)
+    return hmf.HyperMask(net, len(classes), 20, hmf.HypernetConfig(8, (12,)), classes=classes, **settings)
+
+
+def test_tasks_of_different_sizes_are_learned_and_told_apart(tmp_path):
+    scenario, model = sized_scenario(), sized_model(beta=1.0, lam=0.1)
+    assert scenario.classes == (2, 3, 2)
+    result = Trainer(model, scenario, config(iterations=100, keep="best"), run_dir=tmp_path).fit()
+    assert result.matrix[2].min() > 80
+    found = evaluation.entropy_accuracy(model, scenario, 50)
+    assert found.task.isfinite().all() and (found.label <= found.task).all()
+    export_model(model, scenario, 0, tmp_path / "net.safetensors")
+    loaded = load_exported(tmp_path / "net.safetensors", sized_model().unconvert())
+    x = scenario.tasks[0].test.inputs
+    torch.testing.assert_close(loaded(x), model.eval()(x, 0))
+    assert loaded.exported.class_names == ("0", "1") and loaded(x).argmax(-1).max() == 1
+    again = sized_model(beta=1.0, lam=0.1)
+    resumed = Trainer(again, scenario, config(iterations=100, keep="best"), run_dir=tmp_path).fit(resume=True)
+    assert torch.equal(resumed.matrix, result.matrix)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (None, r"the scenario's tasks differ in their number of classes, \[2, 3, 2\]: tell the model"),
+        ((2, 3, 3), r"the scenario's tasks have \[2, 3, 2\] classes, the model's \[2, 3, 3\]"),
+    ],
+)
+def test_sizes_that_the_model_does_not_know_are_refused(classes, message):
+    net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3))
+    with pytest.raises(InputError, match=message):
+        Trainer(hmf.HyperMask(net, 3, classes=classes), sized_scenario(), config())
+
+
+# -- tied parameters --------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
+def tied_model():
+    torch.manual_seed(1)
+    return hmf.HyperMask(Tied(), 2, 20, hmf.HypernetConfig(8, (12,)), heads="head")
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_tied_parameters_are_kept_once_and_resumed(tmp_path, keep):
+    """From within a task, and from between two."""
+    settings, scenario = config(keep=keep, validate_every=10), blob_scenario(2)
+    whole = Trainer(tied_model(), scenario, settings, run_dir=tmp_path / "whole").fit()
+    for number, at in enumerate([(0, 20), (1, 1)]):
+        run_dir = tmp_path / str(number)
+        with pytest.raises(InterruptedError):
+            Trainer(tied_model(), scenario, settings, run_dir=run_dir, logger=Recorder(at)).fit()
+        tensors = trainer_module.checkpoint.load(run_dir).tensors
+        assert "model.net.first.weight" in tensors and "model.net.second.weight" not in tensors
+        model = tied_model()
+        resumed = Trainer(model, scenario, settings, run_dir=run_dir).fit(resume=True)
+        assert torch.equal(resumed.matrix, whole.matrix)
+        assert model.net.first._parameters["weight"] is model.net.second._parameters["weight"]
+
+
+def test_tasks_removed_or_frozen_beyond_the_scenario_are_in_the_checkpoint(tmp_path):
+    model = blob_model(4)
+    model.remove_task(2)
+    model.freeze_task(3)
+    Trainer(model, blob_scenario(2), config(iterations=5), run_dir=tmp_path).fit()
+    again = blob_model(4)
+    Trainer(again, blob_scenario(2), config(iterations=5), run_dir=tmp_path).fit(resume=True)
+    assert again.tasks == (0, 1, 3) and again.frozen == (3,)

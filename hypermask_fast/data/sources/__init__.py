@@ -3,8 +3,16 @@ file."""
 
 from .cifar import read_cifar10, read_cifar100
 from .digits import read_digits
-from .images import RawImages
+from .images import MissingFiles, RawImages
 from .mnist import read_mnist
 from .tiny_imagenet import read_tiny_imagenet
 
-__all__ = ["RawImages", "read_cifar10", "read_cifar100", "read_digits", "read_mnist", "read_tiny_imagenet"]
+__all__ = [
+    "MissingFiles",
+    "RawImages",
+    "read_cifar10",
+    "read_cifar100",
+    "read_digits",
+    "read_mnist",
+    "read_tiny_imagenet",
+]

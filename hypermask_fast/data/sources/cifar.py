@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .images import RawImages, decode_jpegs, find
+from ..checks import one_line
+from .images import RawImages, decode_jpegs, find, is_file, read_bytes
 from .safe_pickle import read_pickle
 
 _SIDE = 32
@@ -64,21 +67,34 @@ def read_jpeg_npz(path: str | Path, num_classes: int) -> tuple[Tensor, Tensor]:
         InputError: the file cannot be read or is not that; a label is not 0 .. num_classes - 1.
     """
     path = Path(path)
-    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
+    content = io.BytesIO(read_bytes(path))
+    if not zipfile.is_zipfile(content):  # numpy would take it for a pickle, and advise to trust it
         raise InputError(f"{path} is not an .npz file, or is cut off: get it anew")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            jpeg, offsets, labels = (file[key] for key in ("jpeg", "offsets", "labels"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as an .npz of jpeg, offsets and labels: {error}") from error
+        with np.load(content, allow_pickle=False) as file:
+            jpeg, offsets, labels = (_array(file, key) for key in ("jpeg", "offsets", "labels"))
+    # Damaged, it can fail in any way at all: as a zip file, as one of its ways to compress, as an array's header.
+    except Exception as error:
+        reason = one_line(error)
+        raise InputError(f"{path} cannot be read as an .npz of jpeg, offsets and labels: {reason}") from error
     if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1:
         raise InputError(f"{path}: jpeg must be 1-d uint8 and offsets 1-d integers")
     steps = np.diff(offsets.astype(np.int64))
-    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(jpeg) or (steps < 0).any():
+    inside = len(offsets) and offsets.min() == offsets[0] == 0 and offsets.max() == offsets[-1] == len(jpeg)
+    if not inside or (steps < 0).any():
         raise InputError(f"{path}: offsets must rise from 0 to the length of jpeg, {len(jpeg)}")
     data = jpeg.tobytes()
     files = [data[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
-    return decode_jpegs(files, _SIDE, str(path)), _labels(path, labels, len(files), num_classes)
+    images = decode_jpegs(files, _SIDE, lambda i: f"{path}: image {i}")
+    return images, _labels(path, labels, len(files), num_classes)
+
+
+def _array(file: Any, key: str) -> np.ndarray:
+    """An array of an .npz file, which gives the bytes of what is none."""
+    array = file[key]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{key} is not an array")
+    return array
 
 
 def _read_batch(path: Path, label_key: str, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +102,8 @@ def _read_batch(path: Path, label_key: str, num_classes: int) -> tuple[Tensor, T
     batch = read_pickle(path)
     for key in ("data", label_key):
         if key not in batch:
-            raise InputError(f"{path} is not a CIFAR pickle: it has no {key!r}, only {', '.join(sorted(batch))}")
+            found = one_line(", ".join(sorted(batch)))
+            raise InputError(f"{path} is not a CIFAR pickle: it has no {key!r}, only {found}")
     data = batch["data"]
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _PIXELS:
         raise InputError(f"{path}: data must be a (n, {_PIXELS}) array of bytes")
@@ -98,7 +115,7 @@ def _labels(path: Path, labels: object, count: int, num_classes: int) -> Tensor:
     """The labels as (count,) int64, checked."""
     try:
         array = np.asarray(labels)
-    except ValueError:  # a ragged list
+    except (ValueError, RecursionError, MemoryError):  # a ragged list, or a deep one
         array = np.empty(0)
     if array.shape != (count,) or (count and array.dtype.kind not in "iu"):
         raise InputError(f"{path}: labels must be {count} integers, one per image")
@@ -109,6 +126,6 @@ def _labels(path: Path, labels: object, count: int, num_classes: int) -> Tensor:
 
 def _beside(path: Path, name: str) -> Path:
     """The file of that name in the same folder; InputError if it is not there."""
-    if not (path.parent / name).is_file():
+    if not is_file(path.parent / name):
         raise InputError(f"{path.parent} has {path.name} but no {name}: it should hold both")
     return path.parent / name

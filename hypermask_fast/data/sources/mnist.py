@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..checks import one_line
 from .images import RawImages, find
 
 _FOLDERS = ("mnist", "MNIST/raw")
 _SIDE = 28
+_LARGEST = 2**40  # bytes
 
 
 def read_mnist(directory: str | Path) -> RawImages:
@@ -52,14 +55,21 @@ def read_idx(path: str | Path, dimensions: int) -> Tensor:
             header = file.read(4 + 4 * dimensions)
             shape = _shape(path, header, dimensions)
             size = math.prod(shape)
+            if not zipped:  # before memory is asked for
+                _check_size(path, size, os.fstat(file.fileno()).st_size - len(header))
             # One byte more than there should be: enough to see a file that is too long, however long it is.
             data = file.read(size + 1)
     except (OSError, EOFError, zlib.error, OverflowError, MemoryError) as error:
-        raise InputError(f"{path} cannot be read as an IDX file, plain or .gz: {error}") from error
-    if len(data) != size:
-        found = "more" if len(data) > size else f"only {len(data)}"
-        raise InputError(f"{path} is damaged: its header promises {size} bytes of data, it has {found}")
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise InputError(f"{path} cannot be read as an IDX file, plain or .gz: {reason}") from error
+    _check_size(path, size, len(data))
     return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())
+
+
+def _check_size(path: Path, promised: int, found: int) -> None:
+    if found != promised:
+        has = "more" if found > promised else f"only {found}"
+        raise InputError(f"{path} is damaged: its header promises {promised} bytes of data, it has {has}")
 
 
 def _shape(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:
@@ -71,7 +81,10 @@ def _shape(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:
         )
     if len(header) != 4 + 4 * dimensions:
         raise InputError(f"{path} is damaged: it ends within its header")
-    return tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
+    shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
+    if math.prod(n for n in shape if n) > _LARGEST:
+        raise InputError(f"{path} cannot be read: its header promises {' x '.join(map(str, shape))} bytes of data")
+    return shape
 
 
 def _read_part(directory: str | Path, prefix: str, part: str) -> tuple[Tensor, Tensor]:

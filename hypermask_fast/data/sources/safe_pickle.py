@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
+from ..checks import one_line
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:
@@ -32,12 +33,11 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
             raise _Refused(f"it holds a {type(loaded).__name__}, not a dict")
         return {_text(key): value for key, value in loaded.items()}
     except _Refused as error:
-        raise InputError(f"{path} is not a CIFAR pickle: {error}") from error
+        raise InputError(f"{path} is not a CIFAR pickle: {one_line(error)}") from error
     # A damaged pickle is a damaged program: it can fail in any way at all.
     except Exception as error:
-        raise InputError(
-            f"{path} cannot be read as a pickle: {type(error).__name__}: {error}".splitlines()[0]
-        ) from error
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise InputError(f"{path} cannot be read as a pickle: {reason}") from error
 
 
 class _Refused(Exception):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .images import RawImages, decode_jpegs, find
+from .images import RawImages, decode_jpegs, find, is_file, read_bytes
 
 _FOLDERS = ("tiny-imagenet-200", "tiny-imagenet", "tiny_imagenet")
 _SIDE = 64
@@ -34,6 +35,9 @@ def read_tiny_imagenet(directory: str | Path, num_classes: int = 200) -> RawImag
     wnids = _lines(ids)
     if len(wnids) < num_classes or len(set(wnids)) != len(wnids):
         raise InputError(f"{ids} must list {num_classes} or more distinct classes, it has {len(set(wnids))}")
+    for wnid in wnids:
+        if not re.fullmatch(r"\w{1,100}", wnid, re.ASCII):  # it names a folder
+            raise InputError(f"{ids} has {wnid[:100]!r} where the name of a class belongs")
     labels = {wnid: c for c, wnid in enumerate(wnids[:num_classes])}
     return RawImages(*_read_train(root / "train", labels), *_read_val(root / "val", labels))
 
@@ -41,12 +45,15 @@ def read_tiny_imagenet(directory: str | Path, num_classes: int = 200) -> RawImag
 def _read_train(folder: Path, labels: dict[str, int]) -> tuple[Tensor, Tensor]:
     paths, found = [], []
     for wnid, c in labels.items():
-        images = sorted((folder / wnid / "images").glob("*.JPEG"))
+        try:
+            images = sorted((folder / wnid / "images").glob("*.JPEG"))
+        except OSError as error:
+            raise InputError(f"{folder / wnid / 'images'} cannot be read: {error.strerror}") from error
         if not images:
             raise InputError(f"{folder / wnid / 'images'} has no .JPEG files: expected the training images of {wnid}")
         paths += images
         found += [c] * len(images)
-    return _decode(paths, folder), torch.tensor(found)
+    return _decode(paths), torch.tensor(found)
 
 
 def _read_val(folder: Path, labels: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -56,24 +63,27 @@ def _read_val(folder: Path, labels: dict[str, int]) -> tuple[Tensor, Tensor]:
         fields = line.split("\t")
         if len(fields) < 2:
             raise InputError(f"{annotations}, line {number}: expected a file name, a tab and a class")
+        # Only the name: a path in the annotations must not lead out of the folder.
+        name = Path(fields[0]).name
+        if name in ("", "..") or not name.isprintable():
+            raise InputError(f"{annotations}, line {number}: {fields[0][:100]!r} is not a file's name")
         if fields[1] in labels:
-            # Only the name: a path in the annotations must not lead out of the folder.
-            paths.append(folder / "images" / Path(fields[0]).name)
+            paths.append(folder / "images" / name)
             found.append(labels[fields[1]])
-    return _decode(paths, folder), torch.tensor(found, dtype=torch.int64)
+    if not paths:
+        raise InputError(f"{annotations} names no validation images of these classes: {', '.join([*labels][:5])}")
+    return _decode(paths), torch.tensor(found, dtype=torch.int64)
 
 
-def _decode(paths: list[Path], folder: Path) -> Tensor:
-    try:
-        files = [path.read_bytes() for path in paths]
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return decode_jpegs(files, _SIDE, str(folder))
+def _decode(paths: list[Path]) -> Tensor:
+    return decode_jpegs([read_bytes(path) for path in paths], _SIDE, lambda i: str(paths[i]))
 
 
 def _lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty."""
+    if not is_file(path):
+        raise InputError(f"{path} is missing: expected a text file of one entry per line")
     try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is missing or not a text file: expected one entry per line") from error
+        return [line for line in read_bytes(path).decode().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a text file: expected one entry per line") from error

@@ -1,0 +1,51 @@
+"""The order of samples is drawn block by block, and is the one that was once laid out in one piece."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from hypermask_fast.training import order
+from hypermask_fast.training.order import batch_rows
+
+
+def rows_of(samples, batch_size, iterations, seed, task, start=0):
+    return torch.cat(list(batch_rows(samples, batch_size, iterations, seed, task, start)))
+
+
+def laid_out(samples, batch_size, iterations, seed, task):
+    """As version 0.1.0 had it."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + task) % 2**63)
+    passes = -(-iterations * batch_size // samples)
+    stream = torch.cat([torch.randperm(samples, generator=generator) for _ in range(passes)])
+    return stream[: iterations * batch_size].view(iterations, batch_size)
+
+
+def test_batches_run_over_epoch_borders():
+    rows = rows_of(10, 4, 5, seed=0, task=0)
+    assert rows.shape == (5, 4)
+    stream = rows.flatten().tolist()
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+    assert torch.equal(rows, rows_of(10, 4, 5, seed=0, task=0))
+    assert not torch.equal(rows, rows_of(10, 4, 5, seed=0, task=1))
+    assert torch.equal(rows_of(10, 4, 9, seed=0, task=0)[:5], rows)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize(("samples", "batch_size"), [(10, 4), (1, 3), (3, 10), (50, 50), (50, 7), (7, 1)])
+def test_the_same_numbers_from_every_iteration_on(monkeypatch, block, samples, batch_size):
+    monkeypatch.setattr(order, "_BLOCK", block)
+    expected = laid_out(samples, batch_size, 25, seed=3, task=2)
+    for start in (0, 1, 5, 12, 24):
+        blocks = list(batch_rows(samples, batch_size, 25, seed=3, task=2, start=start))
+        assert torch.equal(torch.cat(blocks), expected[start:])
+        assert max(map(len, blocks)) <= max(block // batch_size, 1)
+        assert len({len(rows) for rows in blocks[:-1]}) <= 1 and len(blocks[-1]) <= len(blocks[0])
+
+
+def test_an_order_without_end_begins_at_once():
+    """10^18 iterations: no more is laid out than a block."""
+    blocks = list(islice(batch_rows(60_000, 128, 10**18, seed=0, task=0), 2))
+    expected = laid_out(60_000, 128, 3 * 8192, seed=0, task=0)
+    assert torch.equal(torch.cat(blocks), expected[: 2 * 8192])
