@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, env, startup
+from . import __version__, env, exporting, startup
 from .data import SCENARIOS
 from .data.download import DOWNLOADS, download
 from .errors import InputError
@@ -147,10 +147,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_LOADING = {
+    "safetensors": "    from hypermask_fast.training.run import load_exported\n    net = load_exported({})",
+    "pt2": "    import torch\n    net = torch.export.load({}).module()",
+    "onnx": "    import onnxruntime\n    session = onnxruntime.InferenceSession({})",
+}
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    run.export_task(arguments.dir, arguments.task, arguments.to, arguments.data_dir)
+    run.export_task(arguments.dir, arguments.task, arguments.to, arguments.data_dir, arguments.format)
     print(f"{arguments.to}: task {arguments.task}'s network; load it in Python with")
-    print(f"    from hypermask_fast.training.run import load_exported\n    net = load_exported({str(arguments.to)!r})")
+    print(_LOADING[arguments.format].format(repr(str(arguments.to))))
     return 0
 
 
@@ -252,10 +259,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_dir(command)
     _add_device(command)
 
-    command = _command(commands, "export", _export, "the plain network of one task, mask baked in, as safetensors")
+    command = _command(commands, "export", _export, "the plain network of one task, mask baked in")
     command.add_argument("dir", type=Path, metavar="DIR", help="the run's folder")
     command.add_argument("--task", type=int, required=True, metavar="K", help="a task the run has learned, from 0")
-    command.add_argument("--to", type=Path, required=True, metavar="FILE", help="a new .safetensors file")
+    command.add_argument("--to", type=Path, required=True, metavar="FILE", help="a new file")
+    command.add_argument(
+        "--format",
+        choices=exporting.FILES,
+        default="safetensors",
+        help="safetensors: its weights (default); pt2: a program for torch.export.load; onnx: for any ONNX runtime",
+    )
     _add_data_dir(command)
 
     command = _command(commands, "presets", _presets, "what there is to train, or one preset's settings")

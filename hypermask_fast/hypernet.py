@@ -16,6 +16,7 @@ from . import ops, sizing
 from .averaging import Averaging
 from .errors import InputError
 from .factored import FactoredGradient, Factors, SteppedGradient
+from .few_rows import linear
 from .masking.layout import MaskLayout
 from .settings import WIDEST, Range, Widths, check_fields
 
@@ -113,46 +114,6 @@ class HypernetConfig:
             raise InputError("a hypernetwork whose chunks follow the tensors needs to know their sizes")
         shape = self.chunk_size, self.embedding, self.chunk_embedding, self.hidden
         return ChunkedHyperNetwork(size, num_tasks, *shape, tensors if self.by_tensor else None)
-
-
-_FEW_ROWS, _FEW_PRODUCTS = 64, 1 << 22
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + b; on the CPU the same bits from any number of threads, where x (..., K) has few rows.
-
-    In PyTorch's own product of few rows the order in which numbers are added depends on the number of threads, and
-    Adam makes large differences of small ones. A trunk's products are so small that they can be added up plainly.
-    """
-    rows = x.numel() // max(x.shape[-1], 1)
-    if x.device.type != "cpu" or rows > _FEW_ROWS or rows * weight.numel() > _FEW_PRODUCTS:
-        return F.linear(x, weight, bias)
-    return _FewRowsLinear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
-
-
-class _FewRowsLinear(torch.autograd.Function):
-    """x W^T + b of x (T, K) and W (N, K), the three gradients too.
-
-    Every number is a sum of its own over neighbours in memory, which PyTorch never cuts into parts for its threads.
-    Gradients by autograd would be sums over other dimensions, which it does cut.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _sums_of_products(x, weight) + bias
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        (grad,) = grads
-        of_entry = grad.t().contiguous()
-        return _sums_of_products(grad, weight.t()), _sums_of_products(of_entry, x.t()), of_entry.sum(-1)
-
-
-def _sums_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """(m, n): a (m, k) times b^T, b (n, k)."""
-    return (a.contiguous()[:, None] * b.contiguous()).sum(-1)
 
 
 class Pending:
@@ -271,13 +232,13 @@ class HyperNetwork(nn.Module):
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task; one chunk here."""
         first: Any = self.trunk[0]  # an nn.Linear
-        return self._after_first(_linear(self.embed(tasks), first.weight, first.bias))[:, None]
+        return self._after_first(linear(self.embed(tasks), first.weight, first.bias))[:, None]
 
     def _after_first(self, first: Tensor) -> Tensor:
         hidden = F.elu(first)
         layers: Any = self.trunk[1:]
         for layer in layers:
-            hidden = F.elu(_linear(hidden, layer.weight, layer.bias))
+            hidden = F.elu(linear(hidden, layer.weight, layer.bias))
         return hidden
 
     def forward(self, tasks: Iterable[int] | Tensor) -> Tensor:
@@ -529,7 +490,7 @@ class ChunkedHyperNetwork(HyperNetwork):
             [self.chunk_embeddings.shape[1], first.in_features - self.chunk_embeddings.shape[1]], dim=1
         )
         per_chunk = F.linear(self.chunk_embeddings, of_chunk)
-        per_task = _linear(self.embed(tasks), of_task, first.bias)
+        per_task = linear(self.embed(tasks), of_task, first.bias)
         return self._after_first(per_chunk[None] + per_task[:, None])
 
     @torch.no_grad()

@@ -4,15 +4,15 @@ import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import ops, pretrained
+from . import exporting, ops, pretrained
 from .anchored import Anchored, without_autocast
 from .errors import InputError
 from .hypernet import HypernetConfig, OutputStepper
@@ -20,7 +20,8 @@ from .masking import classes as numbers
 from .masking import mixed
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask
-from .masking.selection import Rule
+from .masking.norms import with_one_sample
+from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import DriftConfig
@@ -88,6 +89,7 @@ class HyperMask(Anchored):
                 "HyperMask(DistributedDataParallel(net)) leaves the hypernetwork to each rank: wrap the other way, "
                 "as hmf.distributed.replicate says"
             )
+        check_values(net)
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
             raise InputError(f"hypernetwork must be a HypernetConfig, not {type(hypernetwork).__name__}")
@@ -246,8 +248,8 @@ class HyperMask(Anchored):
     def _mask_for(self, task: Any) -> TaskMask:
         if not isinstance(task, TaskMask):
             return self.mask(task)
-        if not isinstance(task.task, Tensor):
-            self._check_task(task.task)  # it may have been removed since
+        if not isinstance(task.task, Tensor) and task.task in self.hypernet.removed:  # since the mask was made
+            self._check_task(task.task)
         return task
 
     @contextmanager
@@ -270,6 +272,7 @@ class HyperMask(Anchored):
         if tasks.shape[0] == 0:
             return self._through(self.mask(self.tasks[0]), inputs, kwargs)
         if not kwargs and len(inputs) == 1 and self._in_one_pass(inputs[0]):
+            self._check_rows(inputs, kwargs, count)
             return self._forward_rows(inputs[0], tasks)
         order = tasks.argsort(stable=True)
         present, counts = tasks[order].unique_consecutive(return_counts=True)
@@ -281,12 +284,22 @@ class HyperMask(Anchored):
         masks = [self._mask_of(task, of_task) for task, of_task in zip(ids, logits, strict=True)]
         if len(ids) == 1:
             return self._through(masks[0], inputs, kwargs)
+        self._check_rows(inputs, kwargs, count)
         groups = order.split(counts.tolist())
-        parts = [
-            self._through(mask, *mixed.rows((inputs, kwargs), group, count))
-            for mask, group in zip(masks, groups, strict=True)
-        ]
+        with with_one_sample(self.net) if self.training and 1 in counts else nullcontext():
+            parts = [
+                self._through(mask, *mixed.rows((inputs, kwargs), group, count))
+                for mask, group in zip(masks, groups, strict=True)
+            ]
         return mixed.joined(parts, [len(group) for group in groups], order.argsort())
+
+    def _check_rows(self, inputs: tuple, kwargs: dict[str, Any], count: int) -> None:
+        if not self._rows_are_samples(inputs, kwargs, count):
+            raise InputError(
+                "the rows of the inputs' first dimension are no samples of their own in this network (alone they give "
+                "other outputs than within the batch): put samples first (such as batch_first=True), or pass one task "
+                "per batch"
+            )
 
     def _in_one_pass(self, x: Any, tasks: int | None = None) -> bool:
         """Whether several tasks pass together: on a GPU, and where a compiled graph can't know the groups' sizes.
@@ -352,8 +365,13 @@ class HyperMask(Anchored):
 
     def _all(self, masks: Sequence[TaskMask], inputs: tuple, kwargs: dict[str, Any]) -> Any:
         alone = len(inputs) == 1 and not kwargs
-        if alone and isinstance(masks, TaskMasks) and len(masks) > 1 and self._in_one_pass(inputs[0], len(masks)):
-            x = inputs[0]
+        x: Any = inputs[0] if alone else None
+        if (
+            isinstance(masks, TaskMasks)
+            and len(masks) > 1
+            and self._in_one_pass(x, len(masks))
+            and self._rows_are_samples((x,), {}, x.shape[0])
+        ):
             repeated = x.expand(len(masks), *x.shape).flatten(0, 1)
             with self._scope.use(TaskBatch.every(masks, x, repeated)):
                 y = self.net(repeated)
@@ -363,10 +381,14 @@ class HyperMask(Anchored):
     def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
         """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
 
-        select: of what the network returns, the (batch, classes) logits; by default it is the tensor that it returns,
-            or its `logits`.
+        select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor that
+            it returns, or its `logits`.
         """
-        return ops.entropy_select(mixed.logits(self.forward_all_tasks(*inputs, **kwargs), select))
+        outputs = self.forward_all_tasks(*inputs, **kwargs)
+        if select is None:
+            return ops.entropy_select(mixed.logits(outputs, None))
+        each = [mixed.logits(mixed.of_task(outputs, task), select) for task in range(self.num_tasks)]
+        return ops.entropy_select(torch.stack(each))
 
     # -- away from here -------------------------------------------------------------------------------------------
 
@@ -399,13 +421,49 @@ class HyperMask(Anchored):
             raise InputError(textwrap.shorten(str(error), 300)) from error
         return model
 
+    @overload
+    def export(self, task: int, format: Literal["module"] = "module") -> nn.Module: ...
+    @overload
+    def export(
+        self,
+        task: int,
+        format: str,
+        path: str | os.PathLike[str],
+        inputs: tuple | Tensor = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        dynamic: bool = True,
+    ) -> Path: ...
     @torch.no_grad()
-    def export(self, task: int) -> nn.Module:
+    def export(
+        self,
+        task: int,
+        format: str = "module",
+        path: str | os.PathLike[str] | None = None,
+        inputs: tuple | Tensor = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        dynamic: bool = True,
+    ) -> nn.Module | Path:
         """A plain copy of the target network with task t's mask multiplied into its weights: the same outputs.
 
         Batch norm carries the task's statistics. Nothing of this library is left in the copy.
+
+        Args:
+            format: "module", the copy itself; or a file at `path`, of the copy in evaluation mode: "safetensors", its
+                state_dict; "pt2", for torch.export.load; "onnx" (needs onnx and onnxscript).
+            inputs, kwargs: for pt2 and onnx, an example of what the network takes, of two samples or more.
+            dynamic: whether the file takes batches of any size, or only of the example's.
+
+        Returns:
+            The copy, or the path.
+
+        Raises:
+            InputError: no such task or format, a network that PyTorch can't export so, or a file that can't be written.
         """
-        return self._exported(task, self.mask(task).effective)
+        exporting.check(format, path, inputs, kwargs, dynamic)
+        net = self._exported(task, self.mask(task).effective)
+        return net if path is None else exporting.write(net, format, path, inputs, kwargs, dynamic=dynamic)
 
 
 def _is_id(task: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, library
 
 from ..errors import InputError
 from ..ops.arguments import tensors
+from ..ops.once import differentiable_once
 from ..ops.paths import allows_tf32
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -52,7 +53,8 @@ def in_the_interpreter(implementation: Callable) -> Callable:
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
-    library.register_autograd(f"hypermask_triton::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    once = differentiable_once(name, backward)
+    library.register_autograd(f"hypermask_triton::{name}", once, setup_context=setup_context, lib=_LIBRARY)
 
 
 # What an op's arguments must be is said by its rule in ops/arguments.py. An operator can be called directly too, so it

@@ -269,6 +269,25 @@ def test_export_gives_the_model_s_outputs(finished, tmp_path, capsys):
     assert torch.equal(about.prepare(scenario.tasks[1].test.inputs[:20]), x)
 
 
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_export_in_another_format(finished, format, tmp_path, capsys):
+    path = tmp_path / f"task1.{format}"
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    assert cli.main(["export", str(finished), "--task", "1", "--to", str(path), "--format", format]) == 0
+    assert str(path) in capsys.readouterr().out
+    _, model, scenario = run.load_run(finished)
+    x, _ = next(scenario.tasks[1].test.chunks(7))
+    if format == "pt2":
+        noted = {"scenario": "", "task": ""}
+        y = torch.export.load(path, extra_files=noted).module()(x)
+        assert noted["scenario"] == scenario.name and noted["task"] == "1"
+    else:
+        session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+        y = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(y, model(x, task=1))
+
+
 def test_export_of_batch_norm_networks_of_both_kinds(tmp_path):
     config = RunConfig.from_dict(
         {

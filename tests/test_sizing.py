@@ -85,7 +85,7 @@ def test_a_budget_is_a_number_of_bytes(budget):
     ("settings", "message"),
     [
         ({"by_tensor": True}, "it needs a chunk_size"),
-        ({"by_tensor": 1, "chunk_size": 3}, "must be True or False, not 1"),
+        ({"by_tensor": 1, "chunk_size": 3}, "must be true or false, not 1"),
     ],
 )
 def test_bad_by_tensor(settings, message):

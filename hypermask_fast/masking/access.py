@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
-from .scope import Scope
+from .scope import PLAIN, Scope
 
 
 class MaskedModule:
@@ -37,6 +37,8 @@ def masked_parameter(name: str) -> property:
             plain = self._parameters[name]
         except KeyError:
             if name in self.__dict__:  # set to something else than a Parameter, as some hooks do
+                if (name in self.mask_segments or name in self.mask_own) and _masks(self):
+                    raise _exchanged(self, name) from None
                 return self.__dict__[name]
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
         segment, own = self.mask_segments.get(name), self.mask_own.get(name)
@@ -82,6 +84,27 @@ def _running(module: Any) -> bool:
     return scope is not None and scope.running is not None
 
 
+def _masks(module: Any) -> bool:
+    """Whether the module is read under a mask."""
+    return module.mask_scope is not None and module.mask_scope.running not in (None, PLAIN)
+
+
+def _exchanged(module: Any, name: str) -> InputError:
+    return InputError(
+        f"{name} of {type(module).__name__} has been exchanged for a tensor within a pass, where it would not be masked"
+    )
+
+
+def replicate(self: Any) -> Any:
+    """What nn.DataParallel makes replicas by, whose parameters are copies that no mask reaches."""
+    if is_attached(self):
+        raise InputError(
+            "a masked network can't be replicated by nn.DataParallel: its replicas would have no mask (use "
+            "torch.nn.parallel.DistributedDataParallel, one model per process)"
+        )
+    return nn.Module._replicate_for_data_parallel(self)  # pyright: ignore[reportPrivateUsage]
+
+
 @functools.cache
 def class_with(base: type, names: frozenset[str], *mixins: type) -> type:
     """`base` with a masked parameter for each of `names`; made once, so that equal modules have equal classes."""
@@ -91,6 +114,7 @@ def class_with(base: type, names: frozenset[str], *mixins: type) -> type:
     recurrent = (_MaskedRecurrent,) if issubclass(base, nn.RNNBase) else ()
     attributes: dict[str, Any] = {name: masked_parameter(name) for name in names}
     attributes |= {"__module__": base.__module__, "__doc__": base.__doc__, "__reduce_ex__": _reduced}
+    attributes["_replicate_for_data_parallel"] = replicate
     attributes["mask_parts"] = (base, names, *mixins)
     metaclass: Any = type(base)
     return metaclass(f"Masked{base.__name__}", (*mixins, *recurrent, base, MaskedModule), attributes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
-from .access import MaskedModule, masked_parameter, parameter_of
+from .access import MaskedModule, masked_parameter, parameter_of, replicate
 from .scope import PLAIN
 
 
@@ -31,6 +31,8 @@ class _Masked(MaskedModule):
 
     weight: Any = masked_parameter("weight")
     bias: Any = masked_parameter("bias")
+
+    _replicate_for_data_parallel = replicate
 
     def _running(self) -> Any:
         """The pass that this call is within; None where the layer is an ordinary one."""

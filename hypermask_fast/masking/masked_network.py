@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from . import network, output
+from . import mixed, network, output
 from .access import parameter_of
 from .classes import Classes, check_export, narrow
 from .layout import MaskLayout
 from .masks import TaskMask
-from .norms import TaskStatistics
+from .norms import TaskStatistics, with_one_sample
 from .passes import Pass
 from .scope import PLAIN, Scope
 from .selection import owners, summary
@@ -53,6 +53,9 @@ class MaskedNetwork(nn.Module):
         if self._classes is not None:
             self._hook = net.register_forward_hook(self._classes).id
         self._owners = self._assigned()
+        self._looks_at_task = bool(own) or bool(self.statistics())
+        self._ids: dict[tuple[int, torch.device], Tensor] = {}  # as `_row` has made them
+        self._independent: dict[Any, bool] = {}  # kind of inputs -> whether rows of a batch are independent samples
         if left := summary(layout.rows):
             warnings.warn(left + " (print(model.layout) shows all)", stacklevel=3)
 
@@ -63,10 +66,13 @@ class MaskedNetwork(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The network's attributes, where the model has none of this name."""
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # each pass asks for some
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "net" not in self.__dict__.get("_modules", {}):
+            if name.startswith("_") or "net" not in modules:
                 raise
             return getattr(self.net, name)
 
@@ -87,21 +93,50 @@ class MaskedNetwork(nn.Module):
         parameters = dict(self.net.named_parameters())
         return [(parameters[name.replace("/", ".")], values) for name, values in self.own.items()]
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise InputError(
+            "nn.DataParallel can't make replicas of a HyperMask model: use torch.nn.parallel.DistributedDataParallel, "
+            "one model per process"
+        )
+
     # -- passes ---------------------------------------------------------------------------------------------------
 
     def _through(self, mask: TaskMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
         """One pass under one task's mask."""
         compiling = torch.compiler.is_compiling()
         read: set[int] | None = set() if not compiling and self._unread else None
-        one = Pass(mask, read)
+        one = Pass(mask, read, None if compiling else self._row(mask))
         with self._scope.use(one):
-            y = self.net(*inputs, **kwargs)
+            if self.training and not compiling and mixed.is_one_sample(inputs, kwargs):
+                with with_one_sample(self.net):
+                    y = self.net(*inputs, **kwargs)
+            else:
+                y = self.net(*inputs, **kwargs)
         if read is not None:
             self._report_unread(read)
         if torch.is_grad_enabled() and not compiling:
             y = one.tied(y)
             self._scope.announce(y, one)
         return y
+
+    def _row(self, mask: TaskMask) -> Tensor | None:
+        """The task's id as a tensor, made once, where modules look at it."""
+        if isinstance(mask.task, Tensor) or not self._looks_at_task:
+            return None
+        key = mask.task, mask.logits.device
+        if key not in self._ids:
+            self._ids[key] = torch.tensor(mask.task, device=mask.logits.device)
+        return self._ids[key]
+
+    def _rows_are_samples(self, inputs: tuple, kwargs: dict[str, Any], count: int) -> bool:
+        """Whether each of `count` rows is a sample of its own, tried once for each kind of inputs."""
+        if torch.compiler.is_compiling() or count < 2:
+            return True
+        kind = mixed.kind(inputs, kwargs, count)
+        if kind not in self._independent:
+            with self._scope.use(PLAIN):
+                self._independent[kind] = mixed.independent(self.net, inputs, kwargs, count)
+        return self._independent[kind]
 
     def _report_unread(self, read: set[int]) -> None:
         """After the first pass: which masked parameters it did not read, said once."""
@@ -143,7 +178,7 @@ class MaskedNetwork(nn.Module):
     def _under(self, mask: TaskMask) -> Iterator[None]:
         """The network and all of its modules run under `mask`."""
         self._links.check()
-        with self._scope.use(Pass(mask)):
+        with self._scope.use(Pass(mask, row=self._row(mask))):
             yield
 
     @contextmanager

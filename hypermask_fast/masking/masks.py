@@ -93,6 +93,11 @@ class TaskMask(Made):
         """
         return self._once("effective", self._effective)
 
+    @property
+    def is_made(self) -> bool:
+        """Whether `effective` is there already."""
+        return self._has("effective")
+
     def _effective(self) -> tuple[Tensor, ...]:
         # A network of other dtypes than the hypernetwork's is multiplied in the wider one: a mask is not rounded.
         applied, dtype = self.layout.num_applied, self.logits.dtype

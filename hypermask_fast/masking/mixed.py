@@ -1,15 +1,24 @@
 """A batch whose samples belong to several tasks, for any inputs and outputs that a network has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: PLC2701
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map  # noqa: PLC2701
 
 from ..errors import InputError
+from .norms import BatchNorm
 from .scope import tensors_of
+
+_BY_ROWS = (
+    *(nn.Sequential, nn.Identity, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dropout),
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+)
+_TRIED = 6  # rows at most, when it is tried whether rows are samples
+_AGREE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest entry, in place of 0.05 in half precision
 
 
 def samples(inputs: tuple, kwargs: dict[str, Any]) -> int:
@@ -20,6 +29,11 @@ def samples(inputs: tuple, kwargs: dict[str, Any]) -> int:
     raise InputError("one task per sample needs a tensor (batch, ...) among the network's inputs")
 
 
+def is_one_sample(inputs: tuple, kwargs: dict[str, Any]) -> bool:
+    first = inputs[0] if inputs else next(iter(kwargs.values()), None)
+    return isinstance(first, Tensor) and first.dim() > 0 and first.shape[0] == 1
+
+
 def rows(everything: tuple, chosen: Tensor, count: int) -> tuple:
     """The inputs with the chosen rows (int64) of every tensor that has `count` of them, other values as they are."""
 
@@ -27,6 +41,84 @@ def rows(everything: tuple, chosen: Tensor, count: int) -> tuple:
         return leaf[chosen] if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count else leaf
 
     return tree_map(pick, everything)
+
+
+# -- whether rows are samples -----------------------------------------------------------------------------------------
+
+
+def kind(inputs: tuple, kwargs: dict[str, Any], count: int) -> Hashable:
+    """What decides how a network takes its inputs: their structure, dimensions, dtypes, and which have `count` rows."""
+    leaves, structure = tree_flatten((inputs, kwargs))
+    of_leaves = [(t.dim(), t.dtype, t.shape[:1] == (count,)) if isinstance(t, Tensor) else None for t in leaves]
+    return str(structure), tuple(of_leaves)
+
+
+def independent(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], count: int) -> bool:
+    """Whether the network gives the same for some rows of a batch alone as for the same rows within it.
+
+    Not so where the first dimension is the sequence, or where samples see each other. The network runs in evaluation
+    mode, on a few rows, then on every other one of them, and leaves nothing behind. That is spared where the layers
+    tell, for it waits for the device. Batch norm without running
+    statistics is left out: there samples are meant to meet, those of one task. A network that draws random numbers in
+    evaluation mode can't be judged and is taken at its word.
+    """
+    if all(_is_by_rows(module) for module in net.modules()):
+        return True
+    device = next((t.device for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)), None)
+    chosen = torch.arange(min(count, _TRIED), device=device)
+    without = [m for m in net.modules() if isinstance(m, BatchNorm) and m.running_mean is None]
+    hooks = [module.register_forward_hook(lambda module, args, y: args[0]) for module in without]
+    modes = {module: module.training for module in net.modules()}
+
+    def run(rows_of: Tensor) -> list[Tensor]:
+        args, named = rows((inputs, kwargs), rows_of, count)
+        return tensors_of(net(*args, **named))
+
+    try:
+        net.eval()
+        devices = [device] if device is not None and device.type == "cuda" else []
+        # A compiled network is not compiled for these sizes too.
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices), torch.no_grad():
+            try:
+                whole, again = run(chosen), run(chosen)
+            except Exception:  # it takes no other batch: its own pass says what is wrong
+                return True
+            if not all(map(_agree, whole, again)) or any(t.dim() == 0 or len(t) != len(chosen) for t in whole):
+                return True
+            try:
+                return all(
+                    _agree(alone, together[start::2])
+                    for start in (0, 1)
+                    for alone, together in zip(run(chosen[start::2]), whole, strict=True)
+                )
+            except Exception:  # it takes all rows, and not a part of them
+                return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _is_by_rows(module: nn.Module) -> bool:
+    """Whether a layer of PyTorch's own, or the masked one in its place, surely keeps rows apart."""
+    kind = vars(module).get("mask_plain", type(module))
+    flat = isinstance(module, nn.Flatten) and kind is nn.Flatten and module.start_dim > 0
+    return (flat or kind in _BY_ROWS) and "forward" not in vars(module)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are the same but for rounding; integers may be what rounding decides."""
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point() or not a.numel():
+        return True
+    largest = float(b.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    within = _AGREE.get(a.dtype, 0.05) * largest
+    return torch.allclose(a, b, rtol=0.0, atol=within, equal_nan=True)
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
 
 
 def joined(parts: Sequence[Any], counts: Sequence[int], order: Tensor) -> Any:
@@ -60,6 +152,11 @@ def spread(outputs: Any, places: Sequence[int], count: int) -> Any:
         return filled.index_copy(0, torch.tensor(list(places), device=rows.device), rows)
 
     return _over([outputs], put)
+
+
+def of_task(outputs: Any, task: int) -> Any:
+    """Of `stacked` outputs, those of one task."""
+    return _over([outputs], lambda tensors: tensors[0][task])
 
 
 def logits(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Normalisation with running statistics per task."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -158,6 +160,33 @@ class TaskStatistics(MaskedModule):
         super()._load_from_state_dict(  # pyright: ignore
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+@contextmanager
+def with_one_sample(net: nn.Module) -> Iterator[None]:
+    """For a training pass over one sample, which batch norm can't take where it has one value per channel.
+
+    Raises:
+        InputError: in place of PyTorch's error; all statistics are as they were.
+    """
+    before = [
+        (buffer, buffer.clone())
+        for module in net.modules()
+        if isinstance(module, TaskStatistics) and module.training
+        for buffer in module.stacked().values()
+    ]
+    try:
+        yield
+    except Exception as error:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise InputError(
+            "batch norm in training mode can't take a single value per channel, as one sample of a task gives it: "
+            "give every task two samples or more (such as by drop_last=True), or train without batch norm"
+        ) from error
 
 
 def tracks(module: nn.Module) -> bool:

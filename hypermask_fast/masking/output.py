@@ -13,6 +13,7 @@ from ..errors import InputError
 from .scope import tensors_of
 from .selection import Row, owners
 
+_BY_INDEX = ("Embedding", "Index", "Gather")
 _LONGEST_CHAIN = 6  # operations between a parameter and the layer that uses it, such as a transposition and a cast
 
 
@@ -66,7 +67,9 @@ def biases_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: dict
     devices = sorted({p.device for p in parameters.values() if p.device.type == "cuda"}, key=str)
     try:
         net.eval()
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        # A compiled network would be a single node of the graph.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             output = _run(lambda a, k: functional_call(net, leaves, a, k), args, kwargs)
     finally:
         for module, mode in modes.items():
@@ -108,6 +111,8 @@ def _nearest(output: Any, by_id: dict[int, str], layer: set[str]) -> set[str]:
             pure[node] = None if name is None else frozenset([name])
             return pure[node]
         below = [leaves_of(n, depth + 1) if n is not None else None for n, _ in node.next_functions]
+        if node.name().startswith(_BY_INDEX):
+            below = []  # a layer over integers, which leave no node of their own
         found = None if not below or None in below else frozenset().union(*(b for b in below if b is not None))
         pure[node] = found
         return found

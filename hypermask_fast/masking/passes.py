@@ -23,15 +23,16 @@ class Pass:
     Attributes:
         mask: of the task.
         read: numbers of the segments that have been read so far; None where nobody asks.
+        row: the task's id as a tensor, for a network that was compiled by itself: an integer would be compiled in.
     """
 
-    def __init__(self, mask: TaskMask, read: set[int] | None = None) -> None:
-        self.mask, self.read = mask, read
+    def __init__(self, mask: TaskMask, read: set[int] | None = None, row: Tensor | None = None) -> None:
+        self.mask, self.read, self.row = mask, read, row
         self._with_grad = torch.is_grad_enabled()
         self._quiet: set[int] = set()  # segments read without gradients: that part may be computed again in backward
         self._leaves: dict[int, Tensor] = {}
         self._gathered: dict[tuple[object, str], Tensor] = {}
-        self._effective = None if ops.may_fuse(mask.logits) else mask.effective
+        self._effective = None if not mask.is_made and ops.may_fuse(mask.logits) else mask.effective
 
     @property
     def effective(self) -> tuple[Tensor, ...]:
@@ -52,11 +53,11 @@ class Pass:
 
     def tasks(self) -> int | Tensor:
         """The id of the task; see `Running.tasks`."""
-        return self.mask.task
+        return self.row if torch.compiler.is_compiling() and self.row is not None else self.mask.task
 
     def own(self, values: nn.ParameterList, plain: Tensor) -> Tensor:
         """The task's own value of a parameter that is not shared."""
-        task = self.mask.task
+        task = self.tasks()
         return (
             torch.stack(list(values)).index_select(0, task.reshape(1))[0] if isinstance(task, Tensor) else values[task]
         )
@@ -65,7 +66,7 @@ class Pass:
         """The task's row of a running statistic; the copy that `batch_norm` works on, where there is one."""
         if self._gathered and (module, name) in self._gathered:
             return self._gathered[module, name]
-        task = self.mask.task
+        task = self.tasks()
         return stacked.index_select(0, task.reshape(1))[0] if isinstance(task, Tensor) else stacked[task]
 
     # -- what masked layers do when called ------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class Pass:
 
     def batch_norm(self, layer: TaskNorm, x: Tensor, *args: Any) -> Tensor:
         """Batch norm with this task's statistics, which training moves, unless the task is frozen."""
-        task, stacked = self.mask.task, layer.stacked()
+        task, stacked = self.tasks(), layer.stacked()
         if isinstance(task, Tensor):  # rows are gathered and put back, without a wait for the device
             row = task.reshape(1)
             before = {name: buffer.index_select(0, row)[0] for name, buffer in stacked.items()}

@@ -1,8 +1,6 @@
 """Scope: which pass a read of a masked parameter belongs to."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -58,10 +56,33 @@ class _Local(threading.local):
     """Per thread, so that two threads can run two tasks through one model; torch.compile traces through it."""
 
     running: Running | None
+    again: bool  # whether something was read as torch.utils.checkpoint reads it, who will run that part again
     unwinding: "ref[Any] | None"  # the pass whose graph this thread's backward pass is in
 
-    def __init__(self) -> None:  # in every thread: a compiled graph expects to find both
+    def __init__(self) -> None:  # in every thread: a compiled graph expects to find them
         self.running = self.unwinding = None
+        self.again = False
+
+
+class _Use:
+    """The block of `Scope.use`; a class, for a generator would cost a small network's pass a microsecond more."""
+
+    __slots__ = ("_before", "_local", "_running", "_thread", "_threads")
+
+    def __init__(self, local: _Local, threads: list[int], running: Running) -> None:
+        self._local, self._threads, self._running = local, threads, running
+
+    def __enter__(self) -> None:
+        self._before = self._local.running
+        self._thread = None if torch.compiler.is_compiling() else threading.get_ident()
+        self._local.running = self._running
+        if self._thread is not None:
+            self._threads.append(self._thread)
+
+    def __exit__(self, *error: object) -> None:
+        self._local.running = self._before
+        if self._thread is not None:
+            self._threads.remove(self._thread)
 
 
 class Scope:
@@ -84,8 +105,13 @@ class Scope:
     @property
     def running(self) -> Running | None:
         """What a read in this thread happens under; None outside of a pass. Raises InputError: see `Scope`."""
-        running = self._local.running
-        if running is not None or torch.compiler.is_compiling():
+        local = self._local
+        running = local.running
+        if torch.compiler.is_compiling():
+            return running
+        if running is not None:
+            if not local.again and (not torch.is_grad_enabled() or _has_saved_tensor_hooks()):
+                local.again = True
             return running
         if _graph_task() != -1:
             return self._unwinding()
@@ -96,21 +122,9 @@ class Scope:
             )
         return None
 
-    @contextmanager
-    def use(self, running: Running) -> Iterator[None]:
-        """Reads inside, in this thread, happen under `running`; afterwards nothing of it is left behind."""
-        local = self._local
-        before, counted = local.running, not torch.compiler.is_compiling()
-        thread = threading.get_ident() if counted else 0
-        local.running = running
-        if counted:
-            self._threads.append(thread)
-        try:
-            yield
-        finally:
-            local.running = before
-            if counted:
-                self._threads.remove(thread)
+    def use(self, running: Running) -> "_Use":
+        """A block: reads inside, in this thread, happen under `running`; afterwards nothing of it is left behind."""
+        return _Use(self._local, self._threads, running)
 
     # -- the backward pass ----------------------------------------------------------------------------------------
 
@@ -120,6 +134,9 @@ class Scope:
         The backward pass visits nodes from the newest to the oldest: between the hook of one pass's output and that
         of an older pass all nodes are the first one's.
         """
+        if not self._local.again:  # nothing is computed again
+            return
+        self._local.again = False
         for tensor in tensors_of(output):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(partial(self._enter, one))
@@ -141,6 +158,11 @@ class Scope:
                 "run the network by model(x, task), whose output the backward pass begins at"
             )
         return one.again
+
+
+def _has_saved_tensor_hooks() -> bool:
+    """Whether somebody keeps in a way of its own what the backward pass needs, as torch.utils.checkpoint does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # noqa: SLF001 # pyright: ignore
 
 
 def _graph_task() -> int:

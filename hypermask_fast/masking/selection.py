@@ -235,6 +235,16 @@ def _check_parameter(name: str, parameter: nn.Parameter, masked: bool) -> None:
         raise InputError(f"parameter {name} is {parameter.dtype}: a mask needs a floating point tensor (exclude it)")
 
 
+def check_values(net: nn.Module) -> None:
+    """Raises InputError for a network on the meta device, which has shapes but no values."""
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} is on the meta device and has no values: materialise the network first, "
+                "net.to_empty(device=...) and then its values, such as by load_state_dict"
+            )
+
+
 def check_modules(net: nn.Module, masked: set[int]) -> None:
     """Raises InputError for a module whose kind of masked parameter can't be multiplied by a mask."""
     for path, module in net.named_modules():

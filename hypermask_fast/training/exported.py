@@ -12,9 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .. import exporting
 from ..data import Compose, Normalize, PermutePixels, Scale, Scenario, TensorSplit, Transform
 from ..errors import InputError
 from ..files import write_atomic
+from ..masking.norms import tracks
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
 from .targets import TargetConfig, build_target
@@ -43,13 +45,19 @@ class Exported:
 
 
 def export_model(
-    model: HyperMask, scenario: Scenario, task: int, path: Path | str, target: TargetConfig | None = None
+    model: HyperMask,
+    scenario: Scenario,
+    task: int,
+    path: Path | str,
+    target: TargetConfig | None = None,
+    format: str = "safetensors",
 ) -> None:
-    """Writes the plain network of one task, mask baked in, as safetensors; see `load_exported`.
+    """Writes the plain network of one task, mask baked in, as safetensors (see `load_exported`), pt2 or onnx.
 
-    The tensors are the network's state_dict. The file's metadata (strings; numbers and lists as JSON) has format,
-    scenario, task, task_name, class_names, input_shape, num_classes, prepare (the name and settings of each transform
-    from stored images to inputs; null where that is not known), and target where it is given.
+    The tensors of a safetensors file are the network's state_dict. The file's metadata (strings; numbers and lists as
+    JSON) has format, scenario, task, task_name, class_names, input_shape, num_classes (outputs), task_classes (how many
+    of them are this task's), prepare (the name and settings of each transform from stored images to inputs; null where
+    that is not known), and target where it is given.
 
     Args:
         model: trained.
@@ -57,6 +65,7 @@ def export_model(
         task: which of its tasks.
         path: a new file.
         target: from which `load_exported` builds the network; None for a network of one's own.
+        format: "safetensors"; "pt2", for torch.export.load; or "onnx".
 
     Raises:
         InputError: there is no such task, or `path` exists.
@@ -65,22 +74,25 @@ def export_model(
     if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < len(scenario.tasks):
         raise InputError(f"task {task!r} is not one of {scenario.name}'s: 0 to {len(scenario.tasks) - 1}")
     data = scenario.tasks[task]
-    classes = data.num_classes or scenario.num_classes
     metadata = {
-        "format": "pt",
         "scenario": scenario.name,
         "task": str(task),
         "task_name": data.name,
-        "class_names": json.dumps(data.class_names or list(map(str, range(classes)))),
+        "class_names": json.dumps(data.class_names or [str(label) for label in range(scenario.classes[task])]),
+        "task_classes": str(scenario.classes[task]),
         "input_shape": json.dumps(scenario.input_shape),
         "num_classes": str(scenario.num_classes),
-        "task_classes": str(classes),
         "prepare": json.dumps(_described(data.test.prepare) if isinstance(data.test, TensorSplit) else None),
     }
     if target is not None:
         metadata["target"] = json.dumps(asdict(target))
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in network_state(model.export(task)).items()}
-    write_atomic(path, save(tensors, metadata))
+    net = model.export(task).cpu()
+    if format != "safetensors":
+        example = torch.zeros(2, *scenario.input_shape)
+        exporting.write(net, format, path, example, metadata=metadata)
+        return
+    tensors = {name: tensor.contiguous() for name, tensor in network_state(net).items()}
+    write_atomic(path, save(tensors, {"format": "pt", **metadata}))
 
 
 def check_new_file(path: Path | str) -> Path:
@@ -136,11 +148,10 @@ def _built(metadata: dict[str, str]) -> nn.Module:
 
 def _exported(metadata: dict[str, str]) -> Exported:
     """What the metadata say; files of version 0.1.0 have neither names nor `prepare`."""
-    count = int(metadata["num_classes"])
-    own = int(metadata.get("task_classes", count))  # of the task, where tasks differ in it
-    classes = json.loads(metadata.get("class_names", "null")) or range(own)
-    if len(classes) != own:
-        raise ValueError(f"it names {len(classes)} of {own} classes")
+    count = int(metadata.get("task_classes", metadata["num_classes"]))
+    classes = json.loads(metadata.get("class_names", "null")) or range(count)
+    if len(classes) != count:
+        raise ValueError(f"it names {len(classes)} of {count} classes")
     return Exported(
         metadata["scenario"],
         int(metadata["task"]),
@@ -184,10 +195,8 @@ def _made(steps: list[dict[str, Any]] | None) -> Transform | None:
 
 def _without_absent_statistics(net: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Batch norm of an official-fidelity run has no running statistics: it uses each batch's own."""
+    module: Any
     for name, module in net.named_modules():
-        if (
-            isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-            and f"{name}.running_mean" not in tensors
-        ):
+        if tracks(module) and f"{name}.running_mean".lstrip(".") not in tensors:
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None

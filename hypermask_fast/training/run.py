@@ -257,7 +257,13 @@ def with_data_dir(config: RunConfig, data_dir: Path | str) -> RunConfig:
     return replace(config, data=replace(config.data, dir=str(Path(data_dir).expanduser().resolve())))
 
 
-def export_task(run_dir: Path | str, task: int, path: Path | str, data_dir: Path | str | None = None) -> None:
+def export_task(
+    run_dir: Path | str,
+    task: int,
+    path: Path | str,
+    data_dir: Path | str | None = None,
+    format: str = "safetensors",
+) -> None:
     """Writes the plain network of one learned task of a run; see `exported.export_model`.
 
     Raises:
@@ -267,7 +273,7 @@ def export_task(run_dir: Path | str, task: int, path: Path | str, data_dir: Path
     config, model, scenario = load_run(run_dir, data_dir)
     if not 0 <= task < len(scenario.tasks):
         raise InputError(f"task {task} is not among those this run has learned: 0 to {len(scenario.tasks) - 1}")
-    export_model(model, scenario, task, path, config.target)
+    export_model(model, scenario, task, path, config.target, format)
 
 
 def _loggers(run_dir: Path, resume: bool, logger: Logger | None) -> list[Logger]:

@@ -174,6 +174,8 @@ def test_tied_ones_stay_tied(rule):
     model = model_of(rule, Tied())
     (name,) = model.own
     x = torch.tensor([1, 5, 8])
+    model(x, 0)  # finds that the output layer has no bias
+    assert all(segment.selected for segment in model.layout.segments)
     for task in range(3):
         value = model.own[name][task]
         weight, bias = (w for n, w in zip(model.layout.names, model.mask(task).effective, strict=True))

@@ -14,8 +14,7 @@ import hypermask_fast as hmf
 from hypermask_fast import InputError
 from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.files import write_atomic
-from hypermask_fast.training import checkpoint, exported, run
-from hypermask_fast.training.config import load_preset
+from hypermask_fast.training import checkpoint, exported
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
 STATE = {"task": 1, "lr": 0.1 + 0.2, "best": -1.0}
@@ -242,15 +241,13 @@ def test_tied_tensors_are_saved_once(tmp_path):
     assert torch.equal(other.b.weight, net.a.weight) and other.b.weight is other.a.weight
 
 
-def test_an_exported_network_of_tied_tensors(tmp_path, monkeypatch):
+def test_an_exported_network_of_tied_tensors(tmp_path):
     """Written once, and tied where it is loaded."""
     torch.manual_seed(0)
     model = hmf.HyperMask(Tied(), 2, 30, hmf.HypernetConfig(4, (5,)), heads="b").eval()
     scenario = Scenario("s", tuple(TaskData(str(t), *[blob_split()] * 3) for t in range(2)), (4,), 4)
-    monkeypatch.setattr(run, "load_run", lambda *_: (load_preset("split-mnist"), model, scenario))
-    monkeypatch.setattr(exported, "build_target", lambda *_: Tied())
-    run.export_task(tmp_path, 1, tmp_path / "net.safetensors")
-    loaded = run.load_exported(tmp_path / "net.safetensors")
+    exported.export_model(model, scenario, 1, tmp_path / "net.safetensors")
+    loaded = exported.load_exported(tmp_path / "net.safetensors", Tied())
     x = torch.randn(3, 4)
     torch.testing.assert_close(loaded(x), model(x, 1))
     assert loaded.a.weight is loaded.b.weight

@@ -15,6 +15,7 @@ from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.training import evaluation
 from hypermask_fast.training import trainer as trainer_module
 from hypermask_fast.training.config import TrainingConfig
+from hypermask_fast.training.exported import export_model, load_exported
 from hypermask_fast.training.trainer import Trainer
 
 
@@ -338,6 +339,11 @@ def test_tasks_of_different_sizes_are_learned_and_told_apart(tmp_path):
     assert result.matrix[2].min() > 80
     found = evaluation.entropy_accuracy(model, scenario, 50)
     assert found.task.isfinite().all() and (found.label <= found.task).all()
+    export_model(model, scenario, 0, tmp_path / "net.safetensors")
+    loaded = load_exported(tmp_path / "net.safetensors", sized_model().unconvert())
+    x = scenario.tasks[0].test.inputs
+    torch.testing.assert_close(loaded(x), model.eval()(x, 0))
+    assert loaded.exported.class_names == ("0", "1") and loaded(x).argmax(-1).max() == 1
     again = sized_model(beta=1.0, lam=0.1)
     resumed = Trainer(again, scenario, config(iterations=100, keep="best"), run_dir=tmp_path).fit(resume=True)
     assert torch.equal(resumed.matrix, result.matrix)

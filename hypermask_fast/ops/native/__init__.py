@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, library
 
 from .. import arguments, registry
+from ..once import differentiable_once
 from ..registry import Offer
 
 PACKAGE = Path(__file__).parents[2]
@@ -83,12 +84,18 @@ def operator(
     shapes: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
+    *,
+    twice: bool = False,
 ) -> None:
-    """Gives hypermask_native::name its shape function and its gradient, where the extension is there."""
+    """Gives hypermask_native::name its shape function and its gradient, where the extension is there.
+
+    twice: whether `backward` is made of PyTorch's own operations, so that it can be differentiated again.
+    """
     if PROBLEM:
         return
     library.register_fake(f"hypermask_native::{name}", without_values(name, shapes))
     if backward is not None:
+        backward = backward if twice else differentiable_once(name, backward)
         library.register_autograd(f"hypermask_native::{name}", backward, setup_context=setup)
 
 

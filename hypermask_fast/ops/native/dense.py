@@ -104,6 +104,7 @@ operator(
     lambda hidden, weight, bias: weight.new_empty(weight.shape[0]),
     _hypernet_logits_backward,
     _hypernet_logits_setup,
+    twice=True,
 )
 
 

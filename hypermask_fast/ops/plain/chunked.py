@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
+from ..once import differentiable_once
 
 
 def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
@@ -28,15 +28,18 @@ def hypernet_logits_form(hidden: Tensor, weight: Tensor, bias: Tensor, size: int
     return "" if hidden.shape[1] > 1 else "one chunk: a single product, as the definition has it"
 
 
-def _without_autocast(backward: Callable) -> Callable:
+def _gradient_of(op: str) -> Callable[[Callable], Callable]:
     """For who calls loss.backward() under autocast: these products, as those of the forward pass, keep their dtype."""
 
-    @functools.wraps(backward)
-    def in_own_dtype(ctx: Any, grad: Tensor):
-        with torch.autocast(grad.device.type, enabled=False):
-            return backward(ctx, grad)
+    def decorated(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def in_own_dtype(ctx: Any, grad: Tensor):
+            with torch.autocast(grad.device.type, enabled=False):
+                return backward(ctx, grad)
 
-    return in_own_dtype
+        return differentiable_once(op, in_own_dtype)
+
+    return decorated
 
 
 class _Logits(torch.autograd.Function):
@@ -46,8 +49,7 @@ class _Logits(torch.autograd.Function):
         return reference.hypernet_logits(hidden, weight, bias, size)
 
     @staticmethod
-    @once_differentiable
-    @_without_autocast
+    @_gradient_of("hypernet_logits")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         hidden, weight = ctx.saved_tensors
         rows = weight.shape[0]
@@ -112,8 +114,7 @@ class _GramDrift(torch.autograd.Function):
         return value + 2 * (dc.dot(s) + oc.dot(u)) + h.shape[0] * c.dot(c)
 
     @staticmethod
-    @once_differentiable
-    @_without_autocast
+    @_gradient_of("chunked_output_drift")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, d, e, c, old, both, a, b, k, s, u, wc = ctx.saved_tensors
         factor = 2 * grad
