@@ -353,7 +353,7 @@ def no_mask(loop: Loop) -> None:
     loop.optimizer.step()
 
 
-@feature("an earlier task rehearsed in the same step", waits=True)
+@feature("an earlier task rehearsed in the same step", settings={"lr": 5e-3}, waits=True)
 def rehearsed(loop: Loop) -> None:
     loop.optimizer.zero_grad()
     loss = loop.loss()

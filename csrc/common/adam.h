@@ -41,7 +41,8 @@ static inline
 }
 
 // m += (1 - beta1)(g - m);  v = beta2 v + (1 - beta2) g^2;  w -= step_size m / (sqrt(v) / sqrt(bias2) + eps). Before
-// that g = sign g + l2 w and w = keep w, by a branch of its own: without decay the numbers stay those of the line above.
+// that g = sign g + l2 w and w = keep w, by a branch of its own: without decay the numbers stay those of the line
+// above.
 template <class F>
 HM_INLINE void adam_update(F grad, F& weight, F& first, F& second, const AdamStep& s) {
   if (!s.plain) {

@@ -254,9 +254,9 @@ HM_SCHEMAS(m) {
       " bool maximize=False)"
       " -> (Tensor hidden_grad, Tensor drift)");
   m.def(
-      "output_residuals(Tensor hidden, Tensor weight, Tensor bias, Tensor targets) -> (Tensor residuals, Tensor drift)");
-  m.def(
-      "hidden_gradient(Tensor factors, Tensor scales, Tensor weight) -> (Tensor hidden_grad, Tensor bias_grad)");
+      "output_residuals(Tensor hidden, Tensor weight, Tensor bias, Tensor targets) -> (Tensor residuals, Tensor "
+      "drift)");
+  m.def("hidden_gradient(Tensor factors, Tensor scales, Tensor weight) -> (Tensor hidden_grad, Tensor bias_grad)");
   m.def(
       "factored_adam(Tensor factors, Tensor scales, Tensor hidden, Tensor(a!) weight, Tensor(b!) weight_m,"
       " Tensor(c!) weight_v, Tensor step, Tensor lr, float beta1, float beta2, float eps, float weight_decay=0.0,"

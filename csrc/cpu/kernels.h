@@ -63,8 +63,8 @@ struct Kernels {
   // out[j] = W h_j + b - target_j [tasks, N] of all drift tasks; the last one has no target. Returns the sum of squares
   // of all others.
   double (*dense_residuals)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* out);
-  // dense_value with what follows from it: adding to grad_hidden [tasks, padded], or null, writing gradients or stepping
-  // Adam.
+  // dense_value with what follows from it: adding to grad_hidden [tasks, padded], or null, writing gradients or
+  // stepping Adam.
   double (*dense_pass)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* grad_hidden);
 };
 

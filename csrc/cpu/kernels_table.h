@@ -8,6 +8,6 @@
   const Kernels& kernels_##isa() {                                                                     \
     static const Kernels table = {                                                                     \
         #isa,          radix_count,    mask_forward, mask_backward, weights_forward, weights_backward, \
-        drift_forward, drift_backward, dense_logits, dense_value,  dense_residuals, dense_pass};       \
+        drift_forward, drift_backward, dense_logits, dense_value,   dense_residuals, dense_pass};      \
     return table;                                                                                      \
   }

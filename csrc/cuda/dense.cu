@@ -144,7 +144,8 @@ std::tuple<Tensor, Tensor> output_residuals(const Tensor& hidden, const Tensor& 
 
 // What the two passes over kept factors have in common. The hidden vectors are the step's only.
 Dense factored_layer(const char* op, const Tensor& factors, const Tensor& scales, const Tensor& weight) {
-  if (weight.size(1) > 4096 || factors.size(0) > 4096) fail(op, "factors or weight have more than 4096 rows or columns");
+  if (weight.size(1) > 4096 || factors.size(0) > 4096)
+    fail(op, "factors or weight have more than 4096 rows or columns");
   Dense d{};
   d.rows = weight.size(0);
   d.width = static_cast<int>(weight.size(1));
