@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import exporting, ops, pretrained
-from .anchored import Anchored, without_autocast
+from . import exporting, mask_making, ops, pretrained
 from .errors import InputError
-from .hypernet import HypernetConfig, OutputStepper
+from .hypernet import HypernetConfig
+from .mask_making import MaskMaking
 from .masking import classes as numbers
 from .masking import mixed
 from .masking.layout import MaskLayout
@@ -27,7 +27,7 @@ from .ops import registry
 from .regularizers import DriftConfig
 
 
-class HyperMask(Anchored):
+class HyperMask(MaskMaking):
     """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
 
     `net` is changed in place. Its modules stay, and so do their Parameters and names: an ordinary state_dict loads.
@@ -127,97 +127,6 @@ class HyperMask(Anchored):
     def _ddp_params_and_buffers_to_ignore(self, names: list[str]) -> None:
         self._left_to_replicate = names
 
-    # -- masks ----------------------------------------------------------------------------------------------------
-
-    @without_autocast
-    def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
-        """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
-
-        Args:
-            task: an int, or a 0-dim int64 tensor (which a compiled graph takes without recompiling). On a GPU and in a
-                compiled graph, which don't look at its value, a task that does not exist gives NaN.
-            sparsity: percent, in place of the model's own (a sparsity ramp).
-            ranks: (S,) int64 in place of sparsity, for who keeps them on the device; see `MaskLayout.ranks`.
-
-        Raises:
-            InputError: the task does not exist, or sparsity is not from 0 to 100.
-        """
-        stepper = self._stepper_in_training()
-        if isinstance(task, Tensor) and (stepper is None or not _values_at_hand(task) or not _is_id(task)):
-            return self._mask_by_tensor(task, sparsity, ranks)
-        task = int(task) if isinstance(task, Tensor) else task
-        self._check_task(task)
-        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
-        if anchor is None:
-            hidden = self.hypernet.hidden([task])
-            if stepper is None:
-                logits = self.hypernet.logits(hidden).squeeze(0)
-            else:
-                logits, _ = self.hypernet.factored_logits(hidden, (), task, stepper)
-            return self._mask_of(task, logits, sparsity, ranks)
-        hidden = self.hypernet.hidden(self.hypernet.tasks(task))
-        for_drifts: dict[str, Any] = {}
-        if stepper is None:
-            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[-1:]).squeeze(0), hidden[:-1]
-        else:
-            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(hidden, anchor.targets, task, stepper)
-        if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
-            for_drifts["drift_from"] = anchor.weights, self.drift.norm
-        return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
-
-    def _mask_by_tensor(self, task: Tensor, sparsity: float | None, ranks: Tensor | None) -> TaskMask:
-        """`mask` of a task whose id is a tensor, which is looked at where that costs no host sync."""
-        if not _is_id(task):
-            raise InputError(
-                "a task tensor is int64, 0-dim (or, for a forward pass, one id per sample), "
-                f"not {task.dtype} of {tuple(task.shape)}"
-            )
-        ids = task.reshape(1)
-        if _values_at_hand(task):  # then only this task's own get a gradient
-            number = int(task)
-            self._check_task(number)
-            return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks)
-        known = self._known(ids)
-        ids = ids.where(known, 0)
-        hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
-        return self._mask_of(ids[0], self.hypernet.logits(hidden).squeeze(0), sparsity, ranks)
-
-    def _mask_of(
-        self,
-        task: int | Tensor,
-        logits: Tensor,
-        sparsity: float | None = None,
-        ranks: Tensor | None = None,
-        **for_drifts: Any,
-    ) -> TaskMask:
-        thresholds = self._thresholds(logits, sparsity, ranks)
-        return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
-
-    def _stepper_in_training(self) -> OutputStepper | None:
-        """Who takes the output layer's gradient in factors; in a compiled graph it is an ordinary one."""
-        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        return self.hypernet.stepper
-
-    @without_autocast
-    def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
-        logits = self.hypernet(tasks)
-        return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
-
-    def _thresholds(self, logits: Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> Tensor:
-        if ranks is None:
-            ranks = self._ranks_of(self.sparsity if sparsity is None else sparsity, logits.device)
-        return ops.mask_thresholds(logits, self.layout.offsets, ranks)
-
-    def _ranks_of(self, sparsity: float, device: torch.device) -> Tensor:
-        """`layout.ranks`, kept on a GPU, for copying them there is a wait."""
-        if device.type == "cpu" or torch.compiler.is_compiling():
-            return self.layout.ranks(sparsity, device)
-        key = self.layout, sparsity, device
-        if key not in self._ranks:
-            self._ranks[key] = self.layout.ranks(sparsity, device)
-        return self._ranks[key]
-
     # -- forward passes -------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, task: int | Tensor | TaskMask | None = None, **kwargs: Any) -> Any:
@@ -314,7 +223,7 @@ class HyperMask(Anchored):
     def _forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
         """Every sample under its own task's mask; nothing waits for the device, so an unknown task gives NaN."""
         known = self._known(tasks)
-        if _values_at_hand(tasks) and not known.all():
+        if mask_making.values_at_hand(tasks) and not known.all():
             self._check_task(int(tasks[~known][0]))
         tasks = tasks.where(known, 0)
         if self.num_tasks <= tasks.shape[0] or self.hypernet.averaging is not None:
@@ -464,13 +373,3 @@ class HyperMask(Anchored):
         exporting.check(format, path, inputs, kwargs, dynamic)
         net = self._exported(task, self.mask(task).effective)
         return net if path is None else exporting.write(net, format, path, inputs, kwargs, dynamic=dynamic)
-
-
-def _is_id(task: Tensor) -> bool:
-    """Whether it can be one task's id."""
-    return task.dtype == torch.int64 and task.dim() <= 1 and task.numel() == 1
-
-
-def _values_at_hand(tensor: Tensor) -> bool:
-    """Whether its values may be looked at: on the CPU without a wait; on a GPU with HYPERMASK_DEBUG=1 only."""
-    return (tensor.device.type == "cpu" or registry.debug()) and not torch.compiler.is_compiling()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from . import ops
 from .errors import InputError
 from .factored import FactoredGradient, Factors, SteppedGradient
-from .hypernet import HyperNetwork, Pending
+from .hypernet import HyperNetwork
 from .model import HyperMask
+from .output_layer import Pending
 
 __all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
 

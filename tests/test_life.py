@@ -171,7 +171,7 @@ def test_a_task_that_is_not_looked_at_and_was_removed_gives_nan(monkeypatch):
     model.remove_task(0)
     x, _ = batch()
     expected = model(x, 2)
-    monkeypatch.setattr("hypermask_fast.model._values_at_hand", lambda tensor: False)
+    monkeypatch.setattr("hypermask_fast.mask_making.values_at_hand", lambda tensor: False)
     assert model(x, torch.tensor(0)).isnan().all()
     torch.testing.assert_close(model(x, torch.tensor(2)), expected)
 
@@ -310,7 +310,7 @@ def test_a_frozen_task_stays_as_it_is(by_tensor, monkeypatch):
     before = copy.deepcopy(own_of(model, 1))
     weight = model.net[0].weight.detach().clone()
     if by_tensor:
-        monkeypatch.setattr("hypermask_fast.model._values_at_hand", lambda tensor: False)
+        monkeypatch.setattr("hypermask_fast.mask_making.values_at_hand", lambda tensor: False)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=0.1)
     model.train()
     for task in (1, 2, 1):

@@ -311,7 +311,7 @@ def test_a_task_tensor_that_is_not_looked_at(task, chunk_size, monkeypatch):
     ).eval()
     x = torch.randn(4, 8)
     expected = model(x, 2)
-    monkeypatch.setattr("hypermask_fast.model._values_at_hand", lambda tensor: False)
+    monkeypatch.setattr("hypermask_fast.mask_making.values_at_hand", lambda tensor: False)
     assert torch.equal(model(x, torch.tensor(2)), expected)
     assert model(x, torch.tensor(task)).isnan().all()
 

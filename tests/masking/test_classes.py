@@ -54,7 +54,7 @@ def test_every_entry_point(monkeypatch):
     torch.testing.assert_close(mixed, torch.cat([model(x[i : i + 1], t) for i, t in enumerate(tasks.tolist())]))
     with model.disabled():
         assert (model.net(x) > -1e6).all()
-    monkeypatch.setattr("hypermask_fast.model._values_at_hand", lambda tensor: False)
+    monkeypatch.setattr("hypermask_fast.mask_making.values_at_hand", lambda tensor: False)
     for task in range(3):
         check(model(x, torch.tensor(task)), task, model, x)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypermask_fast as hmf
-from hypermask_fast import model
+from hypermask_fast import mask_making
 from hypermask_fast.masking.task_batch import serves
 from hypermask_fast.ops import reference, registry
 
@@ -180,7 +180,7 @@ def test_a_model_runs_fused_in_half_precision():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Values of tensors are not at hand, several tasks pass at once, and Triton is what auto takes on this device."""
-    monkeypatch.setattr(model, "_values_at_hand", lambda tensor: False)
+    monkeypatch.setattr(mask_making, "values_at_hand", lambda tensor: False)
     monkeypatch.setattr(hmf.HyperMask, "_in_one_pass", lambda self, x, tasks=None: serves(self.net, x, tasks))
     internals.automatic(monkeypatch, "cpu", "cpu", "triton")
 
@@ -244,9 +244,9 @@ def test_fused_task_that_does_not_exist_gives_nan_rows(as_on_a_gpu, monkeypatch)
     assert y[[2, 4]].isnan().all() and y[[0, 1, 3, 5, 6]].isfinite().all()
     monkeypatch.undo()
     elsewhere = torch.empty(1, device="meta")
-    assert not model._values_at_hand(elsewhere)
+    assert not mask_making.values_at_hand(elsewhere)
     monkeypatch.setenv("HYPERMASK_DEBUG", "1")
-    assert model._values_at_hand(elsewhere)
+    assert mask_making.values_at_hand(elsewhere)
     monkeypatch.setattr(hmf.HyperMask, "_in_one_pass", lambda self, x, tasks=None: True)
     with pytest.raises(hmf.InputError, match="task 3 does not exist"):
         found(x, tasks)

@@ -97,7 +97,7 @@ def test_every_way_to_ask(kind, monkeypatch):
     torch.testing.assert_close(model.forward_all_tasks(x), torch.stack([model(x, t) for t in range(3)]))
     expected = model(x, 2)
     other = copy.deepcopy(model)
-    monkeypatch.setattr("hypermask_fast.model._values_at_hand", lambda tensor: False)
+    monkeypatch.setattr("hypermask_fast.mask_making.values_at_hand", lambda tensor: False)
     torch.testing.assert_close(model(x, torch.tensor(2)), expected)
     model.train()(x, torch.tensor(2))
     other.train()(x, 2)

@@ -120,7 +120,7 @@ def test_every_way_to_ask(case, monkeypatch):
         allow_unused=True,
     ) or (None,)
     assert gradient is None
-    monkeypatch.setattr("hypermask_fast.model._values_at_hand", lambda tensor: False)
+    monkeypatch.setattr("hypermask_fast.mask_making.values_at_hand", lambda tensor: False)
     torch.testing.assert_close(model(x, torch.tensor(2)), expected)
 
 

@@ -1,0 +1,121 @@
+"""How a model makes its tasks' masks: from a task's id over the hypernetwork to thresholds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .anchored import Anchored, without_autocast
+from .errors import InputError
+from .masking.layout import MaskLayout
+from .masking.masks import TaskMask
+from .masking.task_batch import TaskMasks
+from .ops import registry
+from .output_layer import OutputStepper
+
+
+class MaskMaking(Anchored):
+    """Tasks with an anchor, and their masks."""
+
+    _ranks: dict[tuple[MaskLayout, float, torch.device], Tensor]
+
+    @without_autocast
+    def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
+        """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
+
+        Args:
+            task: an int, or a 0-dim int64 tensor (which a compiled graph takes without recompiling). On a GPU and in a
+                compiled graph, which don't look at its value, a task that does not exist gives NaN.
+            sparsity: percent, in place of the model's own (a sparsity ramp).
+            ranks: (S,) int64 in place of sparsity, for who keeps them on the device; see `MaskLayout.ranks`.
+
+        Raises:
+            InputError: the task does not exist, or sparsity is not from 0 to 100.
+        """
+        stepper = self._stepper_in_training()
+        if isinstance(task, Tensor) and (stepper is None or not values_at_hand(task) or not is_id(task)):
+            return self._mask_by_tensor(task, sparsity, ranks)
+        task = int(task) if isinstance(task, Tensor) else task
+        self._check_task(task)
+        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
+        if anchor is None:
+            hidden = self.hypernet.hidden([task])
+            if stepper is None:
+                logits = self.hypernet.logits(hidden).squeeze(0)
+            else:
+                logits, _ = self.hypernet.factored_logits(hidden, (), task, stepper)
+            return self._mask_of(task, logits, sparsity, ranks)
+        hidden = self.hypernet.hidden(self.hypernet.tasks(task))
+        for_drifts: dict[str, Any] = {}
+        if stepper is None:
+            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[-1:]).squeeze(0), hidden[:-1]
+        else:
+            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(hidden, anchor.targets, task, stepper)
+        if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
+            for_drifts["drift_from"] = anchor.weights, self.drift.norm
+        return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
+
+    def _mask_by_tensor(self, task: Tensor, sparsity: float | None, ranks: Tensor | None) -> TaskMask:
+        """`mask` of a task whose id is a tensor, which is looked at where that costs no host sync."""
+        if not is_id(task):
+            raise InputError(
+                "a task tensor is int64, 0-dim (or, for a forward pass, one id per sample), "
+                f"not {task.dtype} of {tuple(task.shape)}"
+            )
+        ids = task.reshape(1)
+        if values_at_hand(task):  # then only this task's own get a gradient
+            number = int(task)
+            self._check_task(number)
+            return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks)
+        known = self._known(ids)
+        ids = ids.where(known, 0)
+        hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
+        return self._mask_of(ids[0], self.hypernet.logits(hidden).squeeze(0), sparsity, ranks)
+
+    def _mask_of(
+        self,
+        task: int | Tensor,
+        logits: Tensor,
+        sparsity: float | None = None,
+        ranks: Tensor | None = None,
+        **for_drifts: Any,
+    ) -> TaskMask:
+        thresholds = self._thresholds(logits, sparsity, ranks)
+        return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
+
+    def _stepper_in_training(self) -> OutputStepper | None:
+        """Who takes the output layer's gradient in factors; in a compiled graph it is an ordinary one."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self.hypernet.stepper
+
+    @without_autocast
+    def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
+        logits = self.hypernet(tasks)
+        return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
+
+    def _thresholds(self, logits: Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> Tensor:
+        if ranks is None:
+            ranks = self._ranks_of(self.sparsity if sparsity is None else sparsity, logits.device)
+        return ops.mask_thresholds(logits, self.layout.offsets, ranks)
+
+    def _ranks_of(self, sparsity: float, device: torch.device) -> Tensor:
+        """`layout.ranks`, kept on a GPU, for copying them there is a wait."""
+        if device.type == "cpu" or torch.compiler.is_compiling():
+            return self.layout.ranks(sparsity, device)
+        key = self.layout, sparsity, device
+        if key not in self._ranks:
+            self._ranks[key] = self.layout.ranks(sparsity, device)
+        return self._ranks[key]
+
+
+def is_id(task: Tensor) -> bool:
+    """Whether it can be one task's id."""
+    return task.dtype == torch.int64 and task.dim() <= 1 and task.numel() == 1
+
+
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether its values may be looked at: on the CPU without a wait; on a GPU with HYPERMASK_DEBUG=1 only."""
+    return (tensor.device.type == "cpu" or registry.debug()) and not torch.compiler.is_compiling()
