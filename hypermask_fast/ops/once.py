@@ -44,7 +44,7 @@ def differentiable_once(name: str, backward: Callable, instead: str = _REFERENCE
 def _marked(message: str, results: list, origins: list[Tensor]) -> list:
     """The same results, in a graph that has `origins` below it."""
     flat = [*_tensors(results)]
-    new = iter(_Once.apply(message, len(flat), *flat, *origins))  # pyright: ignore[reportArgumentType]
+    new = iter(_Once.apply(message, len(flat), *flat, *origins))
 
     def exchanged(value: Any) -> Any:
         if isinstance(value, Tensor):
