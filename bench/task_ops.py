@@ -141,7 +141,7 @@ def _under_every_task(contender: str, network: _Network) -> Forward:
         model = network.model()
         with torch.no_grad():
             masks = model.all_masks() if contender == MODEL_READY else None
-        return lambda x: model.forward_all_tasks(x, masks)
+        return lambda x: model.forward_all_tasks(x, masks=masks)
     masked = _masked(contender, network)
     return lambda x: torch.stack([network.forward(x, masked(task)) for task in range(network.tasks)])
 

@@ -324,7 +324,7 @@ class HyperMask(Anchored):
         if masks is None:
             outputs = self._all(self.all_masks(), tuple(inputs), kwargs)
             return mixed.spread(outputs, self.tasks, self.num_tasks) if self.hypernet.removed else outputs
-        for mask in masks:
+        for mask in masks if self.hypernet.removed else ():
             self._mask_for(mask)
         return self._all(masks, tuple(inputs), kwargs)
 
