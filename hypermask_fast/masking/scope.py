@@ -1,6 +1,8 @@
 """Scope: which pass a read of a masked parameter belongs to."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -64,27 +66,6 @@ class _Local(threading.local):
         self.again = False
 
 
-class _Use:
-    """The block of `Scope.use`; a class, for a generator would cost a small network's pass a microsecond more."""
-
-    __slots__ = ("_before", "_local", "_running", "_thread", "_threads")
-
-    def __init__(self, local: _Local, threads: list[int], running: Running) -> None:
-        self._local, self._threads, self._running = local, threads, running
-
-    def __enter__(self) -> None:
-        self._before = self._local.running
-        self._thread = None if torch.compiler.is_compiling() else threading.get_ident()
-        self._local.running = self._running
-        if self._thread is not None:
-            self._threads.append(self._thread)
-
-    def __exit__(self, *error: object) -> None:
-        self._local.running = self._before
-        if self._thread is not None:
-            self._threads.remove(self._thread)
-
-
 class Scope:
     """The passes through one model's network.
 
@@ -122,9 +103,21 @@ class Scope:
             )
         return None
 
-    def use(self, running: Running) -> "_Use":
-        """A block: reads inside, in this thread, happen under `running`; afterwards nothing of it is left behind."""
-        return _Use(self._local, self._threads, running)
+    @contextmanager  # not a class of one's own, whose block a compiled graph leaves where it breaks
+    def use(self, running: Running) -> Iterator[None]:
+        """Reads inside, in this thread, happen under `running`; afterwards nothing of it is left behind."""
+        local = self._local
+        before, counted = local.running, not torch.compiler.is_compiling()
+        thread = threading.get_ident() if counted else 0
+        local.running = running
+        if counted:
+            self._threads.append(thread)
+        try:
+            yield
+        finally:
+            local.running = before
+            if counted:
+                self._threads.remove(thread)
 
     # -- the backward pass ----------------------------------------------------------------------------------------
 

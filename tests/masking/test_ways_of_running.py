@@ -403,3 +403,19 @@ def test_a_network_compiled_before_it_is_wrapped(how):
     grads = [torch.autograd.grad(m(batch(), 1).square().sum(), m.weights()) for m in (model, expected)]
     for ours, theirs in zip(*grads, strict=True):
         assert_close(ours, theirs, "network")
+
+
+class Breaks(HeadFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        torch._dynamo.graph_break()
+        return self.head(h.relu())
+
+
+def test_a_compiled_graph_that_breaks_within_a_pass_keeps_the_mask():
+    torch.compiler.reset()
+    model = model_of(Breaks(), heads="head")
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for task in range(3):
+            assert_close(compiled(batch(), torch.tensor(task)), model(batch(), task), "network")
