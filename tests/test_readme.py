@@ -64,7 +64,7 @@ def test_what_comments_say_of_an_export(tmp_path):
 def test_the_commands_are_ones(line, monkeypatch):
     """Their words are understood; what they do is tested elsewhere."""
     words, called = shlex.split(line.partition("#")[0].replace("> mine.toml", "")), []
-    for name in ("_train", "_evaluate", "_export", "_presets", "_env"):
+    for name in ("_data", "_settings", "_train", "_evaluate", "_export", "_presets", "_env"):
         monkeypatch.setattr(cli, name, lambda arguments: called.append(arguments) or 0)
     assert cli.main(words) == 0 and len(called) == 1
 
