@@ -1,11 +1,8 @@
 """Small networks of the kinds that people bring, with random weights: what `bench.networks` checks."""
 
 import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -230,23 +227,12 @@ def hugging_face(kind: str, config: str, **settings: Any) -> Callable[[], nn.Mod
     """A network of `transformers` with random weights and no dropout, so that two passes can be compared."""
 
     def build() -> nn.Module:
-        with needed_for("Hugging Face's networks", "test"), _without_this_folder():
+        with needed_for("Hugging Face's networks", "test"):
             transformers = importlib.import_module("transformers")
             of_kind, of_config = getattr(transformers, kind), getattr(transformers, config)
         return of_kind(of_config(**settings))
 
     return build
-
-
-@contextmanager
-def _without_this_folder() -> Iterator[None]:
-    """transformers looks for a package called kernels; in the folder of this repository it would find ours."""
-    before = sys.path[:]
-    sys.path[:] = [path for path in before if not (Path(path) / "kernels" / "host.py").exists()]
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 _SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}

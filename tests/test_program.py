@@ -23,6 +23,13 @@ def test_runs_as_a_module_and_as_the_installed_command(words):
     assert done.stderr.startswith("hypermask-fast: error: unknown preset 'nothing'")
 
 
+def test_a_checkout_on_the_path_offers_no_package_kernels():
+    """Another package has this name, and transformers imports what it finds."""
+    words = "import kernels; assert not hasattr(kernels, 'masked_linear'); import hypermask_fast.kernels"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 or "No module named 'triton'" in done.stderr, done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="pipes and full disks as Linux has them")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_goes_nowhere(unbuffered):

@@ -82,9 +82,9 @@ def test_the_numbers_are_those_of_a_loop_by_hand(name, tmp_path):
             assert torch.equal(own[key], ranks[0][1][key])
 
 
-@pytest.mark.parametrize("name", ["with_lightning", "with_accelerate", "with_transformers"])
-def test_the_loss_falls(name, tmp_path):
-    skip_without([name.removeprefix("with_")])
+@pytest.mark.parametrize(("name", "packages"), {case[0]: case[1] for case in CASES.values()}.items())
+def test_the_loss_falls(name, packages, tmp_path):
+    skip_without(packages)
     text = run(tmp_path, (), ROOT / f"examples/{name}.py")
     lines = [line for line in text.splitlines() if line.startswith("task ")]
     assert len(lines) == 2
