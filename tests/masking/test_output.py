@@ -107,3 +107,20 @@ def test_a_layer_exchanged_after_construction_is_refused(way):
     ):
         with pytest.raises(InputError, match="has been replaced since the model was made"):
             call()
+
+
+class Idle(HeadFirst):
+    """Has a layer that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Linear(4, 4)
+
+
+def test_what_the_first_pass_did_not_read_is_said_once(recwarn):
+    model, x = hmf.HyperMask(Idle(), 2), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match=r"did not use these masked parameters: idle\.weight, idle\.bias"):
+        model(x, 0)
+    recwarn.clear()
+    model(x, 1)
+    assert not recwarn.list
