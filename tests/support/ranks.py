@@ -1,4 +1,4 @@
-"""What each of two processes does in tests/test_distributed.py: here, where a process can import it."""
+"""What each of two processes does in tests/distributed/test_replicas.py: here, where a process can import it."""
 
 import copy
 import os

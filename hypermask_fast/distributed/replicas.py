@@ -1,13 +1,13 @@
-"""Several processes that train one model: replicas, whose gradients are averaged."""
+"""Replicas: every process has the whole model, whose gradients are averaged."""
 
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
-from .averaging import Averaging
-from .errors import InputError
-from .model import HyperMask
+from ..averaging import Averaging
+from ..errors import InputError
+from ..model import HyperMask
 
 M = TypeVar("M", bound=nn.Module)
 
