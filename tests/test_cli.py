@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypermask_fast import InputError, cli
+from hypermask_fast import InputError, cli, commands
 from hypermask_fast.training import describe, run, targets
 from hypermask_fast.training.config import RunConfig, load_preset, presets
 from hypermask_fast.training.result import Result
@@ -180,7 +180,7 @@ def test_an_interrupt_before_there_is_a_run_recommends_nothing(tmp_path, monkeyp
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for owner, name in ((run, "read_scenario"), (cli, "load_preset")):
+    for owner, name in ((run, "read_scenario"), (commands.train, "load_preset")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, interrupt)
             assert train(tmp_path / "run") == 130
@@ -461,6 +461,6 @@ def test_other_exceptions_keep_their_traceback(monkeypatch):
     def fail():
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "presets", fail)
+    monkeypatch.setattr(commands.presets, "presets", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["presets"])

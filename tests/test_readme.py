@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypermask_fast import cli
+from hypermask_fast import cli, commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,8 +64,9 @@ def test_what_comments_say_of_an_export(tmp_path):
 def test_the_commands_are_ones(line, monkeypatch):
     """Their words are understood; what they do is tested elsewhere."""
     words, called = shlex.split(line.partition("#")[0].replace("> mine.toml", "")), []
-    for name in ("_data", "_settings", "_train", "_evaluate", "_export", "_presets", "_env"):
-        monkeypatch.setattr(cli, name, lambda arguments: called.append(arguments) or 0)
+    for command in commands.COMMANDS:
+        name = "report" if command is commands.env else "_run"
+        monkeypatch.setattr(command, name, lambda arguments: called.append(arguments) or 0)
     assert cli.main(words) == 0 and len(called) == 1
 
 

@@ -1,0 +1,39 @@
+"""What the commands share: their arguments, what they print, and how they end."""
+
+import argparse
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+PROGRAM = "hypermask-fast"
+EXIT_INPUT, EXIT_UNREAD = 2, 141
+
+
+def command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+    """A new command, which `function` does; what it takes is added to what is returned."""
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(run=function)
+    return parser
+
+
+def add_data_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data-dir", type=Path, metavar="D", help="folder of the data set's files")
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def interrupted(number: int, detail: str = "") -> int:
+    """Says that a signal has ended the command; returns its exit code."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # below the terminal's ^C
+    tell(f"interrupted{detail}")
+    return 128 + number
+
+
+def tell(message: str) -> None:
+    """One line on standard error, where that can still be written."""
+    with suppress(OSError):
+        print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,5 @@
+"""Several processes that train one model."""
+
+from .replicas import replicate
+
+__all__ = ["replicate"]
