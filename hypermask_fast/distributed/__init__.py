@@ -1,5 +1,6 @@
 """Several processes that train one model."""
 
 from .replicas import replicate
+from .shares import Share, share
 
-__all__ = ["replicate"]
+__all__ = ["Share", "replicate", "share"]
