@@ -5,11 +5,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.loops import BATCH, TASKS, averaged, data, refusal, state, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hypermask_fast as hmf
+from support.loops import BATCH, TASKS, averaged, data, refusal, train
 
 FIDELITIES = ("default", "official")
 DTYPES = (torch.float64, torch.float32)
@@ -59,8 +59,8 @@ def convnet(kind="BatchNorm2d", fidelity="default", seed=1, tasks=TASKS, dtype=t
     torch.manual_seed(seed)
     norm = NORMS[kind]
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, bias=False), norm(4), nn.ReLU(), Block(norm), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(4, 3),
+        nn.Conv2d(2, 4, 3, padding=1, bias=False), norm(4), nn.ReLU(), Block(norm),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
     )  # fmt: skip
     config = hmf.HypernetConfig(embedding=6, hidden=(10,))
     model = hmf.HyperMask(net, tasks, 20, config, fidelity=fidelity, beta=0.1, drift_norm=2, per_task=per_task)
@@ -168,7 +168,6 @@ def averaged_statistics():
 
 def exported():
     model = synchronised("untracked")
-    x, _ = images(0, 0)
     plain = model.export(0)
     kinds = {type(module) for module in plain.modules()}
     back = model.unconvert()
@@ -188,4 +187,3 @@ CASES = {
         *(averaged_statistics, exported, refusals),
     )
 }
-__all__ = ["state"]

@@ -6,11 +6,11 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.loops import BATCH, counted, data, mlp, refusal, state, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hypermask_fast as hmf
+from support.loops import BATCH, counted, data, mlp, refusal, state, train
 
 LOOPS = [
     *((optimiser, None, loop) for optimiser in ("SGD", "default") for loop in ("accumulate", "clip", "mixed")),
