@@ -4,6 +4,7 @@ that goes on says so.
 Imported before anything else of the package. Where the package is used as a library nothing changes.
 """
 
+import os
 import re
 import signal
 import sys
@@ -30,7 +31,7 @@ def ready() -> None:
 def _tell_resumed() -> None:
     """On a terminal a run that goes on says so at once, before the seconds that importing PyTorch takes."""
     with suppress(OSError, AttributeError, ValueError):  # closed
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
             print("hypermask-fast: resuming; PyTorch is being loaded first", file=sys.stderr, flush=True)
 
 
