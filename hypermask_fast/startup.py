@@ -35,6 +35,17 @@ def _tell_resumed() -> None:
             print("hypermask-fast: resuming; PyTorch is being loaded first", file=sys.stderr, flush=True)
 
 
+def _quiet_store() -> None:
+    """Of several processes, one that ends is told in one line: not by a page of C++ frames from each that talks to it.
+
+    PyTorch reads the variable when it is imported.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+if _is_command():
+    _quiet_store()
 if _is_command() and "--resume" in sys.argv[1:] + sys.orig_argv:
     _tell_resumed()
 if _is_command() and signal.getsignal(signal.SIGINT) == signal.default_int_handler:

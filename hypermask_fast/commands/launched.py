@@ -25,7 +25,7 @@ _c10d: Any = dist  # PyTorch documents its stores, and doesn't mark them as expo
 TIMEOUT = 600.0  # seconds
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _POLL = 0.01  # seconds
-_PATIENCE = 2.0  # seconds in which processes that end together have all said so
+_PATIENCE = 5.0  # seconds in which processes that end together have all said so
 
 
 def rank_alone() -> int:
@@ -106,6 +106,7 @@ class Launched:
             if dist.is_initialized() and self.size > 1:
                 with suppress(RuntimeError):
                     dist.destroy_process_group()
+                self._keep_store()
 
     def _begin(self, on_gpu: bool) -> None:
         if self.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -151,6 +152,11 @@ class Launched:
                 raise ProcessLost(True, "the command's beginning", "rank 0")
             time.sleep(_POLL)
 
+    def _keep_store(self) -> None:
+        """Where the first process has the store, it stays until all others that fail with it have asked who speaks."""
+        if self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and self._round.check(["told"]):
+            self._others_silent()
+
     # -- what all of them do alike ------------------------------------------------------------------------------------
 
     def as_first(self, yes: bool) -> bool:
@@ -190,14 +196,19 @@ class Launched:
         """The error with the ranks that have not said that they end, as those do that see another one end."""
         if self._round is None:
             return error
+        silent = self._others_silent(known=0 if error.late else 1)
+        place = f"{error.place} (--timeout {self.timeout:g})" if error.late else error.place
+        return ProcessLost(error.late, place, ranks_named(silent) if silent else "another rank")
+
+    def _others_silent(self, known: int = 0) -> list[int]:
+        """The other ranks that don't say within seconds that they end; known: so many at least never will."""
         silent = [rank for rank in range(self.size) if rank != self.rank]
         until = time.monotonic() + _PATIENCE
         with suppress(RuntimeError):
-            while (silent if error.late else silent[1:]) and time.monotonic() < until:
+            while len(silent) > known and time.monotonic() < until:
                 time.sleep(_POLL)
                 silent = [rank for rank in silent if not self._round.check([f"ends/{rank}"])]
-        place = f"{error.place} (--timeout {self.timeout:g})" if error.late else error.place
-        return ProcessLost(error.late, place, ranks_named(silent) if silent else "another rank")
+        return silent
 
 
 def _key(run_dir: Path) -> str:

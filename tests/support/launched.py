@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from hypermask_fast import InputError, cli
-from hypermask_fast.training import run, step
+from hypermask_fast.training import report, run, step
 from hypermask_fast.training.config import load_preset
 
 torch.set_num_threads(1)  # a fork has no threads of OpenMP's, and would wait for them
-run.read_scenario(load_preset("split-digits"))
+report.check_packages()
+_config = load_preset("split-digits")
+run.build_model(_config, run.read_scenario(_config))
 
 
 def command(rank: int, words: list[str], events: dict[int, tuple[int, str, float]] | None = None) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of the process that is forked, as startup.py has it for a command
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["support.launched"])
 
