@@ -30,24 +30,10 @@ class Averaging:
     def means(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors' means over the ranks, in one all-reduce."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        self.mean_(flat)
+        dist.all_reduce(flat, group=self.group)
+        flat /= self.size
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-    def mean_(self, tensor: Tensor) -> None:
-        """Puts the mean over the ranks in the tensor's place."""
-        tensor /= self.size  # before they are added: float16 ends at 65504
-        self.sum_(tensor)
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Puts the sum over the ranks in the tensor's place."""
-        dist.all_reduce(tensor, group=self.group)
-
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """(K, n) of every rank's tensor (n,), in the order of the ranks."""
-        found = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather(list(found), tensor.contiguous(), group=self.group)
-        return found
 
     def of_gradient(self, tensor: Tensor) -> Tensor:
         """The tensor itself, whose gradient is averaged on its way back."""

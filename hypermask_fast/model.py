@@ -217,7 +217,7 @@ class HyperMask(MaskMaking):
         for task in ids:
             self._check_task(task)
         if self.reducer is not None:
-            self.reducer.check_same_tasks(ids, self.num_tasks)
+            self.reducer.check_same_tasks(ids, self.num_tasks, self.training)
         averages = self.hypernet.averaging is not None  # over the ranks, which may have other tasks in their batches
         logits = self.hypernet(range(self.num_tasks))[ids] if averages else self.hypernet(ids)
         masks = [self._mask_of(task, of_task) for task, of_task in zip(ids, logits, strict=True)]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..averaging import Averaging
 from ..errors import InputError
 from ..masking.norms import STATISTICS, TaskStatistics, TrackingNorm
 from ..model import HyperMask
 from ..wrapping import active_ddp, is_dtensor
+from .ranks import Ranks
 
 _copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
@@ -31,13 +31,15 @@ class Reducer:
 
     Args:
         modules: whose Parameters; the HyperMask models in them have it as their `reducer`.
-        averaging: over all ranks that train them.
+        ranks: all that train them.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], averaging: Averaging) -> None:
-        self.averaging = averaging
+    def __init__(self, modules: Sequence[nn.Module], ranks: Ranks) -> None:
+        self.ranks = ranks
         self.modules = tuple(modules)
-        self.shares_batches = False  # whether batch norm takes the ranks' batches as one
+        self.shares: set[bool] = (
+            set()
+        )  # in training mode (True) or evaluation, batch norm takes all ranks' batches as one
         self._begin()
         self.watch()
 
@@ -51,7 +53,7 @@ class Reducer:
     def __deepcopy__(self, memo: dict) -> "Reducer":
         """Of those modules that are copied with it, whose Parameters are found at their next mask."""
         copied = object.__new__(Reducer)
-        copied.averaging, copied.shares_batches = self.averaging, self.shares_batches
+        copied.ranks, copied.shares = self.ranks, set(self.shares)
         copied.modules = tuple(memo[id(module)] for module in self.modules if id(module) in memo)
         copied._begin()
         return copied
@@ -98,21 +100,21 @@ class Reducer:
                 )
         return self._holds[ddp]
 
-    def check_same_tasks(self, tasks: Sequence[int], count: int) -> None:
+    def check_same_tasks(self, tasks: Sequence[int], count: int, training: bool) -> None:
         """Where batch norm takes all ranks' batches as one, each of them is to have samples of the same tasks.
 
-        tasks: of this rank's batch; count: how many there can be.
+        tasks: of this rank's batch; count: how many there can be; training: the mode of the pass.
 
         Raises:
             InputError: on every rank.
         """
-        if not self.shares_batches:
+        if training not in self.shares:
             return
         device = next(self.modules[0].parameters()).device
         mine = torch.zeros(count, device=device)
         mine[list(tasks)] = 1
-        self.averaging.mean_(mine)
-        if bool(((mine > 0) & (mine < 1 - 0.5 / self.averaging.size)).any()):
+        self.ranks.mean_(mine)
+        if bool(((mine > 0) & (mine < 1 - 0.5 / self.ranks.size)).any()):
             raise InputError(
                 "synchronised batch norm needs samples of the same tasks on every rank: give each rank's batch all of "
                 "the tasks, or pass one task per batch"
@@ -165,7 +167,7 @@ class Reducer:
         has.fill_(1)
         if missing:
             has[missing] = 0
-        self.averaging.mean_(flat)
+        self.ranks.mean_(flat)
         _copy_each([*grads, *statistics], filled)
         if missing:  # only then are the flags looked at: on a GPU that is a wait
             for number, others_have in zip(missing, (has[missing] > 0).tolist(), strict=True):
@@ -226,6 +228,22 @@ def _check_not_stepped(noted: Sequence[tuple["weakref.ref[Tensor]", int]]) -> No
                 "a hook has stepped a parameter within the backward pass, or taken its gradient, which the ranks "
                 "average when the pass is over: step in the loop, after loss.backward()"
             )
+
+
+def average_gradients(module: nn.Module, group: Any = None) -> None:
+    """Gives every rank the first one's Parameters and buffers outside of hypernetworks, and has them trained as one.
+
+    Args:
+        module: one with HyperMask models in it, of one shape on every rank.
+        group: of all ranks that train it; None for all processes.
+    """
+    ranks, models = Ranks(group), [part for part in module.modules() if isinstance(part, HyperMask)]
+    inner = {id(tensor) for model in models for tensor in (*model.hypernet.parameters(), *model.hypernet.buffers())}
+    ranks.make_equal(t for t in (*module.parameters(), *module.buffers()) if id(t) not in inner and not is_dtensor(t))
+    before = [part for model in models if isinstance(model.reducer, Reducer) for part in model.reducer.modules]
+    reducer = Reducer(list(dict.fromkeys([module, *models, *before])), ranks)
+    for model in models:
+        model.reducer = reducer
 
 
 def _note(reducer: "weakref.ref[Reducer]", parameter: Tensor) -> None:

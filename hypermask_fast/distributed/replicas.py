@@ -7,7 +7,9 @@ from torch import nn
 
 from ..averaging import Averaging
 from ..errors import InputError
-from .joining import join, models_in
+from ..model import HyperMask
+from ..wrapping import check_whole
+from .reducer import average_gradients
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -17,29 +19,37 @@ def replicate(module: M, group: Any = None) -> M:
 
     dW = G^T H with the same H on every rank: so of a hypernetwork the gradient of the logits is averaged within the
     backward pass, N numbers, and that of the output drift, and all gradients of the hypernetwork are then the ranks'
-    means. Those of all other Parameters are averaged as the backward pass ends. So any loop trains all ranks' batches:
+    means. Those of all other Parameters are averaged as the backward pass ends. So any loop trains one model:
 
         model = hmf.distributed.replicate(model)
 
-    DistributedDataParallel(model), around it, averages the other Parameters itself. Every rank makes the same backward
-    passes, of the same tasks.
+    A DistributedDataParallel around it averages the other Parameters itself. Every rank makes the same backward passes,
+    of the same tasks.
 
     Args:
-        module: a HyperMask, or a module with one in it (the one that DistributedDataParallel is given, if any).
+        module: a HyperMask, or a module with one in it: the one that DistributedDataParallel is given, where one is.
         group: a process group of torch.distributed; None for all processes.
 
     Returns:
         The module.
 
     Raises:
-        InputError: no process group, no HyperMask in the module, parameters that are sharded, or a module that is not
-            the same on all ranks in all but its values.
+        InputError: no process group, no HyperMask in the module, or parameters that are sharded.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise InputError("there is no process group: torch.distributed.init_process_group() comes first")
-    models = models_in(module, "replicate")
-    averaging = Averaging(group)
-    join(module, averaging)
-    for model in models:
-        model.hypernet.averaging = averaging
+    check_whole(module)
+    left_out = []
+    for name, part in module.named_modules():
+        if isinstance(part, HyperMask):
+            hypernet = part.hypernet
+            hypernet.averaging = Averaging(group)
+            hypernet.averaging.make_equal([*hypernet.parameters(), *hypernet.buffers()])
+            prefix = f"{name}.hypernet" if name else "hypernet"
+            left_out += [f"{prefix}.{parameter}" for parameter, _ in hypernet.named_parameters()]
+    if not left_out:
+        raise InputError(f"replicate takes a HyperMask or a module with one in it; {type(module).__name__} has none")
+    average_gradients(module, group)
+    marked: Any = module
+    marked._ddp_params_and_buffers_to_ignore = left_out  # noqa: SLF001  # what DistributedDataParallel asks for
     return module

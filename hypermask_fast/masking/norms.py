@@ -117,6 +117,12 @@ def synchronise(net: nn.Module, scope: Scope, ranks: Ranks, evaluation: bool) ->
     return count
 
 
+def uses_batches(net: nn.Module) -> bool:
+    """Whether some batch norm of a masked network takes the batch's own statistics in evaluation mode, too."""
+    norms: list[Any] = [module for module in net.modules() if isinstance(module, BatchNorm)]
+    return any(not isinstance(norm, TaskStatistics) or norm.batch_statistics for norm in norms)
+
+
 class TaskStatistics(BatchStatistics):
     """A normalisation whose running statistics are per task; a mixin before nn.BatchNorm2d and its like.
 
