@@ -1,6 +1,7 @@
 """Several processes that train one model."""
 
 from .replicas import replicate
+from .shards import shard
 from .shares import Share, share
 
-__all__ = ["Share", "replicate", "share"]
+__all__ = ["Share", "replicate", "shard", "share"]
