@@ -118,7 +118,7 @@ class HyperMask(MaskMaking):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Asked for by DistributedDataParallel(model); `distributed.replicate` says what it is."""
         left_out = self.__dict__.get("_left_to_replicate")
-        if left_out is None or self.hypernet.averaging is None:
+        if left_out is None or self.hypernet.processes is None:
             raise InputError(
                 "DistributedDataParallel would send the output layer's gradient, N x H: "
                 "DistributedDataParallel(hmf.distributed.replicate(model)) sends N numbers"
@@ -202,7 +202,7 @@ class HyperMask(MaskMaking):
             self._check_task(task)
         if self.reducer is not None:
             self.reducer.check_same_tasks(ids, self.num_tasks, self.training)
-        averages = self.hypernet.averaging is not None  # over the ranks, which may have other tasks in their batches
+        averages = self.hypernet.processes is not None  # over the ranks, which may have other tasks in their batches
         logits = self.hypernet(range(self.num_tasks))[ids] if averages else self.hypernet(ids)
         masks = [self._mask_of(task, of_task) for task, of_task in zip(ids, logits, strict=True)]
         if len(ids) == 1:
@@ -240,7 +240,7 @@ class HyperMask(MaskMaking):
         if mask_making.values_at_hand(tasks) and not known.all():
             self._check_task(int(tasks[~known][0]))
         tasks = tasks.where(known, 0)
-        if self.num_tasks <= tasks.shape[0] or self.hypernet.averaging is not None:
+        if self.num_tasks <= tasks.shape[0] or self.hypernet.processes is not None:
             batch = TaskBatch.mixed(self._masks_of(range(self.num_tasks)), tasks)
         else:  # fewer samples than tasks: a mask per sample
             batch = TaskBatch.mixed(self._masks_of(tasks), torch.arange(tasks.shape[0], device=tasks.device))
