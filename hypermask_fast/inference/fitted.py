@@ -193,14 +193,20 @@ class ClassGaussians(ABC):
         if now == self._seen:
             return
         self._seen = now
-        of_weights = fingerprints(model, tasks)
-        stale = [str(task) for task in tasks if self.of_task[task].fingerprint != of_weights[task]]
-        if stale:
+        if stale := [str(task) for task in self._stale(model, tasks)]:
             warnings.warn(
                 f"weights have changed since {type(self).__name__} was fitted for task {', '.join(stale)}: distances "
                 "are from the features as they were then; where the training data are at hand, fit again",
                 stacklevel=4,
             )
+
+    def is_of(self, model: TaskModel, tasks: Iterable[int]) -> bool:
+        """Whether these tasks are fitted, of the weights that the model has now."""
+        return set(tasks) <= set(self.of_task) and not self._stale(model, tasks)
+
+    def _stale(self, model: TaskModel, tasks: Iterable[int]) -> list[int]:
+        of_weights = fingerprints(model, tasks)
+        return [task for task in tasks if self.of_task[task].fingerprint != of_weights[task]]
 
     # -- kept with the model --------------------------------------------------------------------------------------
 

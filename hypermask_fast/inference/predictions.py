@@ -12,7 +12,7 @@ from ..masking import mixed
 from ..masking.masks import TaskMask
 from ..masking.task_batch import TaskMasks
 from . import gradient
-from .distances import KINDS
+from .distances import FeCAM, Mahalanobis
 from .features import TaskModel, features_of
 from .fitted import ClassGaussians
 
@@ -26,7 +26,11 @@ METHODS = (
     "gradient",
     "gradient+entropy",
 )
-_FITTED = {"fecam": "fecam", "fecam_task": "fecam", "mahalanobis": "mahalanobis"}  # method -> what it needs fitted
+FITTED: dict[str, type[FeCAM] | type[Mahalanobis]] = {  # what methods need to be fitted before
+    "fecam": FeCAM,
+    "fecam_task": FeCAM,
+    "mahalanobis": Mahalanobis,
+}
 _NEVER = -torch.inf  # the score of a task that can't be chosen
 
 
@@ -115,7 +119,7 @@ def infer(
     _check(model, inputs, kwargs, method, k, len(model.tasks if masks is None else masks))
     if masks is None and model.heads() is None:
         model.output_layers(inputs, kwargs)  # a mask that was made before the first pass would not do
-    if method in _FITTED:
+    if method in FITTED:
         return _by_distance(model, inputs, kwargs, masks, select, method)
     if method in ("gradient", "gradient+entropy"):
         return _by_gradient(model, inputs, kwargs, masks, select, k if method == "gradient+entropy" else None)
@@ -125,8 +129,8 @@ def infer(
 def _check(model: TaskModel, inputs: tuple, kwargs: dict[str, Any], method: str, k: int, tasks: int) -> None:
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if method in _FITTED and _FITTED[method] not in model.fitted:
-        kind = KINDS[_FITTED[method]].__name__
+    if method in FITTED and FITTED[method].name not in model.fitted:
+        kind = FITTED[method].__name__
         raise InputError(f"method {method} needs training data first: hmf.inference.{kind}.fit(model, data)")
     if method == "gradient+entropy" and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= tasks):
         raise InputError(f"k must be a whole number from 1 to the number of tasks, {tasks}, not {k!r}")
@@ -193,7 +197,7 @@ def _by_distance(
     select: Callable[[Any], Tensor] | None,
     method: str,
 ) -> Prediction:
-    fitted: ClassGaussians = model.fitted[_FITTED[method]]
+    fitted: ClassGaussians = model.fitted[FITTED[method].name]
     ids = _ids(model, masks)
     fitted.check(model, ids)
     nearest, labels = [], []
