@@ -1,6 +1,6 @@
 """Which task is this? Predictions where the task of a sample is unknown."""
 
-from .distances import KINDS, FeCAM, Mahalanobis, restored
+from .distances import KINDS, SHRINKAGES, FeCAM, Mahalanobis, restored
 from .fitting import evaluating
 from .predictions import FITTED, METHODS, Prediction, infer, predict
 
@@ -8,6 +8,7 @@ __all__ = [
     "FITTED",
     "KINDS",
     "METHODS",
+    "SHRINKAGES",
     "FeCAM",
     "Mahalanobis",
     "Prediction",

@@ -17,6 +17,7 @@ from .fitting import TasksData, batches, by_task, evaluating
 from .gaussians import TaskSums, inverse_root, squared_distances
 
 _F = TypeVar("_F", bound="ClassGaussians")
+_ROUNDING = 1e-13  # of a squared mean: what float32's rounding leaves of a variance of 0
 _MOST = 2**22  # samples x D of which the differences from all classes are held at a time
 
 
@@ -74,7 +75,7 @@ class ClassGaussians(ABC):
 
     def __init__(self) -> None:
         self.layer, self.of_task = "", {}
-        self._roots: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._roots: dict[tuple[int, torch.dtype], tuple[Tensor, ...]] = {}
         self._seen: tuple = ()
 
     # -- what a method is -----------------------------------------------------------------------------------------
@@ -132,8 +133,10 @@ class ClassGaussians(ABC):
         self._replace({**self.of_task, **new})
 
     def _check_varies(self, task: int, gaussians: TaskGaussians) -> None:
-        for label, covariance in zip(gaussians.labels.tolist(), gaussians.covariances, strict=True):
-            if not covariance.diagonal().sum() > 0:
+        for label, mean, covariance in zip(
+            gaussians.labels.tolist(), gaussians.means, gaussians.covariances, strict=True
+        ):
+            if not covariance.diagonal().sum() > _ROUNDING * mean.square().sum():
                 raise InputError(f"all samples of class {label} of task {task} have the same features: no covariance")
             if not self.metric(covariance).isfinite().all():
                 raise InputError(
@@ -156,9 +159,9 @@ class ClassGaussians(ABC):
         In the features' dtype, float32 at least; the factors are made in float64.
         """
         features = self.compared(features.to(torch.promote_types(features.dtype, torch.float32)))
-        centres, roots = self._factors(task, features)
+        centres, roots, signs = self._factors(task, features)
         rows = max(1, _MOST // centres.numel())
-        parts = [squared_distances(part, centres, roots) for part in features.split(rows)]
+        parts = [squared_distances(part, centres, roots, signs) for part in features.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def nearest(self, features: Tensor, task: int) -> tuple[Tensor, Tensor]:
@@ -166,8 +169,8 @@ class ClassGaussians(ABC):
         distance, place = self.distances(features, task).min(0)
         return distance, self.of_task[task].labels[place]
 
-    def _factors(self, task: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Centres (C, D) and roots (C, D, D) of a task in a dtype, made once."""
+    def _factors(self, task: int, like: Tensor) -> tuple[Tensor, ...]:
+        """Centres (C, D), roots (C, D, D) and their signs (C, D) of a task in a dtype, made once in float64."""
         gaussians = self.of_task[task]
         if like.shape[1] != gaussians.means.shape[1]:
             raise InputError(
@@ -177,7 +180,8 @@ class ClassGaussians(ABC):
         if key not in self._roots or self._roots[key][0].device != like.device:
             roots = [inverse_root(self.metric(covariance)) for covariance in gaussians.covariances]
             centres = self.centres(gaussians.means)
-            self._roots[key] = centres.to(like), torch.stack(roots).to(like)
+            stacked = (torch.stack(each).to(like) for each in zip(*roots, strict=True))
+            self._roots[key] = (centres.to(like), *stacked)
         return self._roots[key]
 
     def check(self, model: TaskModel, tasks: Iterable[int]) -> None:
@@ -235,6 +239,8 @@ class ClassGaussians(ABC):
             made.layer = str(about["layer"])
             tasks = sorted({int(name.partition(".")[0]) for name in entries if name != "about"})
             made.of_task = {task: _task_of(entries, task) for task in tasks}
+            if len(entries) != 1 + 5 * len(tasks):
+                raise ValueError("an entry that does not belong there")
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"statistics of {cls.name} are damaged: {str(error).splitlines()[0]}") from error
         widths = {gaussians.means.shape[1] for gaussians in made.of_task.values()}

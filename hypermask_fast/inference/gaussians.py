@@ -99,29 +99,28 @@ def correlation(covariance: Tensor) -> Tensor:
     return covariance / (scale[..., :, None] * scale[..., None, :])
 
 
-def inverse_root(matrix: Tensor) -> Tensor:
-    """(D, D) A with A' A = pinv(M): M symmetric, so that z' pinv(M) z = |A z|^2.
+def inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A (D, D) and s (D,) of -1, 0 and 1 with A' diag(s) A = pinv(M): so that z' pinv(M) z = sum_i s_i (A z)_i^2.
 
-    By Cholesky where M is positive and well conditioned. Otherwise by its eigenvalues, of which those within rounding
-    of 0 (D eps of the largest) count as 0, as in torch.linalg.pinv.
-
-    Raises:
-        InputError: an eigenvalue is negative beyond rounding, so that it is no covariance.
+    M (D, D) is symmetric. By Cholesky where it is positive and well conditioned. Otherwise by its eigenvalues, of
+    which those within D eps of the largest one's size count as 0, as in torch.linalg.pinv. Negative ones keep their
+    sign: FeCAM's shrinkage can make them of few samples.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
     if not failed and pivots.min() > _WELL_CONDITIONED * pivots.max():
         eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
+        return torch.linalg.solve_triangular(factor, eye, upper=False), torch.ones_like(pivots)
     values, vectors = torch.linalg.eigh(matrix)
     limit = len(matrix) * torch.finfo(matrix.dtype).eps * values.abs().max()
-    if (values < -100 * limit).any():
-        raise InputError(f"a covariance has the negative eigenvalue {values.min().item():.3g}: shrink it less, or more")
-    scale = torch.where(values > limit, values.clamp_min(limit).rsqrt(), 0.0)
-    return scale[:, None] * vectors.T
+    signs = torch.where(values.abs() > limit, values.sign(), 0.0)
+    return torch.where(signs == 0, 0.0, values.abs().rsqrt())[:, None] * vectors.T, signs
 
 
-def squared_distances(features: Tensor, centres: Tensor, roots: Tensor) -> Tensor:
-    """(C, B) |A_c (f - m_c)|^2: features f (B, D), centres m_c (C, D), roots A_c (C, D, D); one product for all."""
+def squared_distances(features: Tensor, centres: Tensor, roots: Tensor, signs: Tensor) -> Tensor:
+    """(C, B) sum_i s_ci (A_c (f - m_c))_i^2: features f (B, D), centres m_c and signs s_c (C, D), roots A_c (C, D, D).
+
+    One product for all classes.
+    """
     differences = features - centres[:, None]
-    return torch.bmm(differences, roots.mT).square_().sum(-1)
+    return torch.bmm(torch.bmm(differences, roots.mT).square_(), signs[:, :, None]).squeeze(-1)

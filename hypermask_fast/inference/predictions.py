@@ -72,6 +72,7 @@ def predict(
     method: str | None = None,
     select: Callable[[Any], Tensor] | None = None,
     k: int = 2,
+    halving: bool = False,
     **kwargs: Any,
 ) -> Prediction:
     """The task, and the class within it, of every sample of a batch.
@@ -90,6 +91,7 @@ def predict(
         select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor that
             it returns, or its `logits`.
         k: for "gradient+entropy", from 1 to the number of tasks.
+        halving: for "gradient": leave out the worse half of the tasks again and again, in log2(tasks) passes.
 
     Returns:
         Ids of tasks, whichever masks are given.
@@ -100,7 +102,7 @@ def predict(
     Source: HyperMask (arXiv 2310.00113) for entropy and FeCAM; Liu et al. 2020 for energy; SupSup (Wortsman et al.
         2020) for the gradient.
     """
-    return infer(model, (x,), kwargs, masks, method, select, k)
+    return infer(model, (x,), kwargs, masks, method, select, k, halving)
 
 
 @torch.no_grad()
@@ -112,17 +114,20 @@ def infer(
     method: str | None,
     select: Callable[[Any], Tensor] | None,
     k: int,
+    halving: bool = False,
 ) -> Prediction:
     """`predict` for any inputs that the network takes."""
     if method is None:
         method = "mahalanobis" if "mahalanobis" in model.fitted else "entropy"
+    if halving and method != "gradient":
+        raise InputError(f"halving is for the gradient, not for {method}")
     _check(model, inputs, kwargs, method, k, len(model.tasks if masks is None else masks))
     if masks is None and model.heads() is None:
         model.output_layers(inputs, kwargs)  # a mask that was made before the first pass would not do
     if method in FITTED:
         return _by_distance(model, inputs, kwargs, masks, select, method)
     if method in ("gradient", "gradient+entropy"):
-        return _by_gradient(model, inputs, kwargs, masks, select, k if method == "gradient+entropy" else None)
+        return _by_gradient(model, inputs, kwargs, masks, select, k if method == "gradient+entropy" else None, halving)
     return _by_logits(model, inputs, kwargs, masks, select, method)
 
 
@@ -217,10 +222,11 @@ def _by_gradient(
     masks: Sequence[TaskMask] | None,
     select: Callable[[Any], Tensor] | None,
     k: int | None,
+    halving: bool,
 ) -> Prediction:
     ids = _ids(model, masks)
     masks_of = model.all_masks(ids) if masks is None else masks
-    of_batch = gradient.scores(model, inputs, kwargs, masks_of, select)
+    of_batch = gradient.scores(model, inputs, kwargs, masks_of, select, halving)
     best = of_batch.topk(k or 1).indices.tolist()
     logits = _logits(model, inputs, kwargs, [masks_of[i] for i in best], select)
     if k is None:
