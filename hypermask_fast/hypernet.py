@@ -211,6 +211,16 @@ class HyperNetwork(nn.Module):
         logits = ops.hypernet_logits(hidden, self.output.weight, self.output.bias, self.size)
         return logits if self.averaging is None else self.averaging.of_gradient(logits)
 
+    @torch.no_grad()
+    def stretch(self, tasks: Iterable[int], start: int, stop: int) -> Tensor:
+        """(T, stop - start) logits of these entries alone, for who can't hold all T x N; no gradient.
+
+        The last bits can differ from those of `forward`, whose products are larger. A stretch lies within one masked
+        tensor.
+        """
+        weight, bias = self.output.weight[start:stop], self.output.bias[start:stop]
+        return ops.hypernet_logits(self.hidden(tasks), weight, bias, stop - start)
+
     def factored_logits(
         self, hidden: Tensor, targets: tuple[Tensor, ...], task: int, stepper: OutputStepper
     ) -> tuple[Tensor, Tensor]:
@@ -335,13 +345,27 @@ class ChunkedHyperNetwork(HyperNetwork):
         whole = ops.hypernet_logits(hidden, self.output.weight, self.output.bias, rows * hidden.shape[1])
         return _WithoutRest.apply(whole, self.tensors, [rows * chunks for chunks in self.chunks])
 
-    def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
-        """(T, chunks, H) last hidden layer for each task and chunk."""
+    @torch.no_grad()
+    def stretch(self, tasks: Iterable[int], start: int, stop: int) -> Tensor:
+        """As `HyperNetwork.stretch`; only the chunks that the entries lie in are made."""
+        begin = chunk = 0  # of the tensor that the stretch lies in
+        for entries, chunks in zip(self.tensors, self.chunks, strict=True):
+            if start < begin + entries:
+                break
+            begin, chunk = begin + entries, chunk + chunks
+        rows = self.output.out_features
+        first, last = (start - begin) // rows, -((begin - stop) // rows)
+        hidden = self.hidden(tasks, slice(chunk + first, chunk + last))
+        logits = ops.hypernet_logits(hidden, self.output.weight, self.output.bias, rows * (last - first))
+        return logits[:, start - begin - first * rows : stop - begin - first * rows]
+
+    def hidden(self, tasks: Iterable[int] | Tensor, chunks: slice = slice(None)) -> Tensor:
+        """(T, chunks, H) last hidden layer for each task and chunk, or some chunks."""
         first: Any = self.trunk[0]  # an nn.Linear
         of_chunk, of_task = first.weight.split(
             [self.chunk_embeddings.shape[1], first.in_features - self.chunk_embeddings.shape[1]], dim=1
         )
-        per_chunk = F.linear(self.chunk_embeddings, of_chunk)
+        per_chunk = F.linear(self.chunk_embeddings[chunks], of_chunk)
         per_task = linear(self.embed(tasks), of_task, first.bias)
         return self._after_first(per_chunk[None] + per_task[:, None])
 

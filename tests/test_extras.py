@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError, cli
+from hypermask_fast import InputError, analysis, cli
 from hypermask_fast.data.sources.images import decode_jpegs
 from hypermask_fast.extras import needed_for
-from hypermask_fast.training import report, run
+from hypermask_fast.text import text_table
+from hypermask_fast.training import report, run, study
 from hypermask_fast.training.config import load_preset
 from hypermask_fast.training.logs import TerminalLog
-from hypermask_fast.training.tables import text_table
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ("sklearn", "matplotlib", "PIL", "rich", "tomli_w", "tensorboard", "tqdm")
@@ -49,6 +49,8 @@ class Terminal(io.StringIO):
         ("matplotlib", lambda _: report.figure_class(), needs("drawing pictures", "matplotlib")),
         ("matplotlib", lambda d: run.train(load_preset("split-digits"), d), needs("drawing pictures", "matplotlib")),
         ("tomli_w", lambda d: run.train(load_preset("split-digits"), d), needs("writing a configuration", "tomli-w")),
+        ("matplotlib", lambda d: analysis.pictures.check_free(d), needs("drawing pictures", "matplotlib")),
+        ("scipy", lambda _: study.estimate([1.0, 2.0]), needs("confidence intervals", "scipy")),
         ("rich", lambda _: text_table([("a",)], "<"), needs("a text table", "rich")),
         ("rich", lambda _: TerminalLog(1, stream=Terminal()), needs("the progress bar", "rich")),
     ],

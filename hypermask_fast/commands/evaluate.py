@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..text import text_table
 from ..training import evaluation, run
-from ..training.tables import text_table
 from .command import add_data_dir, add_device, command
 
 

@@ -88,6 +88,9 @@ class TrainingConfig:
         gradient: of the hypernetwork's output layer: "factored" steps it within the backward pass (`optim.Adam` with
             step_in_backward), "dense" by torch.optim.Adam; "auto": factored where the layer is dense.
         cuda_graph: whether, on a GPU, the training step is captured and replayed.
+        inspect: whether the masks are inspected after every task (`analysis.inspect`): inspect.json, inspect.csv, rows
+            in the log, and in the folder learned what is kept of each task to measure its drift. It changes no other
+            number.
 
     Raises:
         InputError: a value of another type or out of its range; neither iterations nor epochs, or both.
@@ -106,6 +109,7 @@ class TrainingConfig:
     precision: Annotated[str, OneOf(("float32", "bf16"))] = "float32"
     gradient: Annotated[str, OneOf(GRADIENTS)] = "auto"
     cuda_graph: bool = True
+    inspect: bool = False
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
@@ -196,8 +200,8 @@ class RunConfig:
     def digest(self) -> str:
         """SHA-256 of all settings that decide a number: equal for runs of equal numbers.
 
-        Not of the title, of where the data lie, and of how often the run logs and saves, nor of how often it would
-        validate where it never does.
+        Not of the title, of where the data lie, of how often the run logs and saves and whether it inspects, nor of how
+        often it would validate where it never does.
         """
         usual, names = TrainingConfig(iterations=1), ["log_every", "checkpoint_every"]
         if not self.training.validates:
@@ -212,6 +216,7 @@ class RunConfig:
     def digest_with_title(self) -> str:
         """The digest as version 0.1.0 wrote it into checkpoints."""
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
+        values["training"].pop("inspect")  # which decides no number
         if not self.hypernet.by_tensor:
             values["hypernet"].pop("by_tensor", None)  # which came later, and is off for all runs before
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
