@@ -422,6 +422,9 @@ def test_other_things_that_do_not_fit():
         hmf.analysis.inspect(with_logits(torch.randn(1, 10), 30), learned=[record])
     with pytest.raises(InputError, match="the record of task 0 is of another network"):
         hmf.analysis.inspect(model, learned=[dataclasses.replace(record, sizes=(98, 11, 33))])
+    for call in (hmf.analysis.inspect, lambda net: hmf.analysis.record(net, 0, x)):
+        with pytest.raises(InputError, match="only a HyperMask model has masks to look at, not Linear"):
+            call(nn.Linear(2, 2))
     with pytest.raises(InputError, match="task 5 does not exist"):
         hmf.analysis.record(model, 5)
     two = hmf.HyperMask(nn.Conv1d(2, 3, 1), 2, 30, SMALL, heads="")

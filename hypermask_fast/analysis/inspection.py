@@ -120,7 +120,7 @@ def _task_table(found: Inspection) -> str:
     whole, drift = found.whole, {each.task: each for each in found.drift}
     head = ["task", "kept %", "mean kept value", "kept first here %", "used so far %", "free %", "most like earlier"]
     if drift:
-        head += ["since it was learned:", "flipped %", "mask changed %", "predictions changed %"]
+        head += ["since it was learned:", "flipped %", "mask changed %", "logits moved", "predictions changed %"]
     rows = [head]
     for i, task in enumerate(found.tasks):
         before = whole.used[i - 1] if i else 0.0
@@ -142,9 +142,11 @@ def _most_alike(found: Inspection, row: int) -> str:
 
 def _drift_cells(drift: Drift | None) -> list[str]:
     if drift is None:
-        return ["", "-", "-", "-"]
-    values = drift.whole.flipped, drift.whole.mask_change, drift.predictions_changed
-    return ["", *("-" if value is None else f"{value:.2f}" for value in values)]
+        return ["", "-", "-", "-", "-"]
+    change, predictions = (
+        "-" if value is None else f"{value:.2f}" for value in (drift.whole.mask_change, drift.predictions_changed)
+    )
+    return ["", f"{drift.whole.flipped:.2f}", change, f"{drift.whole.logit_change:.4f}", predictions]
 
 
 def _tensor_table(found: Inspection) -> str:

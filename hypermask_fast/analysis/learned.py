@@ -138,8 +138,10 @@ def record(model: HyperMask, task: int, x: Tensor | None = None) -> Learned:
     Raises:
         InputError: no such task, or output layers that are not known yet.
     """
-    then = None if x is None else outputs(model, task, x)  # perhaps the first pass, which finds the output layers
-    check_layout_known(model)
+    then = None
+    if x is not None and isinstance(model, HyperMask):
+        then = outputs(model, task, x)  # perhaps the first pass, which finds the output layers
+    check_model(model)
     mask = model.mask(task)
     segments = masked_segments(model.layout)
     return Learned(
@@ -159,8 +161,10 @@ def masked_segments(layout: MaskLayout) -> dict[int, Segment]:
     return {number: segment for number, segment in enumerate(layout.segments) if segment.selected}
 
 
-def check_layout_known(model: HyperMask) -> None:
-    """Raises InputError where it takes a first pass to know which layers are the output layers."""
+def check_model(model: HyperMask) -> None:
+    """Raises InputError where it is no HyperMask model, or one whose output layers a first pass has to find."""
+    if not isinstance(model, HyperMask):
+        raise InputError(f"only a HyperMask model has masks to look at, not {type(model).__name__}")
     if model.heads() is None:
         raise InputError(
             "which layer is the output layer, whose bias is not masked, is found in the first pass: run one batch "

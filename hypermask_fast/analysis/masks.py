@@ -62,7 +62,7 @@ def inspect(
         InputError: no task, one that is not there or is named twice, masks that are not finite, output layers that are
             not known yet, a record of another network, or inputs that are not the record's.
     """
-    records.check_layout_known(model)
+    records.check_model(model)
     chosen = _checked(model, tasks)
     then = {each.task: each for each in (learned.values() if isinstance(learned, Mapping) else learned)}
     segments = masked_segments(model.layout)

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.networks import blob_model, blob_scenario
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, cli
+from hypermask_fast.data import TensorSplit
 from hypermask_fast.training import inspecting, logs
-from hypermask_fast.training.config import TrainingConfig, load_preset, stored_config
+from hypermask_fast.training.config import TrainingConfig, stored_config
+from hypermask_fast.training.run import load_model
 from hypermask_fast.training.trainer import Trainer
 
 SETTINGS = {
@@ -42,8 +45,6 @@ def runs(tmp_path_factory) -> dict[bool, Path]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     (path,) = folder.glob("checkpoint-*")
     return load_file(path)
 
@@ -93,7 +94,7 @@ def test_the_last_inspection_is_that_of_the_command(runs, tmp_path, capsys):
     found = json.loads((tmp_path / "new" / "masks.json").read_text())
     last = json.loads((runs[True] / inspecting.HISTORY).read_text())[-1]
     assert found["drift"] == last["drift"] and found["whole"] == last["whole"]
-    assert found["title"].startswith("split-digits") or "split-digits" in found["title"]
+    assert "split-digits, 3 tasks of 2 classes" in found["title"] and "seed 0" in found["title"]
 
 
 def test_without_records_drift_is_not_known_and_a_run_s_folder_is_not_written(runs, capsys):
@@ -179,9 +180,9 @@ def config(**settings) -> TrainingConfig:
     return TrainingConfig(**{"iterations": 4, "lr": 0.05, "log_every": 4, "inspect": True} | settings)
 
 
-def test_a_trainer_without_a_folder_tells_its_loggers(tmp_path):
+def test_a_trainer_tells_its_loggers(tmp_path):
     recorder = Recorder()
-    Trainer(blob_model(), blob_scenario(), config(), logger=recorder).fit()
+    Trainer(blob_model(), blob_scenario(), config(), logger=recorder, report=tmp_path).fit()
     told = [(task, iteration, values) for task, iteration, values in recorder.rows if "inspect/used" in values]
     assert [row[:2] for row in told] == [(0, 4), (1, 4), (2, 4)]
     assert set(told[0][2]) == {"inspect/used", "inspect/free", "inspect/mean_kept_value"}
@@ -192,6 +193,10 @@ def test_a_trainer_without_a_folder_tells_its_loggers(tmp_path):
     }
     assert all(isinstance(value, float) for *_, values in told for value in values.values())
     assert told[2][2]["inspect/free"] == pytest.approx(100 - told[2][2]["inspect/used"])
+    drift = json.loads((tmp_path / inspecting.HISTORY).read_text())[2]["drift"][:2]  # of the tasks before the last
+    assert told[2][2]["inspect/flipped"] == pytest.approx(sum(each["whole"]["flipped"] for each in drift) / 2)
+    changes = [each["predictions_changed"] for each in drift]
+    assert told[2][2]["inspect/predictions_changed"] == pytest.approx(sum(changes) / 2)
 
 
 @pytest.mark.parametrize("where", ["run_dir", "report"])
@@ -201,19 +206,13 @@ def test_a_trainer_s_folder(tmp_path, where):
     assert sorted(records) == [0, 1, 2]
     if where == "run_dir":
         model = blob_model()
-        hmf_run_load(tmp_path, model)
+        assert load_model(tmp_path, model) == 3
         scenario = blob_scenario()
         found = hmf.analysis.inspect(
             model, learned=records, inputs=inspecting.recorded_samples(scenario, records)
         ).to_dict(pairs=False)
         last = json.loads((tmp_path / inspecting.HISTORY).read_text())[-1]
         assert {"after_task": 2, **json.loads(json.dumps(found))} == last
-
-
-def hmf_run_load(folder: Path, model: hmf.HyperMask) -> None:
-    from hypermask_fast.training.run import load_model
-
-    assert load_model(folder, model) == 3
 
 
 def test_another_run_s_inspection_is_not_replaced(tmp_path):
@@ -233,6 +232,15 @@ def test_data_that_are_others_now_are_not_compared():
     assert inspecting.recorded_samples(other, records) == {}
 
 
+def test_data_that_are_random_leave_the_generator_alone(monkeypatch):
+    scenario = blob_scenario()
+    batch = TensorSplit.batch
+    monkeypatch.setattr(TensorSplit, "batch", lambda *given: (batch(*given)[0] + torch.rand(8), batch(*given)[1]))
+    before = torch.get_rng_state()
+    inspecting.first_samples(scenario, 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_csv_log_has_no_row_for_it(tmp_path):
     log = logs.CsvLog(tmp_path / "log.csv")
     log.step(0, 5, {"loss": 1.0})
@@ -250,7 +258,9 @@ def refused(capsys):
 
     def run_refused(*words: object) -> str:
         assert cli.main([str(word) for word in words]) == 2
-        line = capsys.readouterr().err
+        shown = capsys.readouterr()
+        line = shown.err
+        assert shown.out == ""  # it is refused before the work
         assert line.startswith("hypermask-fast: error: ") and line.count("\n") == 1
         return line
 
@@ -266,7 +276,6 @@ def test_inspect_refuses_what_is_not_there(runs, tmp_path, refused):
     (tmp_path / "masks.json").write_text("mine")
     assert "masks.json exists: choose another folder" in refused("inspect", runs[True], "--to", tmp_path)
     (tmp_path / "run").mkdir()
-    load_preset("split-digits").with_values(SETTINGS)
     shutil.copy(runs[True] / "config.toml", tmp_path / "run")
     assert "has not learned its first task yet" in refused("inspect", tmp_path / "run")
 
