@@ -236,7 +236,7 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     """Dotted settings that decide a number, without the seed."""
     values = replace(config, title="", data=replace(config.data, dir=None)).to_dict()
     del values["seed"], values["title"]
-    for name in ("log_every", "checkpoint_every", "inspect"):
+    for name in ("log_every", "checkpoint_every", "inspect", "shard"):
         del values["training"][name]
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     flat = {key: value for key, value in values.items() if key not in tables}
