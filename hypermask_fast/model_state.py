@@ -121,7 +121,14 @@ def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Of each name, the first one of the same tensor: its own, or that of the one that it is tied to."""
     first: dict[tuple, str] = {}
     names = {}
-    for name, tensor in tensors.items():
+    for name, value in tensors.items():
+        tensor = local(value)  # a DTensor has no address of its own
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[name] = first.setdefault(key, name) if tensor.numel() and tensor.device.type != "meta" else name
     return names
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: its part of a DTensor, all of an ordinary one."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

@@ -28,6 +28,7 @@ from .lock import taken
 from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
 from .order import batch_rows
+from .ranks import Ranks
 from .report import check_no_reports, check_packages, device_name, write_reports
 from .result import Result, text_after_task
 from .step import Block, TaskWork
@@ -346,7 +347,8 @@ class Trainer:
             state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
-        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
+        ranks = Ranks.of_model(self.model)
+        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state, ranks)
         self._keeps()
 
     def _stopped(self) -> Stopped:
