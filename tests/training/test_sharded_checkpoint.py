@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import sharding
+from support import forging_folders, sharding
 from support.processes import as_text, ranks
 
-from hypermask_fast import cli
+from hypermask_fast import InputError, cli
 from hypermask_fast.training import checkpoint, report, run, tensor_files
 from hypermask_fast.training.interrupt import Stopped
 from hypermask_fast.training.lock import taken
@@ -209,3 +209,64 @@ def test_a_rank_that_can_t_write_stops_all(tmp_path):
         assert line.endswith("; nothing on disk was lost") and "\n" not in line
     found = checkpoint.load(tmp_path)
     assert found.state == sharding.OLD
+
+
+# -- damaged and forged ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def altered(saved) -> dict[str, Path]:
+    """Runs whose checkpoint of two ranks is not as it was, by what has happened to it."""
+    folders: dict[str, Path] = {}
+
+    def another(name: str) -> Path:
+        assert name not in folders
+        folders[name] = shutil.copytree(saved / "dense (2,)", saved / "altered" / str(len(folders)))
+        return folders[name]
+
+    for name, damage in forging_folders.damages():
+        damage(another(f"damage: {name}") / "checkpoint-001-0000005")
+    for name, edit in forging_folders.edits():
+        forging_folders.forge(another(name), edit)
+    return folders
+
+
+def wrong(line: str, folder: Path) -> bool:
+    """Whether a refusal is none, or does not say in one short line where the fault is."""
+    where = f"{folder}/checkpoint" in line or f"checkpoint in {folder}" in line
+    return not where or "\n" in line or len(line) > 300 + 2 * len(str(folder))
+
+
+def test_altered_checkpoints_are_refused_by_a_single_process(altered, saved, monkeypatch):
+    model = run.build_model(sharding.config_of("dense"), sharding.scenario())
+    monkeypatch.setattr(run, "read_scenario", lambda _: sharding.scenario())
+    commands = [
+        *[lambda folder: sharding.loaded(folder, model)] * 20,  # as both of the others do
+        run.load_run,
+        lambda folder: run.train(sharding.config_of("dense"), folder, resume=True),
+    ]
+    problems = []
+    for (name, folder), command in zip(altered.items(), itertools.cycle(commands), strict=False):
+        before = as_text(folder)
+        try:
+            command(folder)
+            line = "accepted"
+        except InputError as error:
+            line = str(error)
+        except Exception as error:
+            line = f"{type(error).__name__}: {error}"
+        if wrong(line, folder) or as_text(folder) != before:
+            problems.append(f"{name}: {line}")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("mesh", [(2,), (3,)], ids=str)
+def test_altered_checkpoints_are_refused_by_all_ranks_alike(altered, mesh):
+    """Also where only one of them reads what is altered."""
+    told = results(math.prod(mesh), sharding.refusals, list(altered.values()), mesh)
+    problems = [
+        f"{name}: {lines}"
+        for (name, folder), *lines in zip(altered.items(), *told, strict=True)
+        if len(set(lines)) > 1 or wrong(lines[0], folder)
+    ]
+    assert not problems, "\n".join(problems)
