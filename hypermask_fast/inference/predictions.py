@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .masking.masks import TaskMask
-from .masking.task_batch import TaskMasks
-from .model import HyperMask
+from .. import ops
+from ..masking.masks import TaskMask
+from ..masking.task_batch import TaskMasks
+from ..model import HyperMask
 
 
 class Prediction(NamedTuple):
