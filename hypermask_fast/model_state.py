@@ -98,6 +98,15 @@ def anchor(found: Mapping[str, Tensor], size: int) -> Anchor | None:
     return Anchor(int(found["anchor.task"]), found["anchor.weights"], tuple(found[name] for name in targets))
 
 
+class Entries:
+    """Has every name of an entry, for who looks each name of a state_dict up as an attribute of the model's."""
+
+    def __getattr__(self, name: str) -> "Entries":
+        if name.startswith("_"):  # of another protocol, such as copying
+            raise AttributeError(name)
+        return self
+
+
 # -- without them, and each tensor once -------------------------------------------------------------------------------
 
 
