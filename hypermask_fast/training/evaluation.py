@@ -11,6 +11,7 @@ from ..data import Scenario, Split
 from ..errors import InputError
 from ..inference import predict
 from ..model import HyperMask
+from .processes import ALONE, Processes
 
 
 class EntropyAccuracy(NamedTuple):
@@ -71,13 +72,22 @@ def check_outputs(model: HyperMask, scenario: Scenario) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: HyperMask, split: Split, task: int, batch_size: int, sparsity: float | None = None) -> float:
+def accuracy(
+    model: HyperMask,
+    split: Split,
+    task: int,
+    batch_size: int,
+    sparsity: float | None = None,
+    processes: Processes = ALONE,
+) -> float:
     """Percent of the split's samples whose argmax is their label, under task's mask; one host sync in all.
 
-    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch.
+    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch, which one
+    rank has; else several processes share the split. Counts are added up, so the percentage is that of one process.
 
     Args:
         sparsity: percent, in place of the model's own (validation during the ramp).
+        processes: which all call this.
 
     Returns:
         Percent, 0 to 100; NaN for an empty split.
@@ -85,8 +95,10 @@ def accuracy(model: HyperMask, split: Split, task: int, batch_size: int, sparsit
     with _evaluating(model):
         mask = model.mask(task, sparsity)
         correct = torch.zeros((), dtype=torch.int64, device=mask.logits.device)
-        for x, y in split.chunks(_batch_size(model, split, batch_size)):
+        whole = task if _whole(model) else None
+        for x, y in processes.chunks(split, _batch_size(model, split, batch_size), whole):
             correct += (model(x, mask).argmax(-1) == y).sum()
+        correct = processes.total(correct)
     return 100.0 * correct.item() / len(split) if len(split) else float("nan")
 
 
@@ -113,5 +125,9 @@ def entropy_accuracy(model: HyperMask, scenario: Scenario, batch_size: int) -> E
 
 
 def _batch_size(model: HyperMask, split: Split, batch_size: int) -> int:
-    whole = any(getattr(module, "batch_statistics", False) for module in model.net.modules())
-    return max(len(split), 1) if whole else batch_size
+    return max(len(split), 1) if _whole(model) else batch_size
+
+
+def _whole(model: HyperMask) -> bool:
+    """Whether a sample's output depends on the batch that it is in."""
+    return any(getattr(module, "batch_statistics", False) for module in model.net.modules())
