@@ -330,7 +330,7 @@ class Trainer:
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
     def _save(self, optimizer: torch.optim.Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
-        """Within a task, all that the rest of it depends on; between tasks, the model and the results. On every rank."""
+        """Within a task, all that the rest of it depends on; between tasks, the model and the results. By all ranks."""
         if self.run_dir is None:
             return
         at = self._at

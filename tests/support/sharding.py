@@ -6,10 +6,12 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -43,10 +45,10 @@ def config_of(kind: str) -> RunConfig:
     return load_preset("split-digits").with_values(SMALL | (CHUNKS if kind == "chunks" else {}))
 
 
-def warm_up() -> None:
-    """What processes that are forked from this one need not do again."""
-    model = run.build_model(config_of("dense"), scenario())
-    model.mask(0)
+def in_group(rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(rank, *arguments) in a process group of all processes that are launched together."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    return function(rank, *arguments)
 
 
 def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
@@ -152,7 +154,7 @@ def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def save(rank: int, run_dir: Path, state: dict[str, Any]) -> None:
-    mesh, tensors = mesh_of((torch.distributed.get_world_size(),)), whole(state)
+    mesh, tensors = mesh_of((dist.get_world_size(),)), whole(state)
     for name, dim in (("rows", 0), ("columns", 1)):
         tensors[name] = distribute_tensor(tensors[name], mesh, [Shard(dim)])
     checkpoint.save(run_dir, f"000-{state['task']:07d}", tensors, state)
@@ -172,7 +174,7 @@ def save_and_die(rank: int, run_dir: Path, victim: int, moment: int) -> None:
 
         return change
 
-    mesh_of((torch.distributed.get_world_size(),))  # which also talks
+    mesh_of((dist.get_world_size(),))  # which also talks
     if rank == victim:
         for owner, name in CHANGES:
             setattr(owner, name, dying(getattr(owner, name)))
@@ -186,14 +188,14 @@ def failing_saves(rank: int, run_dir: Path) -> dict[str, str]:
     def fails(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    for victim in range(torch.distributed.get_world_size()):
+    for victim in range(dist.get_world_size()):
         for owner, name in CHANGES[:2] + CHANGES[5:7] if victim == 0 else CHANGES[5:6]:
             call = getattr(owner, name)
             if rank == victim:
                 setattr(owner, name, fails)
             told[f"{victim} {name}"] = _told(lambda: save(rank, run_dir, NEW))
             setattr(owner, name, call)
-    for victim in range(torch.distributed.get_world_size()):  # what the system itself does
+    for victim in range(dist.get_world_size()):  # what the system itself does
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         if rank == victim:
