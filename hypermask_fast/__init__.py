@@ -3,7 +3,7 @@
 from . import startup  # noqa: F401  before all that takes time
 
 # isort: split
-from . import analysis, data, distributed, optim
+from . import analysis, data, distributed, inference, optim
 from . import ops as functional
 from .errors import InputError
 from .hypernet import HypernetConfig
@@ -31,6 +31,7 @@ __all__ = [
     "distributed",
     "explain",
     "functional",
+    "inference",
     "optim",
     "predict",
     "use_backend",

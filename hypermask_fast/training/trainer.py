@@ -22,7 +22,7 @@ from . import checkpoint, describe, optimizers, stored
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
-from .inspecting import Inspector, check_no_inspection
+from .inspecting import Inspector, check_no_inspection, check_whole
 from .interrupt import Stopped
 from .joining import join
 from .lock import taken
@@ -30,6 +30,7 @@ from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
 from .order import batch_rows
 from .processes import Processes, Stopping
+from .ranks import Ranks
 from .report import check_no_reports, check_packages, device_name, write_reports
 from .result import Result, text_after_task
 from .step import Block, TaskWork
@@ -111,6 +112,8 @@ class Trainer:
         self.scenario = scenario.to(self.device)
         check_outputs(self.model, self.scenario)
         join(self.processes, self.model, self.scenario, config, (ramp, seed, settings))
+        if config.inspect:
+            check_whole(self.model)
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.settings, self.earlier_settings = settings, tuple(earlier_settings)
@@ -341,11 +344,8 @@ class Trainer:
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
     def _save(self, optimizer: torch.optim.Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
-        """Within a task, all that the rest of it depends on; between tasks, the model and the results."""
+        """Within a task, all that the rest of it depends on; between tasks, the model and the results. By all ranks."""
         if self.run_dir is None:
-            return
-        if not self.processes.first:
-            self._keeps()
             return
         at = self._at
         tensors = checkpoint.model_tensors(self.model) | checkpoint.generator_tensors(self.device)
@@ -373,7 +373,8 @@ class Trainer:
             state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
-        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
+        ranks = Ranks.of_model(self.model)
+        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state, ranks)
         self._keeps()
 
     def _stopped(self) -> Stopped:
