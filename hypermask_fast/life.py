@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import inference, model_state
+from .dense import HyperNetwork
 from .errors import InputError
-from .hypernet import HyperNetwork
 from .inference.fitted import ClassGaussians
 from .masking import classes as numbers
 from .masking.layout import MaskLayout

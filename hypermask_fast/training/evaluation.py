@@ -12,6 +12,7 @@ from ..data import Scenario, Split
 from ..errors import InputError
 from ..inference import FITTED, Mahalanobis, evaluating, predict
 from ..model import HyperMask
+from .processes import ALONE, Processes
 
 
 class EntropyAccuracy(NamedTuple):
@@ -60,13 +61,22 @@ def check_outputs(model: HyperMask, scenario: Scenario) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: HyperMask, split: Split, task: int, batch_size: int, sparsity: float | None = None) -> float:
+def accuracy(
+    model: HyperMask,
+    split: Split,
+    task: int,
+    batch_size: int,
+    sparsity: float | None = None,
+    processes: Processes = ALONE,
+) -> float:
     """Percent of the split's samples whose argmax is their label, under task's mask; one host sync in all.
 
-    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch.
+    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch, which one
+    rank has; else several processes share the split. Counts are added up, so the percentage is that of one process.
 
     Args:
         sparsity: percent, in place of the model's own (validation during the ramp).
+        processes: which all call this.
 
     Returns:
         Percent, 0 to 100; NaN for an empty split.
@@ -74,8 +84,10 @@ def accuracy(model: HyperMask, split: Split, task: int, batch_size: int, sparsit
     with evaluating(model):
         mask = model.mask(task, sparsity)
         correct = torch.zeros((), dtype=torch.int64, device=mask.logits.device)
-        for x, y in split.chunks(_batch_size(model, split, batch_size)):
+        whole = task if _meets(model) else None
+        for x, y in processes.chunks(split, _batch_size(model, split, batch_size), whole):
             correct += (model(x, mask).argmax(-1) == y).sum()
+        correct = processes.total(correct)
     return 100.0 * correct.item() / len(split) if len(split) else float("nan")
 
 
