@@ -1,4 +1,4 @@
-"""How long finding the task takes, as ratios within one run: `python -m bench.inference_ops --to bench/results/inference/speed.json`
+"""How long finding the task takes, as ratios within one run: `python -m bench.inference_ops --to FILE.json`
 
 - gradient: the permuted-mnist MLP, 1,000 samples, masks kept, 100 tasks against 10, and entropy beside it;
 - distances: 100 classes, 1,000 samples, from covariances to distances, and with factors kept, against a pseudo-inverse
@@ -78,7 +78,10 @@ def gradient(arguments: argparse.Namespace) -> dict:
         },
         arguments.turns,
     )
-    return {"ms": found, f"{many} tasks by 10": round(found[f"gradient, {many} tasks"] / found["gradient, 10 tasks"], 3)}
+    return {
+        "ms": found,
+        f"{many} tasks by 10": round(found[f"gradient, {many} tasks"] / found["gradient, 10 tasks"], 3),
+    }
 
 
 def distances(arguments: argparse.Namespace) -> dict:
