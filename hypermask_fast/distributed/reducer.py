@@ -275,8 +275,10 @@ def average_gradients(module: nn.Module, group: Any = None) -> None:
     ranks, models = Ranks(group), [part for part in module.modules() if isinstance(part, HyperMask)]
     inner = {id(tensor) for model in models for tensor in (*model.hypernet.parameters(), *model.hypernet.buffers())}
     ranks.make_equal(t for t in (*module.parameters(), *module.buffers()) if id(t) not in inner and not is_dtensor(t))
+    known = {id(parameter) for parameter in module.parameters()}
     before = [part for model in models if isinstance(model.reducer, Reducer) for part in model.reducer.modules]
-    reducer = Reducer(list(dict.fromkeys([module, *models, *before])), ranks)
+    others = [part for part in before if any(id(parameter) not in known for parameter in part.parameters())]
+    reducer = Reducer(list(dict.fromkeys([module, *models, *others])), ranks)
     for model in models:
         model.reducer = reducer
 
