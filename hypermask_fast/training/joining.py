@@ -60,7 +60,7 @@ def join(
                 "data": _data(scenario),
             }
         )
-        if model.hypernet.averaging is None:
+        if model.hypernet.processes is None:
             distributed.replicate(model)
 
 

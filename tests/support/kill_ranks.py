@@ -99,7 +99,9 @@ def main() -> None:
             code, said = killed(folder, kills, generator)
             done = said.count("exitcode: -9")
             same = code == 0 and (folder / "metrics.json").read_bytes() == expected
-            print(f"{done} of {count} killed at {kills}: exit code {code}, metrics.json {'the same' if same else 'OTHER'}")
+            print(
+                f"{done} of {count} killed at {kills}: exit code {code}, metrics.json {'the same' if same else 'OTHER'}"
+            )
             if not same:
                 sys.exit(said)
             left -= max(done, 1)
