@@ -1,7 +1,7 @@
 """How a model makes its tasks' masks: from a task's id over the hypernetwork to thresholds."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +14,27 @@ from .masking.masks import TaskMask
 from .masking.task_batch import TaskMasks
 from .ops import registry
 from .output_layer import OutputStepper
+from .wrapping import active_ddp, check_whole, in_a_group
+
+
+class GradientReducer(Protocol):
+    """Who averages the target network's gradients over processes; see `distributed.reducer.Reducer`."""
+
+    def watch(self) -> None: ...
+
+    def passes(self) -> None: ...
+
+    def check_same_tasks(self, tasks: Sequence[int], count: int, training: bool) -> None: ...
 
 
 class MaskMaking(Anchored):
-    """Tasks with an anchor, and their masks."""
+    """Tasks with an anchor, and their masks.
 
+    Attributes:
+        reducer: averages the gradients of the target network over processes; None for one process.
+    """
+
+    reducer: GradientReducer | None = None
     _ranks: dict[tuple[MaskLayout, float, torch.device], Tensor]
 
     @without_autocast
@@ -98,9 +114,20 @@ class MaskMaking(Anchored):
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
 
     def _thresholds(self, logits: Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> Tensor:
+        self._look_around()
         if ranks is None:
             ranks = self._ranks_of(self.sparsity if sparsity is None else sparsity, logits.device)
         return ops.mask_thresholds(logits, self.layout.offsets, ranks)
+
+    def _look_around(self) -> None:
+        """In a group of processes: are the Parameters whole, and are gradients averaged of all of them?"""
+        if torch.compiler.is_compiling() or not in_a_group():
+            return
+        check_whole(self.net)
+        if self.reducer is not None and torch.is_grad_enabled():
+            self.reducer.watch()
+            if active_ddp() is not None:
+                self.reducer.passes()
 
     def _ranks_of(self, sparsity: float, device: torch.device) -> Tensor:
         """`layout.ranks`, kept on a GPU, for copying them there is a wait."""

@@ -25,6 +25,7 @@ from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import DriftConfig
+from .wrapping import active_ddp, check_whole, in_a_group
 
 
 class HyperMask(MaskMaking):
@@ -89,6 +90,7 @@ class HyperMask(MaskMaking):
                 "HyperMask(DistributedDataParallel(net)) leaves the hypernetwork to each rank: wrap the other way, "
                 "as hmf.distributed.replicate says"
             )
+        check_whole(net)
         check_values(net)
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
@@ -111,6 +113,7 @@ class HyperMask(MaskMaking):
         self.sparsity, self.drift, self.hypernetwork = sparsity, drift, hypernetwork
         self.anchor = None  # assigned to when a run resumes within a task
         self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
+        self._said_alone = False
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -150,9 +153,24 @@ class HyperMask(MaskMaking):
                 raise InputError("which task? model(x, task), or by name, model(x, task=0)")
             *inputs, task = inputs  # pyright: ignore[reportAssignmentType]
         self._check_network(tuple(inputs), kwargs, task)
+        self._look_for_ddp()
         if isinstance(task, Tensor) and task.dim() == 1:
             return self._forward_mixed(tuple(inputs), kwargs, task)
         return self._through(self._mask_for(task), tuple(inputs), kwargs)
+
+    def _look_for_ddp(self) -> None:
+        """In a group of processes: who averages the gradients of this pass?"""
+        if torch.compiler.is_compiling() or not in_a_group() or not torch.is_grad_enabled():
+            return
+        if self.reducer is not None:
+            self.reducer.passes()
+        elif self.training and not self._said_alone and active_ddp() is None:
+            self._said_alone = True
+            warnings.warn(
+                "this model is trained by each process alone: hmf.distributed.replicate(model) before has all of them "
+                "train one",
+                stacklevel=4,
+            )
 
     def _mask_for(self, task: Any) -> TaskMask:
         if not isinstance(task, TaskMask):
@@ -169,8 +187,18 @@ class HyperMask(MaskMaking):
         once for the block: a step of an optimiser within it is not seen.
         """
         mask = self._mask_for(task)
+        self._look_for_ddp()
         with self._under(mask):
             yield mask
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        self._look_around()
+        self._look_for_ddp()
+        with super().disabled():
+            yield
+
+    disabled.__doc__ = MaskMaking.disabled.__doc__
 
     def _forward_mixed(self, inputs: tuple, kwargs: dict[str, Any], tasks: Tensor) -> Any:
         count = mixed.samples(inputs, kwargs)
@@ -188,6 +216,8 @@ class HyperMask(MaskMaking):
         ids = present.tolist()
         for task in ids:
             self._check_task(task)
+        if self.reducer is not None:
+            self.reducer.check_same_tasks(ids, self.num_tasks, self.training)
         averages = self.hypernet.processes is not None  # over the ranks, which may have other tasks in their batches
         logits = self.hypernet(range(self.num_tasks))[ids] if averages else self.hypernet(ids)
         masks = [self._mask_of(task, of_task) for task, of_task in zip(ids, logits, strict=True)]

@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import InputError
+from .wrapping import in_a_group, is_dtensor
 
 SHARD, REPLICATE = "shard", "replicate"  # the dimensions of a mesh
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, differentiably: its part of a DTensor, all of any other."""
-    sharded: Any = tensor
-    return sharded.to_local() if hasattr(tensor, "to_local") else tensor
+    dtensor: Any = tensor
+    return dtensor.to_local() if is_dtensor(tensor) else tensor
 
 
 class Processes:
@@ -28,11 +29,10 @@ class Processes:
 
     Args:
         group: torch.distributed's, of all of them; None for all processes there are.
-        first: the rank within the group whose values all begin with.
     """
 
-    def __init__(self, group: Any = None, first: int = 0) -> None:
-        self.group, self.size, self.first = group, dist.get_world_size(group), first
+    def __init__(self, group: Any = None) -> None:
+        self.group, self.size = group, dist.get_world_size(group)
 
     def __deepcopy__(self, memo: dict) -> "Processes":
         return self  # a copied model goes on with the same processes
@@ -80,7 +80,7 @@ class Processes:
     @torch.no_grad()
     def make_equal(self, tensors: Iterable[Tensor]) -> None:
         """Gives every rank the tensors of the group's first one."""
-        first = self.first if self.group is None else dist.get_global_rank(self.group, self.first)
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for tensor in tensors:
             values = tensor.contiguous()
             dist.broadcast(values, src=first, group=self.group)
@@ -124,7 +124,7 @@ class Shards(Processes):
     """
 
     def __init__(self, mesh: Any, sizes: Sequence[int]) -> None:
-        super().__init__(None, int(mesh.mesh.flatten()[0]))
+        super().__init__()
         self.mesh, self.sizes = mesh, tuple(sizes)
         self.owners = mesh.get_group(SHARD)
         self.replicas = mesh.get_group(REPLICATE) if mesh.ndim > 1 else None
@@ -187,7 +187,7 @@ class Shards(Processes):
 
 def check_initialized() -> None:
     """Raises InputError where there is no process group (any more)."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not in_a_group():
         raise InputError("there is no process group: torch.distributed.init_process_group() comes first")
 
 

@@ -7,40 +7,44 @@ from torch import nn
 from ..errors import InputError
 from ..model import HyperMask
 from ..processes import Replicas, Shards, check_initialized
+from ..wrapping import check_whole
+from .reducer import average_gradients
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def replicate(module: M, group: Any = None) -> M:
-    """Makes the hypernetworks in `module` the same on every rank, and keeps them so while they are trained.
+    """Makes a module with HyperMask models in it the same on every rank, and keeps it so while it is trained.
 
-    dW = G^T H with the same H on every rank: so the gradient of the logits is averaged within the backward pass, N
-    numbers, and that of the output drift, and all gradients of the hypernetwork are then the ranks' means. What else is
-    in the module is DistributedDataParallel's, which leaves the hypernetworks to this:
+    dW = G^T H with the same H on every rank: so of a hypernetwork the gradient of the logits is averaged within the
+    backward pass, N numbers, and that of the output drift, and all gradients of the hypernetwork are then the ranks'
+    means. Those of all other Parameters are averaged as the backward pass ends. So any loop trains one model:
 
         model = hmf.distributed.replicate(model)
-        net = DistributedDataParallel(model)
 
-    Every rank makes the same backward passes, of the same tasks.
+    A DistributedDataParallel around it averages the other Parameters itself. Every rank makes the same backward passes,
+    of the same tasks.
 
     Args:
-        module: a HyperMask, or the module with one in it that DistributedDataParallel is given.
+        module: a HyperMask, or a module with one in it: the one that DistributedDataParallel is given, where one is.
         group: a process group of torch.distributed; None for all processes.
 
     Returns:
         The module.
 
     Raises:
-        InputError: no process group, or no HyperMask in the module.
+        InputError: no process group, no HyperMask in the module, or parameters that are sharded.
     """
     check_initialized()
     models = hypermasks(module, "replicate")
+    if any(isinstance(model.hypernet.processes, Shards) for model in models):
+        raise InputError("the model is sharded already: its ranks train one model, in any loop")
+    check_whole(module)
     for model in models:
         hypernet = model.hypernet
-        if isinstance(hypernet.processes, Shards):
-            raise InputError("the model is sharded: its ranks train one model already")
         hypernet.processes = Replicas(group)
         hypernet.processes.make_equal([*hypernet.parameters(), *hypernet.buffers()])
+    average_gradients(module, group)
     leave_out_of_ddp(module)
     return module
 
