@@ -77,8 +77,10 @@ class Anchored(TaskLife):
         return anchor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Anchored":
-        """Moves the anchor with the Parameters, wherever nn.Module takes them."""
+        """Moves the anchor with the Parameters, wherever nn.Module takes them, and what is fitted to their device."""
         super()._apply(fn, recurse)
+        for fitted in self.fitted.values():
+            fitted.to(self.weights()[0].device)
         if self.anchor is not None:
             self.anchor = self.anchor.map(fn)
         return self

@@ -5,6 +5,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import exporting, mask_making, ops, pretrained
+from . import exporting, inference, mask_making, ops, pretrained
 from .errors import InputError
 from .hypernet import HypernetConfig
 from .mask_making import MaskMaking
@@ -25,7 +26,7 @@ from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import DriftConfig
-from .wrapping import active_ddp, check_whole, in_a_group
+from .wrapping import check_whole
 
 
 class HyperMask(MaskMaking):
@@ -111,9 +112,9 @@ class HyperMask(MaskMaking):
         dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in like) else torch.float32
         self.hypernet = hypernet.to(like[0].device, dtype)
         self.sparsity, self.drift, self.hypernetwork = sparsity, drift, hypernetwork
+        self.fitted = {}
         self.anchor = None  # assigned to when a run resumes within a task
         self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
-        self._said_alone = False
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -152,25 +153,11 @@ class HyperMask(MaskMaking):
             if not inputs:
                 raise InputError("which task? model(x, task), or by name, model(x, task=0)")
             *inputs, task = inputs  # pyright: ignore[reportAssignmentType]
+        self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, task)
-        self._look_for_ddp()
         if isinstance(task, Tensor) and task.dim() == 1:
             return self._forward_mixed(tuple(inputs), kwargs, task)
         return self._through(self._mask_for(task), tuple(inputs), kwargs)
-
-    def _look_for_ddp(self) -> None:
-        """In a group of processes: who averages the gradients of this pass?"""
-        if torch.compiler.is_compiling() or not in_a_group() or not torch.is_grad_enabled():
-            return
-        if self.reducer is not None:
-            self.reducer.passes()
-        elif self.training and not self._said_alone and active_ddp() is None:
-            self._said_alone = True
-            warnings.warn(
-                "this model is trained by each process alone: hmf.distributed.replicate(model) before has all of them "
-                "train one",
-                stacklevel=4,
-            )
 
     def _mask_for(self, task: Any) -> TaskMask:
         if not isinstance(task, TaskMask):
@@ -186,15 +173,14 @@ class HyperMask(MaskMaking):
         For what is no forward pass of the model, such as `model.generate`, and for threads of one's own. Masks are made
         once for the block: a step of an optimiser within it is not seen.
         """
+        self._look_around(passes=True)
         mask = self._mask_for(task)
-        self._look_for_ddp()
         with self._under(mask):
             yield mask
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        self._look_around()
-        self._look_for_ddp()
+        self._look_around(passes=True)
         with super().disabled():
             yield
 
@@ -294,6 +280,7 @@ class HyperMask(MaskMaking):
             and all(isinstance(m, TaskMask) for m in inputs[-1])
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
+        self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
         if masks is None:
             outputs = self._all(self.all_masks(), tuple(inputs), kwargs)
@@ -317,17 +304,22 @@ class HyperMask(MaskMaking):
             return y.view(len(masks), x.shape[0], *y.shape[1:])
         return mixed.stacked([self._through(mask, inputs, kwargs) for mask in masks])
 
-    def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
-        """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
+    def infer_task(
+        self,
+        *inputs: Any,
+        method: str | None = None,
+        select: Callable[[Any], Tensor] | None = None,
+        k: int = 2,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(batch,) int64: per sample, the task that a method of `inference.predict` finds, where all is explained.
 
+        method: None is "mahalanobis" where that was fitted, otherwise "entropy": the task of lowest softmax entropy.
         select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor that
             it returns, or its `logits`.
+        k: how many tasks "gradient+entropy" decides between.
         """
-        outputs = self.forward_all_tasks(*inputs, **kwargs)
-        if select is None:
-            return ops.entropy_select(mixed.logits(outputs, None))
-        each = [mixed.logits(mixed.of_task(outputs, task), select) for task in range(self.num_tasks)]
-        return ops.entropy_select(torch.stack(each))
+        return inference.infer(self, inputs, kwargs, None, method, select, k).task
 
     # -- away from here -------------------------------------------------------------------------------------------
 
@@ -402,4 +394,10 @@ class HyperMask(MaskMaking):
         """
         exporting.check(format, path, inputs, kwargs, dynamic)
         net = self._exported(task, self.mask(task).effective)
-        return net if path is None else exporting.write(net, format, path, inputs, kwargs, dynamic=dynamic)
+        if path is None:
+            return net
+        write = partial(exporting.write, net, format, path, inputs, kwargs, dynamic=dynamic)
+        if self.hypernet.processes is None:
+            return write()
+        self.hypernet.processes.on_first(write)
+        return Path(path)

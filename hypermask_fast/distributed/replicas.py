@@ -37,9 +37,10 @@ def replicate(module: M, group: Any = None) -> M:
     """
     check_initialized()
     models = hypermasks(module, "replicate")
-    if any(isinstance(model.hypernet.processes, Shards) for model in models):
-        raise InputError("the model is sharded already: its ranks train one model, in any loop")
-    check_whole(module)
+    for model in models:
+        if isinstance(model.hypernet.processes, Shards):
+            raise InputError("the model is sharded already: its ranks train one model, in any loop")
+        check_whole(model.net, model, model.hypernet, model.hypernet.output)
     for model in models:
         hypernet = model.hypernet
         hypernet.processes = Replicas(group)

@@ -121,7 +121,7 @@ def _check(model: HyperMask, mesh: Any) -> None:
     if hypernet.processes is not None:
         done = "sharded" if isinstance(hypernet.processes, Shards) else "replicated"
         raise InputError(f"the model is {done} already")
-    check_whole(model)
+    check_whole(model.net, model, hypernet, hypernet.output)
     devices = {str(p.device) for p in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise InputError(f"the model's parameters are on several devices, {', '.join(sorted(devices))}: move it to one")
