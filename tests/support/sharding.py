@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
-from hypermask_fast.model_state import local
+from hypermask_fast.processes import local
 from hypermask_fast.training import checkpoint, run, stored, tensor_files
 from hypermask_fast.training.config import RunConfig, load_preset, stored_config
 from hypermask_fast.training.ranks import Ranks
