@@ -139,22 +139,26 @@ class Ranks:
         """
         if not self.several:
             return
-        for facts in ({"version of this package": list(facts)}, facts):  # a list of other facts is of another length
-            contents = [value if isinstance(value, bytes) else repr(value).encode() for value in facts.values()]
+        for some in ({"version of this package": list(facts)}, facts):  # other facts' digests are of another shape
+            contents = [value if isinstance(value, bytes) else repr(value).encode() for value in some.values()]
             mine = torch.tensor([list(sha256(content).digest()) for content in contents], dtype=torch.uint8)
             theirs = self.gathered(mine.to(self.device)).cpu()
-            for number, name in enumerate(facts):
+            for number, name in enumerate(some):
                 others = (theirs[:, number] != theirs[0, number]).any(1).nonzero().flatten().tolist()
                 if others:
                     differ, their = ("differs", "its") if len(others) == 1 else ("differ", "their")
-                    raise InputError(
-                        f"{ranks_named(others)} {differ} from rank 0 in {their} {name}: all ranks of {what} need the same"
-                    )
+                    where = f"{ranks_named(others)} {differ} from rank 0 in {their} {name}"
+                    raise InputError(f"{where}: all ranks of {what} need the same")
+
+
+def in_a_group() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def check_initialized() -> None:
     """Raises InputError where there is no process group (any more)."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not in_a_group():
         raise InputError("there is no process group: torch.distributed.init_process_group() comes first")
 
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from ..errors import InputError
 from ..model import HyperMask
-from ..processes import Replicas, Shards, check_initialized
+from ..processes import Replicas, Shards
+from ..ranks import check_initialized
 from ..wrapping import check_whole
 from .reducer import average_gradients
 
@@ -44,7 +45,7 @@ def replicate(module: M, group: Any = None) -> M:
     for model in models:
         hypernet = model.hypernet
         hypernet.processes = Replicas(group)
-        hypernet.processes.make_equal([*hypernet.parameters(), *hypernet.buffers()])
+        hypernet.processes.ranks.make_equal([*hypernet.parameters(), *hypernet.buffers()])
     average_gradients(module, group)
     leave_out_of_ddp(module)
     return module

@@ -13,7 +13,8 @@ from ..chunked import ChunkedHyperNetwork
 from ..dense import HyperNetwork
 from ..errors import InputError
 from ..model import HyperMask
-from ..processes import REPLICATE, SHARD, Shards, check_initialized
+from ..processes import REPLICATE, SHARD, Shards
+from ..ranks import check_initialized
 from ..wrapping import check_whole
 from .agreement import agree
 from .reducer import average_gradients
@@ -165,7 +166,7 @@ def _shard(model: HyperMask, mesh: Any) -> None:
     ends = list(accumulate(rows, initial=0))
     shards = Shards(mesh, rows if chunked is None else [chunked.entries(*span) for span in pairwise(ends)])
     sliced = set(map(id, _sliced(hypernet)))
-    shards.make_equal(t for t in (*hypernet.parameters(), *hypernet.buffers()) if id(t) not in sliced)
+    shards.ranks.make_equal(t for t in (*hypernet.parameters(), *hypernet.buffers()) if id(t) not in sliced)
 
     def slices(whole: Tensor, dim: int) -> Any:
         return distribute_tensor(whole.detach(), mesh, shards.placements(dim))
@@ -176,7 +177,7 @@ def _shard(model: HyperMask, mesh: Any) -> None:
                 setattr(part, name, nn.Parameter(slices(parameter, 0), parameter.requires_grad))
     if model.anchor is not None:
         of_tasks, *others = model.anchor.targets or (None,)
-        shards.make_equal([model.anchor.weights, *others])
+        shards.ranks.make_equal([model.anchor.weights, *others])
         if of_tasks is not None:
             model.anchor = model.anchor._replace(targets=(slices(of_tasks, 1), *others))
     if chunked is not None:

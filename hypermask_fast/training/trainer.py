@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
+from ..processes import ranks_of
 from ..regularizers import Anchor
 from . import checkpoint, describe, optimizers, stored
 from .config import TrainingConfig
@@ -30,7 +31,6 @@ from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
 from .order import batch_rows
 from .processes import Processes, Stopping
-from .ranks import Ranks
 from .report import check_no_reports, check_packages, device_name, write_reports
 from .result import Result, text_after_task
 from .step import Block, TaskWork
@@ -373,7 +373,7 @@ class Trainer:
             state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
-        ranks = Ranks.of_model(self.model)
+        ranks = ranks_of(self.model.hypernet.processes)
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state, ranks)
         self._keeps()
 

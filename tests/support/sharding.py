@@ -20,10 +20,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
-from hypermask_fast.processes import local
+from hypermask_fast.processes import local, ranks_of
+from hypermask_fast.ranks import Ranks
 from hypermask_fast.training import checkpoint, run, stored, tensor_files
 from hypermask_fast.training.config import RunConfig, load_preset, stored_config
-from hypermask_fast.training.ranks import Ranks
 from support.networks import blob_model
 
 SMALL = {
@@ -86,7 +86,9 @@ def save_again(rank: int, run_dir: Path, shape: tuple[int, ...]) -> None:
     """The run's checkpoint, whoever has saved it, saved by a mesh of ranks."""
     model = sharded_model(run_dir, shape)
     tensors, state, _ = loaded(run_dir, model)
-    checkpoint.save(run_dir, f"{state['task']:03d}-{state['iteration']:07d}", tensors, state, Ranks.of_model(model))
+    checkpoint.save(
+        run_dir, f"{state['task']:03d}-{state['iteration']:07d}", tensors, state, ranks_of(model.hypernet.processes)
+    )
 
 
 def differences(rank: int, sources: list[Path], ordinary: Path, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -132,7 +134,7 @@ CHANGES = (
     (os, "fsync"),
     (tensor_files, "save_file"),
     (Path, "write_text"),
-    (Ranks, "gathered"),
+    (Ranks, "told"),
 )
 
 
@@ -148,7 +150,7 @@ def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def save_replicas(rank: int, run_dir: Path, state: dict[str, Any]) -> None:
     tensors = {name: tensor + rank for name, tensor in whole(state).items()}  # so that it shows whose are saved
-    checkpoint.save(run_dir, f"000-{state['task']:07d}", tensors, state, Ranks([None]))
+    checkpoint.save(run_dir, f"000-{state['task']:07d}", tensors, state, Ranks.of())
 
 
 def save(rank: int, run_dir: Path, state: dict[str, Any]) -> None:
