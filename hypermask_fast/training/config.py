@@ -93,7 +93,7 @@ class TrainingConfig:
             or all of it ("none"); "auto": a part, where there are rows or chunks for every one.
         inspect: whether the masks are inspected after every task (`analysis.inspect`): inspect.json, inspect.csv, rows
             in the log, and in the folder learned what is kept of each task to measure its drift. It changes no other
-            number.
+            number. In several processes it needs shard = none.
 
     Raises:
         InputError: a value of another type or out of its range; neither iterations nor epochs, or both.
