@@ -213,6 +213,12 @@ class TaskLife(MaskedNetwork):
             entries |= model_state.fitted_entries(name, fitted.entries())
         destination.update({prefix + name: tensor for name, tensor in entries.items()})
 
+    _entries = model_state.Entries()
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint.state_dict finds the names of a state_dict that are no attributes here."""
+        return {model_state.PREFIX.removesuffix("."): "_entries"}
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
@@ -240,6 +246,8 @@ class TaskLife(MaskedNetwork):
             self.fitted = fitted
         if "sparsity" in found:  # a whole state: without an anchor there was none
             self.anchor = None if anchor is None else anchor.map(lambda tensor: tensor.to(device, copy=True))
+            if self.anchor is not None:
+                self.anchor = self.anchor._replace(targets=self.hypernet.held_targets(self.anchor.targets))
 
     def _layout_of(self, biases: list[str] | None) -> MaskLayout | None:
         """The layout with these output layers' biases; None where they are not told."""
