@@ -61,6 +61,8 @@ CASES = {
     "Lightning by hand": ("with_lightning", ["lightning"], (), ("manual",)),
     "Lightning in two processes": ("with_lightning", ["lightning"], TORCHRUN, ()),
     "Lightning by hand in two processes": ("with_lightning", ["lightning"], TORCHRUN, ("manual",)),
+    "Lightning, sharded": ("with_lightning", ["lightning"], TORCHRUN, ("sharded",)),
+    "accelerate, sharded": ("with_accelerate", ["accelerate"], TORCHRUN, ("sharded",)),
     "accelerate": ("with_accelerate", ["accelerate"], (), ()),
     "accelerate in two processes": ("with_accelerate", ["accelerate"], TORCHRUN, ()),
     "transformers": ("with_transformers", ["transformers", "accelerate"], (), ()),
