@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import writing
-from ..model_state import local
+from ..processes import local
 from .manifest import DTYPES, REPLICATED, SCRATCH, Manifest, Sharded, check_slices, free, replace, scratch
 from .ranks import Ranks
 from .slices import Layout, Region, entire, extent, meet
