@@ -147,7 +147,7 @@ def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple, str] = {}
     names = {}
     for name, value in tensors.items():
-        tensor = local(value)  # a DTensor has no address of its own
+        tensor = local(value.detach())  # a DTensor has no address of its own
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[name] = first.setdefault(key, name) if tensor.numel() and tensor.device.type != "meta" else name
     return names
