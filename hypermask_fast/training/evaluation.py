@@ -10,6 +10,7 @@ from torch import Tensor
 from ..data import Scenario, Split
 from ..errors import InputError
 from ..inference import predict
+from ..masking.norms import uses_batches
 from ..model import HyperMask
 from .processes import ALONE, Processes
 
@@ -82,8 +83,9 @@ def accuracy(
 ) -> float:
     """Percent of the split's samples whose argmax is their label, under task's mask; one host sync in all.
 
-    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch, which one
-    rank has; else several processes share the split. Counts are added up, so the percentage is that of one process.
+    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch. Several
+    processes share the split, or one of them has all of it where a sample's output depends on its batch. Their counts
+    are added up: the percentage is that of one process.
 
     Args:
         sparsity: percent, in place of the model's own (validation during the ramp).
@@ -95,7 +97,7 @@ def accuracy(
     with _evaluating(model):
         mask = model.mask(task, sparsity)
         correct = torch.zeros((), dtype=torch.int64, device=mask.logits.device)
-        whole = task if _whole(model) else None
+        whole = task if uses_batches(model.net) else None
         for x, y in processes.chunks(split, _batch_size(model, split, batch_size), whole):
             correct += (model(x, mask).argmax(-1) == y).sum()
         correct = processes.total(correct)
@@ -125,9 +127,5 @@ def entropy_accuracy(model: HyperMask, scenario: Scenario, batch_size: int) -> E
 
 
 def _batch_size(model: HyperMask, split: Split, batch_size: int) -> int:
-    return max(len(split), 1) if _whole(model) else batch_size
-
-
-def _whole(model: HyperMask) -> bool:
-    """Whether a sample's output depends on the batch that it is in."""
-    return any(getattr(module, "batch_statistics", False) for module in model.net.modules())
+    whole = any(getattr(module, "batch_statistics", False) for module in model.net.modules())
+    return max(len(split), 1) if whole else batch_size

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import __version__, distributed
 from ..data import Scenario, Split, TensorSplit
 from ..errors import InputError
+from ..masking.norms import BatchNorm
 from ..model import HyperMask
 from ..model_state import network_state
 from .checkpoint import model_settings
@@ -53,7 +54,7 @@ def join(
     with processes.waiting(lambda: "the run's beginning"):
         processes.check_same(
             {
-                f"version or sources of hypermask_fast ({__version__} on rank {processes.rank})": package_digest(),
+                "version or sources of hypermask_fast": package_digest(),
                 "kind of device": next(model.parameters()).device.type.encode(),
                 "settings": repr((config, others)).encode(),
                 "networks": _networks(model),
@@ -62,6 +63,9 @@ def join(
         )
         if model.hypernet.averaging is None:
             distributed.replicate(model)
+            norms = any(isinstance(module, BatchNorm) for module in model.net.modules())
+            if norms and config.batch_norm == "synchronised":
+                distributed.synchronise_batch_norm(model)
 
 
 @cache

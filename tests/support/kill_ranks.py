@@ -1,4 +1,4 @@
-"""Runs of split-digits under torchrun whose ranks are killed at random moments: metrics.json must be the same each time.
+"""Runs of split-digits under torchrun whose ranks are killed at random moments: metrics.json is the same each time.
 
     PYTHONPATH=.:tests python -m support.kill_ranks --kills 20
 
@@ -99,7 +99,9 @@ def main() -> None:
             code, said = killed(folder, kills, generator)
             done = said.count("exitcode: -9")
             same = code == 0 and (folder / "metrics.json").read_bytes() == expected
-            print(f"{done} of {count} killed at {kills}: exit code {code}, metrics.json {'the same' if same else 'OTHER'}")
+            print(
+                f"{done} of {count} killed at {kills}: exit code {code}, metrics.json {'the same' if same else 'OTHER'}"
+            )
             if not same:
                 sys.exit(said)
             left -= max(done, 1)

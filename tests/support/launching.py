@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -65,7 +66,7 @@ def _ended(process: Any, here: Connection, files: str, until: float) -> Ended:
     result = None
     try:
         if here.poll(max(until - time.monotonic(), 0)):
-            result = here.recv()
+            result = pickle.loads(here.recv_bytes())
     except EOFError:
         pass
     process.join(max(until - time.monotonic(), 1))
@@ -89,5 +90,5 @@ def _rank(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     result = function(rank, *arguments)
-    there.send(result)
+    there.send_bytes(pickle.dumps(result))  # `send` would share tensors, which end with the process
     sys.exit(result if isinstance(result, int) else 0)
