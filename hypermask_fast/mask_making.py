@@ -1,5 +1,6 @@
 """How a model makes its tasks' masks: from a task's id over the hypernetwork to thresholds."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -35,6 +36,7 @@ class MaskMaking(Anchored):
     """
 
     reducer: GradientReducer | None = None
+    _said_alone = False
     _ranks: dict[tuple[MaskLayout, float, torch.device], Tensor]
 
     @without_autocast
@@ -50,6 +52,7 @@ class MaskMaking(Anchored):
         Raises:
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
+        self._look_around()
         stepper = self._stepper_in_training()
         if isinstance(task, Tensor) and (stepper is None or not values_at_hand(task) or not is_id(task)):
             return self._mask_by_tensor(task, sparsity, ranks)
@@ -109,24 +112,38 @@ class MaskMaking(Anchored):
 
     @without_autocast
     def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
+        self._look_around()
         logits = self.hypernet(tasks)
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
 
     def _thresholds(self, logits: Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> Tensor:
-        self._look_around()
         if ranks is None:
             ranks = self._ranks_of(self.sparsity if sparsity is None else sparsity, logits.device)
         return ops.mask_thresholds(logits, self.layout.offsets, ranks)
 
-    def _look_around(self) -> None:
-        """In a group of processes: are the Parameters whole, and are gradients averaged of all of them?"""
+    def _look_around(self, passes: bool = False) -> None:
+        """In a group of processes: are Parameters whole, and will all gradients be averaged, and by whom?
+
+        passes: whether a forward pass is to come.
+        """
         if torch.compiler.is_compiling() or not in_a_group():
             return
-        check_whole(self.net)
+        check_whole(self.net, self, self.hypernet, self.hypernet.output)
         if self.reducer is not None and torch.is_grad_enabled():
             self.reducer.watch()
-            if active_ddp() is not None:
+            if passes or active_ddp() is not None:
                 self.reducer.passes()
+        elif passes and self.training and torch.is_grad_enabled() and active_ddp() is None:
+            self._say_alone()
+
+    def _say_alone(self) -> None:
+        if not self._said_alone:
+            self._said_alone = True
+            warnings.warn(
+                "this model is trained by each process alone: hmf.distributed.replicate(model) before has all of them "
+                "train one",
+                stacklevel=4,
+            )
 
     def _ranks_of(self, sparsity: float, device: torch.device) -> Tensor:
         """`layout.ranks`, kept on a GPU, for copying them there is a wait."""

@@ -25,7 +25,7 @@ from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import DriftConfig
-from .wrapping import active_ddp, check_whole, in_a_group
+from .wrapping import check_whole
 
 
 class HyperMask(MaskMaking):
@@ -113,7 +113,6 @@ class HyperMask(MaskMaking):
         self.sparsity, self.drift, self.hypernetwork = sparsity, drift, hypernetwork
         self.anchor = None  # assigned to when a run resumes within a task
         self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
-        self._said_alone = False
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -152,25 +151,11 @@ class HyperMask(MaskMaking):
             if not inputs:
                 raise InputError("which task? model(x, task), or by name, model(x, task=0)")
             *inputs, task = inputs  # pyright: ignore[reportAssignmentType]
+        self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, task)
-        self._look_for_ddp()
         if isinstance(task, Tensor) and task.dim() == 1:
             return self._forward_mixed(tuple(inputs), kwargs, task)
         return self._through(self._mask_for(task), tuple(inputs), kwargs)
-
-    def _look_for_ddp(self) -> None:
-        """In a group of processes: who averages the gradients of this pass?"""
-        if torch.compiler.is_compiling() or not in_a_group() or not torch.is_grad_enabled():
-            return
-        if self.reducer is not None:
-            self.reducer.passes()
-        elif self.training and not self._said_alone and active_ddp() is None:
-            self._said_alone = True
-            warnings.warn(
-                "this model is trained by each process alone: hmf.distributed.replicate(model) before has all of them "
-                "train one",
-                stacklevel=4,
-            )
 
     def _mask_for(self, task: Any) -> TaskMask:
         if not isinstance(task, TaskMask):
@@ -186,15 +171,14 @@ class HyperMask(MaskMaking):
         For what is no forward pass of the model, such as `model.generate`, and for threads of one's own. Masks are made
         once for the block: a step of an optimiser within it is not seen.
         """
+        self._look_around(passes=True)
         mask = self._mask_for(task)
-        self._look_for_ddp()
         with self._under(mask):
             yield mask
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        self._look_around()
-        self._look_for_ddp()
+        self._look_around(passes=True)
         with super().disabled():
             yield
 
@@ -294,6 +278,7 @@ class HyperMask(MaskMaking):
             and all(isinstance(m, TaskMask) for m in inputs[-1])
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
+        self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
         if masks is None:
             outputs = self._all(self.all_masks(), tuple(inputs), kwargs)

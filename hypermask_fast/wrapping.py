@@ -1,7 +1,6 @@
 """What is around a model in a group of processes: DistributedDataParallel, or parameters that are in shards."""
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -9,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError
+
+_SHARDED = "_is_fsdp_managed_module"  # what FullyShardedDataParallel and fully_shard tell torch.compile of a module
+_INSTEAD = "hmf.distributed.shard(model) shards the hypernetwork, which is the large part, and no more is needed"
 
 
 def in_a_group() -> bool:
@@ -32,24 +34,21 @@ def refuse_ddp_of_network(net: nn.Module) -> None:
         )
 
 
-def check_whole(module: nn.Module, left_out: Iterable[nn.Module] = ()) -> None:
-    """Raises InputError where parameters are sharded by others (fully_shard, FullyShardedDataParallel, DTensor).
+def check_whole(net: nn.Module, *others: nn.Module) -> None:
+    """Raises InputError where a network's parameters are sharded by others: by either FSDP, or as DTensors.
 
-    left_out: modules whose parameters may be DTensors.
+    others: modules that may hold DTensors, but not FSDP's.
     """
-    for name, part in module.named_modules():
-        if "_is_fsdp_managed_module" in vars(part):  # what both FSDPs tell torch.compile
+    for path, part in (*net.named_modules(), *((type(other).__name__, other) for other in others)):
+        if _SHARDED in vars(part):
             raise InputError(
-                f"{name or type(part).__name__} is sharded by FSDP, which frees parameters that masks are made of: "
-                "leave fully_shard out; hmf.distributed.shard(model) shards the hypernetwork, which is the large part"
+                f"{path or 'the network'} is sharded by FSDP, which takes the parameters away that masks are made of: "
+                f"leave FSDP out; {_INSTEAD}"
             )
-    known = {id(parameter) for part in left_out for parameter in part.parameters()}
-    for name, parameter in module.named_parameters():
-        if id(parameter) not in known and is_dtensor(parameter):
-            raise InputError(
-                f"{name} is a DTensor, which can't be masked: leave the target network whole; "
-                "hmf.distributed.shard(model) shards the hypernetwork, which is the large part"
-            )
+    for part in net.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if is_dtensor(parameter):
+                raise InputError(f"{name} of {type(part).__name__} is a DTensor, which can't be masked: {_INSTEAD}")
 
 
 def is_dtensor(tensor: Tensor) -> bool:

@@ -85,19 +85,12 @@ class Reducer:
             self._ddp = False
 
     def _held_by(self, ddp: DistributedDataParallel) -> bool:
-        """Whether it averages these modules' gradients. Raises InputError where it would send the hypernetwork's."""
+        """Whether it averages these modules' gradients. Raises InputError where it would do that wrong."""
         if ddp not in self._holds:
-            models = list(self._models())
-            self._holds[ddp] = any(part in models for part in ddp.module.modules())
-            inner = {id(parameter) for model in models for parameter in model.hypernet.parameters()}
-            left_out = ddp.parameters_to_ignore
-            if any(id(p) in inner and name not in left_out for name, p in ddp.module.named_parameters()):
-                del self._holds[ddp]
-                kind = type(ddp.module).__name__
-                raise InputError(
-                    f"DistributedDataParallel({kind}) would send the output layer's gradient, N x H: "
-                    f"hmf.distributed.replicate (or shard) takes the {kind} that has the model in it"
-                )
+            held = [part for part in ddp.module.modules() if part in set(self._models())]
+            for model in held:
+                _check_ddp(ddp, model)
+            self._holds[ddp] = bool(held)
         return self._holds[ddp]
 
     def check_same_tasks(self, tasks: Sequence[int], count: int, training: bool) -> None:
@@ -217,6 +210,24 @@ def _moved(norm: nn.Module) -> Iterator[Tensor]:
     for name, buffer in norm.named_buffers(recurse=False):
         if name.endswith(STATISTICS) and name not in unused and buffer.is_floating_point():
             yield buffer
+
+
+def _check_ddp(ddp: DistributedDataParallel, model: Any) -> None:
+    """Raises InputError where it would send a model's whole output layer, or wait for other tasks' parameters."""
+    kind = type(ddp.module).__name__
+    inner = {id(parameter) for parameter in model.hypernet.parameters()}
+    left_out = ddp.parameters_to_ignore
+    if any(id(p) in inner and name not in left_out for name, p in ddp.module.named_parameters()):
+        raise InputError(
+            f"DistributedDataParallel({kind}) would send the output layer's gradient, N x H: "
+            f"hmf.distributed.replicate (or shard) takes the {kind} that has the model in it"
+        )
+    own = sum(parameter.requires_grad for parameter in model.own.parameters())
+    if own > len(model.own) and not (ddp.find_unused_parameters or ddp.static_graph):
+        raise InputError(
+            "parameters of each task's own are not in other tasks' passes: "
+            "DistributedDataParallel(..., find_unused_parameters=True), or leave it out: gradients are averaged anyway"
+        )
 
 
 def _check_not_stepped(noted: Sequence[tuple["weakref.ref[Tensor]", int]]) -> None:

@@ -38,7 +38,9 @@ def replicate(module: M, group: Any = None) -> M:
     """
     if not dist.is_available() or not dist.is_initialized():
         raise InputError("there is no process group: torch.distributed.init_process_group() comes first")
-    check_whole(module)
+    for part in module.modules():
+        if isinstance(part, HyperMask):
+            check_whole(part.net, part, part.hypernet, part.hypernet.output)
     left_out = []
     for name, part in module.named_modules():
         if isinstance(part, HyperMask):

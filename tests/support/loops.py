@@ -35,12 +35,12 @@ class Net(nn.Module):
         return self.head(self.norm(self.first(x) + self.shift).tanh())
 
 
-def mlp(seed=1, chunk_size=None, tasks=TASKS, dtype=torch.float64, **settings):
+def mlp(seed=1, chunk_size=None, tasks=TASKS, dtype=torch.float64, per_task="norm", **settings):
     torch.manual_seed(seed)
     net = Net(**settings)
     config = hmf.HypernetConfig(embedding=6, hidden=(10,), chunk_size=chunk_size)
     drifts = {"beta": 0.5, "lam": 0.02, "drift_norm": 2}
-    return hmf.HyperMask(net, tasks, 20, config, exclude="table.*", per_task="norm", **drifts).to(dtype)
+    return hmf.HyperMask(net, tasks, 20, config, exclude="table.*", per_task=per_task, **drifts).to(dtype)
 
 
 def data(task, step, shape=(8,), dtype=torch.float64, classes=3):
