@@ -98,6 +98,15 @@ def anchor(found: Mapping[str, Tensor], size: int) -> Anchor | None:
     return Anchor(int(found["anchor.task"]), found["anchor.weights"], tuple(found[name] for name in targets))
 
 
+class Entries:
+    """Has every name of an entry, for who looks each name of a state_dict up as an attribute of the model's."""
+
+    def __getattr__(self, name: str) -> "Entries":
+        if name.startswith("_"):  # of another protocol, such as copying
+            raise AttributeError(name)
+        return self
+
+
 # -- without them, and each tensor once -------------------------------------------------------------------------------
 
 
@@ -121,7 +130,14 @@ def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Of each name, the first one of the same tensor: its own, or that of the one that it is tied to."""
     first: dict[tuple, str] = {}
     names = {}
-    for name, tensor in tensors.items():
+    for name, value in tensors.items():
+        tensor = local(value)  # a DTensor has no address of its own
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[name] = first.setdefault(key, name) if tensor.numel() and tensor.device.type != "meta" else name
     return names
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: its part of a DTensor, all of an ordinary one."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

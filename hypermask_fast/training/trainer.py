@@ -29,6 +29,7 @@ from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
 from .order import batch_rows
 from .processes import Processes, Stopping
+from .ranks import Ranks
 from .report import check_no_reports, check_packages, device_name, write_reports
 from .result import Result, text_after_task
 from .step import Block, TaskWork
@@ -329,11 +330,8 @@ class Trainer:
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
     def _save(self, optimizer: torch.optim.Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
-        """Within a task, all that the rest of it depends on; between tasks, the model and the results."""
+        """Within a task, all that the rest of it depends on; between tasks, the model and the results. On every rank."""
         if self.run_dir is None:
-            return
-        if not self.processes.first:
-            self._keeps()
             return
         at = self._at
         tensors = checkpoint.model_tensors(self.model) | checkpoint.generator_tensors(self.device)
@@ -361,7 +359,8 @@ class Trainer:
             state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
-        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
+        ranks = Ranks.of_model(self.model)
+        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state, ranks)
         self._keeps()
 
     def _stopped(self) -> Stopped:
