@@ -201,7 +201,8 @@ class Trainer:
         self.on_task_end(self.result)
 
     def _progress(self, shown: bool) -> TerminalLog | None:
-        title = f"{self.about.title}; {self.about.details}; {device_name(self.device)}"
+        several = f", {self.processes.size} processes" if self.processes.several else ""
+        title = f"{self.about.title}; {self.about.details}; {device_name(self.device)}{several}"
         labels = [self.scenario.label(task) for task in range(len(self.scenario.tasks))]
         return TerminalLog(len(labels), title, labels=labels) if shown else None
 
@@ -330,7 +331,7 @@ class Trainer:
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
     def _save(self, optimizer: torch.optim.Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
-        """Within a task, all that the rest of it depends on; between tasks, the model and the results. On every rank."""
+        """Within a task, all that the rest of it depends on; between tasks, the model and the results. On all ranks."""
         if self.run_dir is None:
             return
         at = self._at
