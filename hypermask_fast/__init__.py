@@ -3,7 +3,7 @@
 from . import startup  # noqa: F401  before all that takes time
 
 # isort: split
-from . import data, distributed, optim
+from . import data, distributed, inference, optim
 from . import ops as functional
 from .errors import InputError
 from .hypernet import HypernetConfig
@@ -30,6 +30,7 @@ __all__ = [
     "distributed",
     "explain",
     "functional",
+    "inference",
     "optim",
     "predict",
     "use_backend",

@@ -60,18 +60,18 @@ class MaskMaking(Anchored):
         self._check_task(task)
         anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
         if anchor is None:
-            hidden = self.hypernet.hidden([task])
             if stepper is None:
-                logits = self.hypernet.logits(hidden).squeeze(0)
+                logits = self.hypernet.logits(*self.hypernet.generating([task])).squeeze(0)
             else:
-                logits, _ = self.hypernet.factored_logits(hidden, (), task, stepper)
+                logits, _ = self.hypernet.factored_logits([task], (), task, stepper)
             return self._mask_of(task, logits, sparsity, ranks)
-        hidden = self.hypernet.hidden(self.hypernet.tasks(task))
+        tasks = self.hypernet.tasks(task)
         for_drifts: dict[str, Any] = {}
         if stepper is None:
-            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[-1:]).squeeze(0), hidden[:-1]
+            hidden, layer = self.hypernet.generating(tasks)
+            logits, for_drifts["earlier"] = self.hypernet.logits(hidden[-1:], layer).squeeze(0), (hidden[:-1], layer)
         else:
-            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(hidden, anchor.targets, task, stepper)
+            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(tasks, anchor.targets, task, stepper)
         if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
@@ -90,8 +90,9 @@ class MaskMaking(Anchored):
             return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks)
         known = self._known(ids)
         ids = ids.where(known, 0)
-        hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
-        return self._mask_of(ids[0], self.hypernet.logits(hidden).squeeze(0), sparsity, ranks)
+        hidden, layer = self.hypernet.generating(ids)
+        hidden = hidden.where(known[:, None, None], float("nan"))
+        return self._mask_of(ids[0], self.hypernet.logits(hidden, layer).squeeze(0), sparsity, ranks)
 
     def _mask_of(
         self,

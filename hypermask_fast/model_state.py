@@ -17,6 +17,7 @@ from .masking.layout import MaskLayout
 from .regularizers import Anchor
 
 PREFIX = "state."
+FITTED = "fitted."
 
 
 def entries(
@@ -47,6 +48,20 @@ def entries(
         found |= {"anchor.task": torch.tensor(anchor.task), "anchor.weights": anchor.weights.detach()}
         found |= {f"anchor.targets.{i}": target.detach() for i, target in enumerate(anchor.targets)}
     return {PREFIX + name: tensor for name, tensor in found.items()}
+
+
+def fitted_entries(method: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a method of inference has fitted, under names of its own among the others."""
+    return {f"{PREFIX}{FITTED}{method}.{name}": tensor for name, tensor in entries.items()}
+
+
+def fitted(found: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The same back: by method, its entries."""
+    methods: dict[str, dict[str, Tensor]] = {}
+    for name in (name for name in found if name.startswith(FITTED)):
+        method, _, entry = name.removeprefix(FITTED).partition(".")
+        methods.setdefault(method, {})[entry] = found[name]
+    return methods
 
 
 def digest(layout: MaskLayout) -> Tensor:
@@ -112,10 +127,10 @@ class Entries:
 
 def network_state(model: nn.Module) -> dict[str, Tensor]:
     """A model's state_dict for a checkpoint: tied tensors once, under their first name, and of the entries above
-    only which tasks are removed or frozen, where some are."""
+    only which tasks are removed or frozen, where some are, and what methods of inference have fitted."""
     state, tasks = model.state_dict(), PREFIX + "tasks"
-    marked = tasks in state and bool(state[tasks].any())
-    kept = {name: t for name, t in state.items() if not name.startswith(PREFIX) or (marked and name == tasks)}
+    wanted = (PREFIX + FITTED, tasks) if tasks in state and state[tasks].any() else (PREFIX + FITTED,)
+    kept = {name: t for name, t in state.items() if not name.startswith(PREFIX) or name.startswith(wanted)}
     names = first_names(kept)
     return {name: tensor for name, tensor in kept.items() if names[name] == name}
 

@@ -2,12 +2,11 @@
 
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import nn
 
-from ..averaging import Averaging
 from ..errors import InputError
 from ..model import HyperMask
+from ..processes import Replicas, Shards, check_initialized
 from ..wrapping import check_whole
 from .reducer import average_gradients
 
@@ -36,22 +35,36 @@ def replicate(module: M, group: Any = None) -> M:
     Raises:
         InputError: no process group, no HyperMask in the module, or parameters that are sharded.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise InputError("there is no process group: torch.distributed.init_process_group() comes first")
-    for part in module.modules():
-        if isinstance(part, HyperMask):
-            check_whole(part.net, part, part.hypernet, part.hypernet.output)
+    check_initialized()
+    models = hypermasks(module, "replicate")
+    for model in models:
+        if isinstance(model.hypernet.processes, Shards):
+            raise InputError("the model is sharded: its ranks train one model already")
+        check_whole(model.net, model, model.hypernet, model.hypernet.output)
+    for model in models:
+        hypernet = model.hypernet
+        hypernet.processes = Replicas(group)
+        hypernet.processes.make_equal([*hypernet.parameters(), *hypernet.buffers()])
+    average_gradients(module, group)
+    leave_out_of_ddp(module)
+    return module
+
+
+def hypermasks(module: nn.Module, taker: str) -> list[HyperMask]:
+    """The HyperMask models in a module. Raises InputError where there is none."""
+    found = [part for part in module.modules() if isinstance(part, HyperMask)] if isinstance(module, nn.Module) else []
+    if not found:
+        raise InputError(f"{taker} takes a HyperMask or a module with one in it; {type(module).__name__} has none")
+    return found
+
+
+def leave_out_of_ddp(module: nn.Module) -> None:
+    """Says to DistributedDataParallel(module) that the hypernetworks are not its own."""
     left_out = []
     for name, part in module.named_modules():
         if isinstance(part, HyperMask):
-            hypernet = part.hypernet
-            hypernet.averaging = Averaging(group)
-            hypernet.averaging.make_equal([*hypernet.parameters(), *hypernet.buffers()])
-            prefix = f"{name}.hypernet" if name else "hypernet"
-            left_out += [f"{prefix}.{parameter}" for parameter, _ in hypernet.named_parameters()]
-    if not left_out:
-        raise InputError(f"replicate takes a HyperMask or a module with one in it; {type(module).__name__} has none")
-    average_gradients(module, group)
+            prefix = f"{name}.hypernet." if name else "hypernet."
+            tensors = (*part.hypernet.named_parameters(), *part.hypernet.named_buffers())
+            left_out += [prefix + tensor for tensor, _ in tensors]
     marked: Any = module
     marked._ddp_params_and_buffers_to_ignore = left_out  # noqa: SLF001  # what DistributedDataParallel asks for
-    return module

@@ -1,5 +1,19 @@
 """Which task is this? Predictions where the task of a sample is unknown."""
 
-from .predictions import Prediction, predict
+from .distances import KINDS, SHRINKAGES, FeCAM, Mahalanobis, restored
+from .fitting import evaluating
+from .predictions import FITTED, METHODS, Prediction, infer, predict
 
-__all__ = ["Prediction", "predict"]
+__all__ = [
+    "FITTED",
+    "KINDS",
+    "METHODS",
+    "SHRINKAGES",
+    "FeCAM",
+    "Mahalanobis",
+    "Prediction",
+    "evaluating",
+    "infer",
+    "predict",
+    "restored",
+]

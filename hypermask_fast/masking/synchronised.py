@@ -12,7 +12,7 @@ from ..errors import InputError
 
 
 class Ranks(Protocol):
-    """What is asked of the processes: see `averaging.Averaging`."""
+    """What is asked of the processes: see `distributed.ranks.Ranks`."""
 
     def sum_(self, tensor: Tensor) -> None: ...
 

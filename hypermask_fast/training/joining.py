@@ -61,7 +61,7 @@ def join(
                 "data": _data(scenario),
             }
         )
-        if model.hypernet.averaging is None:
+        if model.hypernet.processes is None:
             distributed.replicate(model)
             norms = any(isinstance(module, BatchNorm) for module in model.net.modules())
             if norms and config.batch_norm == "synchronised":

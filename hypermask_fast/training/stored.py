@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..inference import restored
 from ..model import HyperMask
-from ..model_state import PREFIX, local, network_state
+from ..model_state import FITTED, PREFIX, fitted, local, network_state
 from . import checkpoint
 from .checkpoint import BEST, MODEL, MOMENTS, OPTIMIZER
 from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
@@ -126,6 +127,17 @@ class _Check:
                 )
             counted = name.endswith(("running_var", "num_batches_tracked"))
             self._values(prefix + name, low=0 if counted else None)
+        self._fitted(prefix + PREFIX)
+
+    def _fitted(self, prefix: str) -> None:
+        """What methods of inference have fitted, where they have."""
+        names = [name for name in self.tensors if name.startswith(prefix + FITTED)]
+        entries = fitted({name.removeprefix(prefix): self.tensors[name] for name in names})
+        try:
+            restored(entries, range(self.model.num_tasks))
+        except InputError as error:
+            raise InputError(f"{self.file} does not fit this run: {error}{REMEDY}") from error
+        self.seen.update(names)
 
     def task_count(self) -> None:
         matrix = self.tensors.get("result.matrix")
