@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError, ProcessLost
-from ..training.processes import lost, ranks_named
+from ..training.world import lost, ranks_named
 from .command import EXIT_INPUT, EXIT_LOST
 
 _c10d: Any = dist  # PyTorch documents its stores, and doesn't mark them as exported

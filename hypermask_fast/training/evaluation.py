@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..inference import FITTED, Mahalanobis, evaluating, predict
 from ..masking.norms import uses_batches
 from ..model import HyperMask
-from .processes import ALONE, Processes
+from .world import ALONE, World
 
 
 class EntropyAccuracy(NamedTuple):
@@ -68,7 +68,7 @@ def accuracy(
     task: int,
     batch_size: int,
     sparsity: float | None = None,
-    processes: Processes = ALONE,
+    world: World = ALONE,
 ) -> float:
     """Percent of the split's samples whose argmax is their label, under task's mask; one host sync in all.
 
@@ -78,7 +78,7 @@ def accuracy(
 
     Args:
         sparsity: percent, in place of the model's own (validation during the ramp).
-        processes: which all call this.
+        world: the processes that all call this.
 
     Returns:
         Percent, 0 to 100; NaN for an empty split.
@@ -87,9 +87,9 @@ def accuracy(
         mask = model.mask(task, sparsity)
         correct = torch.zeros((), dtype=torch.int64, device=mask.logits.device)
         whole = task if uses_batches(model.net) else None
-        for x, y in processes.chunks(split, _batch_size(model, split, batch_size), whole):
+        for x, y in world.chunks(split, _batch_size(model, split, batch_size), whole):
             correct += (model(x, mask).argmax(-1) == y).sum()
-        correct = processes.total(correct)
+        correct = world.total(correct)
     return 100.0 * correct.item() / len(split) if len(split) else float("nan")
 
 

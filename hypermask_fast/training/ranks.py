@@ -40,8 +40,8 @@ class Ranks:
     def of_model(cls, model: HyperMask) -> "Ranks":
         """Those that train the model together, as `distributed.shard` or `distributed.replicate` has said."""
         ranks = cls.of_tensors(model.parameters())
-        averaging = model.hypernet.averaging
-        return cls([averaging.group]) if not ranks.groups and averaging is not None else ranks
+        processes = model.hypernet.processes
+        return cls([processes.group]) if not ranks.groups and processes is not None else ranks
 
     @property
     def first(self) -> bool:

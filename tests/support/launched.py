@@ -20,8 +20,8 @@ from hypermask_fast.data import DatasetSplit, Scenario, TensorSplit
 from hypermask_fast.training import joining, report, run, step
 from hypermask_fast.training.config import TrainingConfig, load_preset
 from hypermask_fast.training.interrupt import Stopped
-from hypermask_fast.training.processes import Processes
 from hypermask_fast.training.trainer import Trainer
+from hypermask_fast.training.world import World
 
 from .networks import blob_scenario
 
@@ -178,7 +178,7 @@ def compared(rank: int) -> dict[str, Any]:
     _grouped()
     found: dict[str, Any] = {name: trained(name) for name in TRAINERS}
     found["again"] = {name: trained(name) for name, case in TRAINERS.items() if case.random}
-    with Processes.here().own_noise(1, 2):
+    with World.here().own_noise(1, 2):
         found["noise"] = torch.rand(4).tolist()
     return found
 

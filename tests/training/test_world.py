@@ -7,7 +7,7 @@ from support.launching import ranks
 
 from hypermask_fast import InputError
 from hypermask_fast.training.config import TrainingConfig
-from hypermask_fast.training.processes import Processes, Stopping, ranks_named
+from hypermask_fast.training.world import Stopping, World, ranks_named
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def test_ranks_that_differ_are_named():
 def test_no_process_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="there is no process group, and WORLD_SIZE is 2"):
-        Processes.here()
+        World.here()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert Processes.here() == Processes()
+    assert World.here() == World()
 
 
 def test_names_of_ranks():
@@ -94,7 +94,7 @@ def test_names_of_ranks():
 
 def test_in_one_process_a_stop_is_asked_every_step():
     asked = iter([False, False, True])
-    stopping = Stopping(lambda: next(asked), Processes())
+    stopping = Stopping(lambda: next(asked), World())
     assert [stopping() for _ in range(3)] == [False, False, True]
 
 

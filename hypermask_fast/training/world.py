@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """Processes that train together, in step: all of them make the same calls in the same order.
 
     Attributes:
@@ -40,7 +40,7 @@ class Processes:
     device: torch.device = _CPU
 
     @classmethod
-    def here(cls, group: Any = None) -> "Processes":
+    def here(cls, group: Any = None) -> "World":
         """Those of the process group; this one alone where there is none.
 
         Raises:
@@ -162,7 +162,7 @@ class Processes:
             raise ProcessLost(late, place()) from error
 
 
-ALONE = Processes()
+ALONE = World()
 
 
 def lost(error: RuntimeError) -> bool | None:
@@ -192,15 +192,15 @@ class Stopping:
         stop: whether this process was asked to; asked at every call.
     """
 
-    def __init__(self, stop: Callable[[], bool], processes: Processes) -> None:
-        self._stop, self._processes = stop, processes
+    def __init__(self, stop: Callable[[], bool], world: World) -> None:
+        self._stop, self._world = stop, world
         self._asked = False
         self._calls, self._every, self._told = 0, 1, time.monotonic()
 
     def __call__(self, now: bool = False) -> bool:
         """After a step; now: the ranks tell each other at this very call, which all of them make."""
         self._asked = self._stop() or self._asked
-        if not self._processes.several:
+        if not self._world.several:
             return self._asked
         self._calls += 1
         return (now or self._calls >= self._every) and self._exchanged()
@@ -208,8 +208,8 @@ class Stopping:
     def _exchanged(self) -> bool:
         seconds = time.monotonic() - self._told
         every = min(max(int(self._calls * _STOP_WITHIN / max(seconds, 1e-9)), 1), 2 * self._every)
-        told = torch.tensor([int(self._asked), -every], device=self._processes.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._processes.group)
+        told = torch.tensor([int(self._asked), -every], device=self._world.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._world.group)
         asked, every = told.tolist()
         self._calls, self._every, self._told = 0, -every, time.monotonic()
         return bool(asked)
