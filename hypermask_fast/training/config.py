@@ -94,6 +94,9 @@ class TrainingConfig:
             or all of it ("none"); "auto": a part, where there are rows or chunks for every one.
         batch_norm: in several processes, whether it normalises by the whole batch ("synchronised", the numbers of one
             process) or by each one's share ("local", whose running statistics are averaged).
+        inspect: whether the masks are inspected after every task (`analysis.inspect`): inspect.json, inspect.csv, rows
+            in the log, and in the folder learned what is kept of each task to measure its drift. It changes no other
+            number.
 
     Raises:
         InputError: a value of another type or out of its range; neither iterations nor epochs, or both.
@@ -114,6 +117,7 @@ class TrainingConfig:
     cuda_graph: bool = True
     shard: Annotated[str, OneOf(SHARDS)] = "auto"
     batch_norm: Annotated[str, OneOf(BATCH_NORMS)] = "synchronised"
+    inspect: bool = False
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
@@ -204,8 +208,8 @@ class RunConfig:
     def digest(self) -> str:
         """SHA-256 of all settings that decide a number: equal for runs of equal numbers.
 
-        Not of the title, of where the data lie, of how often the run logs and saves, of what processes share among
-        each other, nor of how often it would validate where it never does.
+        Not of the title, of where the data lie, of how often the run logs and saves, of whether it inspects, of what
+        processes share among each other, nor of how often it would validate where it never does.
         """
         usual, names = TrainingConfig(iterations=1), ["log_every", "checkpoint_every"]
         if not self.training.validates:
@@ -222,7 +226,7 @@ class RunConfig:
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
         if not self.hypernet.by_tensor:
             values["hypernet"].pop("by_tensor", None)  # which came later, and is off for all runs before
-        del values["training"]["shard"]  # which decides no number
+        del values["training"]["shard"], values["training"]["inspect"]  # which decide no number
         if self.training.batch_norm == "synchronised":
             del values["training"]["batch_norm"]  # which came later, and decides none then
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

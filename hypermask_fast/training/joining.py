@@ -65,7 +65,8 @@ def join(world: World, model: HyperMask, scenario: Scenario, config: TrainingCon
 
 
 def _spread(world: World, model: HyperMask, config: TrainingConfig) -> None:
-    if config.shard == "hypernetwork" or (config.shard == "auto" and _has_slices(model, world.size)):
+    slices = not config.inspect and _has_slices(model, world.size)  # one rank inspects, so all need the whole model
+    if config.shard == "hypernetwork" or (config.shard == "auto" and slices):
         distributed.shard(model)
     else:
         distributed.replicate(model)

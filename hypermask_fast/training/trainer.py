@@ -22,6 +22,7 @@ from . import checkpoint, describe, optimizers, stored
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
+from .inspecting import Inspector, check_no_inspection, check_whole
 from .interrupt import Stopped
 from .joining import join
 from .lock import taken
@@ -111,6 +112,8 @@ class Trainer:
         self.scenario = scenario.to(self.device)
         check_outputs(self.model, self.scenario)
         join(self.world, self.model, self.scenario, config, (ramp, seed, settings))
+        if config.inspect:
+            check_whole(self.model)
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.settings, self.earlier_settings = settings, tuple(earlier_settings)
@@ -127,6 +130,7 @@ class Trainer:
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
         self.result = Result(nothing[1:], nothing[0])
         self.stop = Stopping(stop or (lambda: False), self.world)
+        self._inspector: Inspector | None = None
         self._at = _Position()
         self._finite, self._kept = 0, ""  # the task's last iteration whose loss was seen; the checkpoint there is
         self._restored_state: dict[str, Any] = {}
@@ -147,6 +151,8 @@ class Trainer:
             if not resume:
                 check_no_reports(self.report)
             _folder(self.report)  # now, not when the first task is done
+        if self.config.inspect and self.world.first and not resume:
+            check_no_inspection(self.run_dir or self.report)
         on_gpu = self.device.type == "cuda"
         written = self.run_dir if self.world.first else None
         try:
@@ -170,9 +176,12 @@ class Trainer:
         else:
             torch.manual_seed(self.seed)
             self.result.baseline.copy_(self._test_accuracies())
+        if self.config.inspect and self.world.first:  # every rank has the whole model
+            self._inspector = Inspector(self.run_dir or self.report, self._at.task)
         while self._at.task < len(self.scenario.tasks):
             self._train_task(self._at.task, restored)
             self.result.matrix[self._at.task] = self._test_accuracies()
+            self._inspect(self._at.task)
             self.result.peak_memory = max(self.result.peak_memory, peak_memory(self.device))
             self._at, restored = _Position(task=self._at.task + 1), {}
             self._save()
@@ -180,6 +189,11 @@ class Trainer:
             if self._at.task < len(self.scenario.tasks) and self.stop(now=True):
                 raise self._stopped()
         return self.result
+
+    def _inspect(self, task: int) -> None:
+        if self._inspector is not None:
+            values = self._inspector.after_task(self.model, self.scenario, task)
+            self.logger.step(task, self._at.iteration, values)
 
     def _saved(self, resume: bool) -> Path | None:
         """Where the checkpoint is that all ranks go on from; None where there is none."""

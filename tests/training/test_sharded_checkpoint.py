@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import forging_folders, sharding
-from support.processes import as_text, ranks
+from support.launching import ranks
 
 from hypermask_fast import InputError, cli
 from hypermask_fast.training import checkpoint, report, run, tensor_files
@@ -38,9 +38,14 @@ def made(tmp_path_factory) -> Path:
 
 def results(count: int, function, *arguments) -> list:
     """What the ranks return, none of which fails."""
-    ended = ranks(count, function, *arguments)
-    assert not any(rank.error for rank in ended), [rank.error for rank in ended]
+    ended = ranks(count, sharding.in_group, function, *arguments)
+    assert not any(rank.code for rank in ended), [rank.err for rank in ended]
     return [rank.result for rank in ended]
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """All files below a folder, by name."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 # -- on any number of ranks --------------------------------------------------------------------------------------------
@@ -51,7 +56,7 @@ def saved(made) -> Path:
     """The same runs, as each mesh of ranks would have saved them."""
     for kind, mesh in itertools.product(KINDS, MESHES):
         folder = shutil.copytree(made / kind, made / f"{kind} {mesh}")
-        results(4, sharding.save_again, folder, mesh)
+        results(math.prod(mesh), sharding.save_again, folder, mesh)
     return made
 
 
@@ -73,7 +78,7 @@ def test_a_file_per_rank_that_owns_something_and_one_for_the_rest(saved, kind, m
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mesh_of_one_rank_saves_as_a_single_process_does(saved, kind):
-    assert as_text(saved / f"{kind} (1,)") == as_text(saved / kind)
+    assert contents(saved / f"{kind} (1,)") == contents(saved / kind)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -82,7 +87,7 @@ def test_any_number_of_ranks_reads_what_any_number_has_saved(saved, kind, mesh):
     """Each its own slices."""
     sources = [saved / kind, *(saved / f"{kind} {by}" for by in MESHES)]
     parts = {"dense": 9, "chunks": 5}[kind]  # weight and bias: model, best, two moments; the anchor's target
-    for found in results(4, sharding.differences, sources, saved / kind, mesh)[: math.prod(mesh)]:
+    for found in results(math.prod(mesh), sharding.differences, sources, saved / kind, mesh):
         assert found == {source.name: ([], parts) for source in sources}
 
 
@@ -111,18 +116,18 @@ def test_a_single_process_goes_on_with_it(saved, tmp_path, kind):
 def test_consolidated_it_is_the_single_process_s_to_the_byte(saved, tmp_path, capsys, kind, mesh):
     folder = shutil.copytree(saved / f"{kind} {mesh}", tmp_path / "run")
     assert cli.main(["consolidate", str(folder)]) == 0
-    assert as_text(folder) == as_text(saved / kind)
+    assert contents(folder) == contents(saved / kind)
     told = capsys.readouterr().out
     assert told == f"{folder}/checkpoint-001-0000005.safetensors has taken the place of checkpoint-001-0000005/\n"
     assert cli.main(["consolidate", str(folder)]) == 0
-    assert "already" in capsys.readouterr().out and as_text(folder) == as_text(saved / kind)
+    assert "already" in capsys.readouterr().out and contents(folder) == contents(saved / kind)
 
 
 def test_what_can_t_be_consolidated(saved, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     folder = shutil.copytree(saved / "dense (2,)", tmp_path / "run")
-    before = as_text(folder)
+    before = contents(folder)
     (file, *_) = folder.glob("checkpoint-*/rank-0001.safetensors")
     refusals = {
         tmp_path / "nowhere": "no checkpoint in",
@@ -136,7 +141,7 @@ def test_what_can_t_be_consolidated(saved, tmp_path, capsys):
                 assert thread.submit(cli.main, ["consolidate", str(path)]).result() == 2
             line = capsys.readouterr().err
             assert message in line and line.count("\n") == 1, line
-    assert as_text(folder) == before
+    assert contents(folder) == before
     file.write_bytes(file.read_bytes()[:-1])
     assert cli.main(["consolidate", str(folder)]) == 2
     line = capsys.readouterr().err
@@ -181,7 +186,7 @@ def test_a_kill_of_any_rank_at_any_moment_of_saving(tmp_path, victim, before):
     for moment in itertools.count(1):
         folder = tmp_path / str(moment)
         shutil.copytree(tmp_path / "before", folder)
-        ended = ranks(2, sharding.save_and_die, folder, victim, moment)
+        ended = ranks(2, sharding.in_group, sharding.save_and_die, folder, victim, moment)
         if ended[victim].code == 0:
             break
         assert ended[victim].code == -signal.SIGKILL
@@ -204,11 +209,22 @@ def test_a_rank_that_can_t_write_stops_all(tmp_path):
     for case, line in told.items():
         victim, what = case.split(maxsplit=1)
         file = "replicated" if victim == "0" else f"rank-000{victim}"
-        file = f"{tmp_path}/checkpoint-000-0000002" + (f"/{file}.safetensors" if what in ("save_file", "limit") else "")
+        file = f"{tmp_path}/checkpoint-000-0000002" + {
+            "save_file": f"/{file}.safetensors",
+            "limit": f"/{file}.safetensors",
+            "replicas": ".safetensors",
+        }.get(what, "")
         assert line.startswith(f"rank {victim}: cannot write {file}: "), line
         assert line.endswith("; nothing on disk was lost") and "\n" not in line
     found = checkpoint.load(tmp_path)
     assert found.state == sharding.OLD
+
+
+def test_of_replicas_the_first_one_saves(tmp_path):
+    results(2, sharding.save_replicas, tmp_path, sharding.OLD)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.json", "checkpoint-000-0000001.safetensors"}
+    found = checkpoint.load(tmp_path)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in sharding.whole(sharding.OLD).items())
 
 
 # -- damaged and forged ------------------------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ def test_altered_checkpoints_are_refused_by_a_single_process(altered, saved, mon
     ]
     problems = []
     for (name, folder), command in zip(altered.items(), itertools.cycle(commands), strict=False):
-        before = as_text(folder)
+        before = contents(folder)
         try:
             command(folder)
             line = "accepted"
@@ -255,15 +271,15 @@ def test_altered_checkpoints_are_refused_by_a_single_process(altered, saved, mon
             line = str(error)
         except Exception as error:
             line = f"{type(error).__name__}: {error}"
-        if wrong(line, folder) or as_text(folder) != before:
+        if wrong(line, folder) or contents(folder) != before:
             problems.append(f"{name}: {line}")
     assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("mesh", [(2,), (3,)], ids=str)
-def test_altered_checkpoints_are_refused_by_all_ranks_alike(altered, mesh):
+def test_altered_checkpoints_are_refused_by_all_ranks_alike(altered, saved, mesh):
     """Also where only one of them reads what is altered."""
-    told = results(math.prod(mesh), sharding.refusals, list(altered.values()), mesh)
+    told = results(math.prod(mesh), sharding.refusals, list(altered.values()), saved / "dense", mesh)
     problems = [
         f"{name}: {lines}"
         for (name, folder), *lines in zip(altered.items(), *told, strict=True)
