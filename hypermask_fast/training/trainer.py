@@ -17,8 +17,7 @@ from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
-from ..regularizers import Anchor
-from . import checkpoint, describe, optimizers, stored
+from . import checkpoint, describe, optimizers, stored, under_way
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
@@ -228,7 +227,7 @@ class Trainer:
         optimizer = optimizers.optimizer(self.model, self.config, self.device)
         plateau = optimizers.plateau(optimizer, self.config)
         if restored:
-            self._restore_task(optimizer, plateau, restored)
+            under_way.restore(restored, self._restored_state, self.model, optimizer, plateau)
         else:
             self.model.begin_task(task)
         self._finite = start
@@ -364,16 +363,7 @@ class Trainer:
             "model": checkpoint.model_settings(self.model),
         }
         if optimizer is not None:
-            tensors |= checkpoint.optimizer_tensors(optimizer, self.model)
-            anchor = self.model.anchor
-            assert anchor is not None, "begin_task made it"
-            tensors["anchor.weights"] = anchor.weights
-            tensors |= {f"anchor.targets.{i}": target for i, target in enumerate(anchor.targets)}
-            tensors |= {checkpoint.BEST + name: tensor for name, tensor in at.best_model.items()}
-            state["lr"] = float(optimizer.param_groups[0]["lr"])
-            state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
-        if plateau is not None:
-            state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
+            under_way.add(tensors, state, self.model, optimizer, plateau, at.best_model)
         ranks = Ranks.of_model(self.model)
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state, ranks)
         self._keeps()
@@ -406,21 +396,10 @@ class Trainer:
             state["steps"],
             state["peak_memory"],
         )
-        prefix = checkpoint.BEST
-        best = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], best)
+        self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], under_way.best_model(tensors))
         self._restored_state = state
         self._keeps()
         return tensors if self._at.iteration > 0 else {}
-
-    def _restore_task(
-        self, optimizer: torch.optim.Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]
-    ) -> None:
-        state = self._restored_state
-        targets = sorted(key for key in tensors if key.startswith("anchor.targets."))
-        self.model.anchor = Anchor(self._at.task, tensors["anchor.weights"], tuple(tensors[key] for key in targets))
-        checkpoint.restore_optimizer(optimizer, self.model, tensors)
-        optimizers.restore_schedule(optimizer, plateau, state)
 
 
 def _folder(path: Path) -> Path:

@@ -31,6 +31,7 @@ def test_the_numbers_of_one_process_told_once(tmp_path, alone, count):
     assert first.code == 0 and first.err.count("after task 1") == 1 and "average accuracy" in first.out
     assert [(rank.code, rank.out, rank.err) for rank in others] == [(0, "", "")] * len(others)
     folder = tmp_path / "run"
+    assert (folder / "checkpoint-002-0000000").is_dir(), "sharded"
     assert (folder / "metrics.json").read_bytes() == (alone / "metrics.json").read_bytes()
     assert (folder / "config.toml").read_bytes() == (alone / "config.toml").read_bytes()
     for mine, theirs in zip(rows(folder), rows(alone), strict=True):
