@@ -100,16 +100,29 @@ class ChunkedHyperNetwork(HyperNetwork):
             first += chunks
         return found
 
-    def generating(self, tasks: Iterable[int] | Tensor) -> tuple[Tensor, Layer]:
-        """What generates logits: (T, chunks, H) last hidden layer for each task and each chunk that is here, and the
-        output layer, which is whole in every process."""
+    def _stretch(self, tasks: Iterable[int], start: int, stop: int) -> Tensor:
+        """Only the chunks that the entries lie in are made."""
+        begin = chunk = 0  # of the tensor that the stretch lies in
+        for entries, chunks in zip(self.tensors, self.chunks, strict=True):
+            if start < begin + entries:
+                break
+            begin, chunk = begin + entries, chunk + chunks
+        rows = self.output.out_features
+        first, last = (start - begin) // rows, -((begin - stop) // rows)
+        hidden, layer = self.generating(tasks, slice(chunk + first, chunk + last))
+        logits = ops.hypernet_logits(hidden, *layer, rows * (last - first))
+        return logits[:, start - begin - first * rows : stop - begin - first * rows]
+
+    def generating(self, tasks: Iterable[int] | Tensor, chunks: slice = slice(None)) -> tuple[Tensor, Layer]:
+        """What generates logits: (T, chunks, H) last hidden layer for each task and each chunk that is here, or some
+        of these, and the output layer, which is whole in every process."""
         of_trunk: Any = self.trunk  # nn.Linears
         trunk = [tensor for layer in of_trunk for tensor in (layer.weight, layer.bias)]
         embedded, *rest = self._fanned_out(self.embed(tasks), *trunk, self.output.weight, self.output.bias)
         (weight, bias), *layers, output = zip(rest[::2], rest[1::2], strict=True)
         width = self.chunk_embeddings.shape[1]
         of_chunk, of_task = weight.split([width, weight.shape[1] - width], dim=1)
-        per_chunk = F.linear(local(self.chunk_embeddings), of_chunk)
+        per_chunk = F.linear(local(self.chunk_embeddings)[chunks], of_chunk)
         per_task = linear(embedded, of_task, bias)
         return after_first(per_chunk[None] + per_task[:, None], layers), output
 

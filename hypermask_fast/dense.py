@@ -13,7 +13,7 @@ from . import ops
 from .errors import InputError
 from .few_rows import linear
 from .output_layer import FactoredOutput, OutputStepper, SteppedOutput
-from .processes import Processes, local, placed_like, whole
+from .processes import Processes, Shards, local, placed_like, whole
 
 Layer = tuple[Tensor, Tensor]  # weight and bias
 
@@ -138,6 +138,24 @@ class HyperNetwork(nn.Module):
     def _own_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(T, n) logits that are generated in this process."""
         return ops.hypernet_logits(hidden, weight, bias, len(weight))
+
+    @torch.no_grad()
+    def stretch(self, tasks: Iterable[int], start: int, stop: int) -> Tensor:
+        """(T, stop - start) logits of these entries alone, for who can't hold all T x N; no gradient.
+
+        The last bits can differ from those of `forward`, whose products are larger. A stretch lies within one masked
+        tensor.
+
+        Raises:
+            InputError: the hypernetwork is sharded.
+        """
+        if isinstance(self.processes, Shards):
+            raise InputError("a sharded hypernetwork's masks are not made in parts: load its checkpoint in one process")
+        return self._stretch(tasks, start, stop)
+
+    def _stretch(self, tasks: Iterable[int], start: int, stop: int) -> Tensor:
+        weight, bias = self.output.weight[start:stop], self.output.bias[start:stop]
+        return ops.hypernet_logits(self.hidden(tasks), weight, bias, stop - start)
 
     def factored_logits(
         self, tasks: Sequence[int], targets: tuple[Tensor, ...], task: int, stepper: OutputStepper

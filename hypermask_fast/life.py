@@ -213,6 +213,12 @@ class TaskLife(MaskedNetwork):
             entries |= model_state.fitted_entries(name, fitted.entries())
         destination.update({prefix + name: tensor for name, tensor in entries.items()})
 
+    _entries = model_state.Entries()
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint.state_dict finds the names of a state_dict that are no attributes here."""
+        return {model_state.PREFIX.removesuffix("."): "_entries"}
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:

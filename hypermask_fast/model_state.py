@@ -114,6 +114,15 @@ def anchor(found: Mapping[str, Tensor], size: int) -> Anchor | None:
     return Anchor(int(found["anchor.task"]), found["anchor.weights"], tuple(found[name] for name in targets))
 
 
+class Entries:
+    """Has every name of an entry, for who looks each name of a state_dict up as an attribute of the model's."""
+
+    def __getattr__(self, name: str) -> "Entries":
+        if name.startswith("_"):  # of another protocol, such as copying
+            raise AttributeError(name)
+        return self
+
+
 # -- without them, and each tensor once -------------------------------------------------------------------------------
 
 
@@ -137,7 +146,8 @@ def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Of each name, the first one of the same tensor: its own, or that of the one that it is tied to."""
     first: dict[tuple, str] = {}
     names = {}
-    for name, tensor in tensors.items():
-        key = (tensor.device, local(tensor.detach()).data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    for name, value in tensors.items():
+        tensor = local(value.detach())  # a DTensor has no address of its own
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[name] = first.setdefault(key, name) if tensor.numel() and tensor.device.type != "meta" else name
     return names

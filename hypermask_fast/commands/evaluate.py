@@ -8,8 +8,8 @@ from typing import Any
 from .. import inference
 from ..data import Scenario
 from ..errors import InputError
+from ..text import text_table
 from ..training import confusion, evaluation, run
-from ..training.tables import text_table
 from .command import add_data_dir, add_device, command, tell
 
 _METHODS = """\

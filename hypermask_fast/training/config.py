@@ -91,6 +91,9 @@ class TrainingConfig:
         cuda_graph: whether, on a GPU, the training step is captured and replayed; in several processes it never is.
         shard: in several processes, whether each of them has a part of the hypernetwork's output layer ("hypernetwork")
             or all of it ("none"); "auto": a part, where there are rows or chunks for every one.
+        inspect: whether the masks are inspected after every task (`analysis.inspect`): inspect.json, inspect.csv, rows
+            in the log, and in the folder learned what is kept of each task to measure its drift. It changes no other
+            number.
 
     Raises:
         InputError: a value of another type or out of its range; neither iterations nor epochs, or both.
@@ -110,6 +113,7 @@ class TrainingConfig:
     gradient: Annotated[str, OneOf(GRADIENTS)] = "auto"
     cuda_graph: bool = True
     shard: Annotated[str, OneOf(SHARDS)] = "auto"
+    inspect: bool = False
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
@@ -200,8 +204,8 @@ class RunConfig:
     def digest(self) -> str:
         """SHA-256 of all settings that decide a number: equal for runs of equal numbers.
 
-        Not of the title, of where the data lie, of how often the run logs and saves, of what processes share among
-        each other, nor of how often it would validate where it never does.
+        Not of the title, of where the data lie, of how often the run logs and saves, of whether it inspects, of what
+        processes share among each other, nor of how often it would validate where it never does.
         """
         usual, names = TrainingConfig(iterations=1), ["log_every", "checkpoint_every"]
         if not self.training.validates:
@@ -218,7 +222,7 @@ class RunConfig:
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
         if not self.hypernet.by_tensor:
             values["hypernet"].pop("by_tensor", None)  # which came later, and is off for all runs before
-        del values["training"]["shard"]  # which decides no number
+        del values["training"]["shard"], values["training"]["inspect"]  # which decide no number
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def with_values(self, assignments: dict[str, Any]) -> "RunConfig":

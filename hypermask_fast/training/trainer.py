@@ -22,6 +22,7 @@ from . import checkpoint, describe, optimizers, stored
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
+from .inspecting import Inspector, check_no_inspection, check_whole
 from .interrupt import Stopped
 from .joining import join
 from .lock import taken
@@ -29,6 +30,7 @@ from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
 from .order import batch_rows
 from .processes import Processes, Stopping
+from .ranks import Ranks
 from .report import check_no_reports, check_packages, device_name, write_reports
 from .result import Result, text_after_task
 from .step import Block, TaskWork
@@ -110,6 +112,8 @@ class Trainer:
         self.scenario = scenario.to(self.device)
         check_outputs(self.model, self.scenario)
         join(self.processes, self.model, self.scenario, config, (ramp, seed, settings))
+        if config.inspect:
+            check_whole(self.model)
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.settings, self.earlier_settings = settings, tuple(earlier_settings)
@@ -126,6 +130,7 @@ class Trainer:
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
         self.result = Result(nothing[1:], nothing[0])
         self.stop = Stopping(stop or (lambda: False), self.processes)
+        self._inspector: Inspector | None = None
         self._at = _Position()
         self._finite, self._kept = 0, ""  # the task's last iteration whose loss was seen; the checkpoint there is
         self._restored_state: dict[str, Any] = {}
@@ -146,6 +151,8 @@ class Trainer:
             if not resume:
                 check_no_reports(self.report)
             _folder(self.report)  # now, not when the first task is done
+        if self.config.inspect and self.processes.first and not resume:
+            check_no_inspection(self.run_dir or self.report)
         on_gpu = self.device.type == "cuda"
         written = self.run_dir if self.processes.first else None
         try:
@@ -169,9 +176,12 @@ class Trainer:
         else:
             torch.manual_seed(self.seed)
             self.result.baseline.copy_(self._test_accuracies())
+        if self.config.inspect and self.processes.first:  # every rank has the whole model
+            self._inspector = Inspector(self.run_dir or self.report, self._at.task)
         while self._at.task < len(self.scenario.tasks):
             self._train_task(self._at.task, restored)
             self.result.matrix[self._at.task] = self._test_accuracies()
+            self._inspect(self._at.task)
             self.result.peak_memory = max(self.result.peak_memory, peak_memory(self.device))
             self._at, restored = _Position(task=self._at.task + 1), {}
             self._save()
@@ -179,6 +189,11 @@ class Trainer:
             if self._at.task < len(self.scenario.tasks) and self.stop(now=True):
                 raise self._stopped()
         return self.result
+
+    def _inspect(self, task: int) -> None:
+        if self._inspector is not None:
+            values = self._inspector.after_task(self.model, self.scenario, task)
+            self.logger.step(task, self._at.iteration, values)
 
     def _saved(self, resume: bool) -> Path | None:
         """Where the checkpoint is that all ranks go on from; None where there is none."""
@@ -329,11 +344,8 @@ class Trainer:
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
     def _save(self, optimizer: torch.optim.Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
-        """Within a task, all that the rest of it depends on; between tasks, the model and the results."""
+        """Within a task, all that the rest of it depends on; between tasks, the model and the results. By all ranks."""
         if self.run_dir is None:
-            return
-        if not self.processes.first:
-            self._keeps()
             return
         at = self._at
         tensors = checkpoint.model_tensors(self.model) | checkpoint.generator_tensors(self.device)
@@ -361,7 +373,8 @@ class Trainer:
             state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
-        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
+        ranks = Ranks.of_model(self.model)
+        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state, ranks)
         self._keeps()
 
     def _stopped(self) -> Stopped:
