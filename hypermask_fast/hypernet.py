@@ -190,6 +190,11 @@ class HyperNetwork(nn.Module):
             return torch.stack(list(self.embeddings)).index_select(0, tasks)
         return torch.stack([self.embeddings[task] for task in tasks])
 
+    def shared(self) -> list[Tensor]:
+        """All that `forward` reads besides the embeddings."""
+        layers: Any = [*self.trunk, self.output]
+        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task; one chunk here."""
         first: Any = self.trunk[0]  # an nn.Linear
@@ -334,6 +339,9 @@ class ChunkedHyperNetwork(HyperNetwork):
         rows = self.output.out_features
         whole = ops.hypernet_logits(hidden, self.output.weight, self.output.bias, rows * hidden.shape[1])
         return _WithoutRest.apply(whole, self.tensors, [rows * chunks for chunks in self.chunks])
+
+    def shared(self) -> list[Tensor]:
+        return [*super().shared(), self.chunk_embeddings]
 
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task and chunk."""
