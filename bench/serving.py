@@ -115,9 +115,8 @@ def main() -> None:
     for case, rows in result["cases"].items():
         print(case)
         for name, row in rows.items():
-            print(
-                f"  {name:20} {row['ms']:9.2f} ms, {row['ratio']:6.3f} of plain passes, {row['ratio_of_least']:.3f} of least"
-            )
+            ratios = f"{row['ratio']:6.3f} of plain passes, {row['ratio_of_least']:.3f} of least"
+            print(f"  {name:20} {row['ms']:9.2f} ms, {ratios}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -197,9 +197,11 @@ class Serving(MaskMaking):
         """Of the tasks in one batch; averaged over ranks, which may have other tasks in theirs, they come from all."""
         for task in tasks:
             self._check_task(task)
+        if self.reducer is not None:
+            self.reducer.check_same_tasks(tasks, self.num_tasks, self.training)
         if (kept := self._kept(tasks)) is not None:
             return kept
-        averages = self.hypernet.averaging is not None
+        averages = self.hypernet.processes is not None
         logits = self.hypernet(range(self.num_tasks))[tasks] if averages else self.hypernet(tasks)
         return [self._mask_of(task, of_task) for task, of_task in zip(tasks, logits, strict=True)]
 
@@ -269,7 +271,8 @@ class Serving(MaskMaking):
     def _masks_as_alone(self, tasks: Sequence[int]) -> TaskMasks:
         """Masks to the bit as `mask` makes each of them, where the extension is there: so a pass gives the same
         numbers with the cache and without it."""
-        logits = self.hypernet.logits(torch.cat([self.hypernet.hidden([task]) for task in tasks]))
+        made = [self.hypernet.generating([task]) for task in tasks]
+        logits = self.hypernet.logits(torch.cat([hidden for hidden, _ in made]), made[0][1])
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
 
     def _source(self) -> _Source:
@@ -289,6 +292,8 @@ class Serving(MaskMaking):
         """Why it is not known what this model's masks are made from, "" if it is."""
         if type(self.hypernet) not in (HyperNetwork, ChunkedHyperNetwork):
             return f"its hypernetwork is a {type(self.hypernet).__name__}"
+        if self.hypernet.processes is not None:
+            return "it is trained by several processes"
         if type(self).mask is not MaskMaking.mask or "mask" in vars(self):
             return "it makes masks in a way of its own"
         if not all(is_plain(tensor) for tensor in [*source.tensors, *self.hypernet.embeddings]):
