@@ -187,7 +187,7 @@ class HyperMask(Serving):
         with super().disabled():
             yield
 
-    disabled.__doc__ = MaskMaking.disabled.__doc__
+    disabled.__doc__ = Serving.disabled.__doc__
 
     def _forward_mixed(self, inputs: tuple, kwargs: dict[str, Any], tasks: Tensor) -> Any:
         count = mixed.samples(inputs, kwargs)

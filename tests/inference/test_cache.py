@@ -510,6 +510,19 @@ def test_the_checksum_is_that_of_its_definition(size):
     assert checksum(data) == int(definition(data))
 
 
+@checks_fast
+def test_the_checksums_operator_passes_opcheck_and_refuses_what_are_no_bytes():
+    operator = torch.ops.hypermask_native.checksum
+    torch.library.opcheck(operator.default, (torch.arange(100, dtype=torch.uint8),))
+    for bad, said in (
+        (torch.zeros(3), "bytes must be uint8"),
+        (torch.zeros(3, 3, dtype=torch.uint8), "must have shape"),
+        (torch.zeros(6, dtype=torch.uint8)[::2], "must be contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            operator(bad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_the_checksum_sees_every_entry(dtype):
     tensor = (torch.randn(7, 11) * 3).to(dtype)

@@ -40,7 +40,6 @@ def native_arguments(grad: bool = False) -> dict[str, tuple]:
         "output_drift": (hidden, weight, bias, targets),
         "output_drift_backward": (one, hidden.detach(), weight.detach(), bias.detach(), targets),
         "hypernet_logits": (hidden.detach()[0, 0], weight, bias),
-        "checksum": (torch.arange(100, dtype=torch.uint8),),
         "hypernet_adam": (torch.randn(3, 6), torch.randn(50), targets[:2], one, *state, one, one, *ADAM),
         "factored_adam": (
             *(torch.randn(3, 50), torch.rand(3), torch.randn(3, 6)),
