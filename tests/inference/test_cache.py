@@ -14,6 +14,7 @@ from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast.errors import InputError
+from hypermask_fast.masking.cache import Counted
 from hypermask_fast.ops import native
 from hypermask_fast.ops.checksum import checksum, definition
 
@@ -160,10 +161,10 @@ def test_a_pass_under_more_tasks_than_there_is_room_for_does_not_drop_its_own():
     model, x = model_of(tasks=4), torch.randn(4, 6)
     model.cache_bytes = 2 * bytes_of_task(model)
     with model.serving():
-        for _ in range(2):
+        for turn in range(3):
             model.forward_all_tasks(x)
-        assert model.cache.tasks == (0, 1)
-        assert (model.cache.hits, model.cache.made) == (2, 6)
+            assert model.cache.tasks == (0, 1)
+            assert (model.cache.hits, model.cache.made) == (2 * turn, 4 + 2 * turn)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +412,15 @@ def test_steps_of_every_optimiser_are_counted(name):
         for task in model.tasks:
             agree(model, x, task)
         assert not torch.equal(model(x, model.tasks[-1]), before[-1])
+
+
+def test_another_parameter_over_the_same_memory_is_another():
+    """It counts for itself, and may have counted as far."""
+    weight = torch.zeros(3)
+    seen = Counted(None, [weight])
+    other = nn.Parameter(weight.data)
+    assert other._version == weight._version and other.data_ptr() == weight.data_ptr()
+    assert seen.still(None, [weight]) and not seen.still(None, [other]) and not seen.still("other", [weight])
 
 
 @settings(max_examples=30, deadline=None)
