@@ -1,11 +1,13 @@
-"""PyTorch Lightning trains a HyperMask model, with gradients clipped and accumulated.
+"""PyTorch Lightning trains a HyperMask model, with gradients clipped and accumulated, in one process or several.
 
     python examples/with_lightning.py            # Lightning calls backward() and step()
     python examples/with_lightning.py --manual   # the module does, in manual optimisation
+    torchrun --nproc-per-node 2 examples/with_lightning.py
 
 Needs lightning: pip install lightning. Takes a few seconds on one CPU core.
 """
 
+import os
 import sys
 
 import lightning
@@ -25,6 +27,10 @@ class Task(lightning.LightningModule):
     def __init__(self, model: hmf.HyperMask, task: int) -> None:
         super().__init__()
         self.model, self.task, self.losses = model, task, []
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            hmf.distributed.replicate(self)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return hmf.optim.Adam(self.model, lr=1e-2)
@@ -54,7 +60,8 @@ def train(model: hmf.HyperMask, task: int, x: Tensor, y: Tensor, manual: bool = 
     module = (ManualTask if manual else Task)(model, task)
     told = {} if manual else {"gradient_clip_val": CLIP, "accumulate_grad_batches": ACCUMULATE}
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", **told, **quiet)
+    ranks = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": "ddp"} if "WORLD_SIZE" in os.environ else {}
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", **ranks, **told, **quiet)
     trainer.fit(module, DataLoader(TensorDataset(x, y), BATCH))
     return [loss.item() for loss in module.losses]
 

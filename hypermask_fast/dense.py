@@ -13,7 +13,7 @@ from . import ops
 from .errors import InputError
 from .few_rows import linear
 from .output_layer import FactoredOutput, OutputStepper, SteppedOutput
-from .processes import Processes, Shards, local
+from .processes import Processes, Shards, local, placed_like, whole
 
 Layer = tuple[Tensor, Tensor]  # weight and bias
 
@@ -79,6 +79,15 @@ class HyperNetwork(nn.Module):
         """Ids of the tasks that are there, up to and with `last`."""
         ids = range(self.num_tasks if last is None else last + 1)
         return [task for task in ids if task not in self.removed] if self.removed else ids
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]  # called by position
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """A sharded hypernetwork takes its own parts out of a whole state, an ordinary one wholes out of parts."""
+        for name, parameter in self.named_parameters():
+            if isinstance(found := state_dict.get(prefix + name), Tensor):
+                state_dict[prefix + name] = placed_like(found, parameter)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def add_task(self) -> nn.Parameter:
         """One more embedding ~ N(0, 1), returned so that a running optimiser can be given it."""
@@ -192,6 +201,13 @@ class HyperNetwork(nn.Module):
         if self.output_drift(hidden, (targets,)) != 0:
             targets = torch.cat([self._own_logits(row[None], *layer) for row in hidden])
         return (targets if self.processes is None else self.processes.placed(targets, self.size),)
+
+    def held_targets(self, targets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`drift_targets` out of a state, whole or in parts, as this process holds them."""
+        if not targets:
+            return ()
+        of_tasks, *others = targets
+        return (whole(of_tasks) if self.processes is None else self.processes.sliced(of_tasks, 1), *others)
 
     def drift_target_shapes(self, task: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of `drift_targets`."""

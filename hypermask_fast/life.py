@@ -246,6 +246,8 @@ class TaskLife(MaskedNetwork):
             self.fitted = fitted
         if "sparsity" in found:  # a whole state: without an anchor there was none
             self.anchor = None if anchor is None else anchor.map(lambda tensor: tensor.to(device, copy=True))
+            if self.anchor is not None:
+                self.anchor = self.anchor._replace(targets=self.hypernet.held_targets(self.anchor.targets))
 
     def _layout_of(self, biases: list[str] | None) -> MaskLayout | None:
         """The layout with these output layers' biases; None where they are not told."""

@@ -25,6 +25,8 @@ class GradientReducer(Protocol):
 
     def passes(self) -> None: ...
 
+    def follow(self, mask: TaskMask) -> None: ...
+
     def check_same_tasks(self, tasks: Sequence[int], count: int, training: bool) -> None: ...
 
 
@@ -53,6 +55,12 @@ class MaskMaking(Anchored):
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
         self._look_around()
+        made = self._mask(task, sparsity, ranks)
+        if self.reducer is not None and not torch.compiler.is_compiling():
+            self.reducer.follow(made)
+        return made
+
+    def _mask(self, task: int | Tensor, sparsity: float | None, ranks: Tensor | None) -> TaskMask:
         stepper = self._stepper_in_training()
         if isinstance(task, Tensor) and (stepper is None or not values_at_hand(task) or not is_id(task)):
             return self._mask_by_tensor(task, sparsity, ranks)

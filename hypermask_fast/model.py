@@ -5,6 +5,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -378,4 +379,10 @@ class HyperMask(Serving):
         """
         exporting.check(format, path, inputs, kwargs, dynamic)
         net = self._exported(task, self.mask(task).effective)
-        return net if path is None else exporting.write(net, format, path, inputs, kwargs, dynamic=dynamic)
+        if path is None:
+            return net
+        write = partial(exporting.write, net, format, path, inputs, kwargs, dynamic=dynamic)
+        if self.hypernet.processes is None:
+            return write()
+        self.hypernet.processes.on_first(write)
+        return Path(path)

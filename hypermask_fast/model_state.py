@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .masking.layout import MaskLayout
+from .processes import local
 from .regularizers import Anchor
 
 PREFIX = "state."
@@ -146,13 +147,7 @@ def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple, str] = {}
     names = {}
     for name, value in tensors.items():
-        tensor = local(value)  # a DTensor has no address of its own
+        tensor = local(value.detach())  # a DTensor has no address of its own
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[name] = first.setdefault(key, name) if tensor.numel() and tensor.device.type != "meta" else name
     return names
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: its part of a DTensor, all of an ordinary one."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()

@@ -5,7 +5,7 @@ from backward to step(), which forms each row of it while it steps the row.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from .errors import InputError
 from .factored import FactoredGradient, Factors, SteppedGradient
 from .model import HyperMask
 from .output_layer import Pending
-from .processes import local
+from .processes import local, placed_like, whole
+from .wrapping import is_dtensor
 
 __all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
 
@@ -216,7 +217,12 @@ class Adam(torch.optim.Adam):
                 "backward has stepped the output layer, but step() was not called: skipping a step, or two backward "
                 "passes for one, needs step_in_backward=False"
             )
-        super().zero_grad(set_to_none)
+        if set_to_none or self._net.processes is None:
+            super().zero_grad(set_to_none)
+        else:  # one by one: a list that has DTensors has nothing else
+            for parameter in self._all_parameters():
+                if parameter.grad is not None:
+                    local(parameter.grad.detach_().requires_grad_(False)).zero_()
         self._armed = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -276,7 +282,20 @@ class Adam(torch.optim.Adam):
             tensors[:] = map(local, tensors)
         return has_complex
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch.optim.Adam's. Moments may be whole or in parts, wherever the model is sharded or not."""
+        super().load_state_dict(state_dict)
+        for parameter in self._all_parameters():
+            state = self.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = placed_like(value, parameter)
+
     # -- what both have in common -----------------------------------------------------------------------------------
+
+    def _all_parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
         return next((group for group in self.param_groups if any(p is parameter for p in group["params"])), None)
@@ -335,11 +354,25 @@ def clip_grad_norm_(
 
     |G^T H|^2 = trace((G G^T) (H H^T)), summed in float64; another norm makes the gradient dense.
 
+    Of DTensors the norm is that of the whole; all ranks call this.
+
     Returns:
         The norm before clipping, a scalar.
     """
-    tensors = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
-    return nn.utils.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
+    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+    tensors = [given] if isinstance(given, Tensor) else list(given)
+    with_grad = [tensor for tensor in tensors if tensor.grad is not None]
+    sharded = [tensor for tensor in with_grad if is_dtensor(tensor)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
+    others = [tensor for tensor in with_grad if not is_dtensor(tensor)]
+    grads: list[Any] = [tensor.grad for tensor in sharded]
+    norms = [whole(torch.linalg.vector_norm(grad, norm_type)) for grad in grads]
+    norms.append(nn.utils.get_total_norm([p.grad for p in others if p.grad is not None], norm_type, foreach=foreach))
+    total = nn.utils.get_total_norm([norm.to(norms[0]) for norm in norms], norm_type, error_if_nonfinite)
+    for some in (others, *([tensor] for tensor in sharded)):
+        nn.utils.clip_grads_with_norm_(some, max_norm, total, foreach)
+    return total
 
 
 def _hypermask_in(module: Any, taker: str) -> HyperMask:

@@ -26,6 +26,7 @@ from .masking.layout import MaskLayout
 from .masking.norms import OWN
 from .masking.selection import MASKED, PER_TASK, Row
 from .model_state import PREFIX, first_names
+from .processes import whole
 from .regularizers import DriftConfig
 
 MANIFEST = "hypermask.json"
@@ -35,7 +36,22 @@ _PLAIN = "plain."  # before the name of a statistic that the network came with
 
 def save(model: TaskLife, drift: DriftConfig, config: HypernetConfig, folder: Path) -> None:
     """Writes a model's folder; see `HyperMask.save_pretrained`."""
-    tensors, tied = _once(_tensors(model))
+    tensors, tied = _once({name: whole(tensor) for name, tensor in _tensors(model).items()})
+    processes = model.hypernet.processes
+    if processes is None:
+        _write(model, tensors, tied, drift, config, folder)
+    else:
+        processes.on_first(lambda: _write(model, tensors, tied, drift, config, folder))
+
+
+def _write(
+    model: TaskLife,
+    tensors: dict[str, Tensor],
+    tied: dict[str, str],
+    drift: DriftConfig,
+    config: HypernetConfig,
+    folder: Path,
+) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".model.{os.getpid()}.partial"

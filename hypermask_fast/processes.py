@@ -1,6 +1,6 @@
 """With whom a hypernetwork trains: what its processes send each other in a step, and what it means for gradients."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,14 +9,46 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import InputError
+from .wrapping import in_a_group, is_dtensor
 
 SHARD, REPLICATE = "shard", "replicate"  # the dimensions of a mesh
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, differentiably: its part of a DTensor, all of any other."""
-    sharded: Any = tensor
-    return sharded.to_local() if hasattr(tensor, "to_local") else tensor
+    dtensor: Any = tensor
+    return dtensor.to_local() if is_dtensor(tensor) else tensor
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of a DTensor too; then all its ranks call this."""
+    dtensor: Any = tensor
+    return dtensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+@torch.no_grad()
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor's values as `like` is held: of a DTensor its own part, where each rank has all values; or else whole.
+
+    Where the value itself is a DTensor of other slices, all its ranks call this.
+    """
+    dtensor: Any = like
+    if is_dtensor(value):
+        other: Any = value
+        if is_dtensor(like) and other.device_mesh == dtensor.device_mesh and other.placements == dtensor.placements:
+            return value
+        value = whole(value)
+    if not is_dtensor(like) or value.shape != like.shape:
+        return value
+    return _own_part(value, dtensor.device_mesh, dtensor.placements)
+
+
+def _own_part(value: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    part: Any = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    return part
 
 
 class Processes:
@@ -28,11 +60,10 @@ class Processes:
 
     Args:
         group: torch.distributed's, of all of them; None for all processes there are.
-        first: the rank within the group whose values all begin with.
     """
 
-    def __init__(self, group: Any = None, first: int = 0) -> None:
-        self.group, self.size, self.first = group, dist.get_world_size(group), first
+    def __init__(self, group: Any = None) -> None:
+        self.group, self.size = group, dist.get_world_size(group)
 
     def __deepcopy__(self, memo: dict) -> "Processes":
         return self  # a copied model goes on with the same processes
@@ -54,6 +85,14 @@ class Processes:
     def placed(self, own: Tensor, length: int, dim: int = 1) -> Tensor:
         """What is sliced along a dimension as the logits or chunks are, of that length in all: a DTensor of it."""
         return own
+
+    def sliced(self, value: Tensor, dim: int) -> Tensor:
+        """Of a tensor of which every rank has all, or a DTensor: as this process holds it, sliced along a dimension."""
+        return whole(value)
+
+    def on_first(self, work: Callable[[], Any]) -> None:
+        """Does some work: where parts of it are everywhere and all call this, on the first rank alone."""
+        work()
 
     # -- differentiable -----------------------------------------------------------------------------------------------
 
@@ -80,7 +119,7 @@ class Processes:
     @torch.no_grad()
     def make_equal(self, tensors: Iterable[Tensor]) -> None:
         """Gives every rank the tensors of the group's first one."""
-        first = self.first if self.group is None else dist.get_global_rank(self.group, self.first)
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for tensor in tensors:
             values = tensor.contiguous()
             dist.broadcast(values, src=first, group=self.group)
@@ -124,7 +163,7 @@ class Shards(Processes):
     """
 
     def __init__(self, mesh: Any, sizes: Sequence[int]) -> None:
-        super().__init__(None, int(mesh.mesh.flatten()[0]))
+        super().__init__()
         self.mesh, self.sizes = mesh, tuple(sizes)
         self.owners = mesh.get_group(SHARD)
         self.replicas = mesh.get_group(REPLICATE) if mesh.ndim > 1 else None
@@ -149,6 +188,30 @@ class Shards(Processes):
         shape = torch.Size([*own.shape[:dim], length, *own.shape[dim + 1 :]])
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(own, self.mesh, self.placements(dim), run_check=False, shape=shape, stride=stride)
+
+    def sliced(self, value: Tensor, dim: int) -> Tensor:
+        placements = self.placements(dim)
+        if is_dtensor(value):
+            other: Any = value
+            if other.device_mesh == self.mesh and list(other.placements) == placements:
+                return value
+        return _own_part(whole(value), self.mesh, placements)
+
+    def on_first(self, work: Callable[[], Any]) -> None:
+        """Raises on every rank what has gone wrong on the first one."""
+        check_initialized()
+        error: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except Exception as caught:  # the others wait for word of it
+                error = caught
+        failed = torch.tensor([error is not None], dtype=torch.uint8, device=self.mesh.device_type)
+        dist.broadcast(failed, src=0)
+        if error is not None:
+            raise error
+        if failed.item():
+            raise InputError("rank 0 has failed; the line there says why")
 
     def gather(self, logits: Tensor, *values: Tensor) -> list[Tensor]:
         own, tasks, count = _flat([logits, *values]), logits.shape[0], len(self.sizes)
@@ -187,7 +250,7 @@ class Shards(Processes):
 
 def check_initialized() -> None:
     """Raises InputError where there is no process group (any more)."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not in_a_group():
         raise InputError("there is no process group: torch.distributed.init_process_group() comes first")
 
 

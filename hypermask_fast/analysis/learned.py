@@ -24,6 +24,7 @@ from ..files import write_atomic
 from ..masking.layout import MaskLayout, Segment
 from ..masking.masks import TaskMask
 from ..model import HyperMask
+from ..processes import Shards
 
 SAMPLE = 4096  # entries of a tensor whose logits are kept
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  # bits that are 1, of each byte
@@ -136,12 +137,11 @@ def record(model: HyperMask, task: int, x: Tensor | None = None) -> Learned:
         x: a few samples of the task, the same ones later, whose outputs are to be compared too: (samples, classes).
 
     Raises:
-        InputError: no such task, or output layers that are not known yet.
+        InputError: no such task, a sharded hypernetwork, or output layers that are not known yet.
     """
-    then = None
-    if x is not None and isinstance(model, HyperMask):
-        then = outputs(model, task, x)  # perhaps the first pass, which finds the output layers
     check_model(model)
+    then = None if x is None else outputs(model, task, x)  # perhaps the first pass, which finds the output layers
+    check_layout_known(model)
     mask = model.mask(task)
     segments = masked_segments(model.layout)
     return Learned(
@@ -162,9 +162,15 @@ def masked_segments(layout: MaskLayout) -> dict[int, Segment]:
 
 
 def check_model(model: HyperMask) -> None:
-    """Raises InputError where it is no HyperMask model, or one whose output layers a first pass has to find."""
+    """Raises InputError where it is no HyperMask model, or a sharded one."""
     if not isinstance(model, HyperMask):
         raise InputError(f"only a HyperMask model has masks to look at, not {type(model).__name__}")
+    if isinstance(model.hypernet.processes, Shards):
+        raise InputError("a sharded hypernetwork's masks are looked at in one process: load its checkpoint there")
+
+
+def check_layout_known(model: HyperMask) -> None:
+    """Raises InputError where it takes a first pass to know which layers are the output layers."""
     if model.heads() is None:
         raise InputError(
             "which layer is the output layer, whose bias is not masked, is found in the first pass: run one batch "

@@ -59,10 +59,12 @@ def inspect(
         inputs: task -> the samples that its record was made with: its outputs are compared too.
 
     Raises:
-        InputError: no task, one that is not there or is named twice, masks that are not finite, output layers that are
-            not known yet, a record of another network, or inputs that are not the record's.
+        InputError: no task, one that is not there or is named twice, masks that are not finite, a sharded
+            hypernetwork, output layers that are not known yet, a record of another network, or inputs that are not the
+            record's.
     """
     records.check_model(model)
+    records.check_layout_known(model)
     chosen = _checked(model, tasks)
     then = {each.task: each for each in (learned.values() if isinstance(learned, Mapping) else learned)}
     segments = masked_segments(model.layout)

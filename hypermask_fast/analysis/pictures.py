@@ -116,7 +116,7 @@ def _scale(values: np.ndarray, chance: float | None) -> tuple[float, float]:
     """Between which values colours differ: those that there are."""
     there = [*values[~np.isnan(values)], *([] if chance is None else [chance])] or [0.0]
     low, high = min(there), max(there)
-    missing = max(_NARROWEST - (high - low), 0) / 2
+    missing = max(_NARROWEST - (high - low), 0.05 * (high - low)) / 2  # a little at both ends, for the red line
     return low - missing, high + missing
 
 

@@ -1,6 +1,7 @@
 """Means over the ranks of all gradients outside of the hypernetworks, at the end of every backward pass."""
 
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
+from ..masking.masks import TaskMask
 from ..masking.norms import STATISTICS, TaskStatistics, TrackingNorm
 from ..model import HyperMask
 from ..wrapping import active_ddp, is_dtensor
 from .ranks import Ranks
 
+_BITS = 32  # that stand for which tasks a pass was of
 _copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
 
@@ -25,7 +28,8 @@ class Reducer:
     pass is over. Then one all-reduce per dtype and device averages them all. What it holds is decided by the modules,
     not by the pass, so that ranks agree about it: each trained Parameter's gradient (0 where there is none yet) with
     whether there is one, and the running statistics of batch norm. A Parameter that one rank alone has a gradient of
-    gets its mean everywhere. Averaging again changes nothing, so gradients may be accumulated.
+    gets its mean everywhere. Averaging again changes nothing, so gradients may be accumulated. Along goes of which
+    tasks the pass was; where ranks differ in it, all of them say so (on a GPU it is not looked at, which is a wait).
 
     Where the pass is that of a DistributedDataParallel, gradients are left to it.
 
@@ -46,6 +50,7 @@ class Reducer:
     def _begin(self) -> None:
         self._watched: dict[int, weakref.ref[Tensor]] = {}
         self._noted: dict[int, list[tuple[weakref.ref[Tensor], int]]] = {}  # by the engine's number of the pass
+        self._tasks: list[int] = []  # whose masks the backward pass has reached
         self._buffers: dict[Any, Tensor] = {}
         self._holds: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._ddp, self._ddp_syncs, self._went_back = False, False, False
@@ -71,6 +76,11 @@ class Reducer:
                 parameter.register_post_accumulate_grad_hook(partial(_note, weakref.ref(self)))
                 self._watched[id(parameter)] = weakref.ref(parameter)
 
+    def follow(self, mask: TaskMask) -> None:
+        """Has the backward pass say when it is of this mask."""
+        if mask.logits.requires_grad and isinstance(mask.task, int):
+            mask.logits.register_hook(partial(_follow, weakref.ref(self), mask.task))
+
     def passes(self) -> None:
         """Told of every forward pass with gradients: whether they are a DistributedDataParallel's to average.
 
@@ -78,6 +88,7 @@ class Reducer:
         followed by a backward pass: then it averages at the next one, wherever that comes from.
         """
         self._noted.clear()  # of a backward pass that has failed
+        self._tasks.clear()
         ddp = active_ddp()
         if ddp is not None and self._held_by(ddp):
             self._ddp, self._ddp_syncs, self._went_back = True, ddp.require_backward_grad_sync, False
@@ -115,6 +126,10 @@ class Reducer:
 
     # -- backward passes ------------------------------------------------------------------------------------------
 
+    def reached(self, task: int) -> None:
+        """Called when the backward pass under way has come to a task's mask."""
+        self._tasks.append(task)
+
     def note(self, parameter: Tensor) -> None:
         """Called when the backward pass under way has added a gradient to `parameter.grad`."""
         self._went_back = True
@@ -136,15 +151,17 @@ class Reducer:
             of.setdefault((parameter.dtype, parameter.device), ([], []))[0].append(parameter)
         for statistic in self._statistics():
             of.setdefault((statistic.dtype, statistic.device), ([], []))[1].append(statistic)
+        tasks = tuple(self._tasks)
+        self._tasks.clear()
         for kind, (some, statistics) in of.items():
-            self._average(kind, some, statistics)
+            self._average(kind, some, statistics, tasks)
 
-    def _average(self, kind: Any, parameters: list[Tensor], statistics: list[Tensor]) -> None:
-        """One all-reduce: gradients, running statistics, and of each gradient whether there is one."""
+    def _average(self, kind: Any, parameters: list[Tensor], statistics: list[Tensor], tasks: tuple[int, ...]) -> None:
+        """One all-reduce: gradients, running statistics, of each gradient whether there is one, and the tasks."""
         everything = [*parameters, *statistics]
-        sizes = [tensor.numel() for tensor in everything]
-        flat = self._buffer(kind, sum(sizes) + len(parameters))
-        *parts, has = flat.split([*sizes, len(parameters)])
+        sizes = [*(tensor.numel() for tensor in everything), len(parameters), _BITS]
+        flat = self._buffer(kind, sum(sizes))
+        *parts, has, bits = flat.split(sizes)
         parts = [part.view(tensor.shape) for part, tensor in zip(parts, everything, strict=True)]
         missing = []
         for number, (part, parameter) in enumerate(zip(parts, parameters, strict=False)):
@@ -160,7 +177,14 @@ class Reducer:
         has.fill_(1)
         if missing:
             has[missing] = 0
+        code = zlib.crc32(repr(tasks).encode())
+        bits.copy_(torch.tensor([code >> number & 1 for number in range(_BITS)]), non_blocking=True)
         self.ranks.mean_(flat)
+        if not bits.is_cuda and not ((bits < 0.5 / self.ranks.size) | (bits > 1 - 0.5 / self.ranks.size)).all():
+            raise InputError(
+                f"ranks make backward passes of different tasks, here of {', '.join(map(str, tasks)) or 'none'}: all "
+                "ranks train one task at a time together, or samples of several by model(x, tasks)"
+            )
         _copy_each([*grads, *statistics], filled)
         if missing:  # only then are the flags looked at: on a GPU that is a wait
             for number, others_have in zip(missing, (has[missing] > 0).tolist(), strict=True):
@@ -251,10 +275,18 @@ def average_gradients(module: nn.Module, group: Any = None) -> None:
     ranks, models = Ranks(group), [part for part in module.modules() if isinstance(part, HyperMask)]
     inner = {id(tensor) for model in models for tensor in (*model.hypernet.parameters(), *model.hypernet.buffers())}
     ranks.make_equal(t for t in (*module.parameters(), *module.buffers()) if id(t) not in inner and not is_dtensor(t))
+    known = {id(parameter) for parameter in module.parameters()}
     before = [part for model in models if isinstance(model.reducer, Reducer) for part in model.reducer.modules]
-    reducer = Reducer(list(dict.fromkeys([module, *models, *before])), ranks)
+    others = [part for part in before if any(id(parameter) not in known for parameter in part.parameters())]
+    reducer = Reducer(list(dict.fromkeys([module, *models, *others])), ranks)
     for model in models:
         model.reducer = reducer
+
+
+def _follow(reducer: "weakref.ref[Reducer]", task: int, grad: Tensor) -> None:
+    one = reducer()
+    if one is not None:
+        one.reached(task)
 
 
 def _note(reducer: "weakref.ref[Reducer]", parameter: Tensor) -> None:

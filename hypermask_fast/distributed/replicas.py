@@ -39,7 +39,7 @@ def replicate(module: M, group: Any = None) -> M:
     models = hypermasks(module, "replicate")
     for model in models:
         if isinstance(model.hypernet.processes, Shards):
-            raise InputError("the model is sharded: its ranks train one model already")
+            raise InputError("the model is sharded already: its ranks train one model, in any loop")
         check_whole(model.net, model, model.hypernet, model.hypernet.output)
     for model in models:
         hypernet = model.hypernet

@@ -14,6 +14,7 @@ from ..dense import HyperNetwork
 from ..errors import InputError
 from ..model import HyperMask
 from ..processes import REPLICATE, SHARD, Shards, check_initialized
+from ..wrapping import check_whole
 from .agreement import agree
 from .reducer import average_gradients
 from .replicas import hypermasks, leave_out_of_ddp
@@ -27,11 +28,10 @@ def shard(module: M, mesh: Any = None) -> M:
     A dense hypernetwork's output layer is sliced by rows, a chunked one's chunk embeddings are: contiguous, near-equal
     slices, as torch.chunk cuts them. They become DTensor Parameters, and what follows them, Adam's moments and the
     anchor's drift targets, are DTensors too. Everything else is the same on every rank. All begin with the first rank's
-    values. A step sends the N logits and their gradient's N numbers, and little else:
+    values. A step sends the N logits, their gradient's N numbers, the target's gradients, and little else:
 
         model = hmf.distributed.shard(HyperMask(net, 10, hypernetwork=config))
         optimizer = hmf.optim.Adam(model)
-        net = DistributedDataParallel(model)
 
     Every rank makes the same calls of the model in the same order, of the same tasks: of `mask`, `state_dict`'s
     consumers, `save_pretrained` and `export` too.
@@ -84,6 +84,8 @@ def _mesh(model: HyperMask, mesh: Any) -> Any:
     ranks = mesh.mesh.flatten().tolist()
     if sorted(ranks) != list(range(world)):
         raise InputError(f"the mesh has {len(ranks)} ranks, the process group {world}: a mesh to shard on has them all")
+    if ranks[0] != 0:
+        raise InputError(f"the mesh begins with rank {ranks[0]}: it must begin with rank 0, whose values all take")
     if mesh.device_type != kind:
         raise InputError(f"the mesh is of {mesh.device_type}, the hypernetwork on {kind}: they must be the same")
     return mesh if names else DeviceMesh.from_group(mesh.get_group(), kind, mesh=mesh.mesh, mesh_dim_names=(SHARD,))
@@ -119,6 +121,7 @@ def _check(model: HyperMask, mesh: Any) -> None:
     if hypernet.processes is not None:
         done = "sharded" if isinstance(hypernet.processes, Shards) else "replicated"
         raise InputError(f"the model is {done} already")
+    check_whole(model.net, model, hypernet, hypernet.output)
     devices = {str(p.device) for p in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise InputError(f"the model's parameters are on several devices, {', '.join(sorted(devices))}: move it to one")
@@ -162,7 +165,7 @@ def _shard(model: HyperMask, mesh: Any) -> None:
     ends = list(accumulate(rows, initial=0))
     shards = Shards(mesh, rows if chunked is None else [chunked.entries(*span) for span in pairwise(ends)])
     sliced = set(map(id, _sliced(hypernet)))
-    shards.make_equal(t for t in (*model.parameters(), *model.buffers()) if id(t) not in sliced)
+    shards.make_equal(t for t in (*hypernet.parameters(), *hypernet.buffers()) if id(t) not in sliced)
 
     def slices(whole: Tensor, dim: int) -> Any:
         return distribute_tensor(whole.detach(), mesh, shards.placements(dim))

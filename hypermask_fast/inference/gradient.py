@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -9,7 +10,10 @@ from torch import Tensor
 from ..masking import mixed
 from ..masking.masks import TaskMask
 from ..masking.superposition import Superposition
+from ..masking.task_batch import TaskMasks
 from .features import TaskModel
+
+_kept: WeakKeyDictionary[TaskMasks, tuple[Tensor, ...]] = WeakKeyDictionary()
 
 
 def scores(
@@ -36,7 +40,8 @@ def scores(
     left = list(range(len(masks)))
     while True:
         found.fill_(-torch.inf)
-        found[left] = _one_shot(model, inputs, kwargs, [masks[i] for i in left], select).to(found.dtype)
+        those = masks if len(left) == len(masks) else [masks[i] for i in left]
+        found[left] = _one_shot(model, inputs, kwargs, those, select).to(found.dtype)
         if not halving or len(left) <= 2:
             return found
         left = sorted(found.topk((len(left) + 1) // 2).indices.tolist())
@@ -49,16 +54,13 @@ def _one_shot(
     masks: Sequence[TaskMask],
     select: Callable[[Any], Tensor] | None,
 ) -> Tensor:
-    layout = masks[0].layout
-    masked = [s for s, segment in enumerate(layout.segments) if segment.selected]
+    masked = [s for s, segment in enumerate(masks[0].layout.segments) if segment.selected]
     with torch.no_grad():
         each = [mask.effective for mask in masks]
-        weights = list(each[0])
-        for s in masked:
-            weights[s] = each[0][s] / len(masks)
-            for made in each[1:]:
-                weights[s].add_(made[s], alpha=1 / len(masks))
-    leaves = [weights[s].requires_grad_() for s in masked]
+        weights = list(_superposed(masks, each, masked))
+    leaves = [weights[s].detach().requires_grad_() for s in masked]
+    for s, leaf in zip(masked, leaves, strict=True):
+        weights[s] = leaf
     with torch.enable_grad(), model.pass_under(Superposition(weights, [int(mask.task) for mask in masks])):
         logits = mixed.logits(model.net(*inputs, **kwargs), select)
         log_p = logits.log_softmax(-1)
@@ -68,5 +70,20 @@ def _one_shot(
         found = torch.zeros(len(masks), device=entropy.device)
         for s, grad in zip(masked, grads, strict=True):
             if grad is not None:
-                found = found - torch.stack([torch.dot(made[s].flatten(), grad.flatten()) for made in each])
+                flat = grad.flatten()  # a matrix of one row, for its product uses all threads, and a dot product one
+                found -= torch.cat([torch.mv(made[s].reshape(1, -1), flat) for made in each])
         return found
+
+
+def _superposed(masks: Sequence[TaskMask], each: list[tuple[Tensor, ...]], masked: list[int]) -> tuple[Tensor, ...]:
+    """One tensor per segment: the mean of all tasks' W * m, kept as long as masks are that were made together."""
+    if isinstance(masks, TaskMasks) and masks in _kept:
+        return _kept[masks]
+    weights = list(each[0])
+    for s in masked:
+        weights[s] = each[0][s] / len(masks)
+        for made in each[1:]:
+            weights[s].add_(made[s], alpha=1 / len(masks))
+    if isinstance(masks, TaskMasks):
+        _kept[masks] = tuple(weights)
+    return tuple(weights)

@@ -18,6 +18,7 @@ from ..data import Scenario
 from ..errors import InputError
 from ..files import remove_partial, write_atomic, writing
 from ..model import HyperMask
+from ..processes import Shards
 
 HISTORY, TABLE, RECORDS = "inspect.json", "inspect.csv", "learned"
 SAMPLES = 256  # test samples of a task, the first ones, whose outputs are compared
@@ -89,6 +90,14 @@ def read_records(folder: Path, tasks: range) -> dict[int, Learned]:
     """
     paths = {task: _record_path(folder, task) for task in tasks}
     return {task: Learned.load(path) for task, path in paths.items() if path.exists()}
+
+
+def check_whole(model: HyperMask) -> None:
+    """Raises InputError where the hypernetwork is sharded: its masks are made by all ranks, and one of them inspects."""
+    if isinstance(model.hypernet.processes, Shards):
+        raise InputError(
+            "training.inspect = true needs all of the hypernetwork in each process: set training.shard=none"
+        )
 
 
 def check_no_inspection(folder: Path | None) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import writing
-from ..model_state import local
+from ..processes import local
 from .manifest import DTYPES, REPLICATED, SCRATCH, Manifest, Sharded, check_slices, free, replace, scratch
 from .ranks import Ranks
 from .slices import Layout, Region, entire, extent, meet
-from .tensor_files import MANIFEST, REMEDY, Written, check_size, opened, settle, write
+from .tensor_files import MANIFEST, REMEDY, Written, check_size, opened, settle, sync, write
 
 
 def layout(name: str, tensor: Tensor) -> Layout | None:
@@ -68,12 +68,14 @@ def save(
             with writing(run_dir / target / REPLICATED):
                 rest = {name: whole(tensor) for name, tensor in tensors.items() if name not in layouts}
                 files[REPLICATED] = write(rest, partial / REPLICATED)
+                sync(partial / REPLICATED)
         mine = {name: local(tensors[name]) for name, layout in layouts.items() if layout.first_replica}
         if mine := {name: part for name, part in mine.items() if part.numel()}:
             file = f"rank-{dist.get_rank():04d}.safetensors"
             slices = {name: _ends(name, layouts[name], tensors[name]) for name in mine}
             with writing(run_dir / target / file):
                 files[file] = write(mine, partial / file)
+                sync(partial / file)
     told = ranks.gathered([files, slices])
     with ranks.together():
         if ranks.first:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..inference import restored
 from ..model import HyperMask
-from ..model_state import FITTED, PREFIX, fitted, local, network_state
+from ..model_state import FITTED, PREFIX, fitted, network_state
+from ..processes import local
 from . import checkpoint
 from .checkpoint import BEST, MODEL, MOMENTS, OPTIMIZER
 from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig

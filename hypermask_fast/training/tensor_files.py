@@ -26,13 +26,11 @@ class Written(NamedTuple):
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> Written:
-    """Writes ordinary tensors to a new file."""
+    """Writes ordinary tensors to a new file, which `sync` or `settle` brings to the disk."""
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
     with path.open("rb") as file:
-        written = Written(digest(file), os.fstat(file.fileno()).st_size)
-    sync(path)
-    return written
+        return Written(digest(file), os.fstat(file.fileno()).st_size)
 
 
 @contextmanager
@@ -86,6 +84,7 @@ def settle(partial: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    """Brings a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -22,7 +22,7 @@ from . import checkpoint, describe, optimizers, stored
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
-from .inspecting import Inspector, check_no_inspection
+from .inspecting import Inspector, check_no_inspection, check_whole
 from .interrupt import Stopped
 from .joining import join
 from .lock import taken
@@ -112,6 +112,8 @@ class Trainer:
         self.scenario = scenario.to(self.device)
         check_outputs(self.model, self.scenario)
         join(self.processes, self.model, self.scenario, config, (ramp, seed, settings))
+        if config.inspect:
+            check_whole(self.model)
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.settings, self.earlier_settings = settings, tuple(earlier_settings)

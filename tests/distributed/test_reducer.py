@@ -126,7 +126,14 @@ def test_a_hook_that_steps_within_the_backward_pass_is_refused(found):
 def test_a_step_sends_two_numbers_per_mask_entry(found):
     for rank in found:
         sent, entries, others, count = rank["cases"]["sent"]
-        assert sent == [entries + 1, others + count]
+        assert sent == [entries + 1, others + count + 32]
+
+
+def test_ranks_that_train_different_tasks_are_told(found):
+    for rank in found:
+        said, gradients = rank["cases"]["other tasks"]
+        assert said.startswith("ranks make backward passes of different tasks, here of ")
+        check_close(gradients, of_one_process())
 
 
 def test_a_pass_without_a_mask(found):

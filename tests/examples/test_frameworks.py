@@ -16,10 +16,14 @@ ROOT = Path(__file__).parents[2]
 CLIP, BATCH = 0.05, 16  # of the examples
 
 
-def by_hand(accumulate):
-    """Losses of each task and parameters: gradients of so many batches averaged, then clipped."""
+def by_hand(accumulate, dealt_to=1):
+    """Losses of each task and parameters: gradients of so many batches averaged, then clipped.
+
+    dealt_to: so many ranks are dealt one sample after the other, as torch's DistributedSampler does.
+    """
     model, x, y = model_and_data()
-    losses = []
+    order = torch.arange(x.shape[1]).view(-1, BATCH, dealt_to).transpose(1, 2).flatten()
+    x, y, losses = x[:, order], y[:, order], []
     for task in range(TASKS):
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
         model.begin_task(task)
@@ -51,6 +55,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CASES = {
     "Lightning": ("with_lightning", ["lightning"], (), ()),
     "Lightning by hand": ("with_lightning", ["lightning"], (), ("manual",)),
+    "Lightning in two processes": ("with_lightning", ["lightning"], TORCHRUN, ()),
+    "Lightning by hand in two processes": ("with_lightning", ["lightning"], TORCHRUN, ("manual",)),
     "accelerate": ("with_accelerate", ["accelerate"], (), ()),
     "accelerate in two processes": ("with_accelerate", ["accelerate"], TORCHRUN, ()),
     "transformers": ("with_transformers", ["transformers", "accelerate"], (), ()),
@@ -72,7 +78,7 @@ def test_the_numbers_are_those_of_a_loop_by_hand(name, tmp_path):
     run(tmp_path, launcher, script, str(ROOT / f"examples/{example}.py"), str(tmp_path / "found"), *arguments)
     ranks = [torch.load(file) for file in sorted(tmp_path.glob("found.*.pt"))]
     assert len(ranks) == (2 if launcher else 1)
-    losses, parameters = by_hand(2 * len(ranks))
+    losses, parameters = by_hand(2 * len(ranks), len(ranks) if example == "with_lightning" else 1)
     for rank, (found, own) in enumerate(ranks):
         for task in range(TASKS):
             mine = torch.tensor(losses[task][rank :: len(ranks)])

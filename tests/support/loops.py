@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -137,7 +138,7 @@ def _rank(rank, ranks, port, folder, work, arguments):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     found = work(*arguments)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

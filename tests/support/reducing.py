@@ -207,6 +207,14 @@ def stepped_by_a_hook():
     return refusal(loss_of(model).backward)
 
 
+def other_tasks():
+    """Each rank its own task: refused where the gradients would be averaged."""
+    model = replica(tasks=3)
+    said = refusal(loss_of(model, 1 + dist.get_rank() % 2).backward)
+    model = replica()
+    return said, backward(model)
+
+
 def all_reduces():
     """Numbers sent in a step of a replica: of the logits' gradient with the drift's, and of all others."""
     model = replica()
@@ -253,6 +261,7 @@ CASES = {
     "half": in_half_precision,
     "scaler": scaled,
     "hook": stepped_by_a_hook,
+    "other tasks": other_tasks,
     "sent": all_reduces,
     "penalty": penalty_alone,
     "alone": trained_alone,

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
-from hypermask_fast.model_state import local
+from hypermask_fast.processes import local
 from hypermask_fast.training import checkpoint, run, stored, tensor_files
 from hypermask_fast.training.config import RunConfig, load_preset, stored_config
 from hypermask_fast.training.ranks import Ranks
+from support.networks import blob_model
 
 SMALL = {
     "data.tasks": 2,
@@ -52,9 +55,8 @@ def in_group(rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
-    """Of the first ranks; two dimensions: replicas of shards."""
-    numbers = torch.arange(torch.tensor(shape).prod()).view(shape)
-    return DeviceMesh("cpu", numbers, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    """Of all ranks; two dimensions: replicas of shards."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 def shard(model: hmf.HyperMask, mesh: DeviceMesh) -> hmf.HyperMask:
@@ -76,27 +78,21 @@ def loaded(run_dir: Path, model: hmf.HyperMask) -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint(tensors, state, run_dir)
 
 
-def sharded_model(run_dir: Path, shape: tuple[int, ...]) -> hmf.HyperMask | None:
-    """The run's model, sharded over the first ranks; None on the others."""
-    mesh, config = mesh_of(shape), stored_config(run_dir)
-    if mesh.get_coordinate() is None:
-        return None
-    return shard(run.build_model(config, scenario()), mesh)
+def sharded_model(run_dir: Path, shape: tuple[int, ...]) -> hmf.HyperMask:
+    return shard(run.build_model(stored_config(run_dir), scenario()), mesh_of(shape))
 
 
 def save_again(rank: int, run_dir: Path, shape: tuple[int, ...]) -> None:
     """The run's checkpoint, whoever has saved it, saved by a mesh of ranks."""
     model = sharded_model(run_dir, shape)
-    if model is not None:
-        tensors, state, _ = loaded(run_dir, model)
-        name = f"{state['task']:03d}-{state['iteration']:07d}"
-        checkpoint.save(run_dir, name, tensors, state, Ranks.of_model(model))
+    tensors, state, _ = loaded(run_dir, model)
+    checkpoint.save(run_dir, f"{state['task']:03d}-{state['iteration']:07d}", tensors, state, Ranks.of_model(model))
 
 
 def differences(rank: int, sources: list[Path], ordinary: Path, shape: tuple[int, ...]) -> dict[str, Any]:
     """By source, the tensors of which this rank has not exactly its slice, and how many DTensors it has."""
     model = sharded_model(ordinary, shape)
-    return {} if model is None else {source.name: _difference(source, ordinary, model, shape[-1]) for source in sources}
+    return {source.name: _difference(source, ordinary, model, shape[-1]) for source in sources}
 
 
 def _difference(source: Path, ordinary: Path, model: hmf.HyperMask, shards: int) -> tuple[list[str], int]:
@@ -119,13 +115,10 @@ def _difference(source: Path, ordinary: Path, model: hmf.HyperMask, shards: int)
     return wrong, parts
 
 
-def refusals(rank: int, folders: list[Path], shape: tuple[int, ...]) -> list[str]:
+def refusals(rank: int, folders: list[Path], altered_from: Path, shape: tuple[int, ...]) -> list[str]:
     """What this rank is told of each run's checkpoint."""
-    told = []
-    model = sharded_model(folders[0], shape)
-    for folder in folders if model is not None else ():
-        told.append(_told(functools.partial(loaded, folder, model)))
-    return told
+    model = sharded_model(altered_from, shape)
+    return [_told(functools.partial(loaded, folder, model)) for folder in folders]
 
 
 # -- saves that fail, of a few tensors on two ranks ------------------------------------------------------------------
@@ -151,6 +144,11 @@ def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
         "columns": torch.arange(first, first + 21).view(3, 7),
         "rest": torch.full((3,), first),
     }
+
+
+def save_replicas(rank: int, run_dir: Path, state: dict[str, Any]) -> None:
+    tensors = {name: tensor + rank for name, tensor in whole(state).items()}  # so that it shows whose are saved
+    checkpoint.save(run_dir, f"000-{state['task']:07d}", tensors, state, Ranks([None]))
 
 
 def save(rank: int, run_dir: Path, state: dict[str, Any]) -> None:
@@ -202,6 +200,11 @@ def failing_saves(rank: int, run_dir: Path) -> dict[str, str]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
         told[f"{victim} limit"] = _told(lambda: save(rank, run_dir, NEW))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    call = tensor_files.save_file
+    if rank == 0:
+        tensor_files.save_file = fails
+    told["0 replicas"] = _told(lambda: save_replicas(rank, run_dir, NEW))
+    tensor_files.save_file = call
     return told
 
 
@@ -211,3 +214,80 @@ def _told(call: Callable[[], object]) -> str:
     except InputError as error:
         return str(error)
     return "accepted"
+
+
+# -- torch.distributed.checkpoint --------------------------------------------------------------------------------------
+
+OPTIMISERS = {
+    "torch": lambda model: torch.optim.Adam(model.parameters(), 1e-2),
+    "default": lambda model: hmf.optim.Adam(model, 1e-2),
+    "step_in_backward": lambda model: hmf.optim.Adam(model, 1e-2, step_in_backward=True),
+}
+
+
+def with_dcp(rank: int, folder: Path, kind: str, optimiser: str, helpers: bool) -> list[str]:
+    """Names of tensors that torch.distributed.checkpoint does not bring back, or that it changes by looking.
+
+    helpers: get_state_dict and set_state_dict, or state_dict() and load_state_dict() themselves.
+    """
+    model, optimizer = _trained(kind, optimiser, 2)
+    before = _everything(model, optimizer)
+    saved = _state_dicts(model, optimizer, helpers)
+    wrong = _unequal("by looking", before, _everything(model, optimizer))
+    dcp.save(saved, checkpoint_id=folder)
+    other, another = _trained(kind, optimiser, 1)
+    wrong += [] if _unequal("", before, _everything(other, another)) else ["nothing would be loaded"]
+    loaded = _state_dicts(other, another, helpers)
+    dcp.load(loaded, checkpoint_id=folder)
+    if helpers:
+        set_state_dict(other, another, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    else:
+        other.load_state_dict(loaded["model"])
+        another.load_state_dict(loaded["optimizer"])
+    return wrong + _unequal("loaded", before, _everything(other, another))
+
+
+def untrained_with_dcp(rank: int, kind: str, optimiser: str) -> list[str]:
+    """What get_state_dict changes that asks an optimiser which has not stepped yet for its state."""
+    model, optimizer = _trained(kind, optimiser, 0)
+    before = _everything(model, optimizer)
+    get_state_dict(model, optimizer)
+    wrong = _unequal("by looking", before, _everything(model, optimizer))
+    _train(model, optimizer, 1)
+    return wrong + ([] if _unequal("", before, _everything(model, optimizer)) else ["nothing is trained"])
+
+
+def _trained(kind: str, optimiser: str, steps: int) -> tuple[hmf.HyperMask, torch.optim.Optimizer]:
+    """A sharded model in task 1, and its optimiser."""
+    config = hmf.HypernetConfig(embedding=8, hidden=(12,), chunk_size={"dense": None, "chunks": 10}[kind])
+    model = hmf.distributed.shard(blob_model(2, hypernetwork=config))
+    model.begin_task(1)
+    optimizer = OPTIMISERS[optimiser](model)
+    _train(model, optimizer, steps)
+    return model, optimizer
+
+
+def _train(model: hmf.HyperMask, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        mask = model.mask(1)
+        (model(x, mask).square().mean() + model.regularizer(mask)).backward()
+        optimizer.step()
+
+
+def _state_dicts(model: hmf.HyperMask, optimizer: torch.optim.Optimizer, helpers: bool) -> dict[str, Any]:
+    states = get_state_dict(model, optimizer) if helpers else (model.state_dict(), optimizer.state_dict())
+    return dict(zip(("model", "optimizer"), states, strict=True))
+
+
+def _everything(model: hmf.HyperMask, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What this rank has of model and moments."""
+    found = dict(model.state_dict())
+    found |= {f"{name} {key}": t for name, p in model.named_parameters() for key, t in optimizer.state[p].items()}
+    return {name: local(tensor).detach().clone() for name, tensor in found.items()}
+
+
+def _unequal(told: str, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
+    alike = [name for name in before if name in after and torch.equal(before[name], after[name])]
+    return [f"{name} {told}" for name in before if name not in alike]

@@ -61,7 +61,8 @@ def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64):
 
 def trained(rank, ranks, kind, optimiser, dtype, mesh=None):
     model = hmf.distributed.shard(small_model(kind, dtype, seed=1 + rank), mesh)  # each rank begins elsewhere
-    return train(model, DistributedDataParallel(model), optimiser, rank, ranks, dtype)
+    call = DistributedDataParallel(model) if optimiser == "default" else model
+    return train(model, call, optimiser, rank, ranks, dtype)
 
 
 def rank_of(rank, ranks, port, folder):

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from support.launched import command
+from support.launching import ranks
 from support.networks import blob_model, blob_scenario
 
 import hypermask_fast as hmf
@@ -157,6 +160,37 @@ def test_it_can_be_asked_for_when_a_run_is_resumed(runs, tmp_path, monkeypatch):
     assert mine[-1]["whole"] == whole[-1]["whole"] and mine[-1]["drift"] == whole[-1]["drift"][1:]
     with (tmp_path / "run" / inspecting.TABLE).open() as file:
         assert [row["flipped"] == "" for row in csv.DictReader(file)] == [True, False, True, False, False]
+
+
+def test_in_two_processes_one_of_them_inspects(runs, tmp_path):
+    words = ["train", "split-digits", "--device", "cpu", "--out", str(tmp_path / "run"), *TINY, *INSPECT]
+    assert [rank.code for rank in ranks(2, command, words)] == [0, 0]
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == (runs[True] / "metrics.json").read_bytes()
+    mine, alone = (json.loads((folder / inspecting.HISTORY).read_text()) for folder in (tmp_path / "run", runs[True]))
+    for entry, expected in zip(mine, alone, strict=True):
+        assert entry["tasks"] == expected["tasks"]
+        assert entry["whole"]["mean_kept_value"] == pytest.approx(expected["whole"]["mean_kept_value"], rel=1e-3)
+
+
+@pytest.fixture
+def sharded():
+    """A sharded model, on the one rank of a process group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield hmf.distributed.shard(blob_model())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_sharded_hypernetwork_is_refused_before_anything_is_done(sharded, tmp_path):
+    with pytest.raises(
+        InputError, match=r"training\.inspect = true needs all of the hypernetwork in each process: set "
+    ):
+        Trainer(sharded, blob_scenario(), config(), run_dir=tmp_path)
+    for look in (lambda: hmf.analysis.inspect(sharded), lambda: hmf.analysis.record(sharded, 0)):
+        with pytest.raises(InputError, match="a sharded hypernetwork's masks are looked at in one process"):
+            look()
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- a Trainer of one's own --------------------------------------------------------------------------------------------

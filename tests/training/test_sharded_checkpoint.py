@@ -56,7 +56,7 @@ def saved(made) -> Path:
     """The same runs, as each mesh of ranks would have saved them."""
     for kind, mesh in itertools.product(KINDS, MESHES):
         folder = shutil.copytree(made / kind, made / f"{kind} {mesh}")
-        results(4, sharding.save_again, folder, mesh)
+        results(math.prod(mesh), sharding.save_again, folder, mesh)
     return made
 
 
@@ -87,7 +87,7 @@ def test_any_number_of_ranks_reads_what_any_number_has_saved(saved, kind, mesh):
     """Each its own slices."""
     sources = [saved / kind, *(saved / f"{kind} {by}" for by in MESHES)]
     parts = {"dense": 9, "chunks": 5}[kind]  # weight and bias: model, best, two moments; the anchor's target
-    for found in results(4, sharding.differences, sources, saved / kind, mesh)[: math.prod(mesh)]:
+    for found in results(math.prod(mesh), sharding.differences, sources, saved / kind, mesh):
         assert found == {source.name: ([], parts) for source in sources}
 
 
@@ -209,11 +209,22 @@ def test_a_rank_that_can_t_write_stops_all(tmp_path):
     for case, line in told.items():
         victim, what = case.split(maxsplit=1)
         file = "replicated" if victim == "0" else f"rank-000{victim}"
-        file = f"{tmp_path}/checkpoint-000-0000002" + (f"/{file}.safetensors" if what in ("save_file", "limit") else "")
+        file = f"{tmp_path}/checkpoint-000-0000002" + {
+            "save_file": f"/{file}.safetensors",
+            "limit": f"/{file}.safetensors",
+            "replicas": ".safetensors",
+        }.get(what, "")
         assert line.startswith(f"rank {victim}: cannot write {file}: "), line
         assert line.endswith("; nothing on disk was lost") and "\n" not in line
     found = checkpoint.load(tmp_path)
     assert found.state == sharding.OLD
+
+
+def test_of_replicas_the_first_one_saves(tmp_path):
+    results(2, sharding.save_replicas, tmp_path, sharding.OLD)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.json", "checkpoint-000-0000001.safetensors"}
+    found = checkpoint.load(tmp_path)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in sharding.whole(sharding.OLD).items())
 
 
 # -- damaged and forged ------------------------------------------------------------------------------------------------
@@ -266,9 +277,9 @@ def test_altered_checkpoints_are_refused_by_a_single_process(altered, saved, mon
 
 
 @pytest.mark.parametrize("mesh", [(2,), (3,)], ids=str)
-def test_altered_checkpoints_are_refused_by_all_ranks_alike(altered, mesh):
+def test_altered_checkpoints_are_refused_by_all_ranks_alike(altered, saved, mesh):
     """Also where only one of them reads what is altered."""
-    told = results(math.prod(mesh), sharding.refusals, list(altered.values()), mesh)
+    told = results(math.prod(mesh), sharding.refusals, list(altered.values()), saved / "dense", mesh)
     problems = [
         f"{name}: {lines}"
         for (name, folder), *lines in zip(altered.items(), *told, strict=True)
