@@ -13,7 +13,7 @@ from torch.library import opcheck
 
 ALSO = {
     "cpu_isa",
-    "checksum",  # the CPU's alone: see test_cache
+    "checksum",  # the CPU's alone: see test_checksum
     "masked_linear",
     "chunk_masked_linear",
 }  # the two others: see test_masked_linear and test_chunk_masked_linear
