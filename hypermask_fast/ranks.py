@@ -127,7 +127,7 @@ class Ranks:
             alike = all(each == line for each in told)
             raise InputError(line if alike else f"rank {failed[0]}: {line}") from mine
 
-    def check_same(self, facts: Mapping[str, Any], what: str) -> None:
+    def check_same(self, facts: Mapping[str, Any], what: str = "a run") -> None:
         """Compares digests of what must be the same on all ranks.
 
         Args:

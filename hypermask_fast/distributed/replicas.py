@@ -9,6 +9,7 @@ from ..model import HyperMask
 from ..processes import Replicas, Shards
 from ..ranks import check_initialized
 from ..wrapping import check_whole
+from .agreement import agree, facts_of
 from .reducer import average_gradients
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,14 +35,21 @@ def replicate(module: M, group: Any = None) -> M:
         The module.
 
     Raises:
-        InputError: no process group, no HyperMask in the module, or parameters that are sharded.
+        InputError: no process group, no HyperMask in the module, parameters that are sharded, or ranks that disagree
+            about the model.
     """
     check_initialized()
-    models = hypermasks(module, "replicate")
-    for model in models:
-        if isinstance(model.hypernet.processes, Shards):
-            raise InputError("the model is sharded already: its ranks train one model, in any loop")
-        check_whole(model.net, model, model.hypernet, model.hypernet.output)
+    problem, facts, models = None, {}, []
+    try:
+        models = hypermasks(module, "replicate")
+        for model in models:
+            if isinstance(model.hypernet.processes, Shards):
+                raise InputError("the model is sharded already: its ranks train one model, in any loop")
+            check_whole(model.net, model, model.hypernet, model.hypernet.output)
+        facts = facts_of(models)
+    except InputError as error:
+        problem = str(error)
+    agree(facts, problem, group)
     for model in models:
         hypernet = model.hypernet
         hypernet.processes = Replicas(group)
