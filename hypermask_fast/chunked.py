@@ -126,6 +126,9 @@ class ChunkedHyperNetwork(HyperNetwork):
         per_task = linear(embedded, of_task, bias)
         return after_first(per_chunk[None] + per_task[:, None], layers), output
 
+    def shared(self) -> list[Tensor]:
+        return [*super().shared(), self.chunk_embeddings]
+
     def layer(self) -> Layer:
         weight, bias = self._fanned_out(self.output.weight, self.output.bias)
         return weight, bias

@@ -112,6 +112,11 @@ class HyperNetwork(nn.Module):
         hidden = self._hidden(tasks)
         return hidden if self.processes is None else self.processes.fanned_out(hidden)[0], self.layer()
 
+    def shared(self) -> list[Tensor]:
+        """All that `forward` reads besides the embeddings."""
+        layers: Any = [*self.trunk, self.output]
+        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+
     def hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, chunks, H) last hidden layer for each task."""
         return self.generating(tasks)[0]

@@ -4,7 +4,7 @@ import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -16,20 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 from . import exporting, inference, mask_making, ops, pretrained
 from .errors import InputError
 from .hypernet import HypernetConfig
-from .mask_making import MaskMaking
 from .masking import classes as numbers
 from .masking import mixed
+from .masking.cache import KeptMask, WeightCache
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask
-from .masking.norms import with_one_sample
 from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import DriftConfig
+from .serving import Serving
 from .wrapping import check_whole
 
 
-class HyperMask(MaskMaking):
+class HyperMask(Serving):
     """y = net(x; W * m_t), with m_t the semi-binary mask that the hypernetwork makes from task t's embedding.
 
     `net` is changed in place. Its modules stay, and so do their Parameters and names: an ordinary state_dict loads.
@@ -115,6 +115,7 @@ class HyperMask(MaskMaking):
         self.fitted = {}
         self.anchor = None  # assigned to when a run resumes within a task
         self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
+        self.cache = WeightCache()
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -153,11 +154,14 @@ class HyperMask(MaskMaking):
             if not inputs:
                 raise InputError("which task? model(x, task), or by name, model(x, task=0)")
             *inputs, task = inputs  # pyright: ignore[reportAssignmentType]
+        if self._records_in_serving():
+            with torch.no_grad():
+                return self.forward(*inputs, task=task, **kwargs)
         self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, task)
         if isinstance(task, Tensor) and task.dim() == 1:
             return self._forward_mixed(tuple(inputs), kwargs, task)
-        return self._through(self._mask_for(task), tuple(inputs), kwargs)
+        return self._through(self._kept_one(task) or self._mask_for(task), tuple(inputs), kwargs)
 
     def _mask_for(self, task: Any) -> TaskMask:
         if not isinstance(task, TaskMask):
@@ -184,7 +188,7 @@ class HyperMask(MaskMaking):
         with super().disabled():
             yield
 
-    disabled.__doc__ = MaskMaking.disabled.__doc__
+    disabled.__doc__ = Serving.disabled.__doc__
 
     def _forward_mixed(self, inputs: tuple, kwargs: dict[str, Any], tasks: Tensor) -> Any:
         count = mixed.samples(inputs, kwargs)
@@ -197,34 +201,7 @@ class HyperMask(MaskMaking):
         if not kwargs and len(inputs) == 1 and self._in_one_pass(inputs[0]):
             self._check_rows(inputs, kwargs, count)
             return self._forward_rows(inputs[0], tasks)
-        order = tasks.argsort(stable=True)
-        present, counts = tasks[order].unique_consecutive(return_counts=True)
-        ids = present.tolist()
-        for task in ids:
-            self._check_task(task)
-        if self.reducer is not None:
-            self.reducer.check_same_tasks(ids, self.num_tasks, self.training)
-        averages = self.hypernet.processes is not None  # over the ranks, which may have other tasks in their batches
-        logits = self.hypernet(range(self.num_tasks))[ids] if averages else self.hypernet(ids)
-        masks = [self._mask_of(task, of_task) for task, of_task in zip(ids, logits, strict=True)]
-        if len(ids) == 1:
-            return self._through(masks[0], inputs, kwargs)
-        self._check_rows(inputs, kwargs, count)
-        groups = order.split(counts.tolist())
-        with with_one_sample(self.net) if self.training and 1 in counts else nullcontext():
-            parts = [
-                self._through(mask, *mixed.rows((inputs, kwargs), group, count))
-                for mask, group in zip(masks, groups, strict=True)
-            ]
-        return mixed.joined(parts, [len(group) for group in groups], order.argsort())
-
-    def _check_rows(self, inputs: tuple, kwargs: dict[str, Any], count: int) -> None:
-        if not self._rows_are_samples(inputs, kwargs, count):
-            raise InputError(
-                "the rows of the inputs' first dimension are no samples of their own in this network (alone they give "
-                "other outputs than within the batch): put samples first (such as batch_first=True), or pass one task "
-                "per batch"
-            )
+        return self._group_by_group(inputs, kwargs, tasks, self._masks_of_groups)
 
     def _in_one_pass(self, x: Any, tasks: int | None = None) -> bool:
         """Whether several tasks pass together: on a GPU, and where a compiled graph can't know the groups' sizes.
@@ -282,14 +259,21 @@ class HyperMask(MaskMaking):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
         self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
+        if self._records_in_serving():
+            with torch.no_grad():
+                return self.forward_all_tasks(*inputs, masks=masks, **kwargs)
         if masks is None:
-            outputs = self._all(self.all_masks(), tuple(inputs), kwargs)
+            together = len(inputs) == 1 and self._in_one_pass(inputs[0], len(self.tasks))
+            kept = None if together else self._kept(self.tasks)
+            outputs = self._all(kept or self.all_masks(), tuple(inputs), kwargs, for_one_use=True)
             return mixed.spread(outputs, self.tasks, self.num_tasks) if self.hypernet.removed else outputs
         for mask in masks if self.hypernet.removed else ():
             self._mask_for(mask)
         return self._all(masks, tuple(inputs), kwargs)
 
-    def _all(self, masks: Sequence[TaskMask], inputs: tuple, kwargs: dict[str, Any]) -> Any:
+    def _all(
+        self, masks: Sequence[TaskMask | KeptMask], inputs: tuple, kwargs: dict[str, Any], for_one_use: bool = False
+    ) -> Any:
         alone = len(inputs) == 1 and not kwargs
         x: Any = inputs[0] if alone else None
         if (
@@ -302,7 +286,8 @@ class HyperMask(MaskMaking):
             with self._scope.use(TaskBatch.every(masks, x, repeated)):
                 y = self.net(repeated)
             return y.view(len(masks), x.shape[0], *y.shape[1:])
-        return mixed.stacked([self._through(mask, inputs, kwargs) for mask in masks])
+        each = masks.for_one_use() if for_one_use and isinstance(masks, TaskMasks) else masks
+        return mixed.stacked([self._through(mask, inputs, kwargs) for mask in each])
 
     def infer_task(
         self,

@@ -88,19 +88,29 @@ double run_pass(const DenseLayer& d, float* grad_hidden) {
   return total;
 }
 
+// Logits (N,) of one hidden vector (H,), or (T, N) of T of them (T, H): every row to the bit as it is alone.
 Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
   const char* op = "hypernet_logits";
   check_dense(op, hidden, weight, bias, Place::kCpu);
-  check_float(op, "hidden", hidden, Place::kCpu, {weight.size(1)});
-  Tensor logits = empty_float(weight, {weight.size(0)});
-  DenseLayer d = dense_layer(weight, bias, 1);
-  const Buffer padded = padded_rows(data(hidden), 1, d.width, d.padded);
+  const bool one = hidden.dim() == 1;
+  const int64_t tasks = one ? 1 : hidden.size(0), width = weight.size(1), rows = weight.size(0);
+  check_float(op, "hidden", hidden, Place::kCpu, one ? Shape{width} : Shape{tasks, width});
+  Tensor logits = empty_float(weight, one ? Shape{rows} : Shape{tasks, rows});
+  DenseLayer d = dense_layer(weight, bias, tasks);
+  const Buffer padded = padded_rows(data(hidden), tasks, d.width, d.padded);
   d.hidden = padded.get();
   float* out = mutable_data(logits);
   const std::vector<Part> parts = chunks(d);
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) k.dense_logits(d, parts[i].begin, parts[i].end, out);
+    const Buffer scratch(dense_scratch(tasks));
+    for (int64_t i = begin; i < end; ++i) {
+      if (tasks == 1) {
+        k.dense_logits(d, parts[i].begin, parts[i].end, out);
+      } else {
+        k.dense_residuals(d, parts[i].begin, parts[i].end, scratch.get(), out);
+      }
+    }
   });
   return logits;
 }

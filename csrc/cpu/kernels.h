@@ -60,8 +60,8 @@ struct Kernels {
   void (*dense_logits)(const DenseLayer& layer, int64_t begin, int64_t end, float* logits);
   // Sum of squared residuals over rows begin to end and all drift tasks.
   double (*dense_value)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch);
-  // out[j] = W h_j + b - target_j [tasks, N] of all drift tasks; the last one has no target. Returns the sum of squares
-  // of all others.
+  // out[j] = W h_j + b - target_j [tasks, N] of all drift tasks; the last one has no target, and none has where targets
+  // is null. Returns the sum of squares of those with one.
   double (*dense_residuals)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* out);
   // dense_value with what follows from it: adding to grad_hidden [tasks, padded], or null, writing gradients or
   // stepping Adam.

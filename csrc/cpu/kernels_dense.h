@@ -192,19 +192,21 @@ HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* fa
   return total;
 }
 
-// out[j] = dots + b - target_j for the rows of a block; the last task's without a target. Returns the others' squares.
+// out[j] = dots + b - target_j for the rows of a block; the last task's, and all where there are none, without a target.
+// Returns the squares of those with one.
 HM_INLINE double write_residuals(const DenseLayer& d, int64_t row, int rows, const float* dots, float* out) {
   double total = 0;
   const int64_t last = d.drift_tasks - 1;
   for (int64_t j = 0; j <= last; ++j) {
     Vec sum{};
     float* to = out + j * d.rows + row;
-    if (j < last) __builtin_prefetch(d.targets + j * d.rows + row + kBlockRows, 0, 3);
+    const float* target = d.targets && j < last ? d.targets + j * d.rows + row : nullptr;
+    if (target) __builtin_prefetch(target + kBlockRows, 0, 3);
     __builtin_prefetch(to + kBlockRows, 1, 3);
     for (int r = 0; r < rows; r += kLanes) {
       Vec x = load_up_to(dots + j * kBlockRows + r, rows - r) + load_up_to(d.bias + row + r, rows - r);
-      if (j < last) {
-        x = x - load_up_to(d.targets + j * d.rows + row + r, rows - r);
+      if (target) {
+        x = x - load_up_to(target + r, rows - r);
         sum += x * x;
       }
       store_up_to(to + r, x, rows - r);

@@ -36,7 +36,7 @@ def shard(module: M, mesh: Any = None) -> M:
     consumers, `save_pretrained` and `export` too.
 
     Args:
-        module: a HyperMask, or a module with one in it. Optimisers are made afterwards.
+        module: a HyperMask, or a module with one in it (which may be sharded already). Optimisers are made afterwards.
         mesh: a DeviceMesh of all ranks: 1-D, or 2-D with dimensions named ("replicate", "shard"), for replicas of
             shards. None: all ranks, 1-D.
 
@@ -51,6 +51,8 @@ def shard(module: M, mesh: Any = None) -> M:
     problem, facts, models = None, {}, []
     try:
         models = hypermasks(module, "shard")
+        if module not in models and mesh is None and all(isinstance(m.hypernet.processes, Shards) for m in models):
+            return _joined(module)  # a new one around models that are sharded already
         mesh = _mesh(models[0], mesh)
         facts = {
             "the kind of device": mesh.device_type,
@@ -64,6 +66,10 @@ def shard(module: M, mesh: Any = None) -> M:
     agree(facts, problem)
     for model in models:
         _shard(model, mesh)
+    return _joined(module)
+
+
+def _joined(module: M) -> M:
     average_gradients(module)
     leave_out_of_ddp(module)
     return module

@@ -1,5 +1,7 @@
 """Which task is this? Predictions where the task of a sample is unknown."""
 
+from ..packed_model import PackedModel, load_packed
+from ..packing import Packed
 from .distances import KINDS, SHRINKAGES, FeCAM, Mahalanobis, restored
 from .fitting import evaluating
 from .predictions import FITTED, METHODS, Prediction, infer, predict
@@ -11,9 +13,12 @@ __all__ = [
     "SHRINKAGES",
     "FeCAM",
     "Mahalanobis",
+    "Packed",
+    "PackedModel",
     "Prediction",
     "evaluating",
     "infer",
+    "load_packed",
     "predict",
     "restored",
 ]

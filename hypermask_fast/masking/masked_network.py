@@ -1,8 +1,8 @@
 """MaskedNetwork: any network, run under the masks that it is given."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from . import mixed, network, output
 from .access import parameter_of
+from .cache import KeptMask
 from .classes import Classes, check_export, narrow
 from .layout import MaskLayout
 from .masks import TaskMask
@@ -110,7 +111,7 @@ class MaskedNetwork(nn.Module):
 
     # -- passes ---------------------------------------------------------------------------------------------------
 
-    def _through(self, mask: TaskMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
+    def _through(self, mask: TaskMask | KeptMask, inputs: tuple, kwargs: dict[str, Any]) -> Any:
         """One pass under one task's mask."""
         compiling = torch.compiler.is_compiling()
         read: set[int] | None = set() if not compiling and self._unread else None
@@ -128,13 +129,45 @@ class MaskedNetwork(nn.Module):
             self._scope.announce(y, one)
         return y
 
-    def _row(self, mask: TaskMask) -> Tensor | None:
+    def _group_by_group(
+        self,
+        inputs: tuple,
+        kwargs: dict[str, Any],
+        tasks: Tensor,
+        masks_of: Callable[[list[int]], Sequence[TaskMask | KeptMask]],
+    ) -> Any:
+        """Every sample under its own task's mask, a task's samples together; tasks: (samples,) int64."""
+        count = tasks.shape[0]
+        order = tasks.argsort(stable=True)
+        present, counts = tasks[order].unique_consecutive(return_counts=True)
+        masks = masks_of(present.tolist())
+        if len(masks) == 1:
+            return self._through(masks[0], inputs, kwargs)
+        self._check_rows(inputs, kwargs, count)
+        groups = order.split(counts.tolist())
+        with with_one_sample(self.net) if self.training and 1 in counts else nullcontext():
+            parts = [
+                self._through(mask, *mixed.rows((inputs, kwargs), group, count))
+                for mask, group in zip(masks, groups, strict=True)
+            ]
+        return mixed.joined(parts, [len(group) for group in groups], order.argsort())
+
+    def _check_rows(self, inputs: tuple, kwargs: dict[str, Any], count: int) -> None:
+        if not self._rows_are_samples(inputs, kwargs, count):
+            raise InputError(
+                "the rows of the inputs' first dimension are no samples of their own in this network (alone they give "
+                "other outputs than within the batch): put samples first (such as batch_first=True), or pass one task "
+                "per batch"
+            )
+
+    def _row(self, mask: TaskMask | KeptMask) -> Tensor | None:
         """The task's id as a tensor, made once, where modules look at it."""
         if isinstance(mask.task, Tensor) or not self._looks_at_task:
             return None
-        key = mask.task, mask.logits.device
+        module, name = self._owners[0]
+        key = mask.task, parameter_of(module, name).device
         if key not in self._ids:
-            self._ids[key] = torch.tensor(mask.task, device=mask.logits.device)
+            self._ids[key] = torch.tensor(mask.task, device=key[1])
         return self._ids[key]
 
     def _rows_are_samples(self, inputs: tuple, kwargs: dict[str, Any], count: int) -> bool:

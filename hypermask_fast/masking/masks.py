@@ -98,6 +98,11 @@ class TaskMask(Made):
         """Whether `effective` is there already."""
         return self._has("effective")
 
+    @property
+    def may_fuse(self) -> bool:
+        """Whether layers may run fused, without `effective`."""
+        return not self.is_made and ops.may_fuse(self.logits)
+
     def _effective(self) -> tuple[Tensor, ...]:
         # A network of other dtypes than the hypernetwork's is multiplied in the wider one: a mask is not rounded.
         applied, dtype = self.layout.num_applied, self.logits.dtype

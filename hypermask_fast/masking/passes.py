@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only  # noqa: PLC2701
 
 from .. import ops
+from .cache import KeptMask
 from .masks import Convolution, Layer, TaskMask
 from .norms import TaskNorm
 from .scope import tensors_of
@@ -26,13 +27,13 @@ class Pass:
         row: the task's id as a tensor, for a network that was compiled by itself: an integer would be compiled in.
     """
 
-    def __init__(self, mask: TaskMask, read: set[int] | None = None, row: Tensor | None = None) -> None:
+    def __init__(self, mask: TaskMask | KeptMask, read: set[int] | None = None, row: Tensor | None = None) -> None:
         self.mask, self.read, self.row = mask, read, row
         self._with_grad = torch.is_grad_enabled()
         self._quiet: set[int] = set()  # segments read without gradients: that part may be computed again in backward
         self._leaves: dict[int, Tensor] = {}
         self._gathered: dict[tuple[object, str], Tensor] = {}
-        self._effective = None if not mask.is_made and ops.may_fuse(mask.logits) else mask.effective
+        self._effective = None if mask.may_fuse else mask.effective
 
     @property
     def effective(self) -> tuple[Tensor, ...]:

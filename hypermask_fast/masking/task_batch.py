@@ -1,6 +1,6 @@
 """Many tasks in one forward pass: every sample under its own task's mask, or every task over every sample."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, overload
@@ -58,12 +58,12 @@ class TaskMasks(Made, Sequence[TaskMask]):
 
     def _each(self) -> list[TaskMask]:
         """One `TaskMask` per row, kept, so that what they make is made once."""
+        return self._once("each", lambda: list(self.for_one_use()))
 
-        def make() -> list[TaskMask]:
-            rows = zip(self.tasks, self.logits, self.thresholds, strict=True)
-            return [TaskMask(task, self.layout, a, limits, self.weights) for task, a, limits in rows]
-
-        return self._once("each", make)
+    def for_one_use(self) -> Iterator[TaskMask]:
+        """One `TaskMask` per row, which nobody keeps: the next one's W * m then takes the memory of the one before."""
+        for task, a, limits in zip(self.tasks, self.logits, self.thresholds, strict=True):
+            yield TaskMask(task, self.layout, a, limits, self.weights)
 
     def ids(self) -> Tensor:
         """(T,) int64 `tasks` on the device."""

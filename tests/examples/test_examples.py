@@ -53,3 +53,12 @@ def test_every_example_is_tested():
     frameworks = {"with_lightning", "with_accelerate", "with_transformers"}  # in test_frameworks.py
     found = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert found == {"mask_one_layer", "own_loop", "mixed_batch"} | frameworks
+
+
+def test_serving_answers_from_two_threads_and_from_a_file():
+    text = output_of("serving")
+    assert "W * m kept of tasks: 0, 2" in text
+    assert number(text, "used") + number(text, "made") == 100
+    assert number(text, "made") == 2
+    assert "2 tasks packed in bfloat16" in text
+    assert number(text, "the same classes from the file:") > 98

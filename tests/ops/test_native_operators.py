@@ -13,9 +13,10 @@ from torch.library import opcheck
 
 ALSO = {
     "cpu_isa",
+    "checksum",  # the CPU's alone: see test_checksum
     "masked_linear",
     "chunk_masked_linear",
-}  # the last two: see test_masked_linear and test_chunk_masked_linear
+}  # the two others: see test_masked_linear and test_chunk_masked_linear
 each_device = operators_of("cpu-baseline", "emulated")
 each_operator = pytest.mark.parametrize("name", NATIVE_OPERATORS)
 

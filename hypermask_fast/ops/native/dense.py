@@ -71,14 +71,24 @@ operator(
 # -- hypernet_logits ---------------------------------------------------------------------------------------------------
 
 
+# Tasks up to which the CPU's kernel beats a matrix product. Each task's logits are to the bit what they are alone.
+_MOST_TASKS = 32
+
+
 def hypernet_logits(hidden, weight, bias, size):
-    row = hidden.reshape(-1).contiguous()
-    return torch.ops.hypermask_native.hypernet_logits(row, weight.contiguous(), bias.contiguous()).unsqueeze(0)
+    rows = hidden[:, 0].contiguous()
+    if len(rows) == 1:
+        return torch.ops.hypermask_native.hypernet_logits(rows[0], weight.contiguous(), bias.contiguous()).unsqueeze(0)
+    return torch.ops.hypermask_native.hypernet_logits(rows, weight.contiguous(), bias.contiguous())
 
 
 def hypernet_logits_form(hidden, weight, bias, size):
-    one = hidden.shape[:2] == (1, 1) and size == weight.shape[0]
-    return "" if one else "more than one task or chunk: a matrix product, torch's own"
+    tasks, chunks = hidden.shape[:2]
+    if chunks != 1 or size != weight.shape[0]:
+        return "more than one chunk: a matrix product, torch's own"
+    if tasks == 1 or (hidden.device.type == "cpu" and 1 < tasks <= _MOST_TASKS):
+        return ""
+    return f"{tasks} tasks: a matrix product, torch's own"
 
 
 def hypernet_logits_condition(hidden, weight, bias, size):
@@ -92,6 +102,12 @@ def _hypernet_logits_setup(ctx, inputs, output):
 def _hypernet_logits_backward(ctx, grad):
     hidden, weight = ctx.saved_tensors
     need_hidden, need_weight, need_bias = ctx.needs_input_grad
+    if hidden.dim() == 2:
+        return (
+            grad @ weight if need_hidden else None,
+            grad.t() @ hidden if need_weight else None,
+            grad.sum(0) if need_bias else None,
+        )
     return (
         weight.t() @ grad if need_hidden else None,
         torch.outer(grad, hidden) if need_weight else None,
@@ -101,7 +117,7 @@ def _hypernet_logits_backward(ctx, grad):
 
 operator(
     "hypernet_logits",
-    lambda hidden, weight, bias: weight.new_empty(weight.shape[0]),
+    lambda hidden, weight, bias: weight.new_empty(*hidden.shape[:-1], weight.shape[0]),
     _hypernet_logits_backward,
     _hypernet_logits_setup,
     twice=True,
