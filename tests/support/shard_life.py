@@ -219,6 +219,16 @@ def evaluation(kind):
     torch.testing.assert_close(here(x, apart), one(x, apart))
 
 
+def compiled(kind):
+    one, here = small_model(kind), sharded(kind)
+    x, _ = batch()
+    for call in (one, torch.compile(here, backend="aot_eager")):
+        call(x, 0).square().sum().backward()
+    torch.testing.assert_close(torch.compile(here, backend="aot_eager")(x, 0), one(x, 0))
+    same({n: p.grad for n, p in here.named_parameters() if p.grad is not None},
+         {n: p.grad for n, p in one.named_parameters() if p.grad is not None})  # fmt: skip
+
+
 @contextmanager
 def sent():
     """Bytes that this rank sends another in the collectives of the block, by name."""
@@ -260,10 +270,8 @@ def bytes_sent(kind, optimiser):
         optimizer.zero_grad()
         (F.cross_entropy(model(x, mask), y) + model.regularizer(mask)).backward()
         optimizer.step()
-    small = (
-        sum(p.numel() for name, p in model.hypernet.named_parameters() if name.split(".")[0] != "chunk_embeddings") * 4
-    )
-    return sum(found.values()) / (4 * entries), small / (4 * entries) if settings else 0.0
+    small = sum(p.numel() for name, p in model.hypernet.named_parameters() if name != "chunk_embeddings")
+    return sum(found.values()) / (4 * entries), small / entries if settings else 0.0
 
 
 def memory(kind):
@@ -329,6 +337,7 @@ WORK = {
         for work in (life_of_tasks, states, copies, folders, evaluation)
         for kind in KINDS
     },
+    "compiled": (compiled, "dense"),
     **{work.__name__: (work,) for work in (other_clipping, gradients_asked_for, zeroed_and_scaled)},
 }
 COUNTS = [(kind, optimiser) for kind in (*KINDS, "replica") for optimiser in OPTIMISERS]
