@@ -3,7 +3,7 @@
 from . import startup  # noqa: F401  before all that takes time
 
 # isort: split
-from . import data, distributed, optim
+from . import analysis, data, distributed, inference, optim
 from . import ops as functional
 from .errors import InputError
 from .hypernet import HypernetConfig
@@ -26,10 +26,12 @@ __all__ = [
     "MaskedLinear",
     "Prediction",
     "TaskMask",
+    "analysis",
     "data",
     "distributed",
     "explain",
     "functional",
+    "inference",
     "optim",
     "predict",
     "use_backend",

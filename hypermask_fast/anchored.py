@@ -77,8 +77,10 @@ class Anchored(TaskLife):
         return anchor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Anchored":
-        """Moves the anchor with the Parameters, wherever nn.Module takes them."""
+        """Moves the anchor with the Parameters, wherever nn.Module takes them, and what is fitted to their device."""
         super()._apply(fn, recurse)
+        for fitted in self.fitted.values():
+            fitted.to(self.weights()[0].device)
         if self.anchor is not None:
             self.anchor = self.anchor.map(fn)
         return self
@@ -106,8 +108,8 @@ class Anchored(TaskLife):
                 )
         if mask is not None and mask.output_drift is not None:
             return Drifts(mask.output_drift, weight)
-        hidden = None if mask is None else mask.earlier_hidden
-        return Drifts(regularizers.output_drift(self.hypernet, anchor, hidden), weight)
+        earlier = None if mask is None else mask.earlier
+        return Drifts(regularizers.output_drift(self.hypernet, anchor, earlier), weight)
 
     def regularizer(self, task: int | TaskMask) -> Tensor:
         """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 from . import __version__, startup
 from .commands import COMMANDS, env
-from .commands.command import EXIT_INPUT, EXIT_UNREAD, PROGRAM, interrupted, tell
-from .errors import InputError
+from .commands.command import EXIT_INPUT, EXIT_LOST, EXIT_UNREAD, PROGRAM, interrupted, tell
+from .commands.launched import rank_alone
+from .errors import InputError, ProcessLost
 from .extras import needed_for
 from .training.memory import tune_allocator
 
@@ -20,13 +21,17 @@ from .training.memory import tune_allocator
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code.
 
-    0: done. 2: what was given is wrong, said in one line on standard error. 130: interrupted (by another signal than
-    Control-C: 128 and its number). 141: nobody reads the output any more. Any other failure is a bug and keeps its
-    traceback.
+    0: done. 2: what was given is wrong, said in one line on standard error. 3: another process of those that train
+    together has ended or does not answer. 130: interrupted (by another signal than Control-C: 128 and its number). 141:
+    nobody reads the output any more. Any other failure is a bug and keeps its traceback.
+
+    Of several processes, as torchrun starts them, one speaks; all of them train, and one does any other command.
     """
     startup.ready()
     _open_streams()
     arguments = _parser().parse_args(argv)
+    if rank_alone() > 0 and not arguments.on_all_ranks:
+        return 0
     tune_allocator()
     try:
         with warnings.catch_warnings():
@@ -38,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
             return code
     except InputError as error:
         return _refuse(str(error))
+    except ProcessLost as error:
+        tell(f"error: {error}")
+        return EXIT_LOST
     except OSError as error:
         if error.filename is not None:
             return _refuse(f"{error.filename}: {error.strerror}")  # a folder without permission, ...
@@ -71,13 +79,16 @@ def _refuse(message: str) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    tell(f"warning: {message}")
+    if rank_alone() == 0:
+        tell(f"warning: {message}")
 
 
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong."""
 
     def error(self, message: str) -> NoReturn:
+        if rank_alone() > 0:
+            self.exit(EXIT_INPUT)
         self.exit(EXIT_INPUT, f"{PROGRAM}: error: {message}; `{self.prog} --help` says more\n")
 
 

@@ -191,6 +191,11 @@ def _detach(func: Any, x: FactoredGradient) -> FactoredGradient:
     return FactoredGradient(x.held)
 
 
+def _view(func: Any, x: FactoredGradient, size: Sequence[int]) -> Any:
+    """Of the same shape, as a DTensor makes of its local part; any other is the product's."""
+    return FactoredGradient(x.held) if tuple(size) == tuple(x.shape) else NotImplemented
+
+
 def _clone(func: Any, x: FactoredGradient, **kwargs: Any) -> FactoredGradient:
     value = x.held[0]
     return FactoredGradient([value if isinstance(value, Factors) else value.clone()])
@@ -346,6 +351,7 @@ _LIKE = [f for name in ("empty_like", "zeros_like", "ones_like", "full_like", "n
 _RULES: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _detach,
     _aten.alias.default: _detach,
+    _aten.view.default: _view,
     _aten.clone.default: _clone,
     _aten.new_empty_strided.default: _new_empty_strided,
     _aten.zero_.default: _zero,
@@ -374,6 +380,8 @@ class SteppedGradient(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (_aten.detach.default, _aten.clone.default, _aten.new_empty_strided.default):  # autograd's own
+            return SteppedGradient(args[0])
+        if func is _aten.view.default and tuple(args[1]) == tuple(args[0].shape):  # a DTensor's
             return SteppedGradient(args[0])
         if func is _aten.copy_.default and all(isinstance(x, SteppedGradient) for x in args[:2]):
             return args[0]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import model_state
+from . import inference, model_state
+from .dense import HyperNetwork
 from .errors import InputError
-from .hypernet import HyperNetwork
+from .inference.fitted import ClassGaussians
 from .masking import classes as numbers
 from .masking.layout import MaskLayout
 from .masking.masked_network import MaskedNetwork
@@ -25,12 +26,14 @@ class TaskLife(MaskedNetwork):
         sparsity: percent.
         anchor: what `begin_task` captured; None before the first task begins.
         frozen: ids of tasks that are no longer trained.
+        fitted: what methods of `inference` have fitted to training data, by their names.
     """
 
     hypernet: HyperNetwork
     sparsity: float
     anchor: Anchor | None
     frozen: tuple[int, ...] = ()
+    fitted: dict[str, ClassGaussians]
 
     @property
     def num_tasks(self) -> int:
@@ -144,6 +147,8 @@ class TaskLife(MaskedNetwork):
                 parameter.zero_()
         for module in self.statistics():
             module.reset(task)
+        for fitted in self.fitted.values():
+            fitted.forget(task)
         self._mark(sorted({*self.hypernet.removed, task}), [frozen for frozen in self.frozen if frozen != task])
 
     def freeze_task(self, task: int, frozen: bool = True) -> None:
@@ -204,7 +209,15 @@ class TaskLife(MaskedNetwork):
         known = self.layout if self._heads_known else None
         marks = [2 if task in self.frozen else int(task in self.hypernet.removed) for task in range(self.num_tasks)]
         entries = model_state.entries(self.layout, self.sparsity, marks, self.classes, known, self.anchor)
+        for name, fitted in self.fitted.items():
+            entries |= model_state.fitted_entries(name, fitted.entries())
         destination.update({prefix + name: tensor for name, tensor in entries.items()})
+
+    _entries = model_state.Entries()
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint.state_dict finds the names of a state_dict that are no attributes here."""
+        return {model_state.PREFIX.removesuffix("."): "_entries"}
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -221,12 +234,17 @@ class TaskLife(MaskedNetwork):
         model_state.check(found, self.layout, self.sparsity, self.num_tasks, self.classes)
         layout = self._layout_of(model_state.output_biases(found, self.layout))
         anchor = model_state.anchor(found, self.layout.size)
+        fitted = inference.restored(model_state.fitted(found), range(self.num_tasks))
         marks = found["tasks"].tolist() if "tasks" in found else None
         self.layout, self._heads_known = (self.layout, self._heads_known) if layout is None else (layout, True)
         if marks is not None:
             self._mark([t for t, m in enumerate(marks) if m == 1], [t for t, m in enumerate(marks) if m == 2])
+        device = self.weights()[0].device
+        if fitted or "sparsity" in found:
+            for one in fitted.values():
+                one.to(device)
+            self.fitted = fitted
         if "sparsity" in found:  # a whole state: without an anchor there was none
-            device = self.weights()[0].device
             self.anchor = None if anchor is None else anchor.map(lambda tensor: tensor.to(device, copy=True))
 
     def _layout_of(self, biases: list[str] | None) -> MaskLayout | None:

@@ -1,7 +1,8 @@
 """How a model makes its tasks' masks: from a task's id over the hypernetwork to thresholds."""
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +15,28 @@ from .masking.masks import TaskMask
 from .masking.task_batch import TaskMasks
 from .ops import registry
 from .output_layer import OutputStepper
+from .wrapping import active_ddp, check_whole, in_a_group
+
+
+class GradientReducer(Protocol):
+    """Who averages the target network's gradients over processes; see `distributed.reducer.Reducer`."""
+
+    def watch(self) -> None: ...
+
+    def passes(self) -> None: ...
+
+    def check_same_tasks(self, tasks: Sequence[int], count: int, training: bool) -> None: ...
 
 
 class MaskMaking(Anchored):
-    """Tasks with an anchor, and their masks."""
+    """Tasks with an anchor, and their masks.
 
+    Attributes:
+        reducer: averages the gradients of the target network over processes; None for one process.
+    """
+
+    reducer: GradientReducer | None = None
+    _said_alone = False
     _ranks: dict[tuple[MaskLayout, float, torch.device], Tensor]
 
     @without_autocast
@@ -34,6 +52,7 @@ class MaskMaking(Anchored):
         Raises:
             InputError: the task does not exist, or sparsity is not from 0 to 100.
         """
+        self._look_around()
         stepper = self._stepper_in_training()
         if isinstance(task, Tensor) and (stepper is None or not values_at_hand(task) or not is_id(task)):
             return self._mask_by_tensor(task, sparsity, ranks)
@@ -41,18 +60,18 @@ class MaskMaking(Anchored):
         self._check_task(task)
         anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
         if anchor is None:
-            hidden = self.hypernet.hidden([task])
             if stepper is None:
-                logits = self.hypernet.logits(hidden).squeeze(0)
+                logits = self.hypernet.logits(*self.hypernet.generating([task])).squeeze(0)
             else:
-                logits, _ = self.hypernet.factored_logits(hidden, (), task, stepper)
+                logits, _ = self.hypernet.factored_logits([task], (), task, stepper)
             return self._mask_of(task, logits, sparsity, ranks)
-        hidden = self.hypernet.hidden(self.hypernet.tasks(task))
+        tasks = self.hypernet.tasks(task)
         for_drifts: dict[str, Any] = {}
         if stepper is None:
-            logits, for_drifts["earlier_hidden"] = self.hypernet.logits(hidden[-1:]).squeeze(0), hidden[:-1]
+            hidden, layer = self.hypernet.generating(tasks)
+            logits, for_drifts["earlier"] = self.hypernet.logits(hidden[-1:], layer).squeeze(0), (hidden[:-1], layer)
         else:
-            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(hidden, anchor.targets, task, stepper)
+            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(tasks, anchor.targets, task, stepper)
         if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
@@ -71,8 +90,9 @@ class MaskMaking(Anchored):
             return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks)
         known = self._known(ids)
         ids = ids.where(known, 0)
-        hidden = self.hypernet.hidden(ids).where(known[:, None, None], float("nan"))
-        return self._mask_of(ids[0], self.hypernet.logits(hidden).squeeze(0), sparsity, ranks)
+        hidden, layer = self.hypernet.generating(ids)
+        hidden = hidden.where(known[:, None, None], float("nan"))
+        return self._mask_of(ids[0], self.hypernet.logits(hidden, layer).squeeze(0), sparsity, ranks)
 
     def _mask_of(
         self,
@@ -93,6 +113,7 @@ class MaskMaking(Anchored):
 
     @without_autocast
     def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
+        self._look_around()
         logits = self.hypernet(tasks)
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
 
@@ -100,6 +121,30 @@ class MaskMaking(Anchored):
         if ranks is None:
             ranks = self._ranks_of(self.sparsity if sparsity is None else sparsity, logits.device)
         return ops.mask_thresholds(logits, self.layout.offsets, ranks)
+
+    def _look_around(self, passes: bool = False) -> None:
+        """In a group of processes: are Parameters whole, and will all gradients be averaged, and by whom?
+
+        passes: whether a forward pass is to come.
+        """
+        if torch.compiler.is_compiling() or not in_a_group():
+            return
+        check_whole(self.net, self, self.hypernet, self.hypernet.output)
+        if self.reducer is not None and torch.is_grad_enabled():
+            self.reducer.watch()
+            if passes or active_ddp() is not None:
+                self.reducer.passes()
+        elif passes and self.training and torch.is_grad_enabled() and active_ddp() is None:
+            self._say_alone()
+
+    def _say_alone(self) -> None:
+        if not self._said_alone:
+            self._said_alone = True
+            warnings.warn(
+                "this model is trained by each process alone: hmf.distributed.replicate(model) before has all of them "
+                "train one",
+                stacklevel=4,
+            )
 
     def _ranks_of(self, sparsity: float, device: torch.device) -> Tensor:
         """`layout.ranks`, kept on a GPU, for copying them there is a wait."""

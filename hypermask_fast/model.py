@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import exporting, mask_making, ops, pretrained
+from . import exporting, inference, mask_making, ops, pretrained
 from .errors import InputError
 from .hypernet import HypernetConfig
 from .mask_making import MaskMaking
@@ -25,6 +25,7 @@ from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
 from .regularizers import DriftConfig
+from .wrapping import check_whole
 
 
 class HyperMask(MaskMaking):
@@ -89,6 +90,7 @@ class HyperMask(MaskMaking):
                 "HyperMask(DistributedDataParallel(net)) leaves the hypernetwork to each rank: wrap the other way, "
                 "as hmf.distributed.replicate says"
             )
+        check_whole(net)
         check_values(net)
         hypernetwork = HypernetConfig() if hypernetwork is None else hypernetwork
         if not isinstance(hypernetwork, HypernetConfig):
@@ -109,6 +111,7 @@ class HyperMask(MaskMaking):
         dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in like) else torch.float32
         self.hypernet = hypernet.to(like[0].device, dtype)
         self.sparsity, self.drift, self.hypernetwork = sparsity, drift, hypernetwork
+        self.fitted = {}
         self.anchor = None  # assigned to when a run resumes within a task
         self._ranks: dict[tuple[MaskLayout, float, torch.device], Tensor] = {}
 
@@ -116,7 +119,7 @@ class HyperMask(MaskMaking):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Asked for by DistributedDataParallel(model); `distributed.replicate` says what it is."""
         left_out = self.__dict__.get("_left_to_replicate")
-        if left_out is None or self.hypernet.averaging is None:
+        if left_out is None or self.hypernet.processes is None:
             raise InputError(
                 "DistributedDataParallel would send the output layer's gradient, N x H: "
                 "DistributedDataParallel(hmf.distributed.replicate(model)) sends N numbers"
@@ -149,6 +152,7 @@ class HyperMask(MaskMaking):
             if not inputs:
                 raise InputError("which task? model(x, task), or by name, model(x, task=0)")
             *inputs, task = inputs  # pyright: ignore[reportAssignmentType]
+        self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, task)
         if isinstance(task, Tensor) and task.dim() == 1:
             return self._forward_mixed(tuple(inputs), kwargs, task)
@@ -168,9 +172,18 @@ class HyperMask(MaskMaking):
         For what is no forward pass of the model, such as `model.generate`, and for threads of one's own. Masks are made
         once for the block: a step of an optimiser within it is not seen.
         """
+        self._look_around(passes=True)
         mask = self._mask_for(task)
         with self._under(mask):
             yield mask
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        self._look_around(passes=True)
+        with super().disabled():
+            yield
+
+    disabled.__doc__ = MaskMaking.disabled.__doc__
 
     def _forward_mixed(self, inputs: tuple, kwargs: dict[str, Any], tasks: Tensor) -> Any:
         count = mixed.samples(inputs, kwargs)
@@ -188,7 +201,9 @@ class HyperMask(MaskMaking):
         ids = present.tolist()
         for task in ids:
             self._check_task(task)
-        averages = self.hypernet.averaging is not None  # over the ranks, which may have other tasks in their batches
+        if self.reducer is not None:
+            self.reducer.check_same_tasks(ids, self.num_tasks, self.training)
+        averages = self.hypernet.processes is not None  # over the ranks, which may have other tasks in their batches
         logits = self.hypernet(range(self.num_tasks))[ids] if averages else self.hypernet(ids)
         masks = [self._mask_of(task, of_task) for task, of_task in zip(ids, logits, strict=True)]
         if len(ids) == 1:
@@ -226,7 +241,7 @@ class HyperMask(MaskMaking):
         if mask_making.values_at_hand(tasks) and not known.all():
             self._check_task(int(tasks[~known][0]))
         tasks = tasks.where(known, 0)
-        if self.num_tasks <= tasks.shape[0] or self.hypernet.averaging is not None:
+        if self.num_tasks <= tasks.shape[0] or self.hypernet.processes is not None:
             batch = TaskBatch.mixed(self._masks_of(range(self.num_tasks)), tasks)
         else:  # fewer samples than tasks: a mask per sample
             batch = TaskBatch.mixed(self._masks_of(tasks), torch.arange(tasks.shape[0], device=tasks.device))
@@ -264,6 +279,7 @@ class HyperMask(MaskMaking):
             and all(isinstance(m, TaskMask) for m in inputs[-1])
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
+        self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
         if masks is None:
             outputs = self._all(self.all_masks(), tuple(inputs), kwargs)
@@ -287,17 +303,22 @@ class HyperMask(MaskMaking):
             return y.view(len(masks), x.shape[0], *y.shape[1:])
         return mixed.stacked([self._through(mask, inputs, kwargs) for mask in masks])
 
-    def infer_task(self, *inputs: Any, select: Callable[[Any], Tensor] | None = None, **kwargs: Any) -> Tensor:
-        """(batch,) int64: per sample, the task of lowest softmax entropy; see `ops.entropy_select`.
+    def infer_task(
+        self,
+        *inputs: Any,
+        method: str | None = None,
+        select: Callable[[Any], Tensor] | None = None,
+        k: int = 2,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(batch,) int64: per sample, the task that a method of `inference.predict` finds, where all is explained.
 
+        method: None is "mahalanobis" where that was fitted, otherwise "entropy": the task of lowest softmax entropy.
         select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor that
             it returns, or its `logits`.
+        k: how many tasks "gradient+entropy" decides between.
         """
-        outputs = self.forward_all_tasks(*inputs, **kwargs)
-        if select is None:
-            return ops.entropy_select(mixed.logits(outputs, None))
-        each = [mixed.logits(mixed.of_task(outputs, task), select) for task in range(self.num_tasks)]
-        return ops.entropy_select(torch.stack(each))
+        return inference.infer(self, inputs, kwargs, None, method, select, k).task
 
     # -- away from here -------------------------------------------------------------------------------------------
 

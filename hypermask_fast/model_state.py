@@ -17,6 +17,7 @@ from .masking.layout import MaskLayout
 from .regularizers import Anchor
 
 PREFIX = "state."
+FITTED = "fitted."
 
 
 def entries(
@@ -47,6 +48,20 @@ def entries(
         found |= {"anchor.task": torch.tensor(anchor.task), "anchor.weights": anchor.weights.detach()}
         found |= {f"anchor.targets.{i}": target.detach() for i, target in enumerate(anchor.targets)}
     return {PREFIX + name: tensor for name, tensor in found.items()}
+
+
+def fitted_entries(method: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a method of inference has fitted, under names of its own among the others."""
+    return {f"{PREFIX}{FITTED}{method}.{name}": tensor for name, tensor in entries.items()}
+
+
+def fitted(found: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The same back: by method, its entries."""
+    methods: dict[str, dict[str, Tensor]] = {}
+    for name in (name for name in found if name.startswith(FITTED)):
+        method, _, entry = name.removeprefix(FITTED).partition(".")
+        methods.setdefault(method, {})[entry] = found[name]
+    return methods
 
 
 def digest(layout: MaskLayout) -> Tensor:
@@ -98,15 +113,24 @@ def anchor(found: Mapping[str, Tensor], size: int) -> Anchor | None:
     return Anchor(int(found["anchor.task"]), found["anchor.weights"], tuple(found[name] for name in targets))
 
 
+class Entries:
+    """Has every name of an entry, for who looks each name of a state_dict up as an attribute of the model's."""
+
+    def __getattr__(self, name: str) -> "Entries":
+        if name.startswith("_"):  # of another protocol, such as copying
+            raise AttributeError(name)
+        return self
+
+
 # -- without them, and each tensor once -------------------------------------------------------------------------------
 
 
 def network_state(model: nn.Module) -> dict[str, Tensor]:
     """A model's state_dict for a checkpoint: tied tensors once, under their first name, and of the entries above
-    only which tasks are removed or frozen, where some are."""
+    only which tasks are removed or frozen, where some are, and what methods of inference have fitted."""
     state, tasks = model.state_dict(), PREFIX + "tasks"
-    marked = tasks in state and bool(state[tasks].any())
-    kept = {name: t for name, t in state.items() if not name.startswith(PREFIX) or (marked and name == tasks)}
+    wanted = (PREFIX + FITTED, tasks) if tasks in state and state[tasks].any() else (PREFIX + FITTED,)
+    kept = {name: t for name, t in state.items() if not name.startswith(PREFIX) or name.startswith(wanted)}
     names = first_names(kept)
     return {name: tensor for name, tensor in kept.items() if names[name] == name}
 
@@ -121,7 +145,14 @@ def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Of each name, the first one of the same tensor: its own, or that of the one that it is tied to."""
     first: dict[tuple, str] = {}
     names = {}
-    for name, tensor in tensors.items():
+    for name, value in tensors.items():
+        tensor = local(value)  # a DTensor has no address of its own
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[name] = first.setdefault(key, name) if tensor.numel() and tensor.device.type != "meta" else name
     return names
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: its part of a DTensor, all of an ordinary one."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

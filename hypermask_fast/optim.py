@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
+from .dense import HyperNetwork
 from .errors import InputError
 from .factored import FactoredGradient, Factors, SteppedGradient
-from .hypernet import HyperNetwork
 from .model import HyperMask
 from .output_layer import Pending
+from .processes import local
 
 __all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
 
@@ -134,7 +135,7 @@ class Adam(torch.optim.Adam):
         """Called by the hypernetwork when a newer optimiser takes over."""
         self._replaced = True
 
-    # -- what the hypernetwork asks in a backward pass: see `hypernet.OutputStepper` --------------------------------
+    # -- what the hypernetwork asks in a backward pass: see `output_layer.OutputStepper` ------------------------------
 
     def check_task(self, task: int) -> None:
         """Raises InputError where the task was added without telling the optimiser."""
@@ -159,7 +160,7 @@ class Adam(torch.optim.Adam):
             return False
         if group["amsgrad"] or not _steps_on_factors(weight, self.state.get(weight, {})) or not self._count_is_one():
             return False
-        if self._net.averaging is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if self._net.processes is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise InputError("step_in_backward in a group of processes: hmf.distributed.replicate(model) comes first")
         if self._stepped or any(other is not pending for other in self._pending):
             raise InputError(
@@ -184,7 +185,7 @@ class Adam(torch.optim.Adam):
     def step_output_layer(
         self, hidden: Tensor, grad_logits: Tensor, targets: Tensor, drift_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The backward pass of the output layer with its step, as `hypernet.OutputStepper` promises it."""
+        """The backward pass of the output layer with its step, as `output_layer.OutputStepper` promises it."""
         self._armed, self._stepped = False, True
         weight, bias = self._net.output.weight, self._net.output.bias
         group = self._group_of(weight)
@@ -192,18 +193,19 @@ class Adam(torch.optim.Adam):
         state, bias_state = self._state_of(weight), self._state_of(bias)
         for step in (state["step"], bias_state["step"]):
             step.add_(1)
+        layer = local(weight)
         return ops.hypernet_adam(
             hidden,
             grad_logits,
             targets,
             drift_weight,
-            weight,
-            bias,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            bias_state["exp_avg"],
-            bias_state["exp_avg_sq"],
-            *self._settings(group, state["step"], weight),
+            layer,
+            local(bias),
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            local(bias_state["exp_avg"]),
+            local(bias_state["exp_avg_sq"]),
+            *self._settings(group, state["step"], layer),
         )
 
     # -- the loop's own calls ---------------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ class Adam(torch.optim.Adam):
         weight = self._net.output.weight
         grad, self._stepped = weight.grad, False
         with torch.no_grad():
-            if isinstance(grad, SteppedGradient):
+            if grad is not None and isinstance(local(grad), SteppedGradient):
                 weight.grad = grad = None  # it has served: nobody is to stumble over it between two steps
             else:
                 self._one_count = False
@@ -247,21 +249,32 @@ class Adam(torch.optim.Adam):
     def _step_on_factors(self, weight: Tensor, grad: Tensor | None) -> bool:
         """Steps the layer on its gradient's factors, where that can be done; whether it has."""
         group = self._group_of(weight)
-        factors: Factors | None = grad.factors if isinstance(grad, FactoredGradient) else None
+        own = None if grad is None else local(grad)
+        factors: Factors | None = own.factors if isinstance(own, FactoredGradient) else None
         if factors is None or group is None or group["amsgrad"]:
             return False
         if not _steps_on_factors(weight, self.state.get(weight, {})):
             return False
         state = self._state_of(weight)
         state["step"].add_(1)
+        layer = local(weight)
         ops.factored_adam(
             *factors,
-            weight,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            *self._settings(group, state["step"], weight),
+            layer,
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            *self._settings(group, state["step"], layer),
         )
         return True
+
+    def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # called by position
+        self, group: dict[str, Any], *lists: list[Any]
+    ) -> bool:
+        """torch.optim.Adam's: the tensors that it steps. Of those that are sharded, the parts that are here."""
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists if self._net.processes is not None else ():
+            tensors[:] = map(local, tensors)
+        return has_complex
 
     # -- what both have in common -----------------------------------------------------------------------------------
 
@@ -346,9 +359,11 @@ def _hypermask_in(module: Any, taker: str) -> HyperMask:
 
 def _steps_on_factors(weight: Tensor, state: dict[str, Any]) -> bool:
     """Whether the kernels can step this layer where it lies. In bfloat16 torch.optim.Adam rounds elsewhere."""
-    tensors = weight, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)
-    return all(t.is_contiguous() and t.dtype == weight.dtype and t.device == weight.device for t in tensors) and (
-        weight.dtype in (torch.float32, torch.float64)
+    tensors = [local(weight), *(local(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state)]
+    like = tensors[0]
+    return like.dtype in (torch.float32, torch.float64) and all(
+        t.is_contiguous() and t.dtype == like.dtype and t.device == like.device and t.shape == like.shape
+        for t in tensors
     )
 
 

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .factored import FactoredGradient, Factors, SteppedGradient
+from .processes import Shards
 
 # Whether a node is part of the backward pass that is under way. There is no public way to ask.
 _will_be_run: Any = torch._C._will_engine_execute_node  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
@@ -68,7 +69,10 @@ class FactoredOutput(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight)
         ctx.task, ctx.net, ctx.stepper = task, net, stepper
         ctx.residuals, ctx.given_away = residuals, False
-        return residuals[-1].clone(), drift  # a copy: backward writes its gradient there
+        logits = residuals[-1:]
+        if net.processes is not None:
+            logits, drift = net.processes.gather(logits, drift)
+        return logits[0].clone(), drift  # a copy: backward writes its gradient there
 
     @staticmethod
     @once_differentiable
@@ -78,11 +82,28 @@ class FactoredOutput(torch.autograd.Function):
         grad_logits, grad_drift = grads
         hidden, weight = ctx.saved_tensors
         ctx.stepper.check_task(ctx.task)
-        if ctx.net.averaging is not None:
-            grad_logits, grad_drift = ctx.net.averaging.means(grad_logits, grad_drift)
+        grad_logits, grad_drift = _means(ctx, grad_logits, grad_drift)
         residuals = ctx.residuals.clone() if ctx.given_away else ctx.residuals  # the graph is kept, and passed again
         ctx.given_away = True
-        return *_gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift), None, None, None, None
+        hidden_grad, *others = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
+        return *_sums(ctx, hidden_grad), *others, None, None, None, None
+
+
+def _means(ctx: Any, grad_logits: Tensor, grad_drift: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the logits that are generated here, (n,), and of the drift, as means over the processes."""
+    if ctx.net.processes is None:
+        return grad_logits, grad_drift
+    own, grad_drift = ctx.net.processes.means(grad_logits[None], grad_drift)
+    return own[0], grad_drift
+
+
+def _sums(ctx: Any, hidden_grad: Tensor | None, *drift: Tensor) -> list[Tensor | None]:
+    """Gradient of hidden, where it is needed, and the drift, over the logits of all processes."""
+    if ctx.net.processes is None:
+        return [hidden_grad, *drift]
+    if hidden_grad is None:
+        return [None, *(ctx.net.processes.sums(*drift) if drift else ())]
+    return ctx.net.processes.sums(hidden_grad, *drift)
 
 
 def _gradients(
@@ -114,14 +135,16 @@ class SteppedOutput(torch.autograd.Function):
         net: Any,
         stepper: OutputStepper,
     ) -> tuple[Tensor, Tensor]:
-        logits = ops.hypernet_logits(hidden[-1:, None], weight, bias, weight.shape[0])[0]
+        logits = ops.hypernet_logits(hidden[-1:, None], weight, bias, weight.shape[0])
+        if net.processes is not None:
+            (logits,) = net.processes.gather(logits)
         drift = hidden.new_zeros(())
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.task, ctx.net, ctx.stepper = task, net, stepper
         ctx.pending = Pending()
         stepper.announce(ctx.pending)
         ctx.drift = drift.detach()  # shares its memory: backward fills the value in
-        return logits, drift
+        return logits[0], drift
 
     @staticmethod
     @once_differentiable
@@ -135,16 +158,16 @@ class SteppedOutput(torch.autograd.Function):
         if reaches or not ctx.needs_input_grad[1]:
             ctx.pending = None
         hidden, weight, bias, targets = ctx.saved_tensors
-        if ctx.net.averaging is not None:
-            grad_logits, grad_drift = ctx.net.averaging.means(grad_logits, grad_drift)
+        grad_logits, grad_drift = _means(ctx, grad_logits, grad_drift)
         if steps:
             hidden_grad, drift = ctx.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
-            gradients = hidden_grad if ctx.needs_input_grad[0] else None, SteppedGradient(weight), None
+            others = SteppedGradient(weight), None
         else:
             residuals, drift = ops.output_residuals(hidden, weight, bias, targets)
-            gradients = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
+            hidden_grad, *others = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
+        hidden_grad, drift = _sums(ctx, hidden_grad if ctx.needs_input_grad[0] else None, drift)
         ctx.drift.copy_(drift)
-        return *gradients, None, None, None, None
+        return hidden_grad, *others, None, None, None, None
 
 
 def _reaches_weight(ctx: Any) -> bool:
@@ -152,6 +175,8 @@ def _reaches_weight(ctx: Any) -> bool:
     if not ctx.needs_input_grad[1]:
         return False
     accumulates = ctx.next_functions[1][0]
+    if isinstance(ctx.net.processes, Shards):  # the weight is a DTensor's local part
+        accumulates = accumulates.next_functions[0][0]
     try:
         return _will_be_run(accumulates)
     except RuntimeError:  # the weight itself is asked for

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dense import HyperNetwork, Layer
 from .errors import InputError
-from .hypernet import HyperNetwork
 from .masking.layout import MaskLayout
 
 FIDELITIES = ("default", "official")
@@ -101,11 +101,12 @@ def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: Sequence[Tensor]
     return Anchor(task, layout.flatten([weight.detach().to(dtype) for weight in weights]), targets)
 
 
-def output_drift(hypernet: HyperNetwork, anchor: Anchor, hidden: Tensor | None = None) -> Tensor:
+def output_drift(hypernet: HyperNetwork, anchor: Anchor, earlier: tuple[Tensor, Layer] | None = None) -> Tensor:
     """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, a scalar; 0 for the first task.
 
-    hidden: the hypernetwork's `earlier_hidden` of this task, where it is at hand.
+    earlier: the hypernetwork's `earlier` of this task, where it is at hand.
     """
     if not anchor.targets:
         return anchor.weights.new_zeros(())
-    return hypernet.output_drift(hypernet.earlier_hidden(anchor.task) if hidden is None else hidden, anchor.targets)
+    hidden, layer = hypernet.earlier(anchor.task) if earlier is None else earlier
+    return hypernet.output_drift(hidden, anchor.targets, layer)

@@ -4,6 +4,7 @@ that goes on says so.
 Imported before anything else of the package. Where the package is used as a library nothing changes.
 """
 
+import os
 import re
 import signal
 import sys
@@ -30,10 +31,21 @@ def ready() -> None:
 def _tell_resumed() -> None:
     """On a terminal a run that goes on says so at once, before the seconds that importing PyTorch takes."""
     with suppress(OSError, AttributeError, ValueError):  # closed
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
             print("hypermask-fast: resuming; PyTorch is being loaded first", file=sys.stderr, flush=True)
 
 
+def _quiet_store() -> None:
+    """Of several processes, one that ends is told in one line: not by a page of C++ frames from each that talks to it.
+
+    PyTorch reads the variable when it is imported.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+if _is_command():
+    _quiet_store()
 if _is_command() and "--resume" in sys.argv[1:] + sys.orig_argv:
     _tell_resumed()
 if _is_command() and signal.getsignal(signal.SIGINT) == signal.default_int_handler:

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError, cli
+from hypermask_fast import InputError, analysis, cli, env
 from hypermask_fast.data.sources.images import decode_jpegs
 from hypermask_fast.extras import needed_for
-from hypermask_fast.training import report, run
+from hypermask_fast.text import text_table
+from hypermask_fast.training import report, run, study
 from hypermask_fast.training.config import load_preset
 from hypermask_fast.training.logs import TerminalLog
-from hypermask_fast.training.tables import text_table
 
 ROOT = Path(__file__).parents[1]
-TRAIN = ("sklearn", "matplotlib", "PIL", "rich", "tomli_w", "tensorboard", "tqdm")
+TRAIN = ("sklearn", "matplotlib", "PIL", "rich", "scipy", "tomli_w", "tensorboard", "tqdm")
 
 
 @pytest.fixture
@@ -49,6 +49,8 @@ class Terminal(io.StringIO):
         ("matplotlib", lambda _: report.figure_class(), needs("drawing pictures", "matplotlib")),
         ("matplotlib", lambda d: run.train(load_preset("split-digits"), d), needs("drawing pictures", "matplotlib")),
         ("tomli_w", lambda d: run.train(load_preset("split-digits"), d), needs("writing a configuration", "tomli-w")),
+        ("matplotlib", lambda d: analysis.pictures.check_free(d), needs("drawing pictures", "matplotlib")),
+        ("scipy", lambda _: study.estimate([1.0, 2.0]), needs("confidence intervals", "scipy")),
         ("rich", lambda _: text_table([("a",)], "<"), needs("a text table", "rich")),
         ("rich", lambda _: TerminalLog(1, stream=Terminal()), needs("the progress bar", "rich")),
     ],
@@ -83,14 +85,14 @@ def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys, hid
 def test_env_tells_what_is_missing_without_needing_it(capsys, monkeypatch, hide):
     for package in TRAIN:
         hide(package)
-    real = cli.env.metadata.version
+    real = env.metadata.version
 
     def version(package: str) -> str:
         if package == "rich":
-            raise cli.env.metadata.PackageNotFoundError(package)
+            raise env.metadata.PackageNotFoundError(package)
         return real(package)
 
-    monkeypatch.setattr(cli.env.metadata, "version", version)
+    monkeypatch.setattr(env.metadata, "version", version)
     assert cli.main(["env"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rich:")]
     assert line.split(maxsplit=1)[1] == 'not installed (pip install "hypermask-fast[train]")'

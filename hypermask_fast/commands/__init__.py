@@ -1,5 +1,5 @@
 """The commands of the command line, one file each: `add` says what a command takes, another function does it."""
 
-from . import data, env, evaluate, export, presets, settings, train
+from . import consolidate, data, env, evaluate, export, inspect, presets, settings, train
 
-COMMANDS = train, data, evaluate, export, presets, settings, env  # as the help lists them
+COMMANDS = train, data, evaluate, inspect, export, consolidate, presets, settings, env  # as the help lists them

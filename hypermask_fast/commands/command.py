@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = "hypermask-fast"
-EXIT_INPUT, EXIT_UNREAD = 2, 141
+EXIT_INPUT, EXIT_LOST, EXIT_UNREAD = 2, 3, 141
 
 
 def command(commands: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
     """A new command, which `function` does; what it takes is added to what is returned."""
     parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    parser.set_defaults(run=function)
+    parser.set_defaults(run=function, on_all_ranks=False)
     return parser
 
 
@@ -25,11 +25,12 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 
-def interrupted(number: int, detail: str = "") -> int:
-    """Says that a signal has ended the command; returns its exit code."""
-    if sys.stderr.isatty():
+def interrupted(number: int, detail: str = "", tells: bool = True) -> int:
+    """Says that a signal has ended the command, unless another process does; returns its exit code."""
+    if tells and sys.stderr.isatty():
         print(file=sys.stderr)  # below the terminal's ^C
-    tell(f"interrupted{detail}")
+    if tells:
+        tell(f"interrupted{detail}")
     return 128 + number
 
 

@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
+from ..text import text_table
 from ..training import describe, explain
 from ..training.config import load_preset, presets
-from ..training.tables import text_table
 from .command import command
 
 

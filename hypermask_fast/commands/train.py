@@ -1,20 +1,28 @@
 """hypermask-fast train"""
 
 import argparse
+import functools
 import signal
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import InputError
 from ..regularizers import FIDELITIES
 from ..training import report, resume, run
 from ..training.config import CONFIG, RunConfig, load_preset
 from ..training.interrupt import Stopped, StopSignals
+from ..training.result import Result
 from .command import PROGRAM, add_data_dir, add_device, command, interrupted
+from .launched import TIMEOUT, Launched
+
+_LONGEST = 1e7  # seconds: four months
 
 
 def add(commands: Any) -> None:
     parser = command(commands, "train", _run, "train a preset, task after task")
+    parser.set_defaults(on_all_ranks=True)
     parser.add_argument(
         "preset", metavar="PRESET", help=f"a name that `{PROGRAM} presets` lists, or a configuration file (.toml)"
     )
@@ -37,32 +45,60 @@ def add(commands: Any) -> None:
         help=f"change one setting, such as training.lr=0.01; may be repeated; `{PROGRAM} settings` explains all",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"in several processes: how long one waits for another before all end (default: {TIMEOUT:g})",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    launched = Launched(arguments.timeout)
+    with launched.together(on_gpu=arguments.device != "cpu" and torch.cuda.is_available()):
+        return _train(arguments, launched)
+
+
+def _train(arguments: argparse.Namespace, launched: Launched) -> int:
+    device = run.pick_device(arguments.device, launched.local_rank)
     preset = _preset(arguments.preset)
     run_dir = arguments.out or Path("runs") / Path(arguments.preset).stem
     asked = _asked_settings(arguments)
-    config = resume.resumed_config(run_dir, preset, asked) if arguments.resume else preset.with_values(asked)
+    # After a restart by torchrun the same command goes on with the run that it has begun, and with no other one.
+    goes_on = launched.as_first(arguments.resume or (launched.has_begun(run_dir) and (run_dir / CONFIG).is_file()))
+    config = resume.resumed_config(run_dir, preset, asked) if goes_on else preset.with_values(asked)
     if arguments.data_dir is not None:
         config = run.with_data_dir(config, arguments.data_dir)
-    device = run.pick_device(arguments.device)
-    finished = arguments.resume and resume.is_finished(run_dir, config)
+    finished = goes_on and resume.is_finished(run_dir, config)
     with StopSignals() as signals:
         try:
-            result = run.train(config, run_dir, device, arguments.resume, stop=signals, progress=not finished)
+            shown, begins = launched.first and not finished, functools.partial(launched.begins, run_dir)
+            result = run.train(config, run_dir, device, goes_on, stop=signals, progress=shown, begins=begins)
         except KeyboardInterrupt as error:
             where = f": {error}" if isinstance(error, Stopped) else ""
             hint = "; the same command with --resume goes on" if (run_dir / CONFIG).is_file() else ""
-            return interrupted(signals.number or signal.SIGINT, where + hint)
+            return interrupted(signals.number or signal.SIGINT, where + hint, launched.speaks(where))
+    if launched.first:
+        _tell(run_dir, result, finished)
+    return 0
+
+
+def _tell(run_dir: Path, result: Result, finished: bool) -> None:
     if finished:
         average = report.summarize(result.matrix, result.baseline).average_accuracy
         print(f"{run_dir} is finished, with an average accuracy of {average:.2f} %: {run_dir / report.METRICS}")
-        return 0
+        return
     print(result)
     rate = f", {_rate(result.steps / result.seconds)} steps per second" if result.seconds else ""
     print(f"\ntrained for {result.seconds:.1f} s{rate}\nresults in {run_dir} (picture: {report.MATRIX_PICTURE})")
-    return 0
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= _LONGEST:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most {_LONGEST:g} seconds, not {text}")
+    return seconds
 
 
 def _rate(value: float) -> str:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from .layout import MaskLayout
 from .masks import TaskMask
 from .norms import TaskStatistics, with_one_sample
 from .passes import Pass
-from .scope import PLAIN, Scope
+from .scope import PLAIN, Running, Scope
 from .selection import owners, summary
 
 
@@ -83,6 +83,15 @@ class MaskedNetwork(nn.Module):
     def heads(self) -> list[str] | None:
         """Paths of the output layers with a bias; None where they are not known before the first pass."""
         return [name.rpartition(".")[0] for name in self.layout.heads] if self._heads_known else None
+
+    def output_layers(self, inputs: tuple, kwargs: dict[str, Any]) -> list[str]:
+        """Paths of the output layers: those of `heads`, or where they have no bias, as a plain run on inputs shows."""
+        self._check_network(inputs, kwargs)
+        if known := self.heads():
+            return known
+        with self._scope.use(PLAIN):
+            found = output.parameters_found(self.net, self.layout.rows, inputs, kwargs)
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in found))
 
     def statistics(self) -> list[TaskStatistics]:
         """The network's normalisations with running statistics per task."""
@@ -174,11 +183,15 @@ class MaskedNetwork(nn.Module):
                 "again, or name the layer at construction (heads='...')"
             )
 
-    @contextmanager
-    def _under(self, mask: TaskMask) -> Iterator[None]:
+    def _under(self, mask: TaskMask) -> AbstractContextManager[None]:
         """The network and all of its modules run under `mask`."""
+        return self.pass_under(Pass(mask, row=self._row(mask)))
+
+    @contextmanager
+    def pass_under(self, running: Running) -> Iterator[None]:
+        """Within the block, in this thread, `model.net` and all of its modules run under `running`."""
         self._links.check()
-        with self._scope.use(Pass(mask, row=self._row(mask))):
+        with self._scope.use(running):
             yield
 
     @contextmanager

@@ -68,8 +68,8 @@ class TaskMask(Made):
         thresholds: (S,) thresholds on |a|.
         weights: the target network's Parameters, one per segment.
         output_drift: R, where the same pass over the output layer gives it (see `optim.Adam`); None otherwise.
-        earlier_hidden: (t, chunks, H) the hypernetwork's last hidden layer for the earlier tasks, where a training
-            step's pass has made it for R; None otherwise.
+        earlier: what generates the earlier tasks' logits (`HyperNetwork.earlier`), where a training step's pass has
+            made it for R; None otherwise.
         drift_from: (N,) weights as the task began, and the norm, where the pass that makes `effective` for a training
             step is to give the weight drift with it; None otherwise.
     """
@@ -80,7 +80,7 @@ class TaskMask(Made):
     thresholds: Tensor
     weights: tuple[Tensor, ...]
     output_drift: Tensor | None = None
-    earlier_hidden: Tensor | None = None
+    earlier: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
     drift_from: tuple[Tensor, int] | None = None
     _made: dict = field(default_factory=dict, init=False, repr=False)
 

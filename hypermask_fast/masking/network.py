@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..wrapping import refuse_ddp_of_network
 from .access import MaskedModule, class_with, exchange_class, is_attached
 from .layers import CALLED
 from .layout import MaskLayout
@@ -77,6 +78,8 @@ def detach(net: nn.Module, task: int | None = None, values: Sequence[Tensor] | N
         module.__class__ = one.mask_plain
         for name in ("mask_scope", "mask_segments", "mask_own", "mask_plain"):
             vars(module).pop(name)
+        for name in ("ranks", "ranks_in_evaluation"):
+            vars(module).pop(name, None)
         if values is not None:
             for name, number in segments.items():
                 if number not in new:
@@ -106,6 +109,7 @@ def refuse_outside(scope: Scope, net: nn.Module, args: tuple, kwargs: dict) -> N
             "the network on its own has no mask: call model(x, task), or work inside `with model.use_task(task):`, or "
             "`with model.disabled():` for the plain network"
         )
+    refuse_ddp_of_network(net)
 
 
 class Links:

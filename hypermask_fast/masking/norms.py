@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # noqa: PLC2701 # pyright: ignore[reportPrivateUsage]
 
 from ..errors import InputError
-from .access import MaskedModule
+from .access import MaskedModule, class_with, exchange_class, is_attached
 from .scope import PLAIN, Scope
+from .synchronised import Ranks, Synchronised
 
 BatchNorm = _BatchNorm  # what all of PyTorch's are, nn.SyncBatchNorm too, and users' own; it has no public name
 TrackingNorm = _NormBase  # the same with nn.InstanceNorm, which can have running statistics too
@@ -64,7 +65,65 @@ def _tracking() -> property:
     return property(get, put)
 
 
-class TaskStatistics(MaskedModule):
+class BatchStatistics(MaskedModule):
+    """A batch norm whose batches can be shares of one; a mixin before nn.BatchNorm2d and its like.
+
+    Attributes:
+        ranks: the processes that have the other shares; None: a batch is whole.
+        ranks_in_evaluation: whether it is a share in evaluation mode, too.
+    """
+
+    training: bool
+    ranks: Ranks | None = None
+    ranks_in_evaluation: bool = False
+
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        return self.normalise(input, *args)
+
+    def normalise(self, x: Tensor, *args: Any) -> Tensor:
+        """The forward pass of the class itself, on the statistics that the running pass sees."""
+        if self.ranks is None or not self._has_a_share():
+            return super().forward(x, *args)  # pyright: ignore[reportAttributeAccessIssue]
+        with Synchronised(self.ranks, type(self).__name__):
+            if isinstance(self, nn.SyncBatchNorm):  # its own exchange needs a GPU
+                return super(nn.SyncBatchNorm, self).forward(x)
+            return super().forward(x, *args)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _has_a_share(self) -> bool:
+        running = None if self.mask_scope is None else self.mask_scope.running
+        return self.training or (self.ranks_in_evaluation and running is not PLAIN)
+
+
+def synchronise(net: nn.Module, scope: Scope, ranks: Ranks, evaluation: bool) -> int:
+    """Has every batch norm of a masked network take the ranks' batches as shares of one; returns how many there are.
+
+    evaluation: in evaluation mode, too.
+
+    Raises:
+        InputError: a module that Python can't give another class.
+    """
+    count = 0
+    for path, module in net.named_modules():
+        if not isinstance(module, BatchNorm):
+            continue
+        one: Any = module
+        if not isinstance(module, BatchStatistics):
+            if not is_attached(one):
+                one.mask_scope, one.mask_segments, one.mask_own, one.mask_plain = scope, {}, {}, type(one)
+            parts = getattr(type(one), "mask_parts", (type(one), frozenset()))
+            exchange_class(one, path, class_with(*parts[:2], BatchStatistics))
+        one.ranks, one.ranks_in_evaluation = ranks, evaluation
+        count += 1
+    return count
+
+
+def uses_batches(net: nn.Module) -> bool:
+    """Whether some batch norm of a masked network takes the batch's own statistics in evaluation mode, too."""
+    norms: list[Any] = [module for module in net.modules() if isinstance(module, BatchNorm)]
+    return any(not isinstance(norm, TaskStatistics) or norm.batch_statistics for norm in norms)
+
+
+class TaskStatistics(BatchStatistics):
     """A normalisation whose running statistics are per task; a mixin before nn.BatchNorm2d and its like.
 
     running_mean, running_var: (tasks, features); num_batches_tracked: (tasks,). Within a pass they read as the running
@@ -74,7 +133,6 @@ class TaskStatistics(MaskedModule):
 
     batch_statistics: bool = False
     frozen: tuple[int, ...] = ()  # tasks whose statistics training no longer moves
-    training: bool
     running_mean: Any = _statistic("running_mean")
     running_var: Any = _statistic("running_var")
     num_batches_tracked: Any = _statistic("num_batches_tracked")
@@ -88,10 +146,6 @@ class TaskStatistics(MaskedModule):
                 "model(x, task), or work inside `with model.use_task(task):` or `with model.disabled():`"
             )
         return self.normalise(input, *args) if running is PLAIN else running.batch_norm(self, input, *args)
-
-    def normalise(self, x: Tensor, *args: Any) -> Tensor:
-        """The forward pass of the class itself, on the statistics that the running pass sees."""
-        return super().forward(x, *args)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward_rows(self, x: Tensor, tasks: Tensor) -> Tensor:
         """Evaluation with each row's own task's statistics: x (rows, features, ...), tasks (rows,) int64."""

@@ -53,7 +53,12 @@ def is_plain_to_see(net: nn.Module) -> bool:
 
 
 def biases_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: dict[str, Any]) -> list[str]:
-    """Names of the output layers' biases, as one run of the network shows them.
+    """Names of the output layers' biases, as one run of the network shows them; see `parameters_found`."""
+    return list(filter(_is_bias, parameters_found(net, table, args, kwargs)))
+
+
+def parameters_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """Names of the output layers' parameters, as one run of the network shows them.
 
     A layer is an output layer if its result reaches the network's output, and none that does so makes use of it. The
     run is on two samples where that can be cut, in evaluation mode, and leaves nothing behind.
@@ -79,7 +84,7 @@ def biases_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: dict
     known = {
         f"{owner.path}.{owner.attribute}".lstrip("."): name for name, p in parameters.items() for owner in held[id(p)]
     }
-    return [name for name in parameters if name in {known.get(r, r) for r in reached} and _is_bias(name)]
+    return [name for name in parameters if name in {known.get(r, r) for r in reached}]
 
 
 def _run(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:

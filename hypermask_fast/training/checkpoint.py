@@ -1,24 +1,17 @@
 """Checkpoints: tensors as safetensors, everything else as JSON, written so that a kill at any moment harms nothing.
 
-A run's folder holds `checkpoint.json`, which names one `checkpoint-TASK-ITERATION.safetensors` and its SHA-256.
-The tensor file is complete on disk before checkpoint.json is replaced, and the older one is deleted after that:
-at every moment checkpoint.json names a whole file. Nothing is ever unpickled.
+A run's folder holds `checkpoint.json`, which names one `checkpoint-TASK-ITERATION.safetensors`, or, where tensors are
+sharded over processes, one folder `checkpoint-TASK-ITERATION` of such files; see `manifest`. All of it is complete on
+disk before checkpoint.json is replaced, and the older one is deleted after that: at every moment checkpoint.json names
+a whole checkpoint. Nothing is ever unpickled.
 """
 
-import hashlib
-import json
-import os
-import re
-import shutil
-import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,65 +19,87 @@ from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
+from . import manifest, sharded
+from .lock import taken
+from .manifest import Manifest
+from .ranks import Ranks
+from .slices import Layout
+from .tensor_files import MANIFEST, settle, write
 
-MANIFEST = "checkpoint.json"
-REMEDY = ": restore it, or start a new run in another folder"
 MODEL, BEST, OPTIMIZER = "model.", "best.", "optimizer."  # what names of tensors begin with
 MOMENTS = "moments"  # the state's entry that names the parameters with moments; version 0.1.0 wrote none
-_SCRATCH = ".checkpoint"
-_FORMAT = 1
 
 
 class Checkpoint(NamedTuple):
-    """What `load` reads: tensors by name, JSON values, and the file that the tensors are from."""
+    """What `load` reads: tensors by name, JSON values, and the file or folder that the tensors are from."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     file: Path
 
 
-def save(run_dir: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    run_dir: Path, name: str, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks | None = None
+) -> None:
     """Makes (tensors, state) the run's checkpoint.
+
+    Several processes make this call together, with the same names. Where DTensors are among the tensors, each process
+    writes its slices, to a folder of files; other tensors are the first process's. Where none is, it alone writes.
 
     Args:
         run_dir: the run's folder, which exists.
         name: tells checkpoints of one run apart, such as "003-0001000".
         tensors: by name; state: JSON values (floats survive exactly).
+        ranks: the processes; None: those among which the tensors are spread.
 
     Raises:
-        InputError: it can't be written; the one before is still there.
+        InputError: it can't be written, on whichever process; the one before is still there.
     """
-    target = run_dir / f"checkpoint-{name}.safetensors"
-    with writing(target):
-        _save(run_dir, target, tensors, state)
+    ranks = Ranks.of_tensors(tensors.values()) if ranks is None else ranks
+    layouts = {key: layout for key, tensor in tensors.items() if (layout := sharded.layout(key, tensor)) is not None}
+    if layouts:
+        sharded.save(run_dir, f"checkpoint-{name}", tensors, layouts, state, ranks)
+        return
+    with ranks.together():
+        if ranks.first:
+            target = f"checkpoint-{name}.safetensors"
+            with writing(run_dir / target):
+                partial = manifest.scratch(run_dir) / target
+                written = write({key: sharded.whole(tensor) for key, tensor in tensors.items()}, partial)
+                settle(partial, run_dir / target)
+                manifest.replace(run_dir, Manifest(state, target, {target: written}))
 
 
-def _save(run_dir: Path, target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    partial = _scratch(run_dir) / target.name
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial)
-    partial.chmod(partial.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read its files
-    with partial.open("rb") as file:
-        digest = _digest(file)
-    _settle(partial, target)
-    manifest = {"format": _FORMAT, "file": target.name, "sha256": digest, "state": state}
-    manifest["manifest_sha256"] = _manifest_digest(manifest)
-    partial = partial.with_name(MANIFEST)
-    partial.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _settle(partial, run_dir / MANIFEST)
-    partial.parent.rmdir()
-    for old in run_dir.glob("checkpoint-*"):
-        if old != target:
-            old.unlink()
+class Consolidated(NamedTuple):
+    """The file that has the checkpoint's tensors, and the folder whose place it has taken; None: it was so before."""
+
+    file: Path
+    parts: Path | None
 
 
-def _scratch(run_dir: Path) -> Path:
-    """An empty folder for files that are not whole yet, safetensors' own temporary ones among them, which a kill may
-    leave there until the next checkpoint."""
-    folder = run_dir / _SCRATCH
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    return folder
+def consolidate(run_dir: Path | str) -> Consolidated:
+    """Makes the run's checkpoint the one that a single process would have saved; a kill at any moment harms nothing.
+
+    Raises:
+        InputError: there is none, it is damaged, the run is in use, or the file can't be written; the checkpoint is
+            then as it was.
+    """
+    run_dir = Path(run_dir)
+    there = manifest.read(run_dir)[0]
+    if there.in_folder:
+        with taken(run_dir):
+            found = load(run_dir)  # by now the run may have saved another one
+            if found.file.is_dir():
+                save(run_dir, found.file.name.removeprefix("checkpoint-"), found.tensors, found.state)
+                return Consolidated(Path(f"{found.file}.safetensors"), found.file)
+            return Consolidated(found.file, None)
+    return Consolidated(run_dir / there.target, None)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
 def exists(run_dir: Path) -> bool:
@@ -94,30 +109,55 @@ def exists(run_dir: Path) -> bool:
         InputError: it has, but checkpoint.json was taken away. A kill while the first one is saved leaves tensors
             without it as well, but then with the scratch folder.
     """
-    manifest = run_dir / MANIFEST
-    if manifest.exists():
+    path = run_dir / MANIFEST
+    if path.exists():
         return True
     orphan = next(run_dir.glob("checkpoint-*"), None)
-    if orphan is not None and not (run_dir / _SCRATCH).exists():
-        if manifest.exists():  # the run has saved its first one since
+    if orphan is not None and not (run_dir / manifest.SCRATCH).exists():
+        if path.exists():  # the run has saved its first one since
             return True
-        raise InputError(f"{manifest} is missing: restore it, or remove {orphan.name} to start the run over")
+        raise InputError(f"{path} is missing: restore it, or remove {orphan.name} to start the run over")
     return False
 
 
-def load(run_dir: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """The run's checkpoint; the newest where the run replaces it meanwhile. See `stored.load` for what it must hold.
+def load(
+    run_dir: Path,
+    device: torch.device | str = "cpu",
+    layouts: Mapping[str, Layout] | None = None,
+    ranks: Ranks | None = None,
+) -> Checkpoint:
+    """The run's checkpoint, saved by any number of processes; the newest where the run replaces it meanwhile.
+
+    See `stored.load` for what it must hold.
+
+    Args:
+        run_dir: the run's folder.
+        device: where the tensors go.
+        layouts: which tensors are to be DTensors, and how. Of these only this process's slice is read. See
+            `slices.layouts`.
+        ranks: the processes that make this call together; None: this one alone.
 
     Raises:
-        InputError: there is none, or it is cut off, altered or unreadable.
+        InputError: there is none, or it is cut off, altered or unreadable; on all processes where on one.
     """
+    ranks = Ranks() if ranks is None else ranks
     while True:
-        manifest = _read_manifest(run_dir / MANIFEST)
-        path = run_dir / manifest["file"]
+        with ranks.together():
+            found, read = _newest(run_dir, device, layouts or {})
+        if len(set(ranks.gathered(read))) == 1:  # else the run has replaced it between two processes' reading
+            return found
+
+
+def _newest(run_dir: Path, device: torch.device | str, layouts: Mapping[str, Layout]) -> tuple[Checkpoint, str]:
+    """What this process reads, and the digest of the manifest that it has read."""
+    while True:
+        there, digest = manifest.read(run_dir)
         try:
-            return Checkpoint(_read_tensors(path, manifest["sha256"], device), manifest["state"], path)
+            return Checkpoint(
+                sharded.read(run_dir, there, device, layouts), there.state, run_dir / there.target
+            ), digest
         except InputError:
-            if _read_manifest(run_dir / MANIFEST) == manifest:
+            if manifest.read(run_dir)[1] == digest:
                 raise
         # The run has saved another checkpoint and removed this one.
 
@@ -128,49 +168,7 @@ def state(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         InputError: checkpoint.json is damaged.
     """
-    return _read_manifest(run_dir / MANIFEST)["state"] if (run_dir / MANIFEST).exists() else None
-
-
-def _read_tensors(path: Path, digest: str, device: torch.device | str) -> dict[str, Tensor]:
-    """The tensors of exactly the file that has the digest."""
-    try:
-        with path.open("rb") as file:
-            if _digest(file) != digest:
-                raise InputError(f"{path} is cut off or was altered (its SHA-256 is not the one in {MANIFEST}){REMEDY}")
-            tensors = load_file(path, device=str(device))
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise InputError(f"{path} was replaced while it was read{REMEDY}")
-            return tensors
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent / MANIFEST} names {path.name}, which is missing{REMEDY}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that PyTorch lacks
-        reason = textwrap.shorten(str(error), 120)
-        raise InputError(f"{path} is not a safetensors file of ours: {reason}{REMEDY}") from error
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """checkpoint.json without its own digest, which is right; its entries have their types."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no checkpoint in {path.parent}: {path.name} is missing") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is cut off or was altered ({error}){REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise InputError(f"{path} is not a checkpoint of format {_FORMAT}{REMEDY}")
-    digest = manifest.pop("manifest_sha256", None)
-    if digest != _manifest_digest(manifest):
-        raise InputError(f"{path} was altered (its own checksum does not match){REMEDY}")
-    kinds = {name: type(value) for name, value in manifest.items()}
-    if kinds != {"format": int, "file": str, "sha256": str, "state": dict}:
-        raise InputError(f"{path} was altered (its entries are not those of a checkpoint){REMEDY}")
-    if not re.fullmatch(r"checkpoint-[\w-]{1,100}\.safetensors", manifest["file"]):
-        raise InputError(f"{path} was altered (the file that it names is no checkpoint's){REMEDY}")
-    return manifest
+    return manifest.read(run_dir)[0].state if (run_dir / MANIFEST).exists() else None
 
 
 # -- what a checkpoint holds -----------------------------------------------------------------------------------------
@@ -242,27 +240,3 @@ def restore_generators(tensors: dict[str, Tensor], device: torch.device) -> None
     torch.set_rng_state(tensors["generator.cpu"].cpu())
     if device.type == "cuda" and "generator.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["generator.cuda"].cpu(), device)
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def _settle(partial: Path, target: Path) -> None:
-    """Puts a written file in its place, on the disk and not only in the cache."""
-    for path in (partial, target.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        if path == partial:
-            os.replace(partial, target)
-
-
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _manifest_digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

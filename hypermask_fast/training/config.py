@@ -27,6 +27,7 @@ LENGTHS = {"training.iterations", "training.epochs"}  # one of them is set
 # validation accuracy, down to LOWEST.
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LOWEST = 0.1**0.5, 5, 5e-7
 GRADIENTS = ("auto", "factored", "dense")
+SHARDS = ("auto", "hypernetwork", "none")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,12 @@ class TrainingConfig:
         precision: "float32", or "bf16" to train the target network under autocast.
         gradient: of the hypernetwork's output layer: "factored" steps it within the backward pass (`optim.Adam` with
             step_in_backward), "dense" by torch.optim.Adam; "auto": factored where the layer is dense.
-        cuda_graph: whether, on a GPU, the training step is captured and replayed.
+        cuda_graph: whether, on a GPU, the training step is captured and replayed; in several processes it never is.
+        shard: in several processes, whether each of them has a part of the hypernetwork's output layer ("hypernetwork")
+            or all of it ("none"); "auto": a part, where there are rows or chunks for every one.
+        inspect: whether the masks are inspected after every task (`analysis.inspect`): inspect.json, inspect.csv, rows
+            in the log, and in the folder learned what is kept of each task to measure its drift. It changes no other
+            number.
 
     Raises:
         InputError: a value of another type or out of its range; neither iterations nor epochs, or both.
@@ -106,6 +112,8 @@ class TrainingConfig:
     precision: Annotated[str, OneOf(("float32", "bf16"))] = "float32"
     gradient: Annotated[str, OneOf(GRADIENTS)] = "auto"
     cuda_graph: bool = True
+    shard: Annotated[str, OneOf(SHARDS)] = "auto"
+    inspect: bool = False
 
     def __post_init__(self) -> None:
         if (self.iterations is None) == (self.epochs is None):
@@ -196,8 +204,8 @@ class RunConfig:
     def digest(self) -> str:
         """SHA-256 of all settings that decide a number: equal for runs of equal numbers.
 
-        Not of the title, of where the data lie, and of how often the run logs and saves, nor of how often it would
-        validate where it never does.
+        Not of the title, of where the data lie, of how often the run logs and saves, of whether it inspects, of what
+        processes share among each other, nor of how often it would validate where it never does.
         """
         usual, names = TrainingConfig(iterations=1), ["log_every", "checkpoint_every"]
         if not self.training.validates:
@@ -214,6 +222,7 @@ class RunConfig:
         values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
         if not self.hypernet.by_tensor:
             values["hypernet"].pop("by_tensor", None)  # which came later, and is off for all runs before
+        del values["training"]["shard"], values["training"]["inspect"]  # which decide no number
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def with_values(self, assignments: dict[str, Any]) -> "RunConfig":

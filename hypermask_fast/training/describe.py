@@ -1,6 +1,6 @@
 """What a run is, in words that are made from its settings and so are true of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -42,12 +42,14 @@ def task_labels(config: RunConfig) -> list[str]:
     return [task_label(number, name) for number, name in enumerate(names)]
 
 
-def details(config: RunConfig) -> str:
-    """The settings that a title leaves out and that are looked at first, seed and fidelity among them; one line."""
+def details(config: RunConfig, seeds: Sequence[int] | None = None) -> str:
+    """The settings that a title leaves out and that are looked at first, seed and fidelity among them; one line.
+
+    seeds: of several runs of one configuration.
+    """
     method = config.method
-    return _details(
-        config.hypernet, method.sparsity, method.beta, method.lam, config.training, config.seed, config.fidelity
-    )
+    seeds = [config.seed] if seeds is None else seeds
+    return _details(config.hypernet, method.sparsity, method.beta, method.lam, config.training, seeds, config.fidelity)
 
 
 def about(config: RunConfig) -> About:
@@ -64,7 +66,7 @@ def about_training(model: HyperMask, scenario: Scenario, training: TrainingConfi
         tuple(layer.out_features for layer in hypernet.trunk if isinstance(layer, nn.Linear)),
         None if hypernet.factored else hypernet.output.out_features,
     )
-    words = _details(shape, model.sparsity, drift.beta, drift.lam, training, seed, drift.fidelity)
+    words = _details(shape, model.sparsity, drift.beta, drift.lam, training, [seed], drift.fidelity)
     return About(name, words, seed, drift.fidelity)
 
 
@@ -74,7 +76,7 @@ def _details(
     beta: float,
     lam: float,
     training: TrainingConfig,
-    seed: int,
+    seeds: Sequence[int],
     fidelity: str,
 ) -> str:
     widths = "-".join(map(str, (hypernet.embedding, *hypernet.hidden)))
@@ -86,9 +88,17 @@ def _details(
         f"lam {lam:g}",
         f"{length} of {training.batch_size} samples",
         f"lr {training.lr:g}",
-        f"seed {seed}",
+        seed_words(seeds),
     ]
     return ", ".join([*parts, "official fidelity"] if fidelity == "official" else parts)
+
+
+def seed_words(seeds: Sequence[int]) -> str:
+    """ "seed 3", "seeds 0 to 4", "seeds 0, 2, 7"."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    in_turn = list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
+    return f"seeds {seeds[0]} to {seeds[-1]}" if in_turn else f"seeds {', '.join(map(str, seeds))}"
 
 
 def _tasks(config: RunConfig) -> str:

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..files import writing
 
 LOCK = ".lock"
+_held: set[int] = set()  # descriptors; a forked process, such as one that reads data, would go on holding their locks
 _taken: ContextVar[frozenset[Path]] = ContextVar("folders that this thread has taken", default=frozenset())
 
 
@@ -20,7 +21,7 @@ def taken(run_dir: Path) -> Iterator[None]:
     """Keeps every other process, and every other thread of this one, from training in `run_dir` within the block.
 
     The operating system holds the lock (flock on the file .lock) and gives it up when the process ends, however it
-    ends: what a killed process leaves behind locks nobody out. Blocks of one thread may be nested. Readers of the
+    ends: what a killed process leaves behind locks nobody out, nor do its own processes. Blocks of one thread may be nested. Readers of the
     folder need no lock. Where the file system has no locks, a warning says so.
 
     Args:
@@ -34,14 +35,28 @@ def taken(run_dir: Path) -> Iterator[None]:
         yield
         return
     descriptor = _lock(run_dir)
+    _held.add(descriptor)
     before = _taken.set(_taken.get() | {folder})
     try:
         yield
     finally:
         _taken.reset(before)
-        with suppress(OSError):  # one that stays locks nobody out
-            (run_dir / LOCK).unlink()  # while it is held: see _lock
+        if descriptor in _held:  # else this is a process that was forked within the block
+            with suppress(OSError):  # one that stays locks nobody out
+                (run_dir / LOCK).unlink()  # while it is held: see _lock
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _let_go() -> None:
+    """In a process that was forked: the lock is its parent's, and is to end with that."""
+    for descriptor in _held:
         os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(run_dir: Path) -> int:

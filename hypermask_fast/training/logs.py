@@ -36,7 +36,10 @@ class Logger(Protocol):
         """A task begins, or goes on after start_iteration of its iterations (0: from its beginning)."""
 
     def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
-        """Numbers after that iteration, some of COLUMNS; called at intervals, not for every iteration."""
+        """Numbers after that iteration, some of COLUMNS; called at intervals, not for every iteration.
+
+        With training.inspect once more after a task's last iteration, with names that begin with "inspect/".
+        """
 
     def advance(self, iterations: int) -> None:
         """So many more iterations of the running task are done."""
@@ -70,6 +73,8 @@ class CsvLog:
             self._unsettled = False
 
     def step(self, task: int, iteration: int, values: dict[str, float]) -> None:
+        if values.keys().isdisjoint(COLUMNS):  # those of an inspection, which has a file of its own
+            return
         row = {"task": task, "iteration": iteration, **values}
         with writing(self.path):
             if self._file is None:

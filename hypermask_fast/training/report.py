@@ -1,15 +1,10 @@
 """What a run leaves in its folder for people and programs: numbers, a table, a picture. No file is half written."""
 
-import io
 import json
 import math
-import os
 import platform
-import sys
-import textwrap
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +12,8 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..drawing import figure_class, png, wrapped
 from ..errors import InputError
-from ..extras import needed_for
 from ..files import write_atomic
 from .describe import About
 from .metrics import Summary, summarize, tasks_learned
@@ -97,13 +92,9 @@ def write_matrix_picture(run_dir: Path, result: Result, title: str) -> None:
 
     A picture that can't be drawn or written is a warning: it must not end the run.
     """
-    path, content = run_dir / MATRIX_PICTURE, io.BytesIO()
+    path = run_dir / MATRIX_PICTURE
     try:
-        figure = matrix_figure(result, title)
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        FigureCanvasAgg(figure).print_png(content)
-        write_atomic(path, content.getvalue())
+        write_atomic(path, png(matrix_figure(result, title)))
     except Exception as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(f"{path} could not be drawn: {type(error).__name__}: {reason}", stacklevel=2)
@@ -119,29 +110,15 @@ def check_packages() -> None:
         return
 
 
-def figure_class() -> "type[Figure]":
-    """matplotlib's Figure, used without pyplot, so that nothing global changes. InputError: matplotlib is missing.
-
-    matplotlib can't be imported while MPLBACKEND names a backend that is not installed, as a notebook's shell has it,
-    although a Figure needs no backend. So it is imported without, and told of MPLBACKEND afterwards.
-    """
-    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
-    try:
-        with needed_for("drawing pictures"):
-            import matplotlib
-            from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:
-        with suppress(ValueError):  # not installed
-            matplotlib.rcParams["backend"] = backend
-    return Figure
-
-
 def matrix_figure(result: Result, title: str) -> "Figure":
     """The heat map as a matplotlib Figure; title: lines, each wrapped where it is wider than the figure."""
-    matrix, tasks = result.matrix.numpy(), len(result.matrix)
+    caption = _caption(title, summarize(result.matrix, result.baseline))
+    return matrix_heat_map(result.matrix.numpy(), caption, "accuracy (%)")
+
+
+def matrix_heat_map(matrix: np.ndarray, caption: str, unit: str) -> "Figure":
+    """(T, T) accuracies as a heat map, NaN where not measured; caption: as `matrix_figure`'s title; unit: the bar's."""
+    tasks = len(matrix)
     cell = _CELL if tasks <= WIDE else 0.42
     side = max(4 * _CELL, cell * tasks)
     # Large pictures are looked at from further away: text grows with them, and all margins with the text.
@@ -149,8 +126,8 @@ def matrix_figure(result: Result, title: str) -> "Figure":
     em = points / 72
     left, right, below = 4.5 * em, 6.5 * em, 4 * em
     width = left + side + right
-    caption = _wrapped(_caption(title, summarize(result.matrix, result.baseline)), int(width / (0.56 * em)))
-    height = below + side + (1.3 * len(caption) + 1.5) * em
+    lines = wrapped(caption, int(width / (0.56 * em)))
+    height = below + side + (1.3 * len(lines) + 1.5) * em
     figure = figure_class()(figsize=(width, height), dpi=110)
 
     def axes_at(x: float, across: float) -> "Axes":
@@ -164,10 +141,10 @@ def matrix_figure(result: Result, title: str) -> "Figure":
     axes.set_ylabel("after training task", fontsize=points, labelpad=0.5 * points)
     _number_cells(axes, matrix)
     bar = figure.colorbar(image, cax=axes_at(left + side + em, em))
-    bar.set_label("accuracy (%)", fontsize=points)
+    bar.set_label(unit, fontsize=points)
     for labelled in (axes, bar.ax):
         labelled.tick_params(labelsize=0.8 * points)
-    figure.text(0.5, 1 - 0.5 * em / height, "\n".join(caption), ha="center", va="top", fontsize=points, linespacing=1.3)
+    figure.text(0.5, 1 - 0.5 * em / height, "\n".join(lines), ha="center", va="top", fontsize=points, linespacing=1.3)
     return figure
 
 
@@ -182,12 +159,6 @@ def _number_cells(axes: "Axes", matrix: np.ndarray) -> None:
     learned = tasks_learned(matrix)
     border = [(k + 0.5, k + half) for k in range(min(learned, tasks - 1)) for half in (-0.5, 0.5)]
     axes.plot([x for x, _ in border], [y for _, y in border], color="white", linewidth=1.5)
-
-
-def _wrapped(text: str, characters: int) -> list[str]:
-    """Its lines, none longer; no formulas."""
-    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, characters)]
-    return [line.replace("$", r"\$") for line in lines]
 
 
 def versions() -> dict[str, str]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..data import Scenario
 from ..errors import InputError
+from ..text import text_table
 from .metrics import Summary, summarize, tasks_learned
-from .tables import text_table
 
 WIDE = 10  # tasks up to which accuracies are shown with a decimal
 

@@ -23,6 +23,7 @@ from .exported import load_exported as load_exported  # where it was in version 
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog, on_terminal
 from .needs import check_memory, lack_of_memory_told
+from .processes import Processes
 from .result import Result
 from .resume import accepted_settings
 from .targets import build_target
@@ -31,13 +32,25 @@ from .trainer import Trainer
 LOG, TENSORBOARD = "log.csv", "tensorboard"
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" (a GPU where PyTorch sees one), "cpu" or "cuda" as a device. Raises InputError where there is no GPU."""
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """ "auto" (a GPU where PyTorch sees one), "cpu" or "cuda" as a device.
+
+    local_rank: which of this machine's processes that train together this one is; each has a GPU of its own.
+
+    Raises:
+        InputError: there is no GPU, or none for this process.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda: PyTorch sees no GPU here; `hypermask-fast env` says more, --device cpu works")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank == 0:
+        return torch.device("cuda")
+    if local_rank >= (gpus := torch.cuda.device_count()):
+        raise InputError(f"process {local_rank} of this machine has no GPU of its own: PyTorch sees {gpus} here")
+    return torch.device("cuda", local_rank)
 
 
 def read_scenario(config: RunConfig) -> Scenario:
@@ -81,8 +94,11 @@ def train(
     logger: Logger | None = None,
     stop: Callable[[], bool] | None = None,
     progress: bool | None = None,
+    begins: Callable[[], None] | None = None,
 ) -> Result:
     """Trains a run to its end. Its folder gets config.toml, log.csv, checkpoints and, after each task, the reports.
+
+    In several processes, see `Trainer`, all of them call this; the first one alone has to do with the folder.
 
     Args:
         config: with resume, the run's own, see `stored_config`, or one that `resumed_config` allows.
@@ -91,25 +107,30 @@ def train(
         resume: go on from the newest checkpoint, or from the beginning where the run was stopped before its first.
         logger: is told of progress besides log.csv and TensorBoard.
         stop, progress: see `Trainer`.
+        begins: called when the folder becomes a new run's, before anything is written.
 
     Raises:
         InputError: the folder is in use, data or settings are wrong, a package is missing. Nothing was written then,
             unless the run itself fails later.
         Stopped: `stop` has said so; the run can be resumed.
     """
-    run_dir, settings = Path(run_dir), config.to_toml()
+    run_dir, settings, writes = Path(run_dir), config.to_toml(), Processes.here().first
     report.check_packages()
     with ExitStack() as lock:
         if resume:
             stored_config(run_dir)
-            lock.enter_context(taken(run_dir))
+            if writes:
+                lock.enter_context(taken(run_dir))
             if checkpoint.exists(run_dir):  # or was lost
                 checkpoint.check_settings(run_dir, checkpoint.state(run_dir) or {}, accepted_settings(run_dir, config))
-        else:
+        elif writes:
             check_free(run_dir)
         loggers = Loggers([])
         shown = logger is None and on_terminal() if progress is None else progress
-        trainer = _trainer(config, run_dir, device, loggers, stop, shown)
+        trainer = _trainer(config, run_dir, device, loggers, stop, shown, resume)
+        if not writes:
+            with lack_of_memory_told(config, trainer.scenario):
+                return trainer.fit(resume=resume)
         # All that can be checked has been: from here on the folder is a run.
         if not resume:
             if not run_dir.exists():
@@ -118,6 +139,8 @@ def train(
                 run_dir.mkdir(parents=True, exist_ok=True)
             lock.enter_context(taken(run_dir))
             check_free(run_dir)  # still, now that nobody else can take it
+            if begins is not None:
+                begins()
         try:
             remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
             if not resume:
@@ -155,6 +178,7 @@ def _trainer(
     loggers: Loggers,
     stop: Callable[[], bool] | None,
     progress: bool,
+    resume: bool,
 ) -> Trainer:
     """The run's Trainer; nothing is written yet."""
     scenario = read_scenario(config)
@@ -174,7 +198,7 @@ def _trainer(
         about=describe.about(config),
         logger=loggers,
         stop=stop,
-        earlier_settings=accepted_settings(run_dir, config),
+        earlier_settings=accepted_settings(run_dir, config) if resume else (),
     )
 
 

@@ -1,18 +1,21 @@
 """One training step after another: eagerly, or captured once as a CUDA graph and replayed."""
 
-import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import Split, TensorSplit
+from ..data.splits import Batch
+from ..distributed import share
 from ..model import HyperMask
+from .processes import ALONE, Processes
 
 Values = dict[str, Tensor]
 _WARM_UP = 3  # eager steps before a capture: libraries make handles and workspaces in them, which a capture must not
@@ -27,6 +30,9 @@ class TaskWork:
         ranks: (steps, S) int64 kept ranks of each step (a sparsity ramp), or (1, S) for all.
         precision: "float32", or "bf16" to run the target network under autocast; thresholds, drifts and the
             optimiser stay in float32.
+        processes: which train together: each has its share of every batch, and the mean of their losses is the
+            batch's.
+        seed, start: of the run; the task's iteration at which the first step is. They decide the ranks' own noise.
     """
 
     model: HyperMask
@@ -36,14 +42,22 @@ class TaskWork:
     ranks: Tensor
     optimizer: torch.optim.Adam
     precision: str
+    processes: Processes = ALONE
+    seed: int = 0
+    start: int = 0
 
-    def step(self, x: Tensor, y: Tensor, ranks: Tensor) -> Values:
-        """One step on a batch; its loss and the loss's parts, scalars on the device, as they were before it."""
+    def step(self, x: Tensor, y: Tensor, ranks: Tensor, weight: float = 1.0) -> Values:
+        """One step on a batch; its loss and the loss's parts, scalars on the device, as they were before it.
+
+        weight: what the batch's mean cross-entropy counts, see `distributed.share`.
+        """
         model = self.model
         mask = model.mask(self.task, ranks=ranks)
         with self._autocast():
             logits = model(x, mask)
         cross_entropy = F.cross_entropy(logits.float() if self.precision == "bf16" else logits, y)
+        if weight != 1:
+            cross_entropy = weight * cross_entropy
         drifts = model.drifts(mask)
         loss = cross_entropy + model.drift.loss(drifts, self.task)
         self.optimizer.zero_grad(set_to_none=True)
@@ -58,9 +72,9 @@ class TaskWork:
             "weight_drift": drifts.weight.detach(),
         }
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager:
         if self.precision == "float32":
-            return contextlib.nullcontext()
+            return nullcontext()
         return torch.autocast(self.split.device.type, torch.bfloat16)
 
 
@@ -76,6 +90,9 @@ def steps(work: TaskWork, graph: bool, say: Callable[[str], None], more: Iterabl
         more: rows and ranks of the steps after those of `work`, no block longer than its own.
     """
     if not graph:
+        return _eager(work, more)
+    if work.processes.several:
+        say("training without a CUDA graph: several processes train together")
         return _eager(work, more)
     if not isinstance(work.split, TensorSplit):
         say("training without a CUDA graph: batches come from a Dataset, read on the host")
@@ -94,8 +111,34 @@ def _eager(work: TaskWork, more: Iterable[Block]) -> Iterator[Values]:
                 waiting.append(ranks[min(i, last)])
                 yield row
 
-    for x, y in work.split.batches(rows_in_turn(), train=True):
-        yield work.step(x, y, waiting.popleft())
+    for done, (x, y, weight) in enumerate(_own_parts(work, rows_in_turn())):
+        with work.processes.own_noise(work.seed, work.task, work.start + done, 1):  # the network's, such as dropout
+            values = work.step(x, y, waiting.popleft(), weight)
+        yield values
+
+
+def _own_parts(work: TaskWork, rows: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """This rank's part of each batch, and what it counts.
+
+    The samples are those of one process. A `TensorSplit` augments whole batches at once, by random numbers that every
+    rank draws, and each takes its part of them. Other splits read the rank's own samples alone: where items are random,
+    by noise of the rank's own.
+    """
+    processes, split = work.processes, work.split
+    if not processes.several:
+        for x, y in split.batches(rows, train=True):
+            yield x, y, 1.0
+        return
+    whole = isinstance(split, TensorSplit) and split.augment is not None
+    part, weight = share(work.rows.shape[1], processes.rank, processes.size)
+    batches = iter(split.batches(rows if whole else (row[part] for row in rows), train=True))
+    for done in count():
+        with nullcontext() if whole else processes.own_noise(work.seed, work.task, work.start + done):
+            batch: Batch | None = next(batches, None)
+        if batch is None:
+            return
+        x, y = batch
+        yield (x[part], y[part], weight) if whole else (x, y, weight)
 
 
 def _graphed(work: TaskWork, say: Callable[[str], None], more: Iterable[Block]) -> Iterator[Values]:

@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..inference import restored
 from ..model import HyperMask
-from ..model_state import PREFIX, network_state
+from ..model_state import FITTED, PREFIX, fitted, local, network_state
 from . import checkpoint
-from .checkpoint import BEST, MANIFEST, MODEL, MOMENTS, OPTIMIZER, REMEDY
+from .checkpoint import BEST, MODEL, MOMENTS, OPTIMIZER
 from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
+from .ranks import Ranks
+from .slices import layouts
+from .tensor_files import MANIFEST, REMEDY
 
 _LONGEST = 1e10  # seconds: three hundred years
 _LARGEST = 2**50  # bytes of memory
 _MOST_THREADS = 2**20
+_NAMES = (MODEL + "{}", BEST + "{}", OPTIMIZER + "{}/exp_avg", OPTIMIZER + "{}/exp_avg_sq")  # of what is sharded alike
 _NOT_KNOWN = TrainingConfig(iterations=1)  # of a checkpoint whose network alone is looked at
 
 
@@ -46,27 +51,30 @@ def load(
         settings: the checkpoint was saved under one of them, see `RunConfig.digest`.
         samples: training samples of each task. None where the data may be others than those that were trained on:
             how long the tasks are is then not looked at.
-        device: where the tensors go.
+        device: where the tensors go. Where the model is sharded, its tensors are DTensors like the model's own.
 
     Raises:
-        InputError: there is none, it is damaged, or anything in it can't be of this run; which file, and what.
+        InputError: there is none, it is damaged, or anything in it can't be of this run; which file, and what. Of
+            several processes all raise it where one does.
     """
-    found = checkpoint.load(run_dir, device)
-    check = _Check(found.file, found.tensors, found.state, model, tasks, config, samples)
-    check.network(MODEL)
-    check.task_count()
-    checkpoint.check_settings(run_dir, found.state, settings)
-    check.length()
-    check.position()
-    check.counters()
-    check.results()
-    check.generators()
-    check.machine_and_model()
-    if found.state["iteration"] > 0:
-        check.running_task()
-    else:
-        check.between_tasks()
-    check.nothing_else()
+    ranks = Ranks.of_model(model)
+    found = checkpoint.load(run_dir, device, layouts(model, _NAMES), ranks)
+    with ranks.together():
+        check = _Check(found.file, found.tensors, found.state, model, tasks, config, samples)
+        check.network(MODEL)
+        check.task_count()
+        checkpoint.check_settings(run_dir, found.state, settings)
+        check.length()
+        check.position()
+        check.counters()
+        check.results()
+        check.generators()
+        check.machine_and_model()
+        if found.state["iteration"] > 0:
+            check.running_task()
+        else:
+            check.between_tasks()
+        check.nothing_else()
     return found.tensors, found.state
 
 
@@ -77,13 +85,15 @@ def load_network(run_dir: Path, model: HyperMask) -> tuple[dict[str, Tensor], in
         InputError: there is none, it is damaged, or it is of another model: other tensors, sparsity, fidelity or masked
             parameters.
     """
-    found = checkpoint.load(run_dir)
-    check = _Check(found.file, found.tensors, found.state, model, model.num_tasks, _NOT_KNOWN, None)
-    if "model" not in found.state:
-        raise InputError(f"the checkpoint in {run_dir} is of version 0.1.0, which did not save what its model was")
-    check.machine_and_model()
-    check.network(MODEL)
-    return found.tensors, check.learned()
+    ranks = Ranks.of_model(model)
+    found = checkpoint.load(run_dir, layouts=layouts(model, _NAMES), ranks=ranks)
+    with ranks.together():
+        check = _Check(found.file, found.tensors, found.state, model, model.num_tasks, _NOT_KNOWN, None)
+        if "model" not in found.state:
+            raise InputError(f"the checkpoint in {run_dir} is of version 0.1.0, which did not save what its model was")
+        check.machine_and_model()
+        check.network(MODEL)
+        return found.tensors, check.learned()
 
 
 @dataclass
@@ -117,6 +127,17 @@ class _Check:
                 )
             counted = name.endswith(("running_var", "num_batches_tracked"))
             self._values(prefix + name, low=0 if counted else None)
+        self._fitted(prefix + PREFIX)
+
+    def _fitted(self, prefix: str) -> None:
+        """What methods of inference have fitted, where they have."""
+        names = [name for name in self.tensors if name.startswith(prefix + FITTED)]
+        entries = fitted({name.removeprefix(prefix): self.tensors[name] for name in names})
+        try:
+            restored(entries, range(self.model.num_tasks))
+        except InputError as error:
+            raise InputError(f"{self.file} does not fit this run: {error}{REMEDY}") from error
+        self.seen.update(names)
 
     def task_count(self) -> None:
         matrix = self.tensors.get("result.matrix")
@@ -330,9 +351,9 @@ class _Check:
     def _values(
         self, name: str, low: float | None = None, high: float | None = None, of: Tensor | None = None
     ) -> Tensor:
-        """The tensor, or a part of it; finite, low or more, high or less."""
+        """The tensor, a part of it, or what this process has of it; finite, low or more, high or less."""
         self.seen.add(name)
-        values = self.tensors[name] if of is None else of
+        values = local(self.tensors[name]) if of is None else of
         if values.is_floating_point() and not values.isfinite().all():
             self._bad_tensor(name, "is not finite")
         if values.numel() and low is not None and values.min() < low:

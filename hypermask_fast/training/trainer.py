@@ -17,17 +17,20 @@ from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
-from ..optim import Adam
 from ..regularizers import Anchor
-from . import checkpoint, describe, stored
-from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
+from . import checkpoint, describe, optimizers, stored
+from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
+from .inspecting import Inspector, check_no_inspection
 from .interrupt import Stopped
+from .joining import join
 from .lock import taken
 from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
 from .order import batch_rows
+from .processes import Processes, Stopping
+from .ranks import Ranks
 from .report import check_no_reports, check_packages, device_name, write_reports
 from .result import Result, text_after_task
 from .step import Block, TaskWork
@@ -63,13 +66,18 @@ class Trainer:
             is no `logger`.
         about: what reports and progress call the run; None: made from the arguments.
         logger: is told of progress.
-        on_task_end: called with the result so far after each task, and at once when a run is resumed.
+        on_task_end: called with the result so far after each task, and at once when a run is resumed; on every rank.
         stop: asked after every step and every task. Where it says yes, a checkpoint is saved and `fit` raises Stopped.
+
+    Where torch.distributed has a process group of several processes, they train together, each with the same Trainer.
+    Each takes its share of each batch and of what is evaluated, and the first one alone logs, writes and shows. A
+    `stop` of one of them stops all, within about a second.
 
     Raises:
         InputError: more tasks in the scenario than in the model, a network that does not take its inputs or has fewer
             outputs than classes, no validation data where they are needed, or a package missing that `report` or
-            `progress` needs.
+            `progress` needs. In several processes: ranks that differ in what they were given.
+        ProcessLost: another process is gone, or does not answer; `fit` raises it too.
     """
 
     def __init__(
@@ -99,23 +107,28 @@ class Trainer:
         if config.validates and any(len(task.validation) == 0 for task in scenario.tasks):
             raise InputError("keep = best and schedule = plateau need validation data: set data.validation")
         self.device = torch.device(device)
+        self.processes = Processes.here()
         self.model = model.to(self.device)
         self.scenario = scenario.to(self.device)
         check_outputs(self.model, self.scenario)
+        join(self.processes, self.model, self.scenario, config, (ramp, seed, settings))
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.settings, self.earlier_settings = settings, tuple(earlier_settings)
-        self.report = None if report is None else Path(report)
+        self.report = Path(report) if report is not None and self.processes.first else None
         if self.report is not None:
             check_packages()
         self.about = about or describe.about_training(self.model, self.scenario, config, seed)
-        self._terminal = self._progress(logger is None and on_terminal() if progress is None else progress)
-        self.logger = Loggers([each for each in (logger, self._terminal) if each is not None])
+        shown = logger is None and on_terminal() if progress is None else progress
+        self._terminal = self._progress(shown and self.processes.first)
+        loggers = (logger, self._terminal) if self.processes.first else ()
+        self.logger = Loggers([each for each in loggers if each is not None])
         self.on_task_end = on_task_end or (lambda result: None)
         tasks = len(scenario.tasks)
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
         self.result = Result(nothing[1:], nothing[0])
-        self.stop = stop or (lambda: False)
+        self.stop = Stopping(stop or (lambda: False), self.processes)
+        self._inspector: Inspector | None = None
         self._at = _Position()
         self._finite, self._kept = 0, ""  # the task's last iteration whose loss was seen; the checkpoint there is
         self._restored_state: dict[str, Any] = {}
@@ -136,11 +149,15 @@ class Trainer:
             if not resume:
                 check_no_reports(self.report)
             _folder(self.report)  # now, not when the first task is done
+        if self.config.inspect and self.processes.first and not resume:
+            check_no_inspection(self.run_dir or self.report)
         on_gpu = self.device.type == "cuda"
+        written = self.run_dir if self.processes.first else None
         try:
             with (
+                self.processes.waiting(lambda: self._place() + self._kept),
                 torch.cuda.device(self.device) if on_gpu else nullcontext(),  # a graph is captured on the current one
-                nullcontext() if self.run_dir is None else taken(_folder(self.run_dir)),
+                nullcontext() if written is None else taken(_folder(written)),
             ):
                 return self._fit(resume)
         finally:
@@ -149,26 +166,44 @@ class Trainer:
 
     def _fit(self, resume: bool) -> Result:
         restored: dict[str, Tensor] = {}
-        saved = self.run_dir if self.run_dir is not None and checkpoint.exists(self.run_dir) else None
+        saved = self._saved(resume)
         if saved is not None:
-            if not resume:
-                raise InputError(f"{saved} holds a checkpoint: fit(resume=True) goes on from it")
             restored = self._restore(saved)
             if self._at.task > 0:
                 self._after_task()
         else:
             torch.manual_seed(self.seed)
             self.result.baseline.copy_(self._test_accuracies())
+        if self.config.inspect and self.processes.first:  # every rank has the whole model
+            self._inspector = Inspector(self.run_dir or self.report, self._at.task)
         while self._at.task < len(self.scenario.tasks):
             self._train_task(self._at.task, restored)
             self.result.matrix[self._at.task] = self._test_accuracies()
+            self._inspect(self._at.task)
             self.result.peak_memory = max(self.result.peak_memory, peak_memory(self.device))
             self._at, restored = _Position(task=self._at.task + 1), {}
             self._save()
             self._after_task()
-            if self._at.task < len(self.scenario.tasks) and self.stop():
+            if self._at.task < len(self.scenario.tasks) and self.stop(now=True):
                 raise self._stopped()
         return self.result
+
+    def _inspect(self, task: int) -> None:
+        if self._inspector is not None:
+            values = self._inspector.after_task(self.model, self.scenario, task)
+            self.logger.step(task, self._at.iteration, values)
+
+    def _saved(self, resume: bool) -> Path | None:
+        """Where the checkpoint is that all ranks go on from; None where there is none."""
+        if self.run_dir is None or not (resume or self.processes.first):
+            return None
+        saved = self.run_dir if checkpoint.exists(self.run_dir) else None
+        if resume:
+            content = b"" if saved is None else (saved / checkpoint.MANIFEST).read_bytes()
+            self.processes.check_same({f"checkpoint in {self.run_dir}": content})
+        elif saved is not None:
+            raise InputError(f"{saved} holds a checkpoint: fit(resume=True) goes on from it")
+        return saved
 
     def _after_task(self) -> None:
         """Tells of the result so far."""
@@ -187,8 +222,8 @@ class Trainer:
     def _train_task(self, task: int, restored: dict[str, Tensor]) -> None:
         split = self.scenario.tasks[task].train
         length, start = self.config.length(len(split)), self._at.iteration
-        optimizer = self._optimizer()
-        plateau = self._plateau(optimizer)
+        optimizer = optimizers.optimizer(self.model, self.config, self.device)
+        plateau = optimizers.plateau(optimizer, self.config)
         if restored:
             self._restore_task(optimizer, plateau, restored)
         else:
@@ -197,7 +232,9 @@ class Trainer:
         self.logger.begin_task(task, length, start)
         blocks = self._blocks(task, split, start, length)
         rows, ranks = next(blocks)
-        work = TaskWork(self.model, task, split, rows, ranks, optimizer, self.config.precision)
+        work = TaskWork(
+            self.model, task, split, rows, ranks, optimizer, self.config.precision, self.processes, self.seed, start
+        )
         graph = self.config.cuda_graph and self.device.type == "cuda"
         steps = training_steps(work, graph, self.logger.message, blocks)
         self.model.train()
@@ -219,13 +256,6 @@ class Trainer:
             load_network_state(self.model, self._at.best_model)
         self._check_weights(values)
         self.result.seconds += time.perf_counter() - started
-
-    def _optimizer(self) -> torch.optim.Adam:
-        on_gpu = self.device.type == "cuda"
-        lr = torch.tensor(self.config.lr, device=self.device) if on_gpu else self.config.lr
-        if self.config.gradient == "dense":
-            return torch.optim.Adam(self.model.parameters(), lr, fused=True, capturable=on_gpu)
-        return Adam(self.model, lr, capturable=on_gpu, step_in_backward=True)
 
     def _blocks(self, task: int, split: Split, start: int, length: int) -> Iterator[Block]:
         """Sample numbers and kept ranks of the task's iterations from `start` on, a block of iterations at a time."""
@@ -260,6 +290,7 @@ class Trainer:
             if plateau is not None and done % epoch == 0:
                 plateau.step(logged["validation_accuracy"])
         if logged or done % self.config.log_every == 0 or done == length or self._seen_to_diverge(values["loss"]):
+            values = self.processes.means(values)
             logged |= {name: value.item() for name, value in values.items()}
             logged |= {"lr": float(optimizer.param_groups[0]["lr"]), "sparsity": sparsity}
             self.logger.step(task, done, logged)
@@ -268,8 +299,8 @@ class Trainer:
             self._finite = done
 
     def _seen_to_diverge(self, loss: Tensor) -> bool:
-        """Whether this step's loss is not finite, where looking costs nothing; else False."""
-        if loss.device.type != "cpu":
+        """Whether this step's loss is not finite, where looking costs nothing and all processes see the same."""
+        if loss.device.type != "cpu" or self.processes.several:
             return False
         if finite := isfinite(loss.item()):
             self._finite = self._at.iteration
@@ -277,8 +308,8 @@ class Trainer:
 
     def _check_weights(self, values: dict[str, Tensor]) -> None:
         """Before they are saved: raises InputError where they are not finite, so that the checkpoint before stays."""
-        if not finite_weights(self.model):
-            raise self._diverged("the weights are not finite after", values)
+        if not self.processes.all_say(finite_weights(self.model)):
+            raise self._diverged("the weights are not finite after", self.processes.means(values))
 
     def _diverged(self, what: str, values: dict[str, Tensor]) -> InputError:
         task, done = self._at.task, self._at.iteration
@@ -290,22 +321,16 @@ class Trainer:
     def _validate(self, sparsity: float) -> float:
         """Validation accuracy now, percent; keeps a copy of the model where it is the task's best so far."""
         task = self._at.task
-        value = accuracy(self.model, self.scenario.tasks[task].validation, task, self.config.evaluation_batch, sparsity)
+        split, batch = self.scenario.tasks[task].validation, self.config.evaluation_batch
+        value = accuracy(self.model, split, task, batch, sparsity, self.processes)
         if self.config.keep == "best" and value > self._at.best_accuracy:
             self._at.best_accuracy = value
             self._at.best_model = {name: tensor.clone() for name, tensor in network_state(self.model).items()}
         return value
 
-    def _plateau(self, optimizer: torch.optim.Adam) -> ReduceLROnPlateau | None:
-        if self.config.schedule == "constant":
-            return None
-        return ReduceLROnPlateau(
-            optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE, min_lr=PLATEAU_LOWEST
-        )
-
     def _test_accuracies(self) -> Tensor:
         values = [
-            accuracy(self.model, task.test, number, self.config.evaluation_batch)
+            accuracy(self.model, task.test, number, self.config.evaluation_batch, None, self.processes)
             for number, task in enumerate(self.scenario.tasks)
         ]
         return torch.tensor(values, dtype=torch.float64)
@@ -317,7 +342,7 @@ class Trainer:
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
     def _save(self, optimizer: torch.optim.Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
-        """Within a task, all that the rest of it depends on; between tasks, the model and the results."""
+        """Within a task, all that the rest of it depends on; between tasks, the model and the results. By all ranks."""
         if self.run_dir is None:
             return
         at = self._at
@@ -346,7 +371,8 @@ class Trainer:
             state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
         if plateau is not None:
             state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
-        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state)
+        ranks = Ranks.of_model(self.model)
+        checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state, ranks)
         self._keeps()
 
     def _stopped(self) -> Stopped:
@@ -391,13 +417,7 @@ class Trainer:
         targets = sorted(key for key in tensors if key.startswith("anchor.targets."))
         self.model.anchor = Anchor(self._at.task, tensors["anchor.weights"], tuple(tensors[key] for key in targets))
         checkpoint.restore_optimizer(optimizer, self.model, tensors)
-        group = optimizer.param_groups[0]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(state["lr"])
-        else:
-            group["lr"] = state["lr"]
-        if plateau is not None:
-            plateau.best, plateau.num_bad_epochs = state["plateau"]["best"], state["plateau"]["num_bad_epochs"]
+        optimizers.restore_schedule(optimizer, plateau, state)
 
 
 def _folder(path: Path) -> Path:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hypermask_fast.training import checkpoint
+from hypermask_fast.training import manifest as manifests
+from hypermask_fast.training import tensor_files
 
 MISSING = object()
 TENSOR_FILE = "checkpoint-000-0000000.safetensors"
@@ -49,7 +50,7 @@ Edit = Callable[[Forged], object]
 
 def forge(run_dir: Path, edit: Edit) -> None:
     """Alters the run's checkpoint and makes its digests right."""
-    manifest = json.loads((run_dir / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((run_dir / tensor_files.MANIFEST).read_text())
     path = run_dir / manifest["file"]
     manifest.pop("manifest_sha256")
     digest = manifest["sha256"]
@@ -61,10 +62,10 @@ def forge(run_dir: Path, edit: Edit) -> None:
         save_file({name: tensor.contiguous().clone() for name, tensor in forged.tensors.items()}, path)
     if forged.manifest.get("sha256") == digest:
         with path.open("rb") as file:
-            forged.manifest["sha256"] = checkpoint._digest(file)
-    forged.manifest["manifest_sha256"] = checkpoint._manifest_digest(forged.manifest)
+            forged.manifest["sha256"] = tensor_files.digest(file)
+    forged.manifest["manifest_sha256"] = manifests.digest(forged.manifest)
     content = forged.raw.get("manifest") or json.dumps(forged.manifest, indent=1).encode()
-    (run_dir / checkpoint.MANIFEST).write_bytes(content)
+    (run_dir / tensor_files.MANIFEST).write_bytes(content)
 
 
 def manifest_edits() -> Iterator[tuple[str, Edit]]:

@@ -1,5 +1,6 @@
 """Checkpoints: complete or not there, and refused when they are not what they should be."""
 
+import hashlib
 import json
 import os
 import threading
@@ -14,7 +15,8 @@ import hypermask_fast as hmf
 from hypermask_fast import InputError
 from hypermask_fast.data import Scenario, TaskData, TensorSplit
 from hypermask_fast.files import write_atomic
-from hypermask_fast.training import checkpoint, exported
+from hypermask_fast.training import checkpoint, exported, tensor_files
+from hypermask_fast.training import manifest as manifests
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "step": torch.tensor(3.0), "rng": torch.arange(9, dtype=torch.uint8)}
 STATE = {"task": 1, "lr": 0.1 + 0.2, "best": -1.0}
@@ -58,9 +60,9 @@ def test_a_kill_at_any_moment_of_saving(run_dir, monkeypatch, step):
 
         return wrapper
 
-    monkeypatch.setattr(checkpoint, "save_file", dies(checkpoint.save_file))
-    monkeypatch.setattr(checkpoint.os, "replace", dies(checkpoint.os.replace))
-    monkeypatch.setattr(checkpoint.Path, "unlink", dies(checkpoint.Path.unlink))
+    monkeypatch.setattr(tensor_files, "save_file", dies(tensor_files.save_file))
+    monkeypatch.setattr(os, "replace", dies(os.replace))
+    monkeypatch.setattr(Path, "unlink", dies(Path.unlink))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(run_dir, "000-0000002", {"a": torch.zeros(1)}, {"task": 2})
     monkeypatch.undo()
@@ -104,23 +106,25 @@ def test_missing_tensors(run_dir):
         checkpoint.load(run_dir)
 
 
-@pytest.mark.parametrize("moment", ["_read_manifest", "_digest", "load_file", "after load_file"])
+@pytest.mark.parametrize("moment", ["read the manifest", "digest", "read", "after read"])
 def test_a_checkpoint_replaced_while_it_is_read(run_dir, monkeypatch, moment):
     """What is read is the newer one, whole, wherever in the reading it came."""
-    name = moment.removeprefix("after ")
-    call, replaced = getattr(checkpoint, name), []
+    owner, name = {"read the manifest": (manifests, "read"), "digest": (tensor_files, "digest")}.get(
+        moment, (tensor_files, "safe_open")
+    )
+    call, replaced = getattr(owner, name), []
 
     def replacing(*args, **kwargs):
         if replaced:
             return call(*args, **kwargs)
         replaced.append(1)
-        result = None if name == "load_file" and moment == name else call(*args, **kwargs)
+        result = None if moment == "read" else call(*args, **kwargs)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, name, call)
+            patch.setattr(owner, name, call)
             checkpoint.save(run_dir, "000-0000002", {"a": torch.zeros(1)}, {"task": 2})
         return call(*args, **kwargs) if result is None else result
 
-    monkeypatch.setattr(checkpoint, name, replacing)
+    monkeypatch.setattr(owner, name, replacing)
     tensors, state, _ = checkpoint.load(run_dir)
     assert (tensors.keys(), state) == ({"a"}, {"task": 2})
     assert replaced
@@ -184,24 +188,24 @@ def test_who_may_read_a_checkpoint_is_the_umask_s_to_say(tmp_path, umask):
     ],
 )
 def test_altered_manifest(run_dir, edit, message):
-    path = run_dir / checkpoint.MANIFEST
+    path = run_dir / tensor_files.MANIFEST
     path.write_bytes(edit(path.read_text()).encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message):
         checkpoint.load(run_dir)
 
 
 def test_a_manifest_cannot_lead_out_of_its_folder(run_dir):
-    manifest = json.loads((run_dir / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((run_dir / tensor_files.MANIFEST).read_text())
     manifest.pop("manifest_sha256")
     manifest["file"] = "../elsewhere.safetensors"
-    manifest["manifest_sha256"] = checkpoint._manifest_digest(manifest)
-    (run_dir / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    manifest["manifest_sha256"] = manifests.digest(manifest)
+    (run_dir / tensor_files.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="was altered"):
         checkpoint.load(run_dir)
 
 
 def test_a_manifest_taken_away(run_dir):
-    (run_dir / checkpoint.MANIFEST).unlink()
+    (run_dir / tensor_files.MANIFEST).unlink()
     with pytest.raises(InputError, match=r"checkpoint.json is missing: .*remove checkpoint-000-0000001.safetensors"):
         checkpoint.exists(run_dir)
     (run_dir / ".checkpoint").mkdir()  # as a kill within the first save leaves it
@@ -213,7 +217,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(run_dir, monkeypatch, failing)
     def fails(*_, **__):
         raise SafetensorError("I/O error: disk full") if failing == "save_file" else OSError(28, "disk full")
 
-    owner = {"save_file": checkpoint, "replace": checkpoint.os, "write_text": checkpoint.Path}[failing]
+    owner = {"save_file": tensor_files, "replace": os, "write_text": Path}[failing]
     monkeypatch.setattr(owner, failing, fails)
     with pytest.raises(
         InputError, match=r"cannot write .*000-0000002.safetensors: .*disk full; nothing on disk was lost"
@@ -255,3 +259,12 @@ def test_an_exported_network_of_tied_tensors(tmp_path):
 
 def blob_split():
     return TensorSplit(torch.randn(4, 4), torch.arange(4))
+
+
+def test_the_format_of_a_single_process_stays_as_it_is(run_dir):
+    """To the byte, since version 0.1.0."""
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in run_dir.iterdir()}
+    assert digests == {
+        "checkpoint.json": "95cf04017970331c",
+        "checkpoint-000-0000001.safetensors": "8f5937e787862c63",
+    }

@@ -197,3 +197,34 @@ def test_beside_a_run_nobody_trains_but_anybody_reads(tmp_path):
     assert resumed.wait(timeout=300) == 0, resumed.communicate()
     resumed.communicate()
     assert not (folder / ".lock").exists()
+
+
+FORKING = """
+import os, sys, time
+from pathlib import Path
+from hypermask_fast.training.lock import taken
+with taken(Path(sys.argv[1])):
+    if os.fork() == 0:
+        os.close(1)
+        time.sleep(600)
+    print("taken", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that are forked")
+def test_what_a_killed_process_has_forked_holds_nothing(tmp_path):
+    """Such as a DataLoader's workers, which notice after seconds that they are alone."""
+    command = [sys.executable, "-c", FORKING, str(tmp_path)]
+    holder = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    try:
+        assert holder.stdout.readline() == "taken\n"
+        assert "is in use" in refusal(tmp_path)
+        holder.kill()
+        holder.communicate()
+        with lock.taken(tmp_path):
+            pass
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)

@@ -13,10 +13,10 @@ from PIL import Image
 
 from hypermask_fast import InputError
 from hypermask_fast.files import write_atomic
+from hypermask_fast.text import text_table
 from hypermask_fast.training import describe, report
 from hypermask_fast.training.config import load_preset
 from hypermask_fast.training.result import Result
-from hypermask_fast.training.tables import text_table
 
 ROOT = Path(__file__).parents[2]
 CONFIG = load_preset("split-digits")

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Sequence
 
-from ..extras import needed_for
+from .extras import needed_for
 
 _WIDEST = 100_000  # characters: a terminal may wrap a line, but nothing is cut
 

@@ -1,0 +1,72 @@
+"""The task by the gradient of the entropy, as in SupSup: one pass under all masks at once, whatever their number."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masking import mixed
+from ..masking.masks import TaskMask
+from ..masking.superposition import Superposition
+from .features import TaskModel
+
+
+def scores(
+    model: TaskModel,
+    inputs: tuple,
+    kwargs: dict[str, Any],
+    masks: Sequence[TaskMask],
+    select: Callable[[Any], Tensor] | None = None,
+    halving: bool = False,
+) -> Tensor:
+    """(T,) -dH / d alpha_t at alpha = 1 / T: which task's mask, given more weight, lowers the entropy most.
+
+    H is the mean entropy of the batch's outputs under the weights sum_t alpha_t W * m_t, so that the batch is taken
+    to be of one task. For single samples give batches of one.
+
+    Args:
+        masks: of T tasks.
+        halving: the worse half of the tasks is left out, again and again, until one is left: log2 T passes in place
+            of one. A task that was left out before the last two has -inf.
+
+    Source: Wortsman et al. 2020 (SupSup), one-shot and binary.
+    """
+    found = torch.full((len(masks),), -torch.inf, device=masks[0].logits.device)
+    left = list(range(len(masks)))
+    while True:
+        found.fill_(-torch.inf)
+        found[left] = _one_shot(model, inputs, kwargs, [masks[i] for i in left], select).to(found.dtype)
+        if not halving or len(left) <= 2:
+            return found
+        left = sorted(found.topk((len(left) + 1) // 2).indices.tolist())
+
+
+def _one_shot(
+    model: TaskModel,
+    inputs: tuple,
+    kwargs: dict[str, Any],
+    masks: Sequence[TaskMask],
+    select: Callable[[Any], Tensor] | None,
+) -> Tensor:
+    layout = masks[0].layout
+    masked = [s for s, segment in enumerate(layout.segments) if segment.selected]
+    with torch.no_grad():
+        each = [mask.effective for mask in masks]
+        weights = list(each[0])
+        for s in masked:
+            weights[s] = each[0][s] / len(masks)
+            for made in each[1:]:
+                weights[s].add_(made[s], alpha=1 / len(masks))
+    leaves = [weights[s].requires_grad_() for s in masked]
+    with torch.enable_grad(), model.pass_under(Superposition(weights, [int(mask.task) for mask in masks])):
+        logits = mixed.logits(model.net(*inputs, **kwargs), select)
+        log_p = logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    grads = torch.autograd.grad(entropy, leaves, allow_unused=True)
+    with torch.no_grad():
+        found = torch.zeros(len(masks), device=entropy.device)
+        for s, grad in zip(masked, grads, strict=True):
+            if grad is not None:
+                found = found - torch.stack([torch.dot(made[s].flatten(), grad.flatten()) for made in each])
+        return found

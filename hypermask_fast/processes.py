@@ -1,0 +1,247 @@
+"""With whom a hypernetwork trains: what its processes send each other in a step, and what it means for gradients."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .errors import InputError
+
+SHARD, REPLICATE = "shard", "replicate"  # the dimensions of a mesh
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, differentiably: its part of a DTensor, all of any other."""
+    sharded: Any = tensor
+    return sharded.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class Processes:
+    """The processes that train one model together. Each has logits of its own `Shards`, or all of them (`Replicas`).
+
+    In a step they exchange the logits, the gradient of the logits with that of the output drift, and the gradient of
+    the hidden vectors with the drift's value. All that follows is then the same on every rank, or its owner's alone;
+    the output layer's gradient, N x H, is never sent. All processes make the same calls in the same order.
+
+    Args:
+        group: torch.distributed's, of all of them; None for all processes there are.
+        first: the rank within the group whose values all begin with.
+    """
+
+    def __init__(self, group: Any = None, first: int = 0) -> None:
+        self.group, self.size, self.first = group, dist.get_world_size(group), first
+
+    def __deepcopy__(self, memo: dict) -> "Processes":
+        return self  # a copied model goes on with the same processes
+
+    # -- the three exchanges, without gradient ----------------------------------------------------------------------
+
+    def gather(self, logits: Tensor, *values: Tensor) -> list[Tensor]:
+        """(T, N) logits from everyone's own (T, n), and the sums of the values, which are scalars."""
+        raise NotImplementedError
+
+    def means(self, grad: Tensor, *values: Tensor) -> list[Tensor]:
+        """(T, n) own part of the mean of everyone's gradient of the logits (T, N), and the values' means."""
+        raise NotImplementedError
+
+    def sums(self, *tensors: Tensor) -> list[Tensor]:
+        """The sums of what each owner's logits have contributed."""
+        raise NotImplementedError
+
+    def placed(self, own: Tensor, length: int, dim: int = 1) -> Tensor:
+        """What is sliced along a dimension as the logits or chunks are, of that length in all: a DTensor of it."""
+        return own
+
+    # -- differentiable -----------------------------------------------------------------------------------------------
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        """(T, N) logits from own ones (T, n); the gradient is the mean of everyone's."""
+        return _Gathered.apply(logits, self)
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum of everyone's scalar; the gradient is the mean of everyone's."""
+        return _Summed.apply(value, self)
+
+    def fanned_out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors that are the same everywhere, for own logits: their gradients are summed, in one exchange."""
+        raise NotImplementedError
+
+    # -- what else ----------------------------------------------------------------------------------------------------
+
+    def mean(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors' means over all processes, in one all-reduce."""
+        flat = _flat(tensors)
+        self._all_reduce(flat, self.group)
+        return _parts(flat.div_(self.size), tensors)
+
+    @torch.no_grad()
+    def make_equal(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every rank the tensors of the group's first one."""
+        first = self.first if self.group is None else dist.get_global_rank(self.group, self.first)
+        for tensor in tensors:
+            values = tensor.contiguous()
+            dist.broadcast(values, src=first, group=self.group)
+            tensor.copy_(values)
+
+    @staticmethod
+    def _all_reduce(flat: Tensor, group: Any) -> None:
+        check_initialized()
+        dist.all_reduce(flat, group=group)
+
+
+class Replicas(Processes):
+    """Every process has the whole hypernetwork: the gradient of its logits is averaged, N numbers."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()  # one that is loaded is in a process of its own
+
+    def gather(self, logits: Tensor, *values: Tensor) -> list[Tensor]:
+        return [logits, *values]
+
+    def means(self, grad: Tensor, *values: Tensor) -> list[Tensor]:
+        return self.mean(grad, *values)
+
+    def sums(self, *tensors: Tensor) -> list[Tensor]:
+        return list(tensors)
+
+    def fanned_out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+
+class Shards(Processes):
+    """Every process has a slice of the hypernetwork's logits, and what generates it.
+
+    Logits are gathered and their gradients scattered by all-to-all: slices may differ in length, and each number is
+    sent once. (Gloo gathers equal slices only, and reduces and scatters at the price of an all-reduce.)
+
+    Args:
+        mesh: of all processes; its dimension "shard" has those whose slices make up the whole, and "replicate", where
+            there is one, those that have the same slice.
+        sizes: entries of each slice, in the order of "shard", which sum to N.
+    """
+
+    def __init__(self, mesh: Any, sizes: Sequence[int]) -> None:
+        super().__init__(None, int(mesh.mesh.flatten()[0]))
+        self.mesh, self.sizes = mesh, tuple(sizes)
+        self.owners = mesh.get_group(SHARD)
+        self.replicas = mesh.get_group(REPLICATE) if mesh.ndim > 1 else None
+        self.number = mesh.get_local_rank(SHARD)
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "a sharded model can't be pickled: model.save_pretrained(folder) writes it whole, and "
+            "torch.distributed.checkpoint its state_dict"
+        )
+
+    def placements(self, dim: int) -> list[Any]:
+        """Of a DTensor that is sliced along a dimension."""
+        from torch.distributed.tensor import Replicate, Shard  # a second, which only who shards waits for
+
+        return [*([Replicate()] if self.replicas is not None else []), Shard(dim)]
+
+    def placed(self, own: Tensor, length: int, dim: int = 1) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        own = own.contiguous()
+        shape = torch.Size([*own.shape[:dim], length, *own.shape[dim + 1 :]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(own, self.mesh, self.placements(dim), run_check=False, shape=shape, stride=stride)
+
+    def gather(self, logits: Tensor, *values: Tensor) -> list[Tensor]:
+        own, tasks, count = _flat([logits, *values]), logits.shape[0], len(self.sizes)
+        lengths = [tasks * size + len(values) for size in self.sizes]
+        received = self._all_to_all(own.repeat(count), [len(own)] * count, lengths)
+        ends = [part.split([tasks * size, len(values)]) for part, size in zip(received, self.sizes, strict=True)]
+        whole = torch.cat([part.view(tasks, -1) for part, _ in ends], 1)
+        return [whole, *torch.stack([sums for _, sums in ends]).sum(0).unbind()]
+
+    def means(self, grad: Tensor, *values: Tensor) -> list[Tensor]:
+        tasks, count, scalars = grad.shape[0], len(self.sizes), [value.reshape(1) for value in values]
+        parts = [piece for part in grad.split(self.sizes, 1) for piece in (part.reshape(-1), *scalars)]
+        lengths = [tasks * size + len(values) for size in self.sizes]
+        received = self._all_to_all(torch.cat(parts), lengths, [lengths[self.number]] * count)
+        own = torch.stack(received).sum(0)
+        if self.replicas is not None:
+            self._all_reduce(own, self.replicas)
+        own /= self.size
+        part, rest = own.split([len(own) - len(values), len(values)])
+        return [part.view(tasks, -1), *(mean.view_as(value) for mean, value in zip(rest, values, strict=True))]
+
+    def _all_to_all(self, sent: Tensor, lengths: list[int], received: list[int]) -> tuple[Tensor, ...]:
+        check_initialized()
+        here = sent.new_empty(sum(received))
+        dist.all_to_all_single(here, sent, received, lengths, group=self.owners)
+        return here.split(received)
+
+    def sums(self, *tensors: Tensor) -> list[Tensor]:
+        flat = _flat(tensors)
+        self._all_reduce(flat, self.owners)
+        return _parts(flat, tensors)
+
+    def fanned_out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _FannedOut.apply(self, *tensors) if torch.is_grad_enabled() else tensors
+
+
+def check_initialized() -> None:
+    """Raises InputError where there is no process group (any more)."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise InputError("there is no process group: torch.distributed.init_process_group() comes first")
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """A new tensor of all of them, one after another."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _parts(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`_flat` undone: parts of `flat` in the tensors' shapes."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return processes.gather(logits)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the names
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None]:
+        return ctx.processes.means(*grads)[0], None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return processes.sums(value)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None]:
+        return ctx.processes.mean(*grads)[0], None
+
+
+class _FannedOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, processes: Processes, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.processes = processes
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        there = {i: g for i, g in enumerate(grads) if g is not None and ctx.needs_input_grad[1 + i]}
+        summed = dict(zip(there, ctx.processes.sums(*there.values()), strict=True)) if there else {}
+        return None, *(summed.get(i) for i in range(len(grads)))

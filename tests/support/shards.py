@@ -1,0 +1,77 @@
+"""What each rank does in tests/distributed/test_shards.py: here, where a process can import it."""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import hypermask_fast as hmf
+
+TASKS, STEPS, BATCH = 3, 20, 12
+OPTIMISERS = {
+    "torch": lambda model: torch.optim.Adam(model.parameters(), 1e-3, foreach=False),
+    "default": lambda model: hmf.optim.Adam(model, 1e-3),
+    "step_in_backward": lambda model: hmf.optim.Adam(model, 1e-3, step_in_backward=True),
+}
+KINDS = {"dense": {}, "chunked": {"chunk_size": 25}, "by_tensor": {"chunk_size": 40, "by_tensor": True}}
+CASES = [
+    *((kind, optimiser, torch.float64) for kind in KINDS for optimiser in OPTIMISERS),
+    *((kind, "step_in_backward", torch.float32) for kind in KINDS),
+]
+
+
+def small_model(kind="dense", dtype=torch.float64, seed=1):
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    config = hmf.HypernetConfig(embedding=8, hidden=(12, 10), chunk_embedding=4, **KINDS[kind])
+    return hmf.HyperMask(net, TASKS, 20, config, beta=0.5, lam=0.02, drift_norm=2).to(dtype)
+
+
+def whole(tensor):
+    """All of a tensor on this rank."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64):
+    """Losses of all steps, and the parameters at the end; call: the model, or DistributedDataParallel's of it."""
+    generator, losses = torch.Generator().manual_seed(0), []
+    for task in range(TASKS):
+        optimizer = OPTIMISERS[optimiser](model)
+        model.begin_task(task)
+        for _ in range(STEPS):
+            x = torch.randn(BATCH, 8, generator=generator, dtype=torch.float64).to(dtype)
+            y = (x[:, :2] > 0).sum(1).add(task).remainder(3)
+            mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+            mask = model.mask(task)
+            loss = F.cross_entropy(call(x[mine], mask), y[mine])
+            drifts = model.drifts(mask)
+            optimizer.zero_grad()
+            (loss + model.drift.loss(drifts, task)).backward()
+            optimizer.step()
+            loss = (loss + model.drift.loss(drifts, task)).detach()  # with what backward has filled in
+            if ranks > 1:
+                dist.all_reduce(loss)
+            losses.append(loss / ranks)
+    return torch.stack(losses), {name: whole(p) for name, p in model.named_parameters()}
+
+
+def trained(rank, ranks, kind, optimiser, dtype, mesh=None):
+    model = hmf.distributed.shard(small_model(kind, dtype, seed=1 + rank), mesh)  # each rank begins elsewhere
+    return train(model, DistributedDataParallel(model), optimiser, rank, ranks, dtype)
+
+
+def rank_of(rank, ranks, port, folder):
+    """All that one of the ranks does, in one process: to start it takes longer."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    found = {case: trained(rank, ranks, *case) for case in CASES}
+    if ranks == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        found |= {("mesh", *case): trained(rank, ranks, *case, mesh) for case in CASES}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
