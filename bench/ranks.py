@@ -51,8 +51,7 @@ class Row:
             "one process" for 1 rank.
         mbit: megabits per second that each rank's link lets through; 0 for the machine's own memory.
         median_ms, p20_ms, p80_ms: of a step, of the slowest rank in each.
-        sent: bytes that one rank sends in a step, if the collectives run as rings: (K - 1) / K of an all-gather's or a
-            reduce-scatter's whole array, twice that of an all-reduce's.
+    XX
         sent_for_hypernetwork: of these, what is left without the target network's gradients, one all-reduce.
         layer_bytes: of the output layer and its moments on one rank.
     """
@@ -90,13 +89,14 @@ class Traffic:
     def __init__(self) -> None:
         self.sent = 0.0
 
-    def add(self, tensor: Tensor, passes: int) -> None:
+    def add(self, tensor: Tensor, passes: int = 2) -> None:
+        """passes: 2 of an all-reduce over the tensor, 1 of an all-to-all of it, whose own part stays here."""
         self.sent += ring(passes, tensor.numel() * tensor.element_size())
 
     @contextmanager
     def counted(self) -> Iterator[None]:
         """Counts what goes through torch.distributed's functions within the block."""
-        passes = {"all_reduce": (0, 2), "all_gather_into_tensor": (0, 1), "reduce_scatter_tensor": (1, 1)}
+        passes = {"all_reduce": (0, 2), "all_to_all_single": (1, 1)}
         before = {name: getattr(dist, name) for name in passes}
 
         def counting(name: str, at: int, times: int) -> Callable[..., Any]:
@@ -185,7 +185,7 @@ def loss_of(model: hmf.HyperMask, x: Tensor, y: Tensor, task: int) -> Tensor:
 
 
 def counted_all_reduce(traffic: Traffic, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    traffic.add(bucket.buffer(), 2)
+    traffic.add(bucket.buffer())
     return default_hooks.allreduce_hook(None, bucket)  # pyright: ignore[reportArgumentType]  # None: all processes
 
 
