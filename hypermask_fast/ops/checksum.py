@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import native
 
-native.operator("checksum", lambda data: data.new_empty((), dtype=torch.int64))
+_checksum_operator = native.operator("checksum", lambda data: data.new_empty((), dtype=torch.int64))
 
 _LANES, _BLOCK = 64, 64 * 1024  # lanes of 32 bits; bytes
 _LANE, _OF_BLOCK, _MIX, _FOLD = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x9E3779B185EBCA87
@@ -25,7 +25,7 @@ def checksum(tensor: Tensor) -> int:
     part of it. The same on every device, and for any number of threads. For a tensor on a GPU it waits.
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return int(torch.ops.hypermask_native.checksum(data) if is_fast(data) else definition(data))
+    return int(_checksum_operator(data) if is_fast(data) else definition(data))
 
 
 def definition(data: Tensor) -> Tensor:
