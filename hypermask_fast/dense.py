@@ -94,7 +94,7 @@ class HyperNetwork(nn.Module):
         like = self.embeddings[0]
         embedding = nn.Parameter(torch.randn_like(like))
         if self.processes is not None:
-            self.processes.make_equal([embedding])
+            self.processes.ranks.make_equal([embedding])
         self.embeddings.append(embedding)
         return self.embeddings[-1]
 

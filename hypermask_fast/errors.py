@@ -22,4 +22,4 @@ class ProcessLost(RuntimeError):
 
     def __init__(self, late: bool, place: str, who: str = "another rank") -> None:
         super().__init__(f"waited in vain for {who} at {place}" if late else f"{who} ended, seen at {place}")
-        self.late, self.place = late, place
+        self.late, self.place, self.who = late, place, who

@@ -15,7 +15,8 @@ from .masking.masks import TaskMask
 from .masking.task_batch import TaskMasks
 from .ops import registry
 from .output_layer import OutputStepper
-from .wrapping import active_ddp, check_whole, in_a_group
+from .ranks import in_a_group
+from .wrapping import active_ddp, check_whole
 
 
 class GradientReducer(Protocol):

@@ -1,6 +1,6 @@
 """With whom a hypernetwork trains: what its processes send each other in a step, and what it means for gradients."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import InputError
-from .wrapping import in_a_group, is_dtensor
+from .ranks import Ranks, check_initialized
+from .wrapping import is_dtensor
 
 SHARD, REPLICATE = "shard", "replicate"  # the dimensions of a mesh
+
+
+def ranks_of(processes: "Processes | None") -> Ranks:
+    """All processes that train a model together: of `HyperNetwork.processes`."""
+    return Ranks() if processes is None else processes.ranks
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -60,10 +66,13 @@ class Processes:
 
     Args:
         group: torch.distributed's, of all of them; None for all processes there are.
+
+    Attributes:
+        ranks: all of them, and what else they tell each other.
     """
 
     def __init__(self, group: Any = None) -> None:
-        self.group, self.size = group, dist.get_world_size(group)
+        self.ranks = Ranks.of(group)
 
     def __deepcopy__(self, memo: dict) -> "Processes":
         return self  # a copied model goes on with the same processes
@@ -113,17 +122,8 @@ class Processes:
     def mean(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors' means over all processes, in one all-reduce."""
         flat = _flat(tensors)
-        self._all_reduce(flat, self.group)
-        return _parts(flat.div_(self.size), tensors)
-
-    @torch.no_grad()
-    def make_equal(self, tensors: Iterable[Tensor]) -> None:
-        """Gives every rank the tensors of the group's first one."""
-        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        for tensor in tensors:
-            values = tensor.contiguous()
-            dist.broadcast(values, src=first, group=self.group)
-            tensor.copy_(values)
+        self.ranks.sum_(flat)
+        return _parts(flat.div_(self.ranks.size), tensors)
 
     @staticmethod
     def _all_reduce(flat: Tensor, group: Any) -> None:
@@ -199,19 +199,9 @@ class Shards(Processes):
 
     def on_first(self, work: Callable[[], Any]) -> None:
         """Raises on every rank what has gone wrong on the first one."""
-        check_initialized()
-        error: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
+        with self.ranks.together():
+            if self.ranks.first:
                 work()
-            except Exception as caught:  # the others wait for word of it
-                error = caught
-        failed = torch.tensor([error is not None], dtype=torch.uint8, device=self.mesh.device_type)
-        dist.broadcast(failed, src=0)
-        if error is not None:
-            raise error
-        if failed.item():
-            raise InputError("rank 0 has failed; the line there says why")
 
     def gather(self, logits: Tensor, *values: Tensor) -> list[Tensor]:
         own, tasks, count = _flat([logits, *values]), logits.shape[0], len(self.sizes)
@@ -229,7 +219,7 @@ class Shards(Processes):
         own = torch.stack(received).sum(0)
         if self.replicas is not None:
             self._all_reduce(own, self.replicas)
-        own /= self.size
+        own /= self.ranks.size
         part, rest = own.split([len(own) - len(values), len(values)])
         return [part.view(tasks, -1), *(mean.view_as(value) for mean, value in zip(rest, values, strict=True))]
 
@@ -246,12 +236,6 @@ class Shards(Processes):
 
     def fanned_out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return _FannedOut.apply(self, *tensors) if torch.is_grad_enabled() else tensors
-
-
-def check_initialized() -> None:
-    """Raises InputError where there is no process group (any more)."""
-    if not in_a_group():
-        raise InputError("there is no process group: torch.distributed.init_process_group() comes first")
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 import sys
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -11,11 +10,6 @@ from .errors import InputError
 
 _SHARDED = "_is_fsdp_managed_module"  # what FullyShardedDataParallel and fully_shard tell torch.compile of a module
 _INSTEAD = "hmf.distributed.shard(model) shards the hypernetwork, which is the large part, and no more is needed"
-
-
-def in_a_group() -> bool:
-    """Whether there is a process group."""
-    return dist.is_available() and dist.is_initialized()
 
 
 def active_ddp() -> DistributedDataParallel | None:

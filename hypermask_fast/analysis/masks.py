@@ -36,7 +36,13 @@ class _Counts(NamedTuple):
 
     @classmethod
     def total(cls, parts: Iterable["_Counts"]) -> "_Counts":
-        return cls(*(np.sum(arrays, axis=0) for arrays in zip(*parts, strict=True)))
+        """Their sums. No part outlives the next one: among large blocks, small arrays that stay scatter the heap."""
+        parts = iter(parts)
+        sums = cls(*(array.copy() for array in next(parts)))
+        for part in parts:
+            for total, array in zip(sums, part, strict=True):
+                total += array
+        return sums
 
 
 @torch.no_grad()

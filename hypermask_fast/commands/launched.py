@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError, ProcessLost
-from ..training.processes import lost, ranks_named
+from ..ranks import ranks_named
+from ..training.world import lost
 from .command import EXIT_INPUT, EXIT_LOST
 
 _c10d: Any = dist  # PyTorch documents its stores, and doesn't mark them as exported
@@ -194,11 +195,11 @@ class Launched:
 
     def _named(self, error: ProcessLost) -> ProcessLost:
         """The error with the ranks that have not said that they end, as those do that see another one end."""
-        if self._round is None:
-            return error
-        silent = self._others_silent(known=0 if error.late else 1)
         place = f"{error.place} (--timeout {self.timeout:g})" if error.late else error.place
-        return ProcessLost(error.late, place, ranks_named(silent) if silent else "another rank")
+        if self._round is None:
+            return ProcessLost(error.late, place, error.who)
+        silent = self._others_silent(known=0 if error.late else 1)
+        return ProcessLost(error.late, place, ranks_named(silent) if silent else error.who)
 
     def _others_silent(self, known: int = 0) -> list[int]:
         """The other ranks that don't say within seconds that they end; known: so many at least never will."""

@@ -1,44 +1,45 @@
 """Whether all ranks mean the same, found out before anything that would leave them apart or waiting for each other."""
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from ..errors import InputError
-from ..processes import check_initialized
+from ..model import HyperMask
+from ..ranks import Ranks
 
-_DIGEST = 16  # bytes of each fact's
 
-
-def agree(facts: Mapping[str, Any], problem: str | None = None) -> None:
+def agree(facts: Mapping[str, Any], problem: str | None = None, group: Any = None) -> None:
     """Raises InputError on every rank where facts differ, or where any rank has a problem. All ranks call it.
 
     Args:
         facts: what must be the same on all ranks; the key says what it is, the value is compared by its repr.
-        problem: why this rank can't go on; it is this rank's line, and the others' says which rank it is.
+        group: of these ranks; None for all processes.
+        problem: why this rank can't go on.
     """
-    check_initialized()
-    digests = [hashlib.sha256(repr(value).encode()).digest()[:_DIGEST] for value in facts.values()]
-    own = hashlib.sha256(repr(list(facts)).encode()).digest()[:_DIGEST] + b"".join(digests)
-    on = "cpu" if "cpu:" in dist.get_backend_config() else "cuda"
-    mine = torch.tensor([int(problem is not None), *own], dtype=torch.uint8, device=on)
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    found = torch.stack(rows).cpu()
-    if problem is not None:
-        raise InputError(problem)
-    if found[:, 0].any():
-        raise InputError(f"{_ranks(found[:, 0].bool())} can't go on; the line there says why")
-    for number, what in enumerate(["facts compared (another version of this package)", *facts]):
-        of_fact = found[:, 1 + _DIGEST * number : 1 + _DIGEST * (number + 1)]
-        other = (of_fact != of_fact[0]).any(1)
-        if other.any():
-            raise InputError(f"ranks disagree about the model: {_ranks(other)} and rank 0 differ in {what}")
+    ranks = Ranks.of(group)
+    with ranks.together():
+        if problem is not None:
+            raise InputError(problem)
+    ranks.check_same(facts, "a model")
 
 
-def _ranks(which: torch.Tensor) -> str:
-    numbers = [str(number) for number in which.nonzero().flatten().tolist()]
-    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers)}"
+def facts_of(models: Sequence[HyperMask]) -> dict[str, Any]:
+    """What ranks that train the same models must agree about."""
+
+    def of(what: Any) -> list[Any]:
+        return [what(model) for model in models]
+
+    return {
+        "number of tasks": of(lambda m: m.num_tasks),
+        "hypernetwork's configuration": of(lambda m: m.hypernetwork),
+        "sparsity": of(lambda m: m.sparsity),
+        "drifts' settings": of(lambda m: m.drift),
+        "choice of what is masked": of(lambda m: m.layout),
+        "names, shapes, dtypes or requires_grad of parameters": of(
+            lambda m: [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in m.named_parameters()]
+        ),
+        "tasks removed, frozen or their classes": of(lambda m: (m.hypernet.removed, m.frozen, m.classes)),
+        "task that is being trained": of(
+            lambda m: None if m.anchor is None else (m.anchor.task, [t.shape for t in m.anchor.targets])
+        ),
+    }

@@ -14,8 +14,8 @@ from ..errors import InputError
 from ..masking.masks import TaskMask
 from ..masking.norms import STATISTICS, TaskStatistics, TrackingNorm
 from ..model import HyperMask
+from ..ranks import Ranks
 from ..wrapping import active_ddp, is_dtensor
-from .ranks import Ranks
 
 _BITS = 32  # that stand for which tasks a pass was of
 _copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
@@ -272,7 +272,7 @@ def average_gradients(module: nn.Module, group: Any = None) -> None:
         module: one with HyperMask models in it, of one shape on every rank.
         group: of all ranks that train it; None for all processes.
     """
-    ranks, models = Ranks(group), [part for part in module.modules() if isinstance(part, HyperMask)]
+    ranks, models = Ranks.of(group), [part for part in module.modules() if isinstance(part, HyperMask)]
     inner = {id(tensor) for model in models for tensor in (*model.hypernet.parameters(), *model.hypernet.buffers())}
     ranks.make_equal(t for t in (*module.parameters(), *module.buffers()) if id(t) not in inner and not is_dtensor(t))
     known = {id(parameter) for parameter in module.parameters()}

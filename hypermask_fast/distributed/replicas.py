@@ -6,8 +6,10 @@ from torch import nn
 
 from ..errors import InputError
 from ..model import HyperMask
-from ..processes import Replicas, Shards, check_initialized
+from ..processes import Replicas, Shards
+from ..ranks import check_initialized
 from ..wrapping import check_whole
+from .agreement import agree, facts_of
 from .reducer import average_gradients
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,18 +35,25 @@ def replicate(module: M, group: Any = None) -> M:
         The module.
 
     Raises:
-        InputError: no process group, no HyperMask in the module, or parameters that are sharded.
+        InputError: no process group, no HyperMask in the module, parameters that are sharded, or ranks that disagree
+            about the model.
     """
     check_initialized()
-    models = hypermasks(module, "replicate")
-    for model in models:
-        if isinstance(model.hypernet.processes, Shards):
-            raise InputError("the model is sharded already: its ranks train one model, in any loop")
-        check_whole(model.net, model, model.hypernet, model.hypernet.output)
+    problem, facts, models = None, {}, []
+    try:
+        models = hypermasks(module, "replicate")
+        for model in models:
+            if isinstance(model.hypernet.processes, Shards):
+                raise InputError("the model is sharded already: its ranks train one model, in any loop")
+            check_whole(model.net, model, model.hypernet, model.hypernet.output)
+        facts = facts_of(models)
+    except InputError as error:
+        problem = str(error)
+    agree(facts, problem, group)
     for model in models:
         hypernet = model.hypernet
         hypernet.processes = Replicas(group)
-        hypernet.processes.make_equal([*hypernet.parameters(), *hypernet.buffers()])
+        hypernet.processes.ranks.make_equal([*hypernet.parameters(), *hypernet.buffers()])
     average_gradients(module, group)
     leave_out_of_ddp(module)
     return module

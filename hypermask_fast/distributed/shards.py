@@ -1,7 +1,6 @@
 """Shards: every process owns a slice of a hypernetwork's output, and what generates it."""
 
 import gc
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
@@ -13,9 +12,10 @@ from ..chunked import ChunkedHyperNetwork
 from ..dense import HyperNetwork
 from ..errors import InputError
 from ..model import HyperMask
-from ..processes import REPLICATE, SHARD, Shards, check_initialized
+from ..processes import REPLICATE, SHARD, Shards
+from ..ranks import check_initialized
 from ..wrapping import check_whole
-from .agreement import agree
+from .agreement import agree, facts_of
 from .reducer import average_gradients
 from .replicas import hypermasks, leave_out_of_ddp
 
@@ -37,7 +37,7 @@ def shard(module: M, mesh: Any = None) -> M:
     consumers, `save_pretrained` and `export` too.
 
     Args:
-        module: a HyperMask, or a module with one in it. Optimisers are made afterwards.
+        module: a HyperMask, or a module with one in it (which may be sharded already). Optimisers are made afterwards.
         mesh: a DeviceMesh of all ranks: 1-D, or 2-D with dimensions named ("replicate", "shard"), for replicas of
             shards. None: all ranks, 1-D.
 
@@ -52,15 +52,25 @@ def shard(module: M, mesh: Any = None) -> M:
     problem, facts, models = None, {}, []
     try:
         models = hypermasks(module, "shard")
+        if module not in models and mesh is None and all(isinstance(m.hypernet.processes, Shards) for m in models):
+            return _joined(module)  # a new one around models that are sharded already
         mesh = _mesh(models[0], mesh)
-        facts = _facts(models, mesh)
+        facts = {
+            "kind of device": mesh.device_type,
+            "mesh": (mesh.mesh.tolist(), mesh.mesh_dim_names),
+            **facts_of(models),
+        }
         for model in models:
             _check(model, mesh)
     except InputError as error:
         problem = str(error)
-    agree(facts if problem is None else {}, problem)
+    agree(facts, problem)
     for model in models:
         _shard(model, mesh)
+    return _joined(module)
+
+
+def _joined(module: M) -> M:
     average_gradients(module)
     leave_out_of_ddp(module)
     return module
@@ -91,30 +101,6 @@ def _mesh(model: HyperMask, mesh: Any) -> Any:
     return mesh if names else DeviceMesh.from_group(mesh.get_group(), kind, mesh=mesh.mesh, mesh_dim_names=(SHARD,))
 
 
-def _facts(models: Sequence[HyperMask], mesh: Any) -> dict[str, Any]:
-    """What ranks must agree about."""
-
-    def of(what: Any) -> list[Any]:
-        return [what(model) for model in models]
-
-    return {
-        "the kind of device": mesh.device_type,
-        "the mesh": (mesh.mesh.tolist(), mesh.mesh_dim_names),
-        "the number of tasks": of(lambda m: m.num_tasks),
-        "the hypernetwork's configuration": of(lambda m: m.hypernetwork),
-        "sparsity": of(lambda m: m.sparsity),
-        "the drifts' settings": of(lambda m: m.drift),
-        "what is masked": of(lambda m: m.layout),
-        "names, shapes, dtypes or requires_grad of parameters": of(
-            lambda m: [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in m.named_parameters()]
-        ),
-        "tasks removed, frozen or their classes": of(lambda m: (m.hypernet.removed, m.frozen, m.classes)),
-        "the task that is being trained": of(
-            lambda m: None if m.anchor is None else (m.anchor.task, [t.shape for t in m.anchor.targets])
-        ),
-    }
-
-
 def _check(model: HyperMask, mesh: Any) -> None:
     """Raises InputError where a model can't be sharded so."""
     hypernet = model.hypernet
@@ -127,11 +113,11 @@ def _check(model: HyperMask, mesh: Any) -> None:
         raise InputError(f"the model's parameters are on several devices, {', '.join(sorted(devices))}: move it to one")
     ranks, rows = mesh.size(mesh.ndim - 1), len(_sliced(hypernet)[0])
     if not _cut(rows, ranks):
-        kind = "chunks" if isinstance(hypernet, ChunkedHyperNetwork) else "rows"
+        kind = "chunk" if isinstance(hypernet, ChunkedHyperNetwork) else "row"
         fits = next(fewer for fewer in range(ranks, 0, -1) if _cut(rows, fewer))
         raise InputError(
-            f"a hypernetwork of {rows} {kind} can't be cut into equal slices for {ranks} ranks (the last would have "
-            f"none): {fits} ranks can share it"
+            f"a hypernetwork of {rows} {kind}{'s' * (rows > 1)} can't be cut into equal slices for {ranks} ranks (the "
+            f"last would have none): the most that can share it are {fits}"
         )
     parameters = {id(p) for p in _sliced(hypernet)}
     if any(id(p) in parameters for each in _optimizers() for group in each.param_groups for p in group["params"]):
@@ -165,7 +151,7 @@ def _shard(model: HyperMask, mesh: Any) -> None:
     ends = list(accumulate(rows, initial=0))
     shards = Shards(mesh, rows if chunked is None else [chunked.entries(*span) for span in pairwise(ends)])
     sliced = set(map(id, _sliced(hypernet)))
-    shards.make_equal(t for t in (*hypernet.parameters(), *hypernet.buffers()) if id(t) not in sliced)
+    shards.ranks.make_equal(t for t in (*hypernet.parameters(), *hypernet.buffers()) if id(t) not in sliced)
 
     def slices(whole: Tensor, dim: int) -> Any:
         return distribute_tensor(whole.detach(), mesh, shards.placements(dim))
@@ -176,7 +162,7 @@ def _shard(model: HyperMask, mesh: Any) -> None:
                 setattr(part, name, nn.Parameter(slices(parameter, 0), parameter.requires_grad))
     if model.anchor is not None:
         of_tasks, *others = model.anchor.targets or (None,)
-        shards.make_equal([model.anchor.weights, *others])
+        shards.ranks.make_equal([model.anchor.weights, *others])
         if of_tasks is not None:
             model.anchor = model.anchor._replace(targets=(slices(of_tasks, 1), *others))
     if chunked is not None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # noqa: PLC2701 # pyright: ignore[reportPrivateUsage]
 
 from ..errors import InputError
+from ..ranks import Ranks
 from .access import MaskedModule, class_with, exchange_class, is_attached
 from .scope import PLAIN, Scope
-from .synchronised import Ranks, Synchronised
+from .synchronised import Synchronised
 
 BatchNorm = _BatchNorm  # what all of PyTorch's are, nn.SyncBatchNorm too, and users' own; it has no public name
 TrackingNorm = _NormBase  # the same with nn.InstanceNorm, which can have running statistics too

@@ -1,6 +1,6 @@
 """Batch norm over the shares of a batch that several processes have, on any device."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
-
-
-class Ranks(Protocol):
-    """What is asked of the processes: see `distributed.ranks.Ranks`."""
-
-    def sum_(self, tensor: Tensor) -> None: ...
-
-    def gathered(self, tensor: Tensor) -> Tensor: ...
+from ..ranks import Ranks
 
 
 class Synchronised(TorchFunctionMode):

@@ -117,8 +117,7 @@ class Layer:
         """The path of one call with these arguments, all of them by position."""
         x, weight = values[:2]
         if not on_gpu(x):
-            why = f"mask first: on {x.device.type} W * m is made once and the product is the library's"
-            return Choice(MASK_FIRST, why)
+            return _masks_first(x.device.type)
         gradient = torch.is_grad_enabled() and any(v.requires_grad for v in values if isinstance(v, Tensor))
         rows = _power_of_2(self._rows(x, weight, values))
         sizes = weight.shape[0], weight.shape[1:].numel(), weight.shape[2:].numel()
@@ -136,6 +135,11 @@ class Layer:
         stride = values[self.stride_at]
         down, across = (stride, stride) if isinstance(stride, int) else stride
         return x.shape[0] * -(-x.shape[-2] // down) * -(-x.shape[-1] // across)
+
+
+@functools.cache
+def _masks_first(device: str) -> Choice:
+    return Choice(MASK_FIRST, f"mask first: on {device} W * m is made once and the product is the library's")
 
 
 def _power_of_2(size: int) -> int:

@@ -19,10 +19,10 @@ from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
+from ..ranks import Ranks
 from . import manifest, sharded
 from .lock import taken
 from .manifest import Manifest
-from .ranks import Ranks
 from .slices import Layout
 from .tensor_files import MANIFEST, settle, write
 
@@ -58,7 +58,7 @@ def save(
     Raises:
         InputError: it can't be written, on whichever process; the one before is still there.
     """
-    ranks = Ranks.of_tensors(tensors.values()) if ranks is None else ranks
+    ranks = sharded.spread_over(tensors.values()) if ranks is None else ranks
     layouts = {key: layout for key, tensor in tensors.items() if (layout := sharded.layout(key, tensor)) is not None}
     if layouts:
         sharded.save(run_dir, f"checkpoint-{name}", tensors, layouts, state, ranks)
@@ -144,7 +144,7 @@ def load(
     while True:
         with ranks.together():
             found, read = _newest(run_dir, device, layouts or {})
-        if len(set(ranks.gathered(read))) == 1:  # else the run has replaced it between two processes' reading
+        if len(set(ranks.told(read))) == 1:  # else the run has replaced it between two processes' reading
             return found
 
 

@@ -28,6 +28,7 @@ LENGTHS = {"training.iterations", "training.epochs"}  # one of them is set
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LOWEST = 0.1**0.5, 5, 5e-7
 GRADIENTS = ("auto", "factored", "dense")
 SHARDS = ("auto", "hypernetwork", "none")
+BATCH_NORMS = ("synchronised", "local")
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ class TrainingConfig:
         cuda_graph: whether, on a GPU, the training step is captured and replayed; in several processes it never is.
         shard: in several processes, whether each of them has a part of the hypernetwork's output layer ("hypernetwork")
             or all of it ("none"); "auto": a part, where there are rows or chunks for every one.
+        batch_norm: in several processes, whether it normalises by the whole batch ("synchronised", the numbers of one
+            process) or by each one's share ("local", whose running statistics are averaged).
         inspect: whether the masks are inspected after every task (`analysis.inspect`): inspect.json, inspect.csv, rows
             in the log, and in the folder learned what is kept of each task to measure its drift. It changes no other
-            number.
+            number. In several processes it needs shard = none.
 
     Raises:
         InputError: a value of another type or out of its range; neither iterations nor epochs, or both.
@@ -113,6 +116,7 @@ class TrainingConfig:
     gradient: Annotated[str, OneOf(GRADIENTS)] = "auto"
     cuda_graph: bool = True
     shard: Annotated[str, OneOf(SHARDS)] = "auto"
+    batch_norm: Annotated[str, OneOf(BATCH_NORMS)] = "synchronised"
     inspect: bool = False
 
     def __post_init__(self) -> None:
@@ -223,6 +227,8 @@ class RunConfig:
         if not self.hypernet.by_tensor:
             values["hypernet"].pop("by_tensor", None)  # which came later, and is off for all runs before
         del values["training"]["shard"], values["training"]["inspect"]  # which decide no number
+        if self.training.batch_norm == "synchronised":
+            del values["training"]["batch_norm"]  # which came later, and decides none then
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def with_values(self, assignments: dict[str, Any]) -> "RunConfig":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Split
+from ..processes import local
 from ..regularizers import DriftConfig
 
 _LARGE_INPUT = 1e6  # beyond it even a network of two layers has activations that Adam's first steps blow up
@@ -13,8 +14,8 @@ _LARGE_LR = 1.0  # Adam moves each weight by about lr per step; weights begin we
 
 
 def finite_weights(model: nn.Module) -> bool:
-    """Whether every parameter and buffer is finite. Waits for the device once."""
-    floats = [value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()]
+    """Whether every parameter and buffer is finite, as far as this process has them. Waits for the device once."""
+    floats = [local(value) for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()]
     return bool(torch.stack([value.isfinite().all() for value in floats]).all())
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..data import Scenario, Split
 from ..errors import InputError
 from ..inference import FITTED, Mahalanobis, evaluating, predict
+from ..masking.norms import uses_batches
 from ..model import HyperMask
-from .processes import ALONE, Processes
+from .world import ALONE, World
 
 
 class EntropyAccuracy(NamedTuple):
@@ -67,16 +68,17 @@ def accuracy(
     task: int,
     batch_size: int,
     sparsity: float | None = None,
-    processes: Processes = ALONE,
+    world: World = ALONE,
 ) -> float:
     """Percent of the split's samples whose argmax is their label, under task's mask; one host sync in all.
 
-    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch, which one
-    rank has; else several processes share the split. Counts are added up, so the percentage is that of one process.
+    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch. Several
+    processes share the split, or one of them has all of it where a sample's output depends on its batch. Their counts
+    are added up: the percentage is that of one process.
 
     Args:
         sparsity: percent, in place of the model's own (validation during the ramp).
-        processes: which all call this.
+        world: the processes that all call this.
 
     Returns:
         Percent, 0 to 100; NaN for an empty split.
@@ -84,10 +86,10 @@ def accuracy(
     with evaluating(model):
         mask = model.mask(task, sparsity)
         correct = torch.zeros((), dtype=torch.int64, device=mask.logits.device)
-        whole = task if _meets(model) else None
-        for x, y in processes.chunks(split, _batch_size(model, split, batch_size), whole):
+        whole = task if uses_batches(model.net) else None
+        for x, y in world.chunks(split, _batch_size(model, split, batch_size), whole):
             correct += (model(x, mask).argmax(-1) == y).sum()
-        correct = processes.total(correct)
+        correct = world.total(correct)
     return 100.0 * correct.item() / len(split) if len(split) else float("nan")
 
 

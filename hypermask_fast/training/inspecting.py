@@ -93,7 +93,7 @@ def read_records(folder: Path, tasks: range) -> dict[int, Learned]:
 
 
 def check_whole(model: HyperMask) -> None:
-    """Raises InputError where the hypernetwork is sharded: its masks are made by all ranks, and one of them inspects."""
+    """Raises InputError where the hypernetwork is sharded: all ranks make its masks, and one inspects."""
     if isinstance(model.hypernet.processes, Shards):
         raise InputError(
             "training.inspect = true needs all of the hypernetwork in each process: set training.shard=none"

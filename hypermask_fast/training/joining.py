@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from .. import __version__, distributed
+from ..chunked import ChunkedHyperNetwork
 from ..data import Scenario, Split, TensorSplit
 from ..errors import InputError
+from ..masking.norms import BatchNorm
 from ..model import HyperMask
 from ..model_state import network_state
 from .checkpoint import model_settings
 from .config import TrainingConfig
-from .processes import Processes
+from .world import World
 
 _PACKAGE = Path(__file__).parents[1]
 _KINDS = (".py", ".so", ".pyd", ".json")  # what of the package decides numbers
@@ -28,13 +30,11 @@ _READ = 2  # of one that reads its samples from files
 _STEPS = 64  # per unit: inputs are compared as coarsely as this, since last bits may be a processor's own
 
 
-def join(
-    processes: Processes, model: HyperMask, scenario: Scenario, config: TrainingConfig, others: object = None
-) -> None:
+def join(world: World, model: HyperMask, scenario: Scenario, config: TrainingConfig, others: object = None) -> None:
     """Compares the processes of a run and makes the model one that they train together.
 
     Args:
-        processes: several, or one, where nothing is done.
+        world: the processes; of one alone nothing is done.
         model: on its device. Where it is shared among processes already, it stays as it is.
         scenario: its labels and some of its samples are compared.
         config: how it is trained; others: what else decides that. Their `repr` is compared.
@@ -43,17 +43,17 @@ def join(
         InputError: fewer samples in a batch than processes; on all ranks where some have something else than the first
             one, naming these.
     """
-    if not processes.several:
+    if not world.several:
         return
-    if config.batch_size < processes.size:
+    if config.batch_size < world.size:
         raise InputError(
-            f"training.batch_size {config.batch_size} is smaller than the number of processes, {processes.size}: each "
+            f"training.batch_size {config.batch_size} is smaller than the number of processes, {world.size}: each "
             "of them needs a sample of every batch"
         )
-    with processes.waiting(lambda: "the run's beginning"):
-        processes.check_same(
+    with world.waiting(lambda: "the run's beginning"):
+        world.check_same(
             {
-                f"version or sources of hypermask_fast ({__version__} on rank {processes.rank})": package_digest(),
+                "version or sources of hypermask_fast": package_digest(),
                 "kind of device": next(model.parameters()).device.type.encode(),
                 "settings": repr((config, others)).encode(),
                 "networks": _networks(model),
@@ -61,7 +61,25 @@ def join(
             }
         )
         if model.hypernet.processes is None:
-            distributed.replicate(model)
+            _spread(world, model, config)
+
+
+def _spread(world: World, model: HyperMask, config: TrainingConfig) -> None:
+    slices = not config.inspect and _has_slices(model, world.size)  # one rank inspects, so all need the whole model
+    if config.shard == "hypernetwork" or (config.shard == "auto" and slices):
+        distributed.shard(model)
+    else:
+        distributed.replicate(model)
+    norms = any(isinstance(module, BatchNorm) for module in model.net.modules())
+    if norms and config.batch_norm == "synchronised":
+        distributed.synchronise_batch_norm(model)
+
+
+def _has_slices(model: HyperMask, ranks: int) -> bool:
+    """Whether the slices that torch.chunk cuts give every rank rows of the output layer, or chunks."""
+    hypernet = model.hypernet
+    rows = len(hypernet.chunk_embeddings if isinstance(hypernet, ChunkedHyperNetwork) else hypernet.output.weight)
+    return -(-rows // ranks) * (ranks - 1) < rows
 
 
 @cache

@@ -21,8 +21,8 @@ def taken(run_dir: Path) -> Iterator[None]:
     """Keeps every other process, and every other thread of this one, from training in `run_dir` within the block.
 
     The operating system holds the lock (flock on the file .lock) and gives it up when the process ends, however it
-    ends: what a killed process leaves behind locks nobody out, nor do its own processes. Blocks of one thread may be nested. Readers of the
-    folder need no lock. Where the file system has no locks, a warning says so.
+    ends: what a killed process leaves behind locks nobody out, nor do processes that it has forked. Blocks of one
+    thread may be nested. Readers of the folder need no lock. Where the file system has no locks, a warning says so.
 
     Args:
         run_dir: a folder, which exists.

@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..model import HyperMask
 from ..optim import Adam
+from ..processes import local
 from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
 
 
@@ -15,8 +16,16 @@ def optimizer(model: HyperMask, config: TrainingConfig, device: torch.device) ->
     on_gpu = device.type == "cuda"
     lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
     if config.gradient == "dense":
-        return torch.optim.Adam(model.parameters(), lr, fused=True, capturable=on_gpu)
+        return torch.optim.Adam(_groups(model), lr, fused=True, capturable=on_gpu)
     return Adam(model, lr, capturable=on_gpu, step_in_backward=True)
+
+
+def _groups(model: HyperMask) -> list[dict[str, Any]]:
+    """All parameters. Those that are sharded are a group of their own: PyTorch's fused step takes no DTensors."""
+    whole = [p for p in model.parameters() if local(p) is p]
+    sharded = [p for p in model.parameters() if local(p) is not p]
+    groups: list[dict[str, Any]] = [{"params": whole}]
+    return [*groups, {"params": sharded, "fused": False}] if sharded else groups
 
 
 def plateau(optimizer: torch.optim.Adam, config: TrainingConfig) -> ReduceLROnPlateau | None:

@@ -23,11 +23,11 @@ from .exported import load_exported as load_exported  # where it was in version 
 from .lock import LOCK, taken
 from .logs import CsvLog, Logger, Loggers, TensorBoardLog, on_terminal
 from .needs import check_memory, lack_of_memory_told
-from .processes import Processes
 from .result import Result
 from .resume import accepted_settings
 from .targets import build_target
 from .trainer import Trainer
+from .world import World
 
 LOG, TENSORBOARD = "log.csv", "tensorboard"
 
@@ -114,7 +114,7 @@ def train(
             unless the run itself fails later.
         Stopped: `stop` has said so; the run can be resumed.
     """
-    run_dir, settings, writes = Path(run_dir), config.to_toml(), Processes.here().first
+    run_dir, settings, writes = Path(run_dir), config.to_toml(), World.here().first
     report.check_packages()
     with ExitStack() as lock:
         if resume:

@@ -1,6 +1,6 @@
 """A checkpoint's tensors where several processes write or read them: each its own slices, side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import writing
 from ..processes import local
+from ..ranks import Ranks
 from .manifest import DTYPES, REPLICATED, SCRATCH, Manifest, Sharded, check_slices, free, replace, scratch
-from .ranks import Ranks
 from .slices import Layout, Region, entire, extent, meet
 from .tensor_files import MANIFEST, REMEDY, Written, check_size, opened, settle, sync, write
 
@@ -33,6 +33,20 @@ def layout(name: str, tensor: Tensor) -> Layout | None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that is not cut, as an ordinary one."""
     return local(tensor) if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def spread_over(tensors: Iterable[Tensor]) -> Ranks:
+    """The processes among which DTensors are spread; this one alone where there is none.
+
+    Raises:
+        InputError: they are spread over some of the processes only, or over several sets of them.
+    """
+    meshes = {mesh for tensor in tensors if (mesh := getattr(tensor, "device_mesh", None)) is not None}
+    if not meshes:
+        return Ranks()
+    if any(mesh.size() != dist.get_world_size() for mesh in meshes):
+        raise InputError("a checkpoint's tensors are sharded over some of the processes: shard them over all")
+    return Ranks.of()
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -76,7 +90,7 @@ def save(
             with writing(run_dir / target / file):
                 files[file] = write(mine, partial / file)
                 sync(partial / file)
-    told = ranks.gathered([files, slices])
+    told = ranks.told([files, slices])
     with ranks.together():
         if ranks.first:
             with writing(run_dir / target):

@@ -15,7 +15,7 @@ from ..data import Split, TensorSplit
 from ..data.splits import Batch
 from ..distributed import share
 from ..model import HyperMask
-from .processes import ALONE, Processes
+from .world import ALONE, World
 
 Values = dict[str, Tensor]
 _WARM_UP = 3  # eager steps before a capture: libraries make handles and workspaces in them, which a capture must not
@@ -30,7 +30,7 @@ class TaskWork:
         ranks: (steps, S) int64 kept ranks of each step (a sparsity ramp), or (1, S) for all.
         precision: "float32", or "bf16" to run the target network under autocast; thresholds, drifts and the
             optimiser stay in float32.
-        processes: which train together: each has its share of every batch, and the mean of their losses is the
+        world: the processes that train together: each has its share of every batch, and the mean of their losses is the
             batch's.
         seed, start: of the run; the task's iteration at which the first step is. They decide the ranks' own noise.
     """
@@ -42,7 +42,7 @@ class TaskWork:
     ranks: Tensor
     optimizer: torch.optim.Adam
     precision: str
-    processes: Processes = ALONE
+    world: World = ALONE
     seed: int = 0
     start: int = 0
 
@@ -91,7 +91,7 @@ def steps(work: TaskWork, graph: bool, say: Callable[[str], None], more: Iterabl
     """
     if not graph:
         return _eager(work, more)
-    if work.processes.several:
+    if work.world.several:
         say("training without a CUDA graph: several processes train together")
         return _eager(work, more)
     if not isinstance(work.split, TensorSplit):
@@ -112,7 +112,7 @@ def _eager(work: TaskWork, more: Iterable[Block]) -> Iterator[Values]:
                 yield row
 
     for done, (x, y, weight) in enumerate(_own_parts(work, rows_in_turn())):
-        with work.processes.own_noise(work.seed, work.task, work.start + done, 1):  # the network's, such as dropout
+        with work.world.own_noise(work.seed, work.task, work.start + done, 1):  # the network's, such as dropout
             values = work.step(x, y, waiting.popleft(), weight)
         yield values
 
@@ -124,16 +124,16 @@ def _own_parts(work: TaskWork, rows: Iterator[Tensor]) -> Iterator[tuple[Tensor,
     rank draws, and each takes its part of them. Other splits read the rank's own samples alone: where items are random,
     by noise of the rank's own.
     """
-    processes, split = work.processes, work.split
-    if not processes.several:
+    world, split = work.world, work.split
+    if not world.several:
         for x, y in split.batches(rows, train=True):
             yield x, y, 1.0
         return
     whole = isinstance(split, TensorSplit) and split.augment is not None
-    part, weight = share(work.rows.shape[1], processes.rank, processes.size)
+    part, weight = share(work.rows.shape[1], world.rank, world.size)
     batches = iter(split.batches(rows if whole else (row[part] for row in rows), train=True))
     for done in count():
-        with nullcontext() if whole else processes.own_noise(work.seed, work.task, work.start + done):
+        with nullcontext() if whole else world.own_noise(work.seed, work.task, work.start + done):
             batch: Batch | None = next(batches, None)
         if batch is None:
             return

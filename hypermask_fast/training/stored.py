@@ -18,11 +18,10 @@ from ..errors import InputError
 from ..inference import restored
 from ..model import HyperMask
 from ..model_state import FITTED, PREFIX, fitted, network_state
-from ..processes import local
+from ..processes import local, ranks_of
 from . import checkpoint
 from .checkpoint import BEST, MODEL, MOMENTS, OPTIMIZER
 from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
-from .ranks import Ranks
 from .slices import layouts
 from .tensor_files import MANIFEST, REMEDY
 
@@ -58,7 +57,7 @@ def load(
         InputError: there is none, it is damaged, or anything in it can't be of this run; which file, and what. Of
             several processes all raise it where one does.
     """
-    ranks = Ranks.of_model(model)
+    ranks = ranks_of(model.hypernet.processes)
     found = checkpoint.load(run_dir, device, layouts(model, _NAMES), ranks)
     with ranks.together():
         check = _Check(found.file, found.tensors, found.state, model, tasks, config, samples)
@@ -86,7 +85,7 @@ def load_network(run_dir: Path, model: HyperMask) -> tuple[dict[str, Tensor], in
         InputError: there is none, it is damaged, or it is of another model: other tensors, sparsity, fidelity or masked
             parameters.
     """
-    ranks = Ranks.of_model(model)
+    ranks = ranks_of(model.hypernet.processes)
     found = checkpoint.load(run_dir, layouts=layouts(model, _NAMES), ranks=ranks)
     with ranks.together():
         check = _Check(found.file, found.tensors, found.state, model, model.num_tasks, _NOT_KNOWN, None)

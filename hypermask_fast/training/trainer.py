@@ -17,8 +17,8 @@ from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
-from ..regularizers import Anchor
-from . import checkpoint, describe, optimizers, stored
+from ..processes import ranks_of
+from . import checkpoint, describe, optimizers, stored, under_way
 from .config import TrainingConfig
 from .divergence import cause, finite_weights
 from .evaluation import accuracy, check_outputs
@@ -29,12 +29,11 @@ from .lock import taken
 from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
 from .order import batch_rows
-from .processes import Processes, Stopping
-from .ranks import Ranks
 from .report import check_no_reports, check_packages, device_name, write_reports
 from .result import Result, text_after_task
 from .step import Block, TaskWork
 from .step import steps as training_steps
+from .world import Stopping, World
 
 
 @dataclass
@@ -107,29 +106,29 @@ class Trainer:
         if config.validates and any(len(task.validation) == 0 for task in scenario.tasks):
             raise InputError("keep = best and schedule = plateau need validation data: set data.validation")
         self.device = torch.device(device)
-        self.processes = Processes.here()
+        self.world = World.here()
         self.model = model.to(self.device)
         self.scenario = scenario.to(self.device)
         check_outputs(self.model, self.scenario)
-        join(self.processes, self.model, self.scenario, config, (ramp, seed, settings))
+        join(self.world, self.model, self.scenario, config, (ramp, seed, settings))
         if config.inspect:
             check_whole(self.model)
         self.config, self.ramp, self.seed = config, ramp, seed
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.settings, self.earlier_settings = settings, tuple(earlier_settings)
-        self.report = Path(report) if report is not None and self.processes.first else None
+        self.report = Path(report) if report is not None and self.world.first else None
         if self.report is not None:
             check_packages()
         self.about = about or describe.about_training(self.model, self.scenario, config, seed)
         shown = logger is None and on_terminal() if progress is None else progress
-        self._terminal = self._progress(shown and self.processes.first)
-        loggers = (logger, self._terminal) if self.processes.first else ()
+        self._terminal = self._progress(shown and self.world.first)
+        loggers = (logger, self._terminal) if self.world.first else ()
         self.logger = Loggers([each for each in loggers if each is not None])
         self.on_task_end = on_task_end or (lambda result: None)
         tasks = len(scenario.tasks)
         nothing = torch.full((tasks + 1, tasks), float("nan"), dtype=torch.float64)
         self.result = Result(nothing[1:], nothing[0])
-        self.stop = Stopping(stop or (lambda: False), self.processes)
+        self.stop = Stopping(stop or (lambda: False), self.world)
         self._inspector: Inspector | None = None
         self._at = _Position()
         self._finite, self._kept = 0, ""  # the task's last iteration whose loss was seen; the checkpoint there is
@@ -151,13 +150,13 @@ class Trainer:
             if not resume:
                 check_no_reports(self.report)
             _folder(self.report)  # now, not when the first task is done
-        if self.config.inspect and self.processes.first and not resume:
+        if self.config.inspect and self.world.first and not resume:
             check_no_inspection(self.run_dir or self.report)
         on_gpu = self.device.type == "cuda"
-        written = self.run_dir if self.processes.first else None
+        written = self.run_dir if self.world.first else None
         try:
             with (
-                self.processes.waiting(lambda: self._place() + self._kept),
+                self.world.waiting(lambda: self._place() + self._kept),
                 torch.cuda.device(self.device) if on_gpu else nullcontext(),  # a graph is captured on the current one
                 nullcontext() if written is None else taken(_folder(written)),
             ):
@@ -176,7 +175,7 @@ class Trainer:
         else:
             torch.manual_seed(self.seed)
             self.result.baseline.copy_(self._test_accuracies())
-        if self.config.inspect and self.processes.first:  # every rank has the whole model
+        if self.config.inspect and self.world.first:  # every rank has the whole model
             self._inspector = Inspector(self.run_dir or self.report, self._at.task)
         while self._at.task < len(self.scenario.tasks):
             self._train_task(self._at.task, restored)
@@ -197,12 +196,12 @@ class Trainer:
 
     def _saved(self, resume: bool) -> Path | None:
         """Where the checkpoint is that all ranks go on from; None where there is none."""
-        if self.run_dir is None or not (resume or self.processes.first):
+        if self.run_dir is None or not (resume or self.world.first):
             return None
         saved = self.run_dir if checkpoint.exists(self.run_dir) else None
         if resume:
             content = b"" if saved is None else (saved / checkpoint.MANIFEST).read_bytes()
-            self.processes.check_same({f"checkpoint in {self.run_dir}": content})
+            self.world.check_same({f"checkpoint in {self.run_dir}": content})
         elif saved is not None:
             raise InputError(f"{saved} holds a checkpoint: fit(resume=True) goes on from it")
         return saved
@@ -215,7 +214,8 @@ class Trainer:
         self.on_task_end(self.result)
 
     def _progress(self, shown: bool) -> TerminalLog | None:
-        title = f"{self.about.title}; {self.about.details}; {device_name(self.device)}"
+        several = f", {self.world.size} processes" if self.world.several else ""
+        title = f"{self.about.title}; {self.about.details}; {device_name(self.device)}{several}"
         labels = [self.scenario.label(task) for task in range(len(self.scenario.tasks))]
         return TerminalLog(len(labels), title, labels=labels) if shown else None
 
@@ -227,7 +227,7 @@ class Trainer:
         optimizer = optimizers.optimizer(self.model, self.config, self.device)
         plateau = optimizers.plateau(optimizer, self.config)
         if restored:
-            self._restore_task(optimizer, plateau, restored)
+            under_way.restore(restored, self._restored_state, self.model, optimizer, plateau)
         else:
             self.model.begin_task(task)
         self._finite = start
@@ -235,7 +235,7 @@ class Trainer:
         blocks = self._blocks(task, split, start, length)
         rows, ranks = next(blocks)
         work = TaskWork(
-            self.model, task, split, rows, ranks, optimizer, self.config.precision, self.processes, self.seed, start
+            self.model, task, split, rows, ranks, optimizer, self.config.precision, self.world, self.seed, start
         )
         graph = self.config.cuda_graph and self.device.type == "cuda"
         steps = training_steps(work, graph, self.logger.message, blocks)
@@ -292,7 +292,7 @@ class Trainer:
             if plateau is not None and done % epoch == 0:
                 plateau.step(logged["validation_accuracy"])
         if logged or done % self.config.log_every == 0 or done == length or self._seen_to_diverge(values["loss"]):
-            values = self.processes.means(values)
+            values = self.world.means(values)
             logged |= {name: value.item() for name, value in values.items()}
             logged |= {"lr": float(optimizer.param_groups[0]["lr"]), "sparsity": sparsity}
             self.logger.step(task, done, logged)
@@ -302,7 +302,7 @@ class Trainer:
 
     def _seen_to_diverge(self, loss: Tensor) -> bool:
         """Whether this step's loss is not finite, where looking costs nothing and all processes see the same."""
-        if loss.device.type != "cpu" or self.processes.several:
+        if loss.device.type != "cpu" or self.world.several:
             return False
         if finite := isfinite(loss.item()):
             self._finite = self._at.iteration
@@ -310,8 +310,8 @@ class Trainer:
 
     def _check_weights(self, values: dict[str, Tensor]) -> None:
         """Before they are saved: raises InputError where they are not finite, so that the checkpoint before stays."""
-        if not self.processes.all_say(finite_weights(self.model)):
-            raise self._diverged("the weights are not finite after", self.processes.means(values))
+        if not self.world.all_say(finite_weights(self.model)):
+            raise self._diverged("the weights are not finite after", self.world.means(values))
 
     def _diverged(self, what: str, values: dict[str, Tensor]) -> InputError:
         task, done = self._at.task, self._at.iteration
@@ -324,7 +324,7 @@ class Trainer:
         """Validation accuracy now, percent; keeps a copy of the model where it is the task's best so far."""
         task = self._at.task
         split, batch = self.scenario.tasks[task].validation, self.config.evaluation_batch
-        value = accuracy(self.model, split, task, batch, sparsity, self.processes)
+        value = accuracy(self.model, split, task, batch, sparsity, self.world)
         if self.config.keep == "best" and value > self._at.best_accuracy:
             self._at.best_accuracy = value
             self._at.best_model = {name: tensor.clone() for name, tensor in network_state(self.model).items()}
@@ -332,7 +332,7 @@ class Trainer:
 
     def _test_accuracies(self) -> Tensor:
         values = [
-            accuracy(self.model, task.test, number, self.config.evaluation_batch, None, self.processes)
+            accuracy(self.model, task.test, number, self.config.evaluation_batch, None, self.world)
             for number, task in enumerate(self.scenario.tasks)
         ]
         return torch.tensor(values, dtype=torch.float64)
@@ -344,7 +344,7 @@ class Trainer:
         return self.run_dir is not None and every > 0 and done % every == 0 and done < length
 
     def _save(self, optimizer: torch.optim.Adam | None = None, plateau: ReduceLROnPlateau | None = None) -> None:
-        """Within a task, all that the rest of it depends on; between tasks, the model and the results. By all ranks."""
+        """Within a task, all that the rest of it depends on; between tasks, the model and the results. On all ranks."""
         if self.run_dir is None:
             return
         at = self._at
@@ -363,17 +363,8 @@ class Trainer:
             "model": checkpoint.model_settings(self.model),
         }
         if optimizer is not None:
-            tensors |= checkpoint.optimizer_tensors(optimizer, self.model)
-            anchor = self.model.anchor
-            assert anchor is not None, "begin_task made it"
-            tensors["anchor.weights"] = anchor.weights
-            tensors |= {f"anchor.targets.{i}": target for i, target in enumerate(anchor.targets)}
-            tensors |= {checkpoint.BEST + name: tensor for name, tensor in at.best_model.items()}
-            state["lr"] = float(optimizer.param_groups[0]["lr"])
-            state[checkpoint.MOMENTS] = sorted(n for n, p in self.model.named_parameters() if optimizer.state.get(p))
-        if plateau is not None:
-            state["plateau"] = {"best": plateau.best, "num_bad_epochs": plateau.num_bad_epochs}
-        ranks = Ranks.of_model(self.model)
+            under_way.add(tensors, state, self.model, optimizer, plateau, at.best_model)
+        ranks = ranks_of(self.model.hypernet.processes)
         checkpoint.save(self.run_dir, f"{at.task:03d}-{at.iteration:07d}", tensors, state, ranks)
         self._keeps()
 
@@ -405,21 +396,10 @@ class Trainer:
             state["steps"],
             state["peak_memory"],
         )
-        prefix = checkpoint.BEST
-        best = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], best)
+        self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], under_way.best_model(tensors))
         self._restored_state = state
         self._keeps()
         return tensors if self._at.iteration > 0 else {}
-
-    def _restore_task(
-        self, optimizer: torch.optim.Adam, plateau: ReduceLROnPlateau | None, tensors: dict[str, Tensor]
-    ) -> None:
-        state = self._restored_state
-        targets = sorted(key for key in tensors if key.startswith("anchor.targets."))
-        self.model.anchor = Anchor(self._at.task, tensors["anchor.weights"], tuple(tensors[key] for key in targets))
-        checkpoint.restore_optimizer(optimizer, self.model, tensors)
-        optimizers.restore_schedule(optimizer, plateau, state)
 
 
 def _folder(path: Path) -> Path:

@@ -36,6 +36,10 @@ def test_batch_norms_of_other_kinds(found, kind):
     check_one_model(found, kind, trained(convnet(kind), alone=True))
 
 
+def test_a_sharded_model(found):
+    check_one_model(found, "shard", trained(convnet(), alone=True))
+
+
 def test_a_batch_of_several_tasks(found):
     check_one_model(found, "mixed", trained(convnet(), loop="mixed", alone=True))
 

@@ -7,6 +7,7 @@ from support.launched import command
 from support.launching import ranks
 
 from hypermask_fast import cli
+from hypermask_fast.training.config import load_preset
 
 SETTINGS = "data.tasks=2 training.iterations=20 training.log_every=5 training.checkpoint_every=8 target.hidden=[16]"
 TRAIN = ["train", "split-digits", *(word for setting in SETTINGS.split() for word in ("--set", setting))]
@@ -30,6 +31,7 @@ def test_the_numbers_of_one_process_told_once(tmp_path, alone, count):
     assert first.code == 0 and first.err.count("after task 1") == 1 and "average accuracy" in first.out
     assert [(rank.code, rank.out, rank.err) for rank in others] == [(0, "", "")] * len(others)
     folder = tmp_path / "run"
+    assert (folder / "checkpoint-002-0000000").is_dir(), "sharded"
     assert (folder / "metrics.json").read_bytes() == (alone / "metrics.json").read_bytes()
     assert (folder / "config.toml").read_bytes() == (alone / "config.toml").read_bytes()
     for mine, theirs in zip(rows(folder), rows(alone), strict=True):
@@ -81,10 +83,12 @@ def test_variables_that_are_not_all_there(tmp_path, missing):
 
 
 def test_what_one_rank_alone_finds_wrong_ends_all(tmp_path):
-    (tmp_path / "0").write_text("")
-    words = ["train", "split-mnist", "--data-dir", str(tmp_path / "RANK"), "--out", str(tmp_path / "run")]
-    ended = ranks(2, command, words)
-    assert all(rank.code in (2, 3) for rank in ended)
+    for rank in (0, 2):
+        (tmp_path / f"{rank}.toml").write_text(load_preset("split-digits").to_toml())
+    ended = ranks(3, command, ["train", str(tmp_path / "RANK.toml"), "--out", str(tmp_path / "run")])
+    assert sorted(rank.code for rank in ended) == [2, 3, 3]
+    assert f"cannot read configuration {tmp_path / '1.toml'}" in one_line(ended, LOST)
+    assert not (tmp_path / "run").exists()
 
 
 FAULTS = {
@@ -107,13 +111,14 @@ def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, what):
     assert json.loads((tmp_path / "run" / "checkpoint.json").read_text())["state"]["iteration"] == 8
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_signal_to_one_rank_stops_all_at_one_place(tmp_path, alone, who):
+@pytest.mark.parametrize(("who", "then"), [(0, 2), (1, 1), (1, 3)])
+def test_a_signal_to_one_rank_stops_all_at_one_place(tmp_path, alone, who, then):
+    """And the run goes on in any number of processes."""
     words = [*TRAIN, "--out", str(tmp_path / "run")]
     ended = ranks(2, command, words, {who: (5, "terminate", 0.0)})
     assert [rank.code for rank in ended] == [143 if rank == who else 130 for rank in range(2)]
     line = one_line(ended, "hypermask-fast: interrupted: stopped at task ")
     assert "which is saved; the same command with --resume goes on" in line
-    ended = ranks(2, command, [*words, "--resume"])
-    assert [rank.code for rank in ended] == [0, 0], ended
+    ended = ranks(then, command, [*words, "--resume"])
+    assert [rank.code for rank in ended] == [0] * then, ended
     assert (tmp_path / "run" / "metrics.json").read_bytes() == (alone / "metrics.json").read_bytes()

@@ -11,19 +11,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.framework import TASKS, model_and_data
+from torch.utils.data import DistributedSampler
 
 ROOT = Path(__file__).parents[2]
 CLIP, BATCH = 0.05, 16  # of the examples
 
 
-def by_hand(accumulate, dealt_to=1):
+def by_hand(accumulate, dealt_to=None):
     """Losses of each task and parameters: gradients of so many batches averaged, then clipped.
 
-    dealt_to: so many ranks are dealt one sample after the other, as torch's DistributedSampler does.
+    dealt_to: samples are drawn for so many ranks, as Lightning has torch's DistributedSampler do it.
     """
     model, x, y = model_and_data()
-    order = torch.arange(x.shape[1]).view(-1, BATCH, dealt_to).transpose(1, 2).flatten()
-    x, y, losses = x[:, order], y[:, order], []
+    losses = []
+    if dealt_to:
+        drawn = [list(DistributedSampler(x[0], dealt_to, rank)) for rank in range(dealt_to)]
+        order = torch.tensor(drawn).view(dealt_to, -1, BATCH).transpose(0, 1).flatten()
+        x, y = x[:, order], y[:, order]
     for task in range(TASKS):
         optimizer = torch.optim.Adam(model.parameters(), 1e-2)
         model.begin_task(task)
@@ -57,6 +61,8 @@ CASES = {
     "Lightning by hand": ("with_lightning", ["lightning"], (), ("manual",)),
     "Lightning in two processes": ("with_lightning", ["lightning"], TORCHRUN, ()),
     "Lightning by hand in two processes": ("with_lightning", ["lightning"], TORCHRUN, ("manual",)),
+    "Lightning, sharded": ("with_lightning", ["lightning"], TORCHRUN, ("sharded",)),
+    "accelerate, sharded": ("with_accelerate", ["accelerate"], TORCHRUN, ("sharded",)),
     "accelerate": ("with_accelerate", ["accelerate"], (), ()),
     "accelerate in two processes": ("with_accelerate", ["accelerate"], TORCHRUN, ()),
     "transformers": ("with_transformers", ["transformers", "accelerate"], (), ()),
@@ -78,7 +84,7 @@ def test_the_numbers_are_those_of_a_loop_by_hand(name, tmp_path):
     run(tmp_path, launcher, script, str(ROOT / f"examples/{example}.py"), str(tmp_path / "found"), *arguments)
     ranks = [torch.load(file) for file in sorted(tmp_path.glob("found.*.pt"))]
     assert len(ranks) == (2 if launcher else 1)
-    losses, parameters = by_hand(2 * len(ranks), len(ranks) if example == "with_lightning" else 1)
+    losses, parameters = by_hand(2 * len(ranks), len(ranks) if launcher and example == "with_lightning" else None)
     for rank, (found, own) in enumerate(ranks):
         for task in range(TASKS):
             mine = torch.tensor(losses[task][rank :: len(ranks)])

@@ -223,3 +223,18 @@ def test_fitting_leaves_the_model_as_it_was():
     assert model.training and not model.net[1].training
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
     assert not model.net[5]._forward_pre_hooks
+
+
+def test_parameters_of_each_task_s_own_are_no_other_task_s():
+    torch.manual_seed(0)
+    model = hmf.HyperMask(small_convnet(), 3, 30, hmf.HypernetConfig(6, (8,)), per_task="norm").eval()
+    data = {t: (torch.randn(30, 2, 8, 8) + t, torch.arange(30) % 5) for t in range(3)}
+    FeCAM.fit(model, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_task(like=1)
+        predict(model, data[0][0], model.all_masks([0, 1, 2]), method="fecam")
+    with torch.no_grad():
+        model.own["1/weight"][1].mul_(2)
+    with pytest.warns(UserWarning, match=STALE.format("FeCAM", "1:")):
+        predict(model, data[0][0], model.all_masks([0, 1, 2]), method="fecam")

@@ -36,7 +36,7 @@ def test_the_emulation_finds_mistakes(emulated):
 @each_operator
 def test_opcheck(name):
     torch.use_deterministic_algorithms(False)  # opcheck runs the ops through inductor's own paths
-    opcheck(getattr(EXTENSION, name).default, native_arguments(grad=not name.endswith("backward"))[name])
+    opcheck(getattr(EXTENSION, name).default, native_arguments()[name])  # gradients are those of hypermask_fast.ops
 
 
 @pytest.mark.native

@@ -151,6 +151,8 @@ def _slice_edits() -> Iterator[tuple[str, Edit]]:
     yield "three dimensions", lambda f: f.sharded()["shape"].append(1)
     yield "overlap", lambda f: _end(f, 0, f.sharded()["slices"][SECOND][0] - 1)
     yield "gap", lambda f: _end(f, 0, f.sharded()["slices"][SECOND][0] + 1)
+    yield "overlap that the file has", lambda f: _grow(f, -1, lambda t: torch.cat([t[:1], t]))
+    yield "gap that the file has", lambda f: _grow(f, 1, lambda t: t[1:])
     yield "short of the end", lambda f: _end(f, 1, f.sharded()["slices"][SECOND][1] - 1)
     yield "beyond the end", lambda f: _end(f, 1, f.sharded()["slices"][SECOND][1] + 1)
     yield "backwards", lambda f: f.sharded()["slices"][SECOND].reverse()
@@ -205,6 +207,12 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 
 def _end(forged: Forged, number: int, value: Any) -> None:
     forged.sharded()["slices"][SECOND][number] = value
+
+
+def _grow(forged: Forged, by: int, change: Callable[[Tensor], Tensor]) -> None:
+    """Another beginning of the second slice, of which the file has exactly so much."""
+    _end(forged, 0, forged.sharded()["slices"][SECOND][0] + by)
+    _change(forged, SECOND, WEIGHT, change)
 
 
 def _rename(forged: Forged, name: str) -> None:

@@ -1,5 +1,7 @@
 """Runs an example's train() on given data, in a process of its own: framework.py EXAMPLE FILE [argument of train].
 
+With the argument "sharded" the model is sharded where the example makes replicas.
+
 FILE.RANK.pt then holds the losses of each task and the parameters after both.
 """
 
@@ -24,14 +26,25 @@ def model_and_data():
     return model, x, y
 
 
+def shard_instead(model):
+    """Frameworks clip by PyTorch's function, which can't take tensors and DTensors together."""
+    torch.distributed.init_process_group("gloo")
+    hmf.distributed.shard(model)
+    hmf.distributed.replicate = lambda module: module if module is model else hmf.distributed.shard(module)
+    nn.utils.clip_grad_norm_ = hmf.optim.clip_grad_norm_
+
+
 def main() -> None:
     example, file, *more = sys.argv[1:]
     spec = importlib.util.spec_from_file_location("example", example)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model, x, y = model_and_data()
+    if "sharded" in more:
+        more.remove("sharded")
+        shard_instead(model)
     losses = [module.train(model, task, x[task], y[task], *map(bool, more)) for task in range(TASKS)]
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: getattr(p, "full_tensor", p.clone)().detach() for name, p in model.named_parameters()}
     torch.save((losses, parameters), f"{file}.{os.environ.get('RANK', '0')}.pt")
 
 

@@ -1,4 +1,4 @@
-"""Runs of split-digits under torchrun whose ranks are killed at random moments: metrics.json must be the same each time.
+"""Runs of split-digits under torchrun whose ranks are killed at random moments: metrics.json is the same each time.
 
     PYTHONPATH=.:tests python -m support.kill_ranks --kills 20
 

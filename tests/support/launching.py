@@ -2,12 +2,13 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,23 +29,31 @@ class Ended(NamedTuple):
     result: Any
 
 
+def agent_store() -> Any:
+    """A store that outlives the ranks, as that of one torchrun does from restart to restart."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def ranks(
     count: int,
     function: Callable[..., Any],
     *arguments: Any,
     environment: dict[str, str] | None = None,
     seconds: float = 200,
-    meanwhile: Callable[[Sequence[Any]], None] | None = None,
+    store: Any = None,
 ) -> list[Ended]:
     """Runs function(rank, *arguments) in `count` processes with torchrun's variables; those that hang are killed.
 
     environment: changes of the variables; one that is "" is not set.
-    meanwhile: called with the processes once all are started.
+    store: as torchrun has one, see `agent_store`; None: the first process has it.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if store is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port, shared = free.getsockname()[1], {}
+    else:
+        port, shared = store.port, {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:
         started = []
@@ -55,8 +64,6 @@ def ranks(
             process.start()
             there.close()
             started.append((process, here))
-        if meanwhile is not None:
-            meanwhile([process for process, _ in started])
         until = time.monotonic() + seconds
         return [_ended(process, here, f"{folder}/{rank}", until) for rank, (process, here) in enumerate(started)]
 
@@ -65,7 +72,7 @@ def _ended(process: Any, here: Connection, files: str, until: float) -> Ended:
     result = None
     try:
         if here.poll(max(until - time.monotonic(), 0)):
-            result = here.recv()
+            result = pickle.loads(here.recv_bytes())
     except EOFError:
         pass
     process.join(max(until - time.monotonic(), 1))
@@ -89,5 +96,5 @@ def _rank(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     result = function(rank, *arguments)
-    there.send(result)
+    there.send_bytes(pickle.dumps(result))  # `send` would share tensors, which end with the process
     sys.exit(result if isinstance(result, int) else 0)

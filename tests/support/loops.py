@@ -91,7 +91,11 @@ def train(model, optimiser, loop="plain", call=None, alone=False, batch=data, ta
 
 def state(model):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def averaged(tensor, alone):

@@ -67,9 +67,9 @@ def convnet(kind="BatchNorm2d", fidelity="default", seed=1, tasks=TASKS, dtype=t
     return model.to(dtype)
 
 
-def synchronised(*arguments, evaluation=False, **settings):
+def synchronised(*arguments, evaluation=False, how="replicate", **settings):
     """Each rank begins elsewhere."""
-    model = hmf.distributed.replicate(convnet(*arguments, seed=1 + dist.get_rank(), **settings))
+    model = getattr(hmf.distributed, how)(convnet(*arguments, seed=1 + dist.get_rank(), **settings))
     return hmf.distributed.synchronise_batch_norm(model, evaluation)
 
 
@@ -84,6 +84,7 @@ def work():
             found[fidelity, dtype] = trained(synchronised(fidelity=fidelity, dtype=dtype), dtype=dtype)
     for kind in ("SyncBatchNorm", "untracked", "cumulative", "activated"):
         found[kind] = trained(synchronised(kind))
+    found["shard"] = trained(synchronised(how="shard"))
     found["mixed"] = trained(synchronised(), loop="mixed")
     found["own norms"] = trained(synchronised(per_task="norm"))
     for kind in OTHERS:

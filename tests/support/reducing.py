@@ -12,20 +12,24 @@ from torch.utils.checkpoint import checkpoint
 import hypermask_fast as hmf
 from support.loops import BATCH, counted, data, mlp, refusal, state, train
 
+PARTS = ("accumulate", "clip", "mixed")
 LOOPS = [
-    *((optimiser, None, loop) for optimiser in ("SGD", "default") for loop in ("accumulate", "clip", "mixed")),
-    *((optimiser, None, "plain") for optimiser in ("SGD", "Adam", "default", "step_in_backward")),
-    ("default", 40, "plain"),
+    *(("replicate", optimiser, None, loop) for optimiser in ("SGD", "default") for loop in PARTS),
+    *(("replicate", optimiser, None, "plain") for optimiser in ("SGD", "Adam", "default", "step_in_backward")),
+    ("replicate", "default", 30, "plain"),
+    *(("shard", "default", None, loop) for loop in ("plain", *PARTS)),
+    ("shard", "step_in_backward", None, "plain"),
+    ("shard", "default", 30, "plain"),
 ]
 
 
-def replica(**settings):
+def replica(how="replicate", **settings):
     """Each rank begins elsewhere."""
-    return hmf.distributed.replicate(mlp(1 + dist.get_rank(), **settings))
+    return getattr(hmf.distributed, how)(mlp(1 + dist.get_rank(), **settings))
 
 
 def loops():
-    found = {case: train(replica(chunk_size=case[1]), case[0], case[2]) for case in LOOPS}
+    found = {case: train(replica(case[0], chunk_size=case[2]), case[1], case[3]) for case in LOOPS}
     return found | {"cases": {name: case() for name, case in CASES.items()}}
 
 
@@ -143,12 +147,13 @@ def of_a_task_added_later():
     return {f"own.{i}": p.grad.clone() for i, p in enumerate(model.own.parameters()) if p.grad is not None}
 
 
-def of_a_wrapper():
-    """With a layer of its own, and the model exchanged alone before."""
+def of_a_wrapper(how="replicate"):
+    """With a layer of its own, and the model joined alone before."""
     torch.manual_seed(1)
-    wrapped = nn.Sequential(replica(), nn.Linear(3, 3).double())
-    hmf.distributed.replicate(wrapped)
-    hmf.distributed.replicate(wrapped[0])
+    wrapped = nn.Sequential(replica(how), nn.Linear(3, 3).double())
+    getattr(hmf.distributed, how)(wrapped)
+    if how == "replicate":
+        hmf.distributed.replicate(wrapped[0])
     x, y = data(0, 0)
     rows, weight = hmf.distributed.share(BATCH)
     (weight * F.cross_entropy(wrapped[1](wrapped[0](x[rows], 0)), y[rows])).backward()
@@ -256,6 +261,7 @@ CASES = {
     "copy": of_a_copy,
     "added": of_a_task_added_later,
     "wrapper": of_a_wrapper,
+    "wrapper of shards": lambda: of_a_wrapper("shard"),
     "sparse": sparse,
     "dtypes": of_several_dtypes,
     "half": in_half_precision,

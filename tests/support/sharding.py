@@ -16,15 +16,17 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
-from hypermask_fast.processes import local
-from hypermask_fast.training import checkpoint, run, stored, tensor_files
-from hypermask_fast.training.config import RunConfig, load_preset, stored_config
-from hypermask_fast.training.ranks import Ranks
-from support.networks import blob_model
+from hypermask_fast.processes import local, ranks_of
+from hypermask_fast.ranks import Ranks
+from hypermask_fast.training import checkpoint, run, step, stored, tensor_files
+from hypermask_fast.training.config import RunConfig, TrainingConfig, load_preset, stored_config
+from hypermask_fast.training.result import Result
+from hypermask_fast.training.trainer import Trainer
+from support.networks import blob_model, blob_scenario
 
 SMALL = {
     "data.tasks": 2,
@@ -59,17 +61,6 @@ def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
-def shard(model: hmf.HyperMask, mesh: DeviceMesh) -> hmf.HyperMask:
-    hypernet: Any = model.hypernet
-    chunked = hasattr(hypernet, "chunk_embeddings")
-    owner, names = (hypernet, ["chunk_embeddings"]) if chunked else (hypernet.output, ["weight", "bias"])
-    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    for name in names:
-        value = getattr(owner, name).detach()
-        setattr(owner, name, nn.Parameter(distribute_tensor(value, mesh, placements)))
-    return model
-
-
 def loaded(run_dir: Path, model: hmf.HyperMask) -> checkpoint.Checkpoint:
     """The run's checkpoint, as the Trainer loads it; the model is what it goes into."""
     config = stored_config(run_dir)
@@ -79,14 +70,16 @@ def loaded(run_dir: Path, model: hmf.HyperMask) -> checkpoint.Checkpoint:
 
 
 def sharded_model(run_dir: Path, shape: tuple[int, ...]) -> hmf.HyperMask:
-    return shard(run.build_model(stored_config(run_dir), scenario()), mesh_of(shape))
+    return hmf.distributed.shard(run.build_model(stored_config(run_dir), scenario()), mesh_of(shape))
 
 
 def save_again(rank: int, run_dir: Path, shape: tuple[int, ...]) -> None:
     """The run's checkpoint, whoever has saved it, saved by a mesh of ranks."""
     model = sharded_model(run_dir, shape)
     tensors, state, _ = loaded(run_dir, model)
-    checkpoint.save(run_dir, f"{state['task']:03d}-{state['iteration']:07d}", tensors, state, Ranks.of_model(model))
+    checkpoint.save(
+        run_dir, f"{state['task']:03d}-{state['iteration']:07d}", tensors, state, ranks_of(model.hypernet.processes)
+    )
 
 
 def differences(rank: int, sources: list[Path], ordinary: Path, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -132,7 +125,7 @@ CHANGES = (
     (os, "fsync"),
     (tensor_files, "save_file"),
     (Path, "write_text"),
-    (Ranks, "gathered"),
+    (Ranks, "told"),
 )
 
 
@@ -148,7 +141,7 @@ def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def save_replicas(rank: int, run_dir: Path, state: dict[str, Any]) -> None:
     tensors = {name: tensor + rank for name, tensor in whole(state).items()}  # so that it shows whose are saved
-    checkpoint.save(run_dir, f"000-{state['task']:07d}", tensors, state, Ranks([None]))
+    checkpoint.save(run_dir, f"000-{state['task']:07d}", tensors, state, Ranks.of())
 
 
 def save(rank: int, run_dir: Path, state: dict[str, Any]) -> None:
@@ -214,6 +207,55 @@ def _told(call: Callable[[], object]) -> str:
     except InputError as error:
         return str(error)
     return "accepted"
+
+
+# -- the Trainer -------------------------------------------------------------------------------------------------------
+
+
+class Died(Exception):
+    """What ends training at a certain step."""
+
+
+def model_of(kind: str) -> hmf.HyperMask:
+    torch.manual_seed(1)
+    config = hmf.HypernetConfig(embedding=8, hidden=(12,), chunk_size={"dense": None, "chunks": 10}[kind])
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+    return hmf.HyperMask(net, 2, 20, config, beta=0.1, lam=1e-3)
+
+
+def trains(rank: int, run_dir: Path, kind: str, shape: tuple[int, ...] | None, steps: int | None) -> Result:
+    """Goes on in the folder, on a mesh or, for None, in a single process, until it dies after so many steps."""
+    model, done, do = model_of(kind), itertools.count(), step.TaskWork.step
+
+    def dying(*arguments: Any, **named: Any) -> Any:
+        if next(done) == steps:
+            raise Died
+        return do(*arguments, **named)
+
+    if shape is not None:
+        hmf.distributed.shard(model, mesh_of(shape))
+    step.TaskWork.step = dying
+    config = TrainingConfig(iterations=12, batch_size=32, lr=0.01, checkpoint_every=3, validate_every=4, keep="best")
+    try:
+        return Trainer(model, blob_scenario(2), config, run_dir=run_dir, progress=False).fit(resume=True)
+    finally:
+        step.TaskWork.step = do
+
+
+def trains_until_it_dies(*arguments: Any) -> str:
+    try:
+        trains(*arguments)
+    except Died:
+        return "died"
+    return "ended"
+
+
+def with_load_model(rank: int, run_dir: Path, kind: str, shape: tuple[int, ...]) -> tuple[int, str]:
+    """What `load_model` says of a sharded model, of the right kind and of another one."""
+    model = hmf.distributed.shard(model_of(kind), mesh_of(shape))
+    learned = run.load_model(run_dir, model)
+    other = hmf.distributed.shard(model_of({"dense": "chunks", "chunks": "dense"}[kind]), mesh_of(shape))
+    return learned, _told(lambda: run.load_model(run_dir, other))
 
 
 # -- torch.distributed.checkpoint --------------------------------------------------------------------------------------

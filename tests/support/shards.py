@@ -23,9 +23,13 @@ CASES = [
 ]
 
 
-def small_model(kind="dense", dtype=torch.float64, seed=1):
+def small_net(seed):
     torch.manual_seed(seed)
-    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+
+
+def small_model(kind="dense", dtype=torch.float64, seed=1):
+    net = small_net(seed)
     config = hmf.HypernetConfig(embedding=8, hidden=(12, 10), chunk_embedding=4, **KINDS[kind])
     return hmf.HyperMask(net, TASKS, 20, config, beta=0.5, lam=0.02, drift_norm=2).to(dtype)
 

@@ -21,7 +21,12 @@ from support.reducing import gradients, loss_of
 
 replica = partial(reducing.replica, per_task=None)  # then every parameter is in every pass
 
-LOOPS = [("SGD", "plain"), ("default", "accumulate"), ("step_in_backward", "plain"), ("default", "clip")]
+LOOPS = [
+    ("replicate", "SGD", "plain"),
+    *(("replicate", "default", loop) for loop in ("accumulate", "clip")),
+    *((how, "step_in_backward", "plain") for how in ("replicate", "shard")),
+    ("shard", "default", "plain"),
+]
 
 
 class Wrapped(nn.Module):
@@ -35,8 +40,8 @@ class Wrapped(nn.Module):
         return self.head(self.model(x, mask if isinstance(mask, hmf.TaskMask) else self.model.mask(mask)))
 
 
-def loop(optimiser, kind):
-    model = replica()
+def loop(how, optimiser, kind):
+    model = replica(how)
     return train(model, optimiser, kind, call=DistributedDataParallel(model, gradient_as_bucket_view=True))
 
 
@@ -170,6 +175,8 @@ def shards():
         "the model": of(lambda model: fully_shard(model, mesh=mesh)),
         "a replica": of(lambda model: fully_shard(model, mesh=mesh), made=replica),
         "in a pass": of(lambda model: fully_shard(model, mesh=mesh), lambda model: model(x, 0)),
+        "shards of shards": of(lambda model: fully_shard(model.net, mesh=mesh), made=partial(replica, "shard")),
+        "sharded after": of(lambda model: fully_shard(model, mesh=mesh), hmf.distributed.shard),
         "replicated after": of(lambda model: fully_shard(model, mesh=mesh), hmf.distributed.replicate),
         "before": refusal(lambda: whole_network(Net().double())),
         "FSDP1": of(lambda model: fsdp1(model)),

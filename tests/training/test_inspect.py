@@ -164,6 +164,7 @@ def test_it_can_be_asked_for_when_a_run_is_resumed(runs, tmp_path, monkeypatch):
 
 def test_in_two_processes_one_of_them_inspects(runs, tmp_path):
     words = ["train", "split-digits", "--device", "cpu", "--out", str(tmp_path / "run"), *TINY, *INSPECT]
+    words += ["--set", "training.shard=none"]
     assert [rank.code for rank in ranks(2, command, words)] == [0, 0]
     assert (tmp_path / "run" / "metrics.json").read_bytes() == (runs[True] / "metrics.json").read_bytes()
     mine, alone = (json.loads((folder / inspecting.HISTORY).read_text()) for folder in (tmp_path / "run", runs[True]))

@@ -108,6 +108,44 @@ def test_a_single_process_goes_on_with_it(saved, tmp_path, kind):
         assert torch.allclose(tensor, ended[1].tensors[name], 0, 0, equal_nan=True), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_from_four_ranks_to_two_and_to_one(tmp_path, kind):
+    """And ends as one that was never stopped."""
+    (tmp_path / "one").mkdir()
+    expected = sharding.trains(0, tmp_path / "one", kind, None, None)
+    folder, at = tmp_path / "several", []
+    folder.mkdir()
+    for mesh, steps in (((4,), 17), ((2, 2), 4), ((2,), 4)):
+        assert set(results(math.prod(mesh), sharding.trains_until_it_dies, folder, kind, mesh, steps)) == {"died"}
+        at.append(checkpoint.load(folder).file.name)
+    assert at == ["checkpoint-001-0000003", "checkpoint-001-0000006", "checkpoint-001-0000009"]
+    assert results(2, sharding.with_load_model, folder, kind, (2,))[0][0] == 1
+    found = sharding.trains(0, folder, kind, None, None)
+    torch.testing.assert_close(found.matrix, expected.matrix, equal_nan=True, rtol=0, atol=1.01)  # a sample of 100
+    ended = [checkpoint.load(path).tensors for path in (tmp_path / "one", folder)]
+    for name, tensor in ended[0].items():
+        if name.startswith("model."):
+            torch.testing.assert_close(ended[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_model_into_a_sharded_one(tmp_path, kind):
+    sharding.trains(0, tmp_path, kind, None, None)
+    told = results(3, sharding.with_load_model, tmp_path, kind, (3,))
+    assert {learned for learned, _ in told} == {2}
+    assert len({line for _, line in told}) == 1 and "is of another network" in told[0][1]
+
+
+@pytest.mark.parametrize("helpers", [True, False], ids=["get_state_dict", "state_dict"])
+@pytest.mark.parametrize("optimiser", sharding.OPTIMISERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_distributed_checkpoint(tmp_path, kind, optimiser, helpers):
+    """Of a loop of one's own."""
+    assert results(2, sharding.with_dcp, tmp_path, kind, optimiser, helpers) == [[], []]
+    if helpers:
+        assert results(2, sharding.untrained_with_dcp, kind, optimiser) == [[], []]
+
+
 # -- consolidated ------------------------------------------------------------------------------------------------------
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from ...errors import InputError
 from .. import arguments, registry
 from ..once import differentiable_once
 from ..registry import Offer
+from . import gradient
 
 PACKAGE = Path(__file__).parents[2]
 
@@ -86,17 +88,26 @@ def operator(
     setup: Callable[..., None] | None = None,
     *,
     twice: bool = False,
-) -> None:
-    """Gives hypermask_native::name its shape function and its gradient, where the extension is there.
+) -> Callable[..., Any]:
+    """hypermask_native::name as a function of the schema's arguments, with its shape function and its gradient.
 
-    twice: whether `backward` is made of PyTorch's own operations, so that it can be differentiated again.
+    Args:
+        shapes: makes empty results.
+        backward: (ctx, gradient of each result) -> a gradient for each argument; for a list of tensors it is a list.
+        setup: (ctx, arguments, results) keeps what `backward` needs.
+        twice: whether `backward` is made of PyTorch's own operations, so that it can be differentiated again.
     """
     if PROBLEM:
-        return
+        return _not_there
     library.register_fake(f"hypermask_native::{name}", without_values(name, shapes))
-    if backward is not None:
-        backward = backward if twice else differentiable_once(name, backward)
-        library.register_autograd(f"hypermask_native::{name}", backward, setup_context=setup)
+    called = getattr(torch.ops.hypermask_native, name).default
+    if backward is None or setup is None:
+        return called
+    return gradient.recorded(called, backward if twice else differentiable_once(name, backward), setup)
+
+
+def _not_there(*args: Any) -> Any:
+    raise InputError(PROBLEM)
 
 
 def without_values(name: str, shapes: Callable[..., Any]) -> Callable[..., Any]:

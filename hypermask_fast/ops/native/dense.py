@@ -34,7 +34,7 @@ def dense_shared_bytes(tasks: int, width: int) -> int:
 
 
 def output_drift(hidden, weight, bias, targets):
-    return torch.ops.hypermask_native.output_drift(
+    return _output_drift_operator(
         hidden.contiguous(), weight.contiguous(), bias.contiguous(), targets.detach().contiguous()
     )
 
@@ -52,17 +52,17 @@ def _output_drift_setup(ctx, inputs, output):
 
 
 def _output_drift_backward(ctx, grad):
-    grads = torch.ops.hypermask_native.output_drift_backward(grad.contiguous(), *ctx.saved_tensors)
+    grads = _output_drift_backward_operator(grad.contiguous(), *ctx.saved_tensors)
     return *grads, None
 
 
-operator(
+_output_drift_operator = operator(
     "output_drift",
     lambda hidden, weight, bias, targets: weight.new_empty(()),
     _output_drift_backward,
     _output_drift_setup,
 )
-operator(
+_output_drift_backward_operator = operator(
     "output_drift_backward",
     lambda grad, hidden, weight, bias, targets: tuple(torch.empty_like(t) for t in (hidden, weight, bias)),
 )
@@ -78,8 +78,8 @@ _MOST_TASKS = 32
 def hypernet_logits(hidden, weight, bias, size):
     rows = hidden[:, 0].contiguous()
     if len(rows) == 1:
-        return torch.ops.hypermask_native.hypernet_logits(rows[0], weight.contiguous(), bias.contiguous()).unsqueeze(0)
-    return torch.ops.hypermask_native.hypernet_logits(rows, weight.contiguous(), bias.contiguous())
+        return _hypernet_logits_operator(rows[0], weight.contiguous(), bias.contiguous()).unsqueeze(0)
+    return _hypernet_logits_operator(rows, weight.contiguous(), bias.contiguous())
 
 
 def hypernet_logits_form(hidden, weight, bias, size):
@@ -115,7 +115,7 @@ def _hypernet_logits_backward(ctx, grad):
     )
 
 
-operator(
+_hypernet_logits_operator = operator(
     "hypernet_logits",
     lambda hidden, weight, bias: weight.new_empty(*hidden.shape[:-1], weight.shape[0]),
     _hypernet_logits_backward,
@@ -131,7 +131,7 @@ _STEPPED = slice(4, 10)  # of its arguments: weight, bias and their moments, whi
 
 @torch.no_grad()
 def hypernet_adam(*args):
-    return _stepping(torch.ops.hypermask_native.hypernet_adam, _STEPPED, args[:12], args[12:])
+    return _stepping(_hypernet_adam_operator, _STEPPED, args[:12], args[12:])
 
 
 def _stepping(step, stepped, tensors, settings):
@@ -151,7 +151,9 @@ def hypernet_adam_condition(hidden, *rest):
     return _shared_memory_problem(hidden, hidden.shape[0])
 
 
-operator("hypernet_adam", lambda hidden, *rest: (torch.empty_like(hidden), hidden.new_empty(())))
+_hypernet_adam_operator = operator(
+    "hypernet_adam", lambda hidden, *rest: (torch.empty_like(hidden), hidden.new_empty(()))
+)
 
 
 # -- the same in two passes: output_residuals forward, hidden_gradient backward, factored_adam in step() ---------------
@@ -159,14 +161,14 @@ operator("hypernet_adam", lambda hidden, *rest: (torch.empty_like(hidden), hidde
 
 @torch.no_grad()
 def output_residuals(hidden, weight, bias, targets):
-    return torch.ops.hypermask_native.output_residuals(*contiguous((hidden, weight, bias, targets)))
+    return _output_residuals_operator(*contiguous((hidden, weight, bias, targets)))
 
 
 def output_residuals_condition(hidden, weight, bias, targets):
     return _shared_memory_problem(hidden, hidden.shape[0])
 
 
-operator(
+_output_residuals_operator = operator(
     "output_residuals",
     lambda hidden, weight, bias, targets: (
         weight.new_empty(hidden.shape[0], weight.shape[0]),
@@ -177,14 +179,14 @@ operator(
 
 @torch.no_grad()
 def hidden_gradient(factors, scales, weight):
-    return torch.ops.hypermask_native.hidden_gradient(*contiguous((factors, scales, weight)))
+    return _hidden_gradient_operator(*contiguous((factors, scales, weight)))
 
 
 def hidden_gradient_condition(factors, scales, weight):
     return _shared_memory_problem(weight, factors.shape[0])
 
 
-operator(
+_hidden_gradient_operator = operator(
     "hidden_gradient",
     lambda factors, scales, weight: (
         weight.new_empty(factors.shape[0], weight.shape[1]),
@@ -197,7 +199,7 @@ _FACTORED = slice(3, 6)  # weight and its moments
 
 @torch.no_grad()
 def factored_adam(*args):
-    return _stepping(torch.ops.hypermask_native.factored_adam, _FACTORED, args[:8], args[8:])
+    return _stepping(_factored_adam_operator, _FACTORED, args[:8], args[8:])
 
 
 def factored_adam_condition(factors, scales, hidden, *rest):
@@ -206,4 +208,4 @@ def factored_adam_condition(factors, scales, hidden, *rest):
     return _shared_memory_problem(hidden, hidden.shape[0])
 
 
-operator("factored_adam", lambda *args: None)
+_factored_adam_operator = operator("factored_adam", lambda *args: None)

@@ -111,15 +111,13 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def masked_linear(x, weight, logits, threshold, bias):
     tensors = _contiguous(weight, logits, threshold.detach(), bias)
-    y = torch.ops.hypermask_native.masked_linear(_rows(x), *tensors)
+    y = _masked_linear_operator(_rows(x), *tensors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias):
     tensors = _contiguous(weight, hidden, output_weight, output_bias)
-    y = torch.ops.hypermask_native.chunk_masked_linear(
-        _rows(x), *tensors, start, *_contiguous(threshold.detach(), bias)
-    )
+    y = _chunk_masked_linear_operator(_rows(x), *tensors, start, *_contiguous(threshold.detach(), bias))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -157,5 +155,7 @@ def _shapes(x, weight, *rest):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-operator("masked_linear", _shapes, _masked_linear_backward, _masked_linear_setup)
-operator("chunk_masked_linear", _shapes, _chunk_masked_linear_backward, _chunk_masked_linear_setup)
+_masked_linear_operator = operator("masked_linear", _shapes, _masked_linear_backward, _masked_linear_setup)
+_chunk_masked_linear_operator = operator(
+    "chunk_masked_linear", _shapes, _chunk_masked_linear_backward, _chunk_masked_linear_setup
+)

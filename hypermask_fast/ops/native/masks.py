@@ -22,7 +22,7 @@ def _zeros_for_unused(grads: Sequence[Tensor | None], outputs: Sequence[Tensor])
 
 
 def semi_binary_mask(logits, threshold):
-    return torch.ops.hypermask_native.semi_binary_mask(logits.contiguous(), threshold.detach().contiguous())
+    return _semi_binary_mask_operator(logits.contiguous(), threshold.detach().contiguous())
 
 
 def semi_binary_mask_condition(logits, threshold):
@@ -43,20 +43,22 @@ def _mask_setup(ctx, inputs, output):
 
 def _mask_backward(ctx, grad):
     logits, threshold = ctx.saved_tensors
-    return torch.ops.hypermask_native.semi_binary_mask_backward(grad.contiguous(), logits, threshold), None
+    return _semi_binary_mask_backward_operator(grad.contiguous(), logits, threshold), None
 
 
-operator("semi_binary_mask", lambda logits, threshold: torch.empty_like(logits), _mask_backward, _mask_setup)
-operator("semi_binary_mask_backward", lambda grad, logits, threshold: torch.empty_like(logits))
+_semi_binary_mask_operator = operator(
+    "semi_binary_mask", lambda logits, threshold: torch.empty_like(logits), _mask_backward, _mask_setup
+)
+_semi_binary_mask_backward_operator = operator(
+    "semi_binary_mask_backward", lambda grad, logits, threshold: torch.empty_like(logits)
+)
 
 
 # -- masked_weights ----------------------------------------------------------------------------------------------------
 
 
 def masked_weights(weights, logits, thresholds, offsets):
-    return torch.ops.hypermask_native.masked_weights(
-        contiguous(weights), logits.contiguous(), thresholds.detach().contiguous(), offsets
-    )
+    return _masked_weights_operator(contiguous(weights), logits.contiguous(), thresholds.detach().contiguous(), offsets)
 
 
 def masked_weights_condition(weights, logits, thresholds, offsets):
@@ -70,19 +72,19 @@ def _masked_weights_setup(ctx, inputs, output):
 
 def _masked_weights_backward(ctx, grads):
     *weights, logits, thresholds = ctx.saved_tensors
-    grad_weights, grad_logits = torch.ops.hypermask_native.masked_weights_backward(
+    grad_weights, grad_logits = _masked_weights_backward_operator(
         _zeros_for_unused(grads, weights), weights, logits, thresholds, ctx.offsets
     )
     return grad_weights, grad_logits, None, None
 
 
-operator(
+_masked_weights_operator = operator(
     "masked_weights",
     lambda weights, logits, thresholds, offsets: [torch.empty_like(w) for w in weights],
     _masked_weights_backward,
     _masked_weights_setup,
 )
-operator(
+_masked_weights_backward_operator = operator(
     "masked_weights_backward",
     lambda grads, weights, logits, thresholds, offsets: (
         [torch.empty_like(w) for w in weights],
@@ -97,7 +99,7 @@ operator(
 def weight_drift(weights, previous, offsets, norm, logits, thresholds):
     if logits is not None:
         logits, thresholds = logits.contiguous(), thresholds.detach().contiguous()
-    return torch.ops.hypermask_native.weight_drift(
+    return _weight_drift_operator(
         contiguous(weights), previous.detach().contiguous(), offsets, norm, logits, thresholds
     ).sum()
 
@@ -116,19 +118,19 @@ def _weight_drift_backward(ctx, grad):
     norms, *rest = ctx.saved_tensors
     logits, thresholds = rest[-2:] if ctx.masked else (None, None)
     *weights, previous = rest[:-2] if ctx.masked else rest
-    grad_weights, grad_logits = torch.ops.hypermask_native.weight_drift_backward(
+    grad_weights, grad_logits = _weight_drift_backward_operator(
         grad.contiguous(), norms, weights, previous, ctx.offsets, ctx.norm, logits, thresholds
     )
     return grad_weights, None, None, None, grad_logits if ctx.masked else None, None
 
 
-operator(
+_weight_drift_operator = operator(
     "weight_drift",
     lambda weights, previous, offsets, norm, logits, thresholds: previous.new_empty(len(weights)),
     _weight_drift_backward,
     _weight_drift_setup,
 )
-operator(
+_weight_drift_backward_operator = operator(
     "weight_drift_backward",
     lambda grad, norms, weights, previous, offsets, norm, logits, thresholds: (
         [torch.empty_like(w) for w in weights],
@@ -141,7 +143,7 @@ operator(
 
 
 def masked_weights_drift(weights, logits, thresholds, offsets, previous, norm):
-    masked, norms = torch.ops.hypermask_native.masked_weights_drift(
+    masked, norms = _masked_weights_drift_operator(
         contiguous(weights),
         logits.contiguous(),
         thresholds.detach().contiguous(),
@@ -164,13 +166,13 @@ def _masked_weights_drift_setup(ctx, inputs, output):
 def _masked_weights_drift_backward(ctx, grads, grad):
     norms, *weights, logits, thresholds, previous = ctx.saved_tensors
     grad = torch.zeros_like(norms) if grad is None else grad.contiguous()
-    grad_weights, grad_logits = torch.ops.hypermask_native.masked_weights_drift_backward(
+    grad_weights, grad_logits = _masked_weights_drift_backward_operator(
         _zeros_for_unused(grads, weights), grad, norms, weights, logits, thresholds, ctx.offsets, previous, ctx.norm
     )
     return grad_weights, grad_logits, None, None, None, None
 
 
-operator(
+_masked_weights_drift_operator = operator(
     "masked_weights_drift",
     lambda weights, logits, thresholds, offsets, previous, norm: (
         [torch.empty_like(w) for w in weights],
@@ -179,7 +181,7 @@ operator(
     _masked_weights_drift_backward,
     _masked_weights_drift_setup,
 )
-operator(
+_masked_weights_drift_backward_operator = operator(
     "masked_weights_drift_backward",
     lambda grads, grad, norms, weights, logits, *rest: (
         [torch.empty_like(w) for w in weights],

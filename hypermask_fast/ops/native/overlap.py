@@ -6,9 +6,7 @@ from . import operator
 
 
 def mask_overlap(logits, thresholds, offsets):
-    return torch.ops.hypermask_native.mask_overlap(
-        logits.detach().contiguous(), thresholds.detach().contiguous(), offsets
-    )
+    return _mask_overlap_operator(logits.detach().contiguous(), thresholds.detach().contiguous(), offsets)
 
 
 def mask_overlap_condition(logits, thresholds, offsets):
@@ -20,4 +18,4 @@ def _shapes(logits, thresholds, offsets):
     return logits.new_empty(segments, tasks, tasks, dtype=torch.int64)
 
 
-operator("mask_overlap", _shapes)
+_mask_overlap_operator = operator("mask_overlap", _shapes)

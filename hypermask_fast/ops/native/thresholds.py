@@ -1,12 +1,12 @@
 """Exact selection of each segment's threshold."""
 
-import torch
-
 from . import operator
 
 
 def mask_thresholds(logits, offsets, ranks):
-    return torch.ops.hypermask_native.mask_thresholds(logits.detach().contiguous(), offsets, ranks.contiguous())
+    return _mask_thresholds_operator(logits.detach().contiguous(), offsets, ranks.contiguous())
 
 
-operator("mask_thresholds", lambda logits, offsets, ranks: logits.new_empty(*logits.shape[:-1], len(offsets) - 1))
+_mask_thresholds_operator = operator(
+    "mask_thresholds", lambda logits, offsets, ranks: logits.new_empty(*logits.shape[:-1], len(offsets) - 1)
+)

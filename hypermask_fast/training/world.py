@@ -5,11 +5,8 @@ In one process nothing here changes anything, and torch.distributed is not asked
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from hashlib import sha256
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,55 +16,29 @@ from ..data import Split
 from ..data.splits import Batch
 from ..distributed import share
 from ..errors import InputError, ProcessLost
+from ..ranks import Ranks, in_a_group
 
 _STOP_WITHIN = 0.5  # seconds from a signal to one process until all know
-_CPU = torch.device("cpu")
-_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused", "NCCL error")
 
 
-@dataclass(frozen=True)
-class Processes:
-    """Processes that train together, in step: all of them make the same calls in the same order.
-
-    Attributes:
-        rank: which of them this one is; size: how many there are.
-        group: torch.distributed's; None for all processes.
-        device: where what they exchange is.
-    """
-
-    rank: int = 0
-    size: int = 1
-    group: Any = None
-    device: torch.device = _CPU
+class World(Ranks):
+    """Processes that train one run together, in step: all of them make the same calls in the same order."""
 
     @classmethod
-    def here(cls, group: Any = None) -> "Processes":
+    def here(cls) -> "World":
         """Those of the process group; this one alone where there is none.
 
         Raises:
             InputError: WORLD_SIZE says that there are several, and there is no process group.
         """
-        if not dist.is_available() or not dist.is_initialized():
-            if (several := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
-                raise InputError(
-                    f"there is no process group, and WORLD_SIZE is {several}: "
-                    "torch.distributed.init_process_group() comes first"
-                )
-            return cls()
-        if dist.get_world_size(group) == 1:
-            return cls()
-        on_cpu = "cpu:" in str(dist.get_backend_config(group))
-        device = _CPU if on_cpu else torch.device("cuda", torch.cuda.current_device())
-        return cls(dist.get_rank(group), dist.get_world_size(group), group, device)
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the one that logs, writes and shows."""
-        return self.rank == 0
-
-    @property
-    def several(self) -> bool:
-        return self.size > 1
+        if in_a_group():
+            return cls.of() if dist.get_world_size() > 1 else cls()
+        if (several := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
+            raise InputError(
+                f"there is no process group, and WORLD_SIZE is {several}: "
+                "torch.distributed.init_process_group() comes first"
+            )
+        return cls()
 
     # -- the work ---------------------------------------------------------------------------------------------------
 
@@ -126,28 +97,6 @@ class Processes:
         dist.all_reduce(said, dist.ReduceOp.MIN, group=self.group)
         return bool(said)
 
-    def check_same(self, parts: dict[str, bytes]) -> None:
-        """Compares digests of what must be the same on all ranks.
-
-        Args:
-            parts: what it is called, "data" or "settings" -> its content.
-
-        Raises:
-            InputError: on all ranks: which ones have something else than the first one.
-        """
-        if not self.several:
-            return
-        mine = torch.tensor([list(sha256(content).digest()) for content in parts.values()], dtype=torch.uint8)
-        all_ranks = [torch.empty_like(mine, device=self.device) for _ in range(self.size)]
-        dist.all_gather(all_ranks, mine.to(self.device), group=self.group)
-        for i, name in enumerate(parts):
-            others = [rank for rank, theirs in enumerate(all_ranks) if not theirs[i].equal(all_ranks[0][i])]
-            if others:
-                differ, their = ("differs", "its") if len(others) == 1 else ("differ", "their")
-                raise InputError(
-                    f"{ranks_named(others)} {differ} from rank 0 in {their} {name}: all ranks of a run need the same"
-                )
-
     @contextmanager
     def waiting(self, place: Callable[[], str]) -> Iterator[None]:
         """Turns what torch.distributed raises when another process is gone or late to ProcessLost.
@@ -163,23 +112,19 @@ class Processes:
             raise ProcessLost(late, place()) from error
 
 
-ALONE = Processes()
+ALONE = World()
 
 
 def lost(error: RuntimeError) -> bool | None:
-    """Whether torch.distributed has waited too long (True) for another process, or that is gone (False); else None."""
+    """Whether torch.distributed has waited too long (True) for another process, or that is gone (False); else None.
+
+    Of gloo it has no exceptions of their own: they are known by the source file that they name. Where gloo finds calls
+    that don't fit each other, the fault is in this process.
+    """
     text = str(error)
-    if "Timed out waiting" in text or "timed out" in text.lower():
-        return True if isinstance(error, dist.DistError) or "gloo" in text else None
-    if isinstance(error, dist.DistError) or ("gloo" in text and any(reason in text for reason in _GONE)):
-        return False
-    return None
-
-
-def ranks_named(ranks: Sequence[int]) -> str:
-    """ "rank 1", "ranks 1 and 2", "ranks 1, 2 and 3"."""
-    *others, last = map(str, ranks)
-    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
+    if not isinstance(error, dist.DistError) and ("/gloo/" not in text or "enforce fail" in text.lower()):
+        return None
+    return "timed out" in text.lower() or "timeout" in text.lower()
 
 
 class Stopping:
@@ -191,15 +136,15 @@ class Stopping:
         stop: whether this process was asked to; asked at every call.
     """
 
-    def __init__(self, stop: Callable[[], bool], processes: Processes) -> None:
-        self._stop, self._processes = stop, processes
+    def __init__(self, stop: Callable[[], bool], world: World) -> None:
+        self._stop, self._world = stop, world
         self._asked = False
         self._calls, self._every, self._told = 0, 1, time.monotonic()
 
     def __call__(self, now: bool = False) -> bool:
         """After a step; now: the ranks tell each other at this very call, which all of them make."""
         self._asked = self._stop() or self._asked
-        if not self._processes.several:
+        if not self._world.several:
             return self._asked
         self._calls += 1
         return (now or self._calls >= self._every) and self._exchanged()
@@ -207,8 +152,8 @@ class Stopping:
     def _exchanged(self) -> bool:
         seconds = time.monotonic() - self._told
         every = min(max(int(self._calls * _STOP_WITHIN / max(seconds, 1e-9)), 1), 2 * self._every)
-        told = torch.tensor([int(self._asked), -every], device=self._processes.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._processes.group)
+        told = torch.tensor([int(self._asked), -every], device=self._world.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._world.group)
         asked, every = told.tolist()
         self._calls, self._every, self._told = 0, -every, time.monotonic()
         return bool(asked)
