@@ -31,6 +31,9 @@ class GradientReducer(Protocol):
     def check_same_tasks(self, tasks: Sequence[int], count: int, training: bool) -> None: ...
 
 
+_TOGETHER = 32  # tasks that one read of a dense output layer serves, by the extension
+
+
 class MaskMaking(Anchored):
     """Tasks with an anchor, and their masks.
 
@@ -123,8 +126,25 @@ class MaskMaking(Anchored):
     @without_autocast
     def _masks_of(self, tasks: Sequence[int] | Tensor) -> TaskMasks:
         self._look_around()
-        logits = self.hypernet(tasks)
+        logits = self._logits_of(tasks)
         return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
+
+    def _logits_of(self, tasks: Sequence[int] | Tensor) -> Tensor:
+        """(T, N) logits. On the CPU, where no gradient is recorded, each task's are made as `mask` makes them, to the
+        bit where the extension is there: a pass gives the same numbers whether its masks are kept or made, with
+        whichever others."""
+        net = self.hypernet
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if isinstance(tasks, Tensor) or recorded or net.processes is not None or net.output.weight.device.type != "cpu":
+            return net(tasks)
+        size = _TOGETHER if net.factored else 1
+        if len(tasks) > size:
+            logits = net.output.weight.new_empty(len(tasks), net.size)
+            for begin in range(0, len(tasks), size):
+                logits[begin : begin + size] = self._logits_of(tasks[begin : begin + size])
+            return logits
+        made = [net.generating([task]) for task in tasks]
+        return net.logits(torch.cat([hidden for hidden, _ in made]), made[0][1]) if made else net(tasks)
 
     def _thresholds(self, logits: Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> Tensor:
         if ranks is None:

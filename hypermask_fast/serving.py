@@ -18,13 +18,10 @@ from .mask_making import MaskMaking, is_id, values_at_hand
 from .masking.cache import Counted, Entry, KeptMask, WeightCache, contents, is_plain, version
 from .masking.masks import TaskMask
 from .masking.selection import MASKED
-from .masking.task_batch import TaskMasks
 from .ops import registry
 from .ops.checksum import is_fast
 from .packed_model import rest_of
 from .packing import Packed
-
-_TOGETHER = 32  # tasks, in which the extension serves the output layer
 
 
 class _Source(NamedTuple):
@@ -202,7 +199,7 @@ class Serving(MaskMaking):
         if (kept := self._kept(tasks)) is not None:
             return kept
         averages = self.hypernet.processes is not None
-        logits = self.hypernet(range(self.num_tasks))[tasks] if averages else self.hypernet(tasks)
+        logits = self.hypernet(range(self.num_tasks))[tasks] if averages else self._logits_of(tasks)
         return [self._mask_of(task, of_task) for task, of_task in zip(tasks, logits, strict=True)]
 
     @without_autocast
@@ -252,8 +249,7 @@ class Serving(MaskMaking):
                     value if segment.selected else None
                     for value, segment in zip(mask.effective, self.layout.segments, strict=True)
                 )
-                for group in self._groups(tasks)
-                for mask in self._masks_as_alone(group)
+                for mask in self._masks_of(tasks).for_one_use()
             ]
         cache.made += len(made)
         now = contents(source.tensors)
@@ -262,18 +258,6 @@ class Serving(MaskMaking):
                 nbytes = sum(weight.nbytes for weight in weights if weight is not None)
                 cache.put(task, Entry(weights, (source.settings, *of_task), seen, nbytes), beside)
         return dict(zip(tasks, made, strict=True))
-
-    def _groups(self, tasks: Sequence[int]) -> list[Sequence[int]]:
-        """Tasks whose masks are made together: those that one read of a dense output layer serves."""
-        size = _TOGETHER if self.hypernet.factored else 1
-        return [tasks[begin : begin + size] for begin in range(0, len(tasks), size)]
-
-    def _masks_as_alone(self, tasks: Sequence[int]) -> TaskMasks:
-        """Masks to the bit as `mask` makes each of them, where the extension is there: so a pass gives the same
-        numbers with the cache and without it."""
-        made = [self.hypernet.generating([task]) for task in tasks]
-        logits = self.hypernet.logits(torch.cat([hidden for hidden, _ in made]), made[0][1])
-        return TaskMasks(tasks, self.layout, logits, self._thresholds(logits), tuple(self.weights()))
 
     def _source(self) -> _Source:
         selected = [w for w, s in zip(self.weights(), self.layout.segments, strict=True) if s.selected]

@@ -45,6 +45,20 @@ def test_all_ways_of_passing_share_what_is_kept(shape):
         torch.testing.assert_close(every[task], uncached(model, x, task))
 
 
+@checks_fast
+@torch.no_grad()
+@pytest.mark.parametrize("tasks", [4, 40])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pass_gives_the_same_bits_whether_w_m_is_kept_or_made(shape, tasks):
+    model, x = model_of(shape, tasks), torch.randn(6, 6)
+    ids = torch.tensor([3, 0, 0, 3, 1, 3])
+    first = model.forward_all_tasks(x), model(x, ids)
+    for _ in range(3):
+        assert torch.equal(model.forward_all_tasks(x), first[0]) and torch.equal(model(x, ids), first[1])
+    for task in range(tasks):
+        assert torch.equal(model(x, model.mask(task)), first[0][task])
+
+
 @pytest.mark.parametrize(
     "passing",
     [
