@@ -100,6 +100,8 @@ class HyperNetwork(nn.Module):
 
     def embed(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, E) embeddings of task ids: integers, or an int64 tensor (T,) (no host sync)."""
+        if self.processes is not None:
+            self.processes.asks(tasks)
         if isinstance(tasks, Tensor):
             return torch.stack(list(self.embeddings)).index_select(0, tasks)
         return torch.stack([self.embeddings[task] for task in tasks])

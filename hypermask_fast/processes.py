@@ -1,6 +1,7 @@
 """With whom a hypernetwork trains: what its processes send each other in a step, and what it means for gradients."""
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .ranks import Ranks, check_initialized
 from .wrapping import is_dtensor
 
 SHARD, REPLICATE = "shard", "replicate"  # the dimensions of a mesh
+_KEYS = 2**20  # of what tasks ranks ask for; float32 has them all
 
 
 def ranks_of(processes: "Processes | None") -> Ranks:
@@ -76,6 +78,9 @@ class Processes:
 
     def __deepcopy__(self, memo: dict) -> "Processes":
         return self  # a copied model goes on with the same processes
+
+    def asks(self, tasks: Iterable[int] | Tensor) -> None:
+        """Told of the tasks whose logits are generated next, which must be the same on all ranks."""
 
     # -- the three exchanges, without gradient ----------------------------------------------------------------------
 
@@ -168,12 +173,19 @@ class Shards(Processes):
         self.owners = mesh.get_group(SHARD)
         self.replicas = mesh.get_group(REPLICATE) if mesh.ndim > 1 else None
         self.number = mesh.get_local_rank(SHARD)
+        self._asked = 0
 
     def __reduce__(self) -> Any:
         raise InputError(
             "a sharded model can't be pickled: model.save_pretrained(folder) writes it whole, and "
             "torch.distributed.checkpoint its state_dict"
         )
+
+    def asks(self, tasks: Iterable[int] | Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        at_hand = not isinstance(tasks, Tensor) or tasks.device.type == "cpu"
+        self._asked = zlib.crc32(repr([int(task) for task in tasks]).encode()) % _KEYS if at_hand else 0
 
     def placements(self, dim: int) -> list[Any]:
         """Of a DTensor that is sliced along a dimension."""
@@ -204,12 +216,24 @@ class Shards(Processes):
                 work()
 
     def gather(self, logits: Tensor, *values: Tensor) -> list[Tensor]:
-        own, tasks, count = _flat([logits, *values]), logits.shape[0], len(self.sizes)
-        lengths = [tasks * size + len(values) for size in self.sizes]
+        tasks, count = logits.shape[0], len(self.sizes)
+        asked = logits.new_full((1,), 0 if torch.compiler.is_compiling() else self._asked)
+        own, ends = _flat([logits, *values, asked]), len(values) + 1
+        lengths = [tasks * size + ends for size in self.sizes]
         received = self._all_to_all(own.repeat(count), [len(own)] * count, lengths)
-        ends = [part.split([tasks * size, len(values)]) for part, size in zip(received, self.sizes, strict=True)]
-        whole = torch.cat([part.view(tasks, -1) for part, _ in ends], 1)
-        return [whole, *torch.stack([sums for _, sums in ends]).sum(0).unbind()]
+        parts = [part.split([tasks * size, ends]) for part, size in zip(received, self.sizes, strict=True)]
+        whole = torch.cat([part.view(tasks, -1) for part, _ in parts], 1)
+        *rest, theirs = torch.stack([end for _, end in parts]).unbind(1)
+        return [self._of_same_tasks(whole, theirs), *(each.sum() for each in rest)]
+
+    def _of_same_tasks(self, logits: Tensor, asked: Tensor) -> Tensor:
+        """The logits; where ranks have generated those of different tasks InputError, on a GPU NaN: no wait there."""
+        differ = asked != asked[0]
+        if logits.device.type != "cpu" or torch.compiler.is_compiling():
+            return logits.masked_fill(differ.any(), float("nan"))
+        if differ.any():
+            raise InputError("ranks ask a sharded model for masks of different tasks: all of them make the same calls")
+        return logits
 
     def means(self, grad: Tensor, *values: Tensor) -> list[Tensor]:
         tasks, count, scalars = grad.shape[0], len(self.sizes), [value.reshape(1) for value in values]

@@ -217,6 +217,8 @@ def evaluation(kind):
             torch.testing.assert_close(ask(here), ask(one))
     apart = torch.arange(12) % (1 + dist.get_rank())  # other tasks on each rank
     torch.testing.assert_close(here(x, apart), one(x, apart))
+    assert "masks of different tasks" in refusal(lambda: here.mask(dist.get_rank()))
+    assert "masks of different tasks" in refusal(lambda: here.train().mask(torch.tensor(dist.get_rank())))
 
 
 def compiled(kind):
