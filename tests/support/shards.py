@@ -16,11 +16,38 @@ OPTIMISERS = {
     "default": lambda model: hmf.optim.Adam(model, 1e-3),
     "step_in_backward": lambda model: hmf.optim.Adam(model, 1e-3, step_in_backward=True),
 }
-KINDS = {"dense": {}, "chunked": {"chunk_size": 25}, "by_tensor": {"chunk_size": 40, "by_tensor": True}}
+MLPS = {"dense": {}, "chunked": {"chunk_size": 25}, "by_tensor": {"chunk_size": 40, "by_tensor": True}}
+RESNETS = {"default resnet": {}, "official resnet": {}, "chunked resnet": {"chunk_size": 70}}
+KINDS = MLPS | RESNETS
 CASES = [
-    *((kind, optimiser, torch.float64) for kind in KINDS for optimiser in OPTIMISERS),
-    *((kind, "step_in_backward", torch.float32) for kind in KINDS),
+    *((kind, optimiser, torch.float64) for kind in MLPS for optimiser in OPTIMISERS),
+    *((kind, "step_in_backward", torch.float64) for kind in RESNETS),
+    *((kind, "step_in_backward", torch.float32) for kind in MLPS),
 ]
+
+OF_MESH = [case for case in CASES if case[1:] == ("step_in_backward", torch.float64)]
+
+
+class Block(torch.nn.Module):
+    """Of a ResNet. Convolutions have no bias, whose gradient would be 0 but for rounding: Adam makes full steps of
+    that."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = torch.nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = torch.nn.BatchNorm2d(outputs), torch.nn.BatchNorm2d(outputs)
+        self.shortcut = torch.nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return (y + self.shortcut(x)).relu()
+
+
+def small_resnet(seed):
+    torch.manual_seed(seed)
+    pool = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    return torch.nn.Sequential(Block(2, 4, 1), Block(4, 6, 2), *pool, torch.nn.Linear(6, 3))
 
 
 def small_net(seed):
@@ -29,9 +56,11 @@ def small_net(seed):
 
 
 def small_model(kind="dense", dtype=torch.float64, seed=1):
-    net = small_net(seed)
+    net = small_resnet(seed) if kind in RESNETS else small_net(seed)
+    fidelity = "official" if kind.startswith("official") else "default"
     config = hmf.HypernetConfig(embedding=8, hidden=(12, 10), chunk_embedding=4, **KINDS[kind])
-    return hmf.HyperMask(net, TASKS, 20, config, beta=0.5, lam=0.02, drift_norm=2).to(dtype)
+    settings = {"beta": 0.5, "lam": 0.02, "drift_norm": 2, "fidelity": fidelity}
+    return hmf.HyperMask(net, TASKS, 20, config, **settings).to(dtype)
 
 
 def whole(tensor):
@@ -43,12 +72,13 @@ def whole(tensor):
 def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64):
     """Losses of all steps, and the parameters at the end; call: the model, or DistributedDataParallel's of it."""
     generator, losses = torch.Generator().manual_seed(0), []
+    shape = (8,) if isinstance(model.net[0], torch.nn.Linear) else (2, 6, 6)
     for task in range(TASKS):
         optimizer = OPTIMISERS[optimiser](model)
         model.begin_task(task)
         for _ in range(STEPS):
-            x = torch.randn(BATCH, 8, generator=generator, dtype=torch.float64).to(dtype)
-            y = (x[:, :2] > 0).sum(1).add(task).remainder(3)
+            x = torch.randn(BATCH, *shape, generator=generator, dtype=torch.float64).to(dtype)
+            y = (x.flatten(1)[:, :2] > 0).sum(1).add(task).remainder(3)
             mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
             mask = model.mask(task)
             loss = F.cross_entropy(call(x[mine], mask), y[mine])
@@ -60,11 +90,13 @@ def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64):
             if ranks > 1:
                 dist.all_reduce(loss)
             losses.append(loss / ranks)
-    return torch.stack(losses), {name: whole(p) for name, p in model.named_parameters()}
+    return torch.stack(losses), {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def trained(rank, ranks, kind, optimiser, dtype, mesh=None):
     model = hmf.distributed.shard(small_model(kind, dtype, seed=1 + rank), mesh)  # each rank begins elsewhere
+    if kind in RESNETS:
+        hmf.distributed.synchronise_batch_norm(model)
     call = DistributedDataParallel(model) if optimiser == "default" else model
     return train(model, call, optimiser, rank, ranks, dtype)
 
@@ -77,6 +109,6 @@ def rank_of(rank, ranks, port, folder):
     found = {case: trained(rank, ranks, *case) for case in CASES}
     if ranks == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        found |= {("mesh", *case): trained(rank, ranks, *case, mesh) for case in CASES}
+        found |= {("mesh", *case): trained(rank, ranks, *case, mesh) for case in OF_MESH}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
