@@ -23,7 +23,7 @@ def step(kind):
         model.train()
         optimizer = kind(model)
         for _ in range(2):
-            x = torch.randn(6, 6)
+            x = torch.randn(6, 6).to(model.net[0].weight.dtype)
             mask = model.mask(model.tasks[-1])
             loss = nn.functional.cross_entropy(model(x, mask), torch.randint(3, (6,))) + model.regularizer(mask)
             optimizer.zero_grad()
