@@ -192,8 +192,8 @@ HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* fa
   return total;
 }
 
-// out[j] = dots + b - target_j for the rows of a block; the last task's, and all where there are none, without a target.
-// Returns the squares of those with one.
+// out[j] = dots + b - target_j for the rows of a block; the last task's, and all where there are none, without a
+// target. Returns the squares of those with one.
 HM_INLINE double write_residuals(const DenseLayer& d, int64_t row, int rows, const float* dots, float* out) {
   double total = 0;
   const int64_t last = d.drift_tasks - 1;
