@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from support.loops import in_processes
 from support.shard_life import COUNTS, WORK, everything
-from support.shards import KINDS, small_model
+from support.shards import MLPS, small_model
 
 import hypermask_fast as hmf
 
@@ -30,7 +30,7 @@ def test_a_step_sends_its_logits_and_their_gradient(found, case):
         assert numbers <= 2.2 + small, numbers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MLPS)
 def test_a_rank_holds_its_share_of_the_layer_and_its_moments(found, kind):
     for rank in found:
         assert abs(rank[("held", kind)] - 1 / 2) <= 0.05 / 2

@@ -18,7 +18,7 @@ import hypermask_fast as hmf
 from hypermask_fast.processes import local
 from support import loops
 from support.loops import refusal
-from support.shards import KINDS, OPTIMISERS, TASKS, small_model, small_net, whole
+from support.shards import MLPS, OPTIMISERS, TASKS, small_model, small_net, whole
 
 LOOPS = {
     "AdamW": lambda model: hmf.optim.AdamW(model, 1e-2, weight_decay=0.1),
@@ -337,12 +337,12 @@ WORK = {
     **{
         f"{work.__name__}, {kind}": (work, kind)
         for work in (life_of_tasks, states, copies, folders, evaluation)
-        for kind in KINDS
+        for kind in MLPS
     },
     "compiled": (compiled, "dense"),
     **{work.__name__: (work,) for work in (other_clipping, gradients_asked_for, zeroed_and_scaled)},
 }
-COUNTS = [(kind, optimiser) for kind in (*KINDS, "replica") for optimiser in OPTIMISERS]
+COUNTS = [(kind, optimiser) for kind in (*MLPS, "replica") for optimiser in OPTIMISERS]
 
 
 def everything():
@@ -355,5 +355,5 @@ def everything():
         except Exception:
             found[name] = traceback.format_exc()
     found |= {("sent", *case): bytes_sent(*case) for case in COUNTS}
-    found |= {("held", kind): memory(kind) for kind in KINDS}
+    found |= {("held", kind): memory(kind) for kind in MLPS}
     return {**found, "refusals": refusals()}
