@@ -7,8 +7,7 @@ few samples, whose SHA-256 says whether they are the same ones later.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import write_atomic
+from ..inference import evaluating
 from ..masking.layout import MaskLayout, Segment
 from ..masking.masks import TaskMask
 from ..model import HyperMask
@@ -240,22 +240,10 @@ def _mask_drift(name: str, entries: int, flips: int, sums: np.ndarray) -> MaskDr
 # -- outputs ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _evaluating(model: HyperMask) -> Iterator[None]:
-    """In evaluation mode; afterwards, after an error too, every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @torch.no_grad()
 def outputs(model: HyperMask, task: int, x: Tensor) -> Tensor:
     """(samples, classes) float32 on the CPU, of the network in evaluation mode. InputError: they are no such tensor."""
-    with _evaluating(model):
+    with evaluating(model):
         y: Any = model(x, task=task)
     if not isinstance(y, Tensor) or y.dim() != 2 or len(y) != len(x):
         given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

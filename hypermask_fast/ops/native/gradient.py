@@ -1,6 +1,6 @@
 """How an operator of the extension gets its gradient: a torch.autograd.Function around it.
 
-torch.library's own registration would do the same at three times the cost of a call, recorded or not.
+torch.library's own registration would do the same, at a higher cost of every call, recorded or not.
 """
 
 from collections.abc import Callable, Sequence
