@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,11 @@ def test_control_c_stops_all_runs_which_save_where_they_are(tmp_path):
     words = [sys.executable, "-m", "hypermask_fast", "train", "split-digits", "--out", str(out), *TINY]
     words += ["--set", "training.iterations=1000000", "--set", "training.log_every=1", "--seeds", "0-2", "--jobs", "2"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    begun = set()
-    for line in process.stderr:
-        begun |= {seed for seed in ("seed-0", "seed-1") if line.startswith(f"{seed}: task 0") and "iteration " in line}
-        if len(begun) == 2:
-            break
+    rows = [out / f"seed-{seed}" / "log.csv" for seed in (0, 1)]
+    until = time.monotonic() + 100
+    while not all(path.exists() and len(path.read_text().splitlines()) > 1 for path in rows):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130

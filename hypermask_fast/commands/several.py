@@ -15,7 +15,7 @@ import torch
 
 from ..errors import InputError
 from ..training import comparison, own, plan, resume, study
-from ..training.config import CONFIG, LENGTHS, RunConfig
+from ..training.config import CONFIG, LENGTHS, RunConfig, stored_config
 from ..training.interrupt import StopSignals
 from ..training.plan import Planned
 from ..training.run import check_free
@@ -135,7 +135,7 @@ def _unfinished(
 
 def _is_finished(out: Path, run: Planned) -> bool:
     folder = out / run.name
-    return (folder / CONFIG).is_file() and resume.is_finished(folder, RunConfig.load(folder / CONFIG))
+    return (folder / CONFIG).is_file() and resume.is_finished(folder, stored_config(folder))
 
 
 def _trained(

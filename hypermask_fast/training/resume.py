@@ -31,10 +31,8 @@ def resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> R
         kinds = [" with ".join(map(own_code.short, pair)) for pair in names]
         raise InputError(f"{run_dir} holds a run of another preset, {kinds[0]}, not {kinds[1]}")
     # Code of one's own is where the command says that it is now, and its content is still compared.
-    data, target = (
-        replace(getattr(stored, table), **{name: value})
-        for table, name, value in (("data", "scenario", names[1][0]), ("target", "name", names[1][1]))
-    )
+    data = replace(stored.data, scenario=expected.data.scenario)
+    target = replace(stored.target, name=expected.target.name)
     config = replace(stored, data=data, target=target)
     for key, value in asked.items():
         changed = config.with_values({key: value})
