@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from hypermask_fast import cli
+from hypermask_fast.commands import several
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -18,11 +19,21 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
 
 
+class InThisProcess:
+    """Stands for the process of one of several runs, which would load PyTorch anew; tests/test_several.py has those."""
+
+    stderr = ()
+
+    def __init__(self, words, **_):
+        self.returncode = cli.main(words[words.index("train") :])
+
+    def poll(self) -> int:
+        return self.returncode
+
+
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
 
@@ -32,7 +43,8 @@ def typed(text: str) -> None:
         assert program == "hypermask-fast" and cli.main(words) == 0, line
 
 
-def test_several_runs(empty, capsys):
+def test_several_runs(empty, monkeypatch, capsys):
+    monkeypatch.setattr(several.subprocess, "Popen", InThisProcess)
     shells = [text for kind, text in blocks("runs.md") if kind == "shell"]
     assert len(shells) == 4
     for text in shells:

@@ -102,6 +102,7 @@ def test_a_run_of_one_s_own_code_from_its_beginning_to_its_export(trained, tmp_p
 
 
 def test_a_stopped_run_goes_on_with_the_same_numbers(trained, tmp_path):
+    torch.rand(5)  # the function's data are of the run's seed, not of what was drawn before
     assert train("other", "--set", "data.validation=10", "--set", "training.checkpoint_every=2") == 0
     before = (tmp_path / "other" / "metrics.json").read_bytes()
     assert before == (trained / "metrics.json").read_bytes()
@@ -113,6 +114,8 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(trained, tmp_path):
     words = ["--scenario", "moved/mine.py:tasks", "--network", "moved/mine.py:network", "--resume"]
     assert cli.main(["train", "split-digits", "--out", "other", *TINY[:2], *words]) == 0
     assert (tmp_path / "other" / "metrics.json").read_bytes() == before, "wherever the file lies"
+    torch.rand(5)
+    assert cli.main(["evaluate", "run", *words[:-1]]) == 0, "under the checkpoint's settings"
 
 
 def test_a_changed_or_missing_file_is_said(trained, mine, capsys, refused):

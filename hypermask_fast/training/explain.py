@@ -12,7 +12,7 @@ from ..settings import OneOf, default, kinds, meanings
 from .config import RunConfig, meant, setting_names, tables
 from .targets import TARGETS
 
-_NAMES = {"data.scenario": (*SCENARIOS, IMAGES), "target.name": TARGETS}
+_NAMES = {"data.scenario": (IMAGES, *SCENARIOS), "target.name": TARGETS}
 _WIDTH = 100
 _KEY = re.compile(r"(\w+) = ")
 
