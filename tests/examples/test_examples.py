@@ -79,7 +79,7 @@ def test_the_settings_of_a_trial_are_asked_of_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import tuning
 
-    asked = {}
+    asked, scored = {}, []
 
     class Trial:
         number = 7
@@ -88,7 +88,7 @@ def test_the_settings_of_a_trial_are_asked_of_it(tmp_path, monkeypatch):
             asked[name] = (low, high, log)
             return low
 
-    monkeypatch.setattr(tuning, "score", lambda settings, folder: (settings, folder))
-    settings, folder = tuning.objective(Trial(), tmp_path)
-    assert settings == {"training.lr": 1e-4, "method.beta": 1e-3} and folder == tmp_path / "trial-7"
+    monkeypatch.setattr(tuning, "score", lambda settings, folder: scored.append((settings, folder)) or 50.0)
+    assert tuning.objective(Trial(), tmp_path) == 50
+    assert scored == [({"training.lr": 1e-4, "method.beta": 1e-3}, tmp_path / "trial-7")]
     assert asked == {"training.lr": (1e-4, 1e-2, True), "method.beta": (1e-3, 1.0, True)}
