@@ -86,6 +86,14 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path, capsys):
     assert len(json.loads((out / "summary.json").read_text())["groups"]) == 1
 
 
+def test_runs_that_all_fail_leave_nothing(tmp_path, capsys):
+    assert cli.main(["train", "split-mnist", "--seeds", "0", "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("seed-0: error: split-mnist needs its data: give the folder (--data-dir)")
+    assert told[1].startswith("hypermask-fast: error: 1 of 1 runs failed: seed-0 (split-mnist needs its data")
+    assert len(told) == 2 and "--resume" not in told[1] and list(tmp_path.iterdir()) == []
+
+
 DATA = """
 import torch
 from hypermask_fast.data import Scenario, TaskData, TensorSplit

@@ -82,17 +82,23 @@ def train(arguments: argparse.Namespace, preset: RunConfig, out: Path, settings:
             failed = {}
         if signals.number:
             finished = sum(_is_finished(out, run) for run in runs)
-            detail = f": {finished} of {len(runs)} runs are finished; the same command with --resume goes on"
+            detail = f": {finished} of {len(runs)} runs are finished{_resumable(out, runs, 'goes on')}"
             return interrupted(signals.number or signal.SIGINT, detail)
     _sum_up(out, [run for run in runs if run.name not in failed])
     if not failed:
         return 0
     named = "; ".join(f"{name} ({last})" for name, (_, last) in failed.items())
-    message = f"{len(failed)} of {len(runs)} runs failed: {named}; the same command with --resume tries them again"
+    message = f"{len(failed)} of {len(runs)} runs failed: {named}{_resumable(out, runs, 'tries them again')}"
     if all(code == EXIT_INPUT for code, _ in failed.values()):
         raise InputError(message)
     tell(f"error: {message}")
     return 1
+
+
+def _resumable(out: Path, runs: list[Planned], words: str) -> str:
+    """A hint at --resume, where there is a run to go on with."""
+    begun = any((out / run.name / CONFIG).is_file() for run in runs)
+    return f"; the same command with --resume {words}" if begun else ""
 
 
 def _planned(arguments: argparse.Namespace, preset: RunConfig, settings: dict[str, Any]) -> list[Planned]:
