@@ -103,14 +103,12 @@ class Operations:
     def _tables(self) -> _Tables:
         """Kept: making them in each call would copy to the device, which waits and cannot be captured."""
         each = (Operation("identity"), *self.operations)
-        factors = {kind: [o.amount if o.name in kind else 1.0 for o in each] for kind in (("contrast",), _ENHANCED)}
-        kinds = torch.tensor([NAMES.index(o.name) if o.name in NAMES else -1 for o in each])
         tables = _Tables(
             torch.from_numpy(np.stack([_source(o, self.height, self.width) for o in each])),
             torch.stack([_fixed_values(o) for o in each]),
-            kinds,
-            torch.tensor(factors["contrast",]),
-            torch.tensor(factors[_ENHANCED]),
+            torch.tensor([NAMES.index(o.name) if o.name in NAMES else -1 for o in each]),
+            torch.tensor([o.amount if o.name == "contrast" else 1.0 for o in each]),
+            torch.tensor([o.amount if o.name in _ENHANCED else 1.0 for o in each]),
         )
         return _Tables(*(table.to(self.device) for table in tables))
 
