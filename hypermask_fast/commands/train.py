@@ -30,7 +30,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="new or empty folder for the run (default: runs/PRESET)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of weights, batches and augmentation")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of weights, batches, augmentation and tasks that are drawn"
+    )
     add_device(parser)
     parser.add_argument(
         "--fidelity",

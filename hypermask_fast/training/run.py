@@ -56,7 +56,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def read_scenario(config: RunConfig) -> Scenario:
     """The scenario of a configuration, on the CPU. Raises InputError: unknown, or its files missing or damaged."""
     data = config.data
-    return load_scenario(data.scenario, data.dir, seed=config.seed, validation=data.validation, tasks=data.tasks)
+    return load_scenario(
+        data.scenario,
+        data.dir,
+        seed=config.seed,
+        validation=data.validation,
+        validation_per_class=data.validation_per_class,
+        tasks=data.tasks,
+        edition=data.edition,
+    )
 
 
 def build_model(config: RunConfig, scenario: Scenario, device: torch.device | str = "cpu") -> HyperMask:
@@ -114,6 +122,7 @@ def train(
             unless the run itself fails later.
         Stopped: `stop` has said so; the run can be resumed.
     """
+    config = config.settled()
     run_dir, settings, writes = Path(run_dir), config.to_toml(), World.here().first
     report.check_packages()
     with ExitStack() as lock:

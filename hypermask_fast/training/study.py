@@ -207,6 +207,9 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         if run.config.data.scenario != first.config.data.scenario:
             raise _not_alike("scenarios", first, run, [each.config.data.scenario for each in (first, run)])
+        editions = [each.config.settled().data.edition for each in (first, run)]
+        if editions[0] != editions[1]:
+            raise _not_alike(f"editions of {run.config.data.scenario}'s data", first, run, editions)
         if len(run.matrix) != len(first.matrix):
             raise _not_alike("numbers of tasks", first, run, [len(each.matrix) for each in (first, run)])
         if not run.is_finished:
