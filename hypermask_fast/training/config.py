@@ -13,12 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import own_code
 from ..data import SCENARIOS
+from ..data.folders import COLOURS, NORMALISATIONS
 from ..errors import InputError
 from ..extras import needed_for
 from ..hypernet import HypernetConfig
 from ..regularizers import FIDELITIES
-from ..settings import LARGEST, Kind, OneOf, Range, Text, check_fields, kinds, shown
+from ..settings import LARGEST, Kind, OneOf, Range, Text, Widths, check_fields, kinds, shown
 from .checkpoint import MANIFEST
 from .targets import TargetConfig
 
@@ -38,7 +40,8 @@ class DataConfig:
     """Where the tasks come from.
 
     Attributes:
-        scenario: which data, cut into which tasks.
+        scenario: which data, cut into which tasks; or "images", of the folder `dir`; or a function of one's own that
+            returns them, `file.py:function` or `module:function`; `--scenario` and `--images` set it.
         dir: the folder where its files lie; `--data-dir` sets it.
         tasks: how many, the first ones; without it, all that the scenario has.
         validation: training samples of each task that are held out to validate, its first ones; without it and
@@ -46,14 +49,26 @@ class DataConfig:
         validation_per_class: of each class of a task, the first training samples, in place of validation.
         edition: of the scenario's data, where they have become others under the same name; `train` writes it, and a run
             of an earlier one can't go on.
+        classes_per_task: of images in a folder per class; `--classes-per-task` sets it.
+        image_size: of images, [height, width], to which they are scaled and cut; without it, all must have one size.
+        colour: of images, "rgb" or "grey"; without it, rgb.
+        normalise: of images, "none" (values 0 to 1), by the statistics of "imagenet", or by those of the "first-task";
+            without it, none.
+        fingerprint: of the images' names and sizes, or of the file of a function of one's own, as they were when the
+            run began; `train` writes it.
     """
 
-    scenario: Annotated[str, Text()]
+    scenario: Annotated[str, Text(longest=4096)]
     dir: Annotated[str | None, Text(path=True, longest=4096)] = None
     tasks: Annotated[int | None, Range(1, unit="tasks")] = None
     validation: Annotated[int | None, Range(0, unit="samples")] = None
     validation_per_class: Annotated[int | None, Range(0, unit="samples")] = None
     edition: Annotated[int | None, Range(1)] = None
+    classes_per_task: Annotated[int | None, Range(2, unit="classes")] = None
+    image_size: Annotated[tuple[int, ...] | None, Widths(1, "pixels")] = None
+    colour: Annotated[str | None, OneOf(COLOURS)] = None
+    normalise: Annotated[str | None, OneOf(NORMALISATIONS)] = None
+    fingerprint: Annotated[str | None, Text()] = None
 
 
 @dataclass(frozen=True)
@@ -224,8 +239,8 @@ class RunConfig:
     def digest(self) -> str:
         """SHA-256 of all settings that decide a number: equal for runs of equal numbers.
 
-        Not of the title, of where the data lie, of how often the run logs and saves, of whether it inspects, of what
-        processes share among each other, nor of how often it would validate where it never does.
+        Not of the title, of where the data and code of one's own lie, of how often the run logs and saves, of whether
+        it inspects, of what processes share among each other, nor of how often it would validate where it never does.
         """
         usual, names = TrainingConfig(iterations=1), ["log_every", "checkpoint_every"]
         if not self.training.validates:
@@ -239,8 +254,9 @@ class RunConfig:
 
     def digest_with_title(self) -> str:
         """The digest as version 0.1.0 wrote it into checkpoints."""
-        values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
-        values["data"].pop("edition", None)
+        data = dataclasses.replace(self.data, dir=None, scenario=own_code.portable(self.data.scenario), edition=None)
+        target = dataclasses.replace(self.target, name=own_code.portable(self.target.name))
+        values = dataclasses.replace(self, data=data, target=target).to_dict()
         if (edition := _edition(self.data)) > 1:
             values["data"]["edition"] = edition
         if not self.hypernet.by_tensor:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 from torch import nn
 
 from ..data import SCENARIOS, Scenario
+from ..data.folders import IMAGES
 from ..data.scenario import task_label
 from ..hypernet import HypernetConfig
 from ..model import HyperMask
+from ..own_code import short
 from .config import RunConfig, TrainingConfig
 from .targets import TargetConfig
 
@@ -33,7 +35,14 @@ _NETWORKS: dict[str, Callable[[TargetConfig], str]] = {
 def title(config: RunConfig) -> str:
     """ "split-digits, 2 tasks of 2 classes, MLP-100-100", after the run's own title where it has one."""
     own = f"{config.title}: " if config.title else ""
-    return f"{own}{config.data.scenario}{_tasks(config)}, {_network(config.target)}"
+    return f"{own}{short(config.data.scenario)}{_tasks(config)}, {_network(config.target)}"
+
+
+def scenario_name(config: RunConfig) -> str:
+    """What the data are, for telling one scenario from another: of images, with the fingerprint of their folder."""
+    data = config.data
+    known_by_content = data.scenario == IMAGES and data.fingerprint is not None
+    return f"{IMAGES} {data.fingerprint}" if known_by_content else short(data.scenario)
 
 
 def task_labels(config: RunConfig) -> list[str]:
@@ -111,8 +120,9 @@ def seed_words(seeds: Sequence[int]) -> str:
 
 def _tasks(config: RunConfig) -> str:
     known = SCENARIOS.get(config.data.scenario)
-    if known is None:
-        return ""  # reading it will be refused
+    if known is None:  # the user's own; how many classes it has only its data say
+        tasks = config.data.tasks
+        return "" if tasks is None else f", {tasks} task{'' if tasks == 1 else 's'}"
     return _task_words(known.classes[: config.data.tasks])
 
 
@@ -126,4 +136,4 @@ def _task_words(classes: Sequence[int]) -> str:
 
 
 def _network(target: TargetConfig) -> str:
-    return _NETWORKS.get(target.name, lambda _: target.name)(target)
+    return _NETWORKS.get(target.name, lambda _: short(target.name))(target)
