@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, help="length of a turn")
     made.add_argument("--patience", type=float, metavar="S", help="leave out a contender that takes longer to answer")
     made.add_argument("--limit", type=float, metavar="S", help="begin no further case after S seconds")
+    made.add_argument("--beside", type=_count, metavar="N", help="also beside N busy processes, in rows of their own")
     made.add_argument("--json", type=Path, metavar="F", help="write this run's rows to F as well")
     made.add_argument("--csv", type=Path, metavar="F", help="append to F, not to the machine's file")
     return made
@@ -53,7 +54,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         plan = replace(plan, malloc=tuple(arguments.malloc))
     elif device.type == "cuda":
         plan = replace(plan, malloc=("as shipped",))  # the GPU has an allocator of its own
-    names = ("turns", "seconds", "patience", "limit")
+    names = ("turns", "seconds", "patience", "limit", "beside")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return replace(plan, **given)
 
