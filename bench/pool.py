@@ -15,7 +15,7 @@ import torch
 
 from . import machine
 
-_ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 class Failed(Exception):
@@ -28,6 +28,7 @@ class Process:
     Args:
         patience: seconds that an answer may take before the process is killed; None: for ever.
         own: variables that the contender's program sets by itself.
+        root: the checkout whose worker it is.
     """
 
     def __init__(
@@ -37,16 +38,18 @@ class Process:
         malloc: str,
         patience: float | None = None,
         own: Mapping[str, str] = MappingProxyType({}),
+        root: Path = ROOT,
     ) -> None:
         self._patience, self._broken = patience, False
         environment = machine.environment(malloc) | own | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker", str(device), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=root,
         )
 
     def send(self, command: str, **arguments: Any) -> None:

@@ -98,7 +98,7 @@ class Runner:
         return Process(self.plan.device, self.plan.threads, malloc, self.plan.patience, own)
 
     @staticmethod
-    def _own(case: Case, malloc: str, contender: str) -> dict[str, str]:
+    def own_variables(case: Case, malloc: str, contender: str) -> dict[str, str]:
         """Variables of a contender's own process that its program sets by itself."""
         return case.environment(contender) if case.isolated and malloc == AS_SHIPPED else {}
 
@@ -194,7 +194,7 @@ class Runner:
         """Starts the contenders, side by side, and keeps those whose result is right."""
         shared = None if case.isolated else self._shared_process(malloc)
         entries = [
-            Entry(name, shared or stack.enter_context(self._process(malloc, self._own(case, malloc, name))))
+            Entry(name, shared or stack.enter_context(self._process(malloc, self.own_variables(case, malloc, name))))
             for name in group
         ]
         for entry in entries:
@@ -246,8 +246,9 @@ class Runner:
         return entry.process.ask("turn", contender=entry.contender, seconds=plan.seconds, most=plan.most)["ms"]
 
     @staticmethod
-    def _setting(case: Case, malloc: str, contender: str) -> str:
-        own = machine.typed(Runner._own(case, malloc, contender))
+    def setting(case: Case, malloc: str, contender: str) -> str:
+        """What a contender runs under, as one would type it."""
+        own = machine.typed(Runner.own_variables(case, malloc, contender))
         return machine.malloc_setting(malloc) or " ".join(filter(None, (own, case.allocator(contender))))
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ class Runner:
         measured: dict[str, Any] = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "malloc": malloc,
-            "malloc_setting": self._setting(case, malloc, entry.contender),
+            "malloc_setting": self.setting(case, malloc, entry.contender),
             "experiment": case.experiment,
             "case": case.name,
             "task_index": case.task,

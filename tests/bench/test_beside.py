@@ -4,35 +4,105 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
 
-from bench import pool, results
-from bench.case import OURS
+from bench import gate, pool, registry
+from bench import runner as runner_module
+from bench.case import OURS, Case
 from bench.machine import AS_SHIPPED
+from bench.runner import Plan
 from hypermask_fast.threads import WAITING
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_rows_beside_busy_processes(tmp_path):
-    file = tmp_path / "results.csv"
-    command = [sys.executable, "-m", "bench", "permuted-mnist-chunked/task2", "--quick", "--device", "cpu"]
-    command += ["--threads", "1", "--malloc", AS_SHIPPED, "tuned", "--csv", str(file), "--beside", "1"]
-    command += ["--without", "torch.compile", "hypnettorch", "batched torch", f"{OURS} in any loop"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = results.read(file)
-    alone, beside = "permuted-mnist-chunked/task2", "permuted-mnist-chunked/task2 beside 1"
-    contenders, settings = (OURS, "plain network"), (AS_SHIPPED, "tuned")
-    expected = [(where, name, malloc) for malloc in settings for name in contenders for where in (alone, beside)]
-    assert list(zip(rows.case, rows.contender, rows.malloc, strict=True)) == expected
-    assert set(rows.experiment[rows.case == beside]) == {"permuted-mnist-chunked beside 1"}
-    assert (rows.median_ms > 0).all() and (rows.ratio[rows.contender == OURS] == 1).all()
-    chosen = rows.malloc_setting.str.contains(f"GOMP_SPINCOUNT={WAITING['GOMP_SPINCOUNT']} ")
-    assert (chosen == ((rows.contender == OURS) | (rows.malloc == "tuned"))).all()  # what each one's program ships
-    assert f"{beside}: {OURS}: " in done.stderr and "x alone, slowest turn" in done.stderr
+ABOUT = dict.fromkeys(
+    ("machine", "device", "python", "torch", "library", "triton", "hypnettorch", "backend", "commit"), ""
+)
+ANSWERS = {
+    "describe": ABOUT | {"cores": 2, "threads": 2},
+    "rates": {"bandwidth": 1e9, "float32": 1e9},
+    "release": {"peak_memory": 1},
+    "warm": {},
+}
+
+
+class Worker:
+    """Steps take 1 to 2 ms alone and 3 to 6 beside busy processes, the peer's ten times as long."""
+
+    busy = 0
+    made: ClassVar[list] = []
+
+    def __init__(self, device, threads, malloc, patience, own):
+        self.made.append((malloc, dict(own)))
+
+    def send(self, command, **arguments):
+        pass
+
+    def answer(self):
+        return {"result": {name: sketch.as_dict() for name, sketch in gate.sketches({"a": torch.ones(4)}).items()}}
+
+    def ask(self, command, contender="", **arguments):
+        if command != "turn":
+            return ANSWERS[command]
+        factor = (10 if contender == "peer" else 1) * (1 + Worker.busy)
+        return {"ms": [1.0 * factor, 2.0 * factor]}
+
+    def alive(self):
+        return True
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@contextmanager
+def busy(count):
+    Worker.busy = count
+    yield
+    Worker.busy = 0
+
+
+def test_rows_beside_busy_processes(monkeypatch, capsys):
+    case = Case(
+        "e/task0", "e", 0, "", (OURS, "peer"), lambda *_: None, lambda: (1.0, 1.0), lambda name: 1e-3, isolated=True,
+        environment=lambda contender: WAITING if contender == OURS else {}, allocator=lambda contender: "its own",
+    )  # fmt: skip
+    monkeypatch.setattr(runner_module, "Process", Worker)
+    monkeypatch.setattr(runner_module, "busy", busy)
+    monkeypatch.setattr(Worker, "made", [])
+    plan = Plan(torch.device("cpu"), 2, True, (AS_SHIPPED, "tuned"), turns=3, beside=2, command="test")
+    rows = list(runner_module.Runner(plan).rows([case]))
+    found = [(row.case, row.experiment, row.contender, row.malloc, row.median_ms, row.ratio) for row in rows]
+    expected = [
+        (f"e/task0{where}", f"e{where}", name, malloc, slower * 1.5 * factor, slower)
+        for malloc in (AS_SHIPPED, "tuned")
+        for name, slower in ((OURS, 1.0), ("peer", 10.0))
+        for where, factor in (("", 1), (" beside 2", 3))
+    ]
+    assert found == expected and {row.repeats for row in rows} == {6}
+    assert capsys.readouterr().err.count("3.00 x alone, slowest turn 3.00 x") == 4
+
+
+def test_as_shipped_each_program_waits_in_its_own_way():
+    """Under "tuned" the environment says the same to all."""
+    test_case = registry.find("split-mnist/task0", torch.device("cpu"), True)
+    own = runner_module.Runner.own_variables
+    assert own(test_case, AS_SHIPPED, OURS) == WAITING and own(test_case, AS_SHIPPED, "batched torch") == {}
+    assert own(test_case, "tuned", OURS) == {}
+    typed = " ".join(f"{name}={value}" for name, value in WAITING.items())
+    assert runner_module.Runner.setting(test_case, AS_SHIPPED, OURS).startswith(f"{typed} hypermask_fast.")
+    assert runner_module.Runner.setting(test_case, "tuned", OURS).endswith(typed)
 
 
 def test_they_are_busy_for_the_blocks_time(monkeypatch):
