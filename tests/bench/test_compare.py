@@ -83,6 +83,17 @@ def test_what_is_refused(capsys, tmp_path, words, message):
     assert message in capsys.readouterr().err
 
 
+_WORKER = "import json, sys\nfor line in sys.stdin:\n    print(json.dumps({'file': __file__}), flush=True)\n"
+
+
+def test_a_worker_is_that_of_its_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(pool.ROOT)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "worker.py").write_text(_WORKER)
+    with pool.Process(CPU, 1, "tuned", root=tmp_path) as process:
+        assert process.ask("describe")["file"] == str(tmp_path / "bench" / "worker.py")
+
+
 def git(folder, *words):
     name = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
     subprocess.run(["git", *name, *words], cwd=folder, check=True, capture_output=True)

@@ -145,5 +145,7 @@ def test_workflows_run_what_is_there(name):
         assert "actions/checkout" in job["steps"][0]["uses"] or job["needs"]
         for step in job["steps"]:
             assert ("uses" in step) != ("run" in step)
-            if step.get("run", "").startswith(".ci/"):
-                assert os.access(ROOT / step["run"], os.X_OK)
+            for script in re.findall(r"\.ci/\w+", step.get("run", "")):
+                assert os.access(ROOT / script, os.X_OK)
+            for target in re.findall(r"make (\w+)", step.get("run", "")):
+                assert f"\n{target}:" in (ROOT / "Makefile").read_text()
