@@ -13,6 +13,11 @@ def same_dtype(weights: Sequence[Tensor], like: Tensor) -> str:
     return "" if all(w.dtype == like.dtype for w in weights) else "the weights and logits differ in dtype"
 
 
+def _without_gradient(thresholds: Tensor) -> Tensor:
+    """Contiguous, and no part of a graph: a threshold has no gradient."""
+    return (thresholds.detach() if thresholds.requires_grad else thresholds).contiguous()
+
+
 def _zeros_for_unused(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of outputs, those that nobody used included."""
     return [torch.zeros_like(y) if g is None else g.contiguous() for g, y in zip(grads, outputs, strict=True)]
@@ -22,7 +27,7 @@ def _zeros_for_unused(grads: Sequence[Tensor | None], outputs: Sequence[Tensor])
 
 
 def semi_binary_mask(logits, threshold):
-    return _semi_binary_mask_operator(logits.contiguous(), threshold.detach().contiguous())
+    return _semi_binary_mask_operator(logits.contiguous(), _without_gradient(threshold))
 
 
 def semi_binary_mask_condition(logits, threshold):
@@ -58,7 +63,7 @@ _semi_binary_mask_backward_operator = operator(
 
 
 def masked_weights(weights, logits, thresholds, offsets):
-    return _masked_weights_operator(contiguous(weights), logits.contiguous(), thresholds.detach().contiguous(), offsets)
+    return _masked_weights_operator(contiguous(weights), logits.contiguous(), _without_gradient(thresholds), offsets)
 
 
 def masked_weights_condition(weights, logits, thresholds, offsets):
@@ -98,9 +103,9 @@ _masked_weights_backward_operator = operator(
 
 def weight_drift(weights, previous, offsets, norm, logits, thresholds):
     if logits is not None:
-        logits, thresholds = logits.contiguous(), thresholds.detach().contiguous()
+        logits, thresholds = logits.contiguous(), _without_gradient(thresholds)
     return _weight_drift_operator(
-        contiguous(weights), previous.detach().contiguous(), offsets, norm, logits, thresholds
+        contiguous(weights), _without_gradient(previous), offsets, norm, logits, thresholds
     ).sum()
 
 
@@ -146,9 +151,9 @@ def masked_weights_drift(weights, logits, thresholds, offsets, previous, norm):
     masked, norms = _masked_weights_drift_operator(
         contiguous(weights),
         logits.contiguous(),
-        thresholds.detach().contiguous(),
+        _without_gradient(thresholds),
         offsets,
-        previous.detach().contiguous(),
+        _without_gradient(previous),
         norm,
     )
     return masked, norms.sum()
@@ -194,8 +199,27 @@ _masked_weights_drift_backward_operator = operator(
 
 
 def _masked_weight(weight, logits, threshold):
-    (masked,) = masked_weights([weight], logits.reshape(-1), threshold.reshape(1), [0, weight.numel()])
-    return masked
+    return _masked_weight_operator(weight.contiguous(), logits.contiguous(), _without_gradient(threshold))
+
+
+def _masked_weight_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _masked_weight_backward(ctx, grad):
+    return *_masked_weight_backward_operator(grad.contiguous(), *ctx.saved_tensors), None
+
+
+_masked_weight_operator = operator(
+    "masked_weight",
+    lambda weight, logits, threshold: torch.empty_like(weight),
+    _masked_weight_backward,
+    _masked_weight_setup,
+)
+_masked_weight_backward_operator = operator(
+    "masked_weight_backward",
+    lambda grad, weight, logits, threshold: (torch.empty_like(weight), torch.empty_like(logits)),
+)
 
 
 def masked_linear(x, weight, logits, threshold, bias):
@@ -207,4 +231,4 @@ def masked_conv2d(x, weight, logits, threshold, bias, stride, padding, dilation,
 
 
 def layer_condition(x, weight, logits, threshold, *rest):
-    return "" if weight.dtype == logits.dtype else "weight and logits differ in dtype"
+    return "" if weight.dtype == logits.dtype == threshold.dtype else "weight, logits and threshold differ in dtype"
