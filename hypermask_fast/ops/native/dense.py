@@ -140,8 +140,7 @@ def _stepping(step, stepped, tensors, settings):
     everything = (t.detach() for t in (*before, *tensors[stepped], *behind))
     result = step(*everything, *settings)
     if not torch.compiler.is_compiling():
-        for t in tensors[stepped]:
-            torch.autograd.graph.increment_version(t)
+        torch.autograd.graph.increment_version(tensors[stepped])
     return result
 
 
