@@ -9,8 +9,14 @@ from torch import Tensor
 from . import contiguous, operator
 
 
-def same_dtype(weights: Sequence[Tensor], like: Tensor) -> str:
-    return "" if all(w.dtype == like.dtype for w in weights) else "the weights and logits differ in dtype"
+def same_dtype(weights: Sequence[Tensor], like: Tensor, *others: Tensor | None) -> str:
+    for weight in weights:
+        if weight.dtype != like.dtype:
+            return "the weights and logits differ in dtype"
+    for other in others:
+        if other is not None and other.dtype != like.dtype:
+            return f"the weights are {like.dtype}, and others of the tensors {other.dtype}"
+    return ""
 
 
 def _without_gradient(thresholds: Tensor) -> Tensor:
@@ -67,7 +73,7 @@ def masked_weights(weights, logits, thresholds, offsets):
 
 
 def masked_weights_condition(weights, logits, thresholds, offsets):
-    return same_dtype(weights, logits)
+    return same_dtype(weights, logits, thresholds)
 
 
 def _masked_weights_setup(ctx, inputs, output):
@@ -110,7 +116,7 @@ def weight_drift(weights, previous, offsets, norm, logits, thresholds):
 
 
 def weight_drift_condition(weights, previous, offsets, norm, logits, thresholds):
-    return same_dtype(weights, previous)
+    return same_dtype(weights, previous, logits, thresholds)
 
 
 def _weight_drift_setup(ctx, inputs, output):
@@ -160,7 +166,7 @@ def masked_weights_drift(weights, logits, thresholds, offsets, previous, norm):
 
 
 def masked_weights_drift_condition(weights, logits, thresholds, offsets, previous, norm):
-    return same_dtype(weights, logits)
+    return same_dtype(weights, logits, thresholds, previous)
 
 
 def _masked_weights_drift_setup(ctx, inputs, output):
