@@ -77,7 +77,7 @@ def op_benchmarks() -> list[Any]:
         for op, case in cases("tiny").items()
         for direction in ((FORWARD, RECORDED, BOTH) if BOTH in directions(case) else (FORWARD,))
         for device in DEVICES
-        for call in ("definition", "op")
+        for call in ("definition", "as chosen")
     ]
 
 
@@ -87,7 +87,7 @@ def test_op_call(benchmark, timing, shape, op, direction, device, call):
     timing(
         benchmark,
         cases(shape)[op],
-        calling(entry if call == "op" else entry.definition),
+        calling(entry.definition if call == "definition" else entry),
         direction,
         device,
         name=call,

@@ -134,13 +134,14 @@ class Op(Generic[P, R]):
         about = signature.of(values)
         if about is None:
             return None
-        return self.name, backend, requested(), torch.is_grad_enabled(), paths.surroundings(self.layer), about
+        asked = backend, getattr(_scope, "backend", None), _ENVIRONMENT
+        return self.name, asked, torch.is_grad_enabled(), paths.surroundings(self.layer), about
 
     def _first_of_its_kind(self, values: tuple[Any, ...], backend: str | None, kind: tuple | None) -> Callable[..., R]:
         """Who serves this call, which is remembered for others of its kind; not of the reference where that stands in
         for a backend, so that `_say_once` is asked."""
         chosen = self._choose(values, self._judged(values), backend)
-        if kind is not None and (chosen.backend != REFERENCE or kind[1] or kind[2] != AUTO):
+        if kind is not None and (chosen.backend != REFERENCE or requested(backend) == REFERENCE):
             if len(_choices) >= _MOST_CHOICES:
                 _choices.clear()
             _choices[kind] = chosen.backend
