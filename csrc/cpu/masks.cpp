@@ -225,8 +225,7 @@ HM_SCHEMAS(m) {
   m.def("semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor");
   m.def("semi_binary_mask_backward(Tensor grad, Tensor logits, Tensor threshold) -> Tensor");
   m.def("masked_weight(Tensor weight, Tensor logits, Tensor threshold) -> Tensor");
-  m.def(
-      "masked_weight_backward(Tensor grad, Tensor weight, Tensor logits, Tensor threshold) -> (Tensor, Tensor)");
+  m.def("masked_weight_backward(Tensor grad, Tensor weight, Tensor logits, Tensor threshold) -> (Tensor, Tensor)");
   m.def("masked_weights(Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets) -> Tensor[]");
   m.def(
       "masked_weights_backward(Tensor[] grads, Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets)"
