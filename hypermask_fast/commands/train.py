@@ -31,7 +31,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="new or empty folder for the run (default: runs/PRESET)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of weights, batches and augmentation")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="of weights, batches, augmentation and tasks that are drawn"
+    )
     parser.add_argument(
         "--seeds", metavar="LIST", help="several runs, each in a folder of its own below --out: such as 0-4 or 0,3,7"
     )

@@ -5,15 +5,27 @@ readers.
 of other data.
 """
 
+from .autoaugment import AutoAugment
 from .datasets import from_datasets
 from .folders import image_folders
 from .registry import SCENARIOS, ScenarioInfo, load_scenario
 from .scenario import Scenario, TaskData, split_by_class
 from .splits import DatasetSplit, Split, TensorSplit
-from .transforms import Compose, HorizontalFlip, Normalize, PadCrop, PermutePixels, Scale, Transform
+from .transforms import (
+    BrightnessJitter,
+    Compose,
+    HorizontalFlip,
+    Normalize,
+    PadCrop,
+    PermutePixels,
+    Scale,
+    Transform,
+)
 
 __all__ = [
     "SCENARIOS",
+    "AutoAugment",
+    "BrightnessJitter",
     "Compose",
     "DatasetSplit",
     "HorizontalFlip",

@@ -19,6 +19,7 @@ from ..errors import InputError
 from .config import DataConfig, RunConfig
 from .targets import TargetConfig
 
+_OF_PRESETS = ("validation_per_class", "edition")
 _OF_IMAGES = ("classes_per_task", "image_size", "colour", "normalise")
 _FLAGS = {"scenario": "--scenario", "network": "--network"}
 
@@ -141,6 +142,10 @@ def read_scenario(config: RunConfig) -> Scenario:
         for name in _OF_IMAGES:
             if getattr(data, name) is not None:
                 raise InputError(f"data.{name} is for images (--images), not for {own_code.short(data.scenario)}")
+    if data.scenario == IMAGES or own_code.is_own(data.scenario):
+        for name in _OF_PRESETS:
+            if getattr(data, name) is not None:
+                raise InputError(f"data.{name} is for scenarios that come with the library, not for your own data")
     if data.scenario == IMAGES:
         if data.dir is None:
             raise InputError("images need their folder: give it (--images)")
@@ -154,7 +159,15 @@ def read_scenario(config: RunConfig) -> Scenario:
             tasks=data.tasks,
         )
     if not own_code.is_own(data.scenario):
-        return load_scenario(data.scenario, data.dir, seed=config.seed, validation=data.validation, tasks=data.tasks)
+        return load_scenario(
+            data.scenario,
+            data.dir,
+            seed=config.seed,
+            validation=data.validation,
+            validation_per_class=data.validation_per_class,
+            tasks=data.tasks,
+            edition=data.edition,
+        )
     return _called(config)
 
 

@@ -114,6 +114,7 @@ def train(
             unless the run itself fails later.
         Stopped: `stop` has said so; the run can be resumed.
     """
+    config = config.settled()
     run_dir, writes = Path(run_dir), World.here().first
     config.to_toml()  # raises now where it can't be written
     report.check_packages()

@@ -214,6 +214,9 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         names = [describe.scenario_name(each.config) for each in (first, run)]
         if names[0] != names[1]:
             raise _not_alike("scenarios", first, run, names)
+        editions = [each.config.settled().data.edition for each in (first, run)]
+        if editions[0] != editions[1]:
+            raise _not_alike(f"editions of {run.config.data.scenario}'s data", first, run, editions)
         if len(run.matrix) != len(first.matrix):
             raise _not_alike("numbers of tasks", first, run, [len(each.matrix) for each in (first, run)])
         if not run.is_finished:

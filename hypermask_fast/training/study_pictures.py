@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data import SCENARIOS
 from ..drawing import figure_class, wrapped
 from ..errors import InputError
 from . import describe
@@ -182,8 +181,9 @@ def _learning(axes: "Axes", group: Group) -> None:
 
 def _task_names(axes: "Axes", group: Group) -> None:
     """Tasks by number, and by name where there is room."""
-    known, tasks = SCENARIOS.get(group.config.data.scenario), len(group.runs[0].matrix)
-    names = known.names[:tasks] if known and tasks <= 10 else ()
+    tasks = len(group.runs[0].matrix)
+    named = {describe.task_names(run.config)[:tasks] for run in group.runs}
+    names = named.pop() if tasks <= 10 and len(named) == 1 else ()  # classes of a task may depend on the seed
     labels = [f"{i}\n{names[i]}" if i < len(names) and len(names[i]) <= 14 else str(i) for i in range(tasks)]
     step = 1 if tasks <= 20 else 5
     axes.set_xticks(range(0, tasks, step), labels[::step])

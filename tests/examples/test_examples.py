@@ -51,6 +51,7 @@ def test_mixed_batch_finds_classes_and_tasks():
 
 def test_every_example_is_tested():
     frameworks = {"with_lightning", "with_accelerate", "with_transformers"}  # in test_frameworks.py
+    frameworks |= {"with_avalanche"}  # in tests/integrations
     found = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert (
         found == {"mask_one_layer", "own_loop", "mixed_batch", "serving", "tuning", "own_data_and_network"} | frameworks
