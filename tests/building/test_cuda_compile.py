@@ -18,7 +18,7 @@ ARCHITECTURES = ("80", "90a", "100")
 # Registers per thread: four blocks of 256 threads on a multiprocessor, or what the kernel's own number leaves it.
 REGISTERS = {
     "dense.cu": 128,  # two blocks
-    "few_rows.cu": 128,  # one block of 512: W and logits of a step ahead are on their way into registers
+    "few_rows.cu": 224,  # one block of 256 by its shared memory: sums of 32 x 64 outputs and 64 rows of x take 96
     "chunk_few_rows.cu": 168,  # one block of 384: a warp has the logits and weights of 48 x 32 entries
 }
 # What a kernel reads and writes in bulk goes by 16 bytes: (part of the mangled name, loads, stores) at least, in the
@@ -37,7 +37,11 @@ STREAMS = {
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE4E", 24, 12), (r"dense_kernelILi1ELi[48]ELN\w+ModeE4E", 6, 3),
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE3E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE3E", 2, 0),
     ],
-    "few_rows.cu": [(r"\d+masked_linear_kernelI\w+Li[12]ELb1E", 16, 0)],  # 4 of W, 4 of logits, two steps
+    # Copies to shared memory of W and logits, three stages: in half precision 8 of each, in float32 4.
+    "few_rows.cu": [
+        (r"\d+masked_linear_kernelI(?:6__half|13__nv_bfloat16)Li[1248]ELb1E", 48, 0),
+        (r"\d+masked_linear_kernelIfLi[12]ELb1E", 24, 0),
+    ],
     "chunk_few_rows.cu": [(r"chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],
 }  # fmt: skip
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))

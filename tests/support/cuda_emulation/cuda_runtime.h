@@ -194,6 +194,8 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemory
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 enum cudaSharedCarveout { cudaSharedmemCarveoutDefault = -1, cudaSharedmemCarveoutMaxShared = 100 };
 using cudaStream_t = void*;
+inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -212,6 +214,20 @@ inline std::map<const void*, SharedMemory>& shared_memory() {
   return of_kernels;
 }
 }  // namespace emulation
+
+namespace emulation {
+inline bool capturing = false;  // what the stream says; what is launched runs all the same
+inline int launches = 0;        // of kernels so far
+}  // namespace emulation
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+template <class T>
+inline cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid value" : "invalid configuration";
@@ -255,6 +271,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool large = config->dynamicSmemBytes > emulation::kSharedDefault;
   if (large && shared.carveout != cudaSharedmemCarveoutMaxShared) return cudaErrorInvalidValue;
   static_assert((sizeof(P) + ... + 0) <= emulation::kParameterBytes, "kernel arguments are limited to 4 KiB");
+  ++emulation::launches;
   emulation::run_grid(g, b, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
