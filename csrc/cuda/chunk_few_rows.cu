@@ -190,7 +190,7 @@ void run(const Launcher& gpu, FewRows& s, const Chunks& c, const Tensor& x, cons
   while (warps > 1 && bytes(warps) > limit) --warps;
   if (bytes(warps) > limit) fail(op, "hidden is too wide, ", c.width, ", for this GPU's shared memory");
   const auto kernel = chunk_masked_linear_kernel<T, kRowTiles, kAligned>;
-  gpu.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes(warps))));
+  gpu.allow_shared(kernel, bytes(warps));
   launch_splits<T>(gpu, s, x, c.period * c.tiles, warps,
                    [&](dim3 grid) { gpu.launch(kernel, grid, 32 * warps, bytes(warps), s, c); });
 }

@@ -13,12 +13,13 @@ template <int kPack, int kChunk, Mode kMode>
 void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
   const Launcher gpu(op, like);
   const auto kernel = dense_kernel<kPack, kChunk, kMode>;
-  const int64_t bytes = dense_shared_floats(d.layout) * static_cast<int64_t>(sizeof(float));
+  const int kept = dense_tiles(d.layout, makes_weights(kMode), steps_weights(kMode));
+  const int64_t bytes = dense_shared_floats(d.layout, kept) * static_cast<int64_t>(sizeof(float));
   const int limit = gpu.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (bytes > limit) {
     fail(op, d.tasks, " tasks of width ", d.width, " need ", bytes, " bytes of shared memory, this GPU has ", limit);
   }
-  gpu.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  gpu.allow_shared(kernel, bytes);
   int per_processor = 0;
   gpu.check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, bytes));
   const int processors = gpu.attribute(cudaDevAttrMultiProcessorCount);

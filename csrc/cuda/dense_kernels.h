@@ -34,11 +34,30 @@ __device__ __forceinline__ void scaled_factors(const Dense& d, const Tile& tile,
   }
 }
 
+// The current task's gradient at the row whose factor this thread makes: read a tile ahead, for behind the first task
+// there is no dot product during which it could arrive.
+struct CurrentRow {
+  int r;  // of any tile; rows or more: none of this thread's
+  float grad = 0, next = 0;
+
+  // tile_factors deals rows of the chunk that holds the current task to kThreads threads in a row.
+  __device__ __forceinline__ CurrentRow(const Dense& d, bool there)
+      : r(static_cast<int>((threadIdx.x + kThreads - d.drift_tasks / d.layout.chunk * d.layout.rows % kThreads) %
+                           kThreads)) {
+    if (!there || d.tasks == d.drift_tasks) r = kThreads;
+  }
+
+  __device__ __forceinline__ void read(const Dense& d, const Tile& tile) {
+    if (r < tile.rows) next = d.grad_logits[tile.row + r];
+  }
+};
+
 // factors[r][j] = dLoss/da_jr for one row and a chunk of tasks per thread. Returns this thread's squared residuals. A
 // dot product is one chain of multiply-adds over the columns: its bits depend neither on the mode nor on the other
 // tasks.
 template <int kPack, int kChunk, Mode kMode>
-__device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile, const Shared& s, float coefficient) {
+__device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile, const Shared& s, float coefficient,
+                                               const CurrentRow& given) {
   const DenseLayout& l = d.layout;
   double squares = 0;
   for (int i = threadIdx.x; i < l.rows * (l.slots / kChunk); i += kThreads) {
@@ -77,7 +96,7 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
       const int current = d.tasks > d.drift_tasks && r < tile.rows ? d.drift_tasks - first : -1;
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) {
-        if (j == current) g[j] = d.grad_logits[at];
+        if (j == current) g[j] = given.grad;
       }
 #pragma unroll
       for (int j = 0; j < kChunk; j += 4) {
@@ -279,7 +298,7 @@ template <int kPack, int kChunk, Mode kMode>
 __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>())) dense_kernel(Dense d) {
   __shared__ AdamStep step;
   const DenseLayout& l = d.layout;
-  Shared s(l);
+  Shared s(l, kMode);
   for (int i = threadIdx.x; i < l.slots * l.stride; i += kThreads) {
     const int task = i / l.stride, k = i - task * l.stride;
     s.hidden[i] = d.hidden && task < d.tasks && k < d.width ? d.hidden[task * d.width + k] : 0.0f;
@@ -290,6 +309,7 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
   const float coefficient = kMode == kValue || given_factors(kMode) ? 0.0f : 2.0f * *d.outer;
   float* partial = d.partial + static_cast<int64_t>(blockIdx.x) * d.tasks * d.width;
   HiddenGradient<kPack, kChunk> hidden_gradient(l);
+  CurrentRow given(d, kMode == kAdam);
   double squares = 0;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * l.rows, stride = static_cast<int64_t>(gridDim.x) * l.rows;
   Tile tile(d, start);
@@ -302,8 +322,11 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
     copy_tile<kPack>(d, tile, s.v, d.weight_v);
   }
   cp_async_commit();
+  given.read(d, tile);
   while (tile.row < d.rows) {
     const Tile next(d, tile.row + stride);
+    given.grad = given.next;
+    given.read(d, next);
     cp_async_wait<1>();
     __syncthreads();  // W is here, and all threads are done with the tile before
     if (next.rows > 0) copy_tile<kPack>(d, next, s.next_weight, d.weight);
@@ -311,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
     if constexpr (given_factors(kMode)) {
       scaled_factors<kChunk>(d, tile, s);
     } else {
-      squares += tile_factors<kPack, kChunk, kMode>(d, tile, s, coefficient);
+      squares += tile_factors<kPack, kChunk, kMode>(d, tile, s, coefficient, given);
     }
     if constexpr (kMode != kValue) {
       BiasRow<kMode> bias(d, tile);

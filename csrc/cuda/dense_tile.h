@@ -46,20 +46,20 @@ __device__ __forceinline__ void multiply_add(Pack<kPack>& sum, float a, const Pa
 
 struct Shared {
   float *weight, *next_weight;  // [rows, stride]: the tile being worked on and the next one
-  float *m, *v;                 // [rows, stride]
   float* factors;               // [rows, slots]
   float* hidden;                // [slots, stride], 0 beyond the tasks
-  float* grad;                  // [rows, stride], with packs of single floats
+  float *m, *v;                 // [rows, stride], in modes that step weights
+  float* grad;                  // [rows, stride], with packs of single floats in modes that make weights
 
-  __device__ explicit Shared(const DenseLayout& l) {
+  __device__ Shared(const DenseLayout& l, Mode mode) {
     const int tile = l.rows * l.stride;
     weight = dynamic_shared<float>();
     next_weight = weight + tile;
-    m = next_weight + tile;
-    v = m + tile;
-    factors = v + tile;
+    factors = next_weight + tile;
     hidden = factors + l.rows * l.slots;
-    grad = hidden + l.slots * l.stride;
+    m = hidden + l.slots * l.stride;
+    v = m + tile;
+    grad = steps_weights(mode) ? v + tile : m;
   }
 };
 

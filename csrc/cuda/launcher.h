@@ -33,6 +33,15 @@ class Launcher {
     return value;
   }
 
+  // Lets the kernel have that many bytes of shared memory in a block, and as many blocks side by side as shared memory
+  // can hold: what the driver would rather keep as L1 cache, kernels that read everything once have no use for.
+  template <class... Parameters>
+  void allow_shared(void (*kernel)(Parameters...), int64_t bytes) const {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    const int all = cudaSharedmemCarveoutMaxShared;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, all));
+  }
+
   // Asynchronous, as kernel<<<grid, threads, shared_bytes>>>(arguments...).
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int64_t shared_bytes,
@@ -46,6 +55,7 @@ class Launcher {
   }
 
   void clear(void* memory, int64_t bytes) const {
+    if (bytes == 0) return;  // a memset of nothing is a node of a captured graph too
     check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_));
   }
 

@@ -107,6 +107,7 @@ LAUNCH_TEST = r"""
 #include <cassert>
 #include <cstdio>
 #include <initializer_list>
+#include <utility>
 using namespace hypermask;
 int main() {
   static_assert(sizeof(int64_t) == 8 && sizeof(decltype(BlockTable::first_block[0])) == 8, "64-bit offsets");
@@ -137,7 +138,10 @@ int main() {
       assert(l.rows % 4 == 0 && l.rows <= kThreads);  // so that everything in shared memory begins on 16 bytes
       const DenseLayout single = dense_layout(tasks, width, false);
       assert(single.pack == 1 && single.packs == width);
-      std::printf("%d %d %d\n", int(tasks), int(width), int(4 * dense_shared_floats(l)));
+      for (const auto& [makes, steps] : {std::pair(false, false), std::pair(true, false), std::pair(true, true)}) {
+        const int needed = 4 * dense_shared_floats(l, dense_tiles(l, makes, steps));
+        std::printf("%d %d %d %d %d\n", int(tasks), int(width), int(makes), int(steps), needed);
+      }
     }
   }
 }
@@ -151,9 +155,10 @@ def test_launch_arithmetic(tmp_path):
     program = str(tmp_path / "launch")
     subprocess.run(["g++", "-std=c++17", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", program], check=True)
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 14 * 8
+    assert len(lines) == 14 * 8 * 3
     for line in lines:
-        tasks, width, needed = map(int, line.split())
-        assert dense_shared_bytes(tasks, width) == needed
-    for tasks in (1, 10):  # three blocks on an H200's multiprocessor, each with one KiB for the system
-        assert 3 * (dense_shared_bytes(tasks, 100) + 1024) <= 228 * 1024
+        tasks, width, makes, steps, needed = map(int, line.split())
+        assert dense_shared_bytes(tasks, width, bool(makes), bool(steps)) == needed
+    for tasks in (1, 10):  # on an H200's multiprocessor, each with one KiB besides: three that step, four by registers
+        assert 3 * (dense_shared_bytes(tasks, 100, True, True) + 1024) <= 228 * 1024
+        assert 4 * (dense_shared_bytes(tasks, 100, False, False) + 1024) <= 228 * 1024
