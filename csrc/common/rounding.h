@@ -11,6 +11,10 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+HM_INLINE float widened(Bfloat16 x) { return Lane<float>::from_bits(static_cast<int32_t>(uint32_t{x.bits} << 16)); }
+
+HM_INLINE Bfloat16 upper_half(uint32_t bits) { return {static_cast<uint16_t>(bits >> 16)}; }
+
 // The random numbers of one step over a layer: x = start + stride * entry modulo 2^32, the entry being a row times the
 // width plus a column. Start and stride are mixed from the step, so that an entry's numbers are independent from step
 // to step, and those of two entries in the same step are uncorrelated.
