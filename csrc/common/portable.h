@@ -50,7 +50,7 @@ struct Lane<float> {
   HM_INLINE float broadcast(float x) { return x; }
   // The lower half of x, made of both of its halves.
   HM_INLINE uint32_t both_halves(uint32_t x) { return (x ^ x >> 16) & 0xffffu; }
-  // x + y where `what`, with its sign, is below a limit, otherwise x.
+  // x + y where `what`, at most 2^31 - 1, is below a limit, otherwise x.
   HM_INLINE uint32_t add_below(uint32_t x, uint32_t y, uint32_t what, int32_t limit) {
     return static_cast<int32_t>(what) < limit ? x + y : x;
   }

@@ -60,7 +60,7 @@ HM_INLINE typename Lane<F>::Unsigned second_bits(typename Lane<F>::Unsigned x) {
 // (arithmetic makes only quiet ones, which the cut leaves as they are).
 constexpr int32_t kCutFrom = 0x7f7f0000;
 
-// x + random in its last 16 bits, whose upper half is x rounded up or down with a mean of x.
+// x + random in its last 16 bits: the upper half of this is x rounded up or down, with a mean of x.
 template <class F>
 HM_INLINE typename Lane<F>::Unsigned rounded_first(F x, typename Lane<F>::Unsigned random) {
   using U = typename Lane<F>::Unsigned;
@@ -73,7 +73,7 @@ template <class F>
 HM_INLINE typename Lane<F>::Unsigned rounded_second(F x, typename Lane<F>::Unsigned random) {
   using U = typename Lane<F>::Unsigned;
   const U bits = (U)Lane<F>::bits(x);
-  return Lane<F>::at_least(Lane<F>::add_below(bits, random, bits, kCutFrom), 0x10000u, bits);
+  return Lane<F>::at_least(rounded_first(x, random), 0x10000u, bits);
 }
 
 }  // namespace hypermask

@@ -53,8 +53,7 @@ def rounded(value: Tensor, random: Tensor, *, positive: bool = False) -> Tensor:
         positive: nothing becomes 0 that was not, because it is divided by; such values become 2^-133.
     """
     bits = value.view(torch.int32)
-    size = bits if positive else bits & 0x7FFFFFFF
-    result = torch.where(size < _CUT_FROM, bits + random.to(torch.int32), bits) >> 16
+    result = torch.where(bits & 0x7FFFFFFF < _CUT_FROM, bits + random.to(torch.int32), bits) >> 16
     if positive:
         result = torch.where((result == 0) & (bits != 0), 1, result)
     result = result.to(torch.int16).view(torch.bfloat16)

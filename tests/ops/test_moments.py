@@ -146,6 +146,19 @@ def test_every_moment_is_written_and_nothing_else(backend, width):
 
 
 @on(*NATIVE, "cuda")
+@pytest.mark.parametrize("payload", [-1, 0x7FFFFFFF, 0x7F800001, -0x400000, 0x7FC0FFFF], ids=hex)
+def test_nan_of_any_bits_stays_nan(backend, payload):
+    """Not what an addition makes of its bits."""
+    rows = 40
+    problem, layer = step_of("factored_adam", 1, rows, 33), exact_layer(rows, 33)
+    problem[0][0].view(torch.int32)[0, ::3] = payload
+    for number in range(1, 6):
+        layer = stepped(backend, "factored_adam", problem, layer, number)
+        for x in layer[2:4]:
+            assert x[::3].isnan().all() and x[1::3].isfinite().all()
+
+
+@on(*NATIVE, "cuda")
 def test_what_is_at_the_ends_of_the_range(backend):
     """Finite moments stay finite, Inf and NaN what they are, and a second moment that is not 0 is not rounded to 0."""
     largest = torch.finfo(torch.bfloat16).max
