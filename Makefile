@@ -7,12 +7,13 @@ TORCH ?= torch==2.13.0
 TRITON ?= 3.6.0
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint bench microbench test-triton compile_commands env clean
+.PHONY: help demo test lint docs bench microbench test-triton compile_commands env clean
 
 help:
 	@echo "make demo              environment; trains on real digits (no download), a minute; the accuracy matrix"
 	@echo "make test              environment; lint, types, import rules and all tests, some minutes"
 	@echo "make lint              the same without the tests"
+	@echo "make docs              the documentation as a website, build/docs/index.html; warnings are errors"
 	@echo "make bench             the library against its peers (BENCH=\"--quick\" or names: python -m bench --help)"
 	@echo "make microbench        every op and layer by itself, under 3 minutes (MICRO=\"-k linear\" for a part)"
 	@echo "make test-triton       the Triton kernels with another Triton, in an environment of its own (TRITON=3.6.0)"
@@ -42,6 +43,10 @@ lint: $(VENV)/.test
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --builder html docs build/docs
+	@echo "open build/docs/index.html"
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(BENCH)
@@ -95,4 +100,9 @@ $(VENV)/.test: $(VENV)/.package
 $(VENV)/.bench: $(VENV)/.package
 	@echo "installing what the benchmarks need; silent for a minute or so"
 	$(PIP_EDITABLE) ".[bench]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	@echo "installing what the documentation needs; silent for a minute or so"
+	$(PIP_EDITABLE) ".[docs]"
 	touch $@

@@ -5,6 +5,7 @@
 #include "../common/dense.h"
 #include "../common/registration.h"
 #include "isa.h"
+#include "large.h"
 #include "parts.h"
 
 namespace hypermask {
@@ -95,7 +96,7 @@ Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor&
   const bool one = hidden.dim() == 1;
   const int64_t tasks = one ? 1 : hidden.size(0), width = weight.size(1), rows = weight.size(0);
   check_float(op, "hidden", hidden, Place::kCpu, one ? Shape{width} : Shape{tasks, width});
-  Tensor logits = empty_float(weight, one ? Shape{rows} : Shape{tasks, rows});
+  Tensor logits = large_float(weight, one ? Shape{rows} : Shape{tasks, rows});
   DenseLayer d = dense_layer(weight, bias, tasks);
   const Buffer padded = padded_rows(data(hidden), tasks, d.width, d.padded);
   d.hidden = padded.get();
@@ -143,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, con
   check_output_drift(op, hidden, weight, bias, targets, Place::kCpu);
   check_scalar(op, "grad", grad, Place::kCpu);
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
-  Tensor grad_weight = empty_float(weight, shape_of(weight));
+  Tensor grad_weight = large_float(weight, shape_of(weight));
   Tensor grad_bias = empty_float(bias, shape_of(bias));
   DenseLayer d = dense_layer(weight, bias, hidden.size(0));
   const Buffer padded = padded_rows(data(hidden), d.tasks, d.width, d.padded);
@@ -197,7 +198,7 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
 std::tuple<Tensor, Tensor> output_residuals(const Tensor& hidden, const Tensor& weight, const Tensor& bias,
                                             const Tensor& targets) {
   check_residuals("output_residuals", hidden, weight, bias, targets, Place::kCpu);
-  Tensor residuals = empty_float(weight, {hidden.size(0), weight.size(0)});
+  Tensor residuals = large_float(weight, {hidden.size(0), weight.size(0)});
   Tensor drift = empty_float(weight, {});
   DenseLayer d = dense_layer(weight, bias, hidden.size(0));
   const Buffer padded = padded_rows(data(hidden), d.tasks, d.width, d.padded);
