@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hypermask_fast import threads
 from hypermask_fast.training.memory import tune_allocator
 
 from .case import OURS, Case, Unavailable
@@ -21,7 +22,8 @@ CUDA_CONTENDERS = (
     ANY_LOOP,
 )
 BETA1, EPS = 0.9, 1e-8  # Adam's
-# As shipped, the library is what its command line ships. Under "tuned" this changes nothing: the environment decides.
+# As shipped, the library is what its command line ships, the way its threads wait included. Under "tuned" this changes
+# nothing: the environment decides, for its peers as well.
 OWN_ALLOCATOR = "hypermask_fast.training.memory.tune_allocator()"
 
 
@@ -42,6 +44,7 @@ def cases(experiment: Experiment, device: torch.device) -> list[Case]:
             isolated=True,
             memory=lambda contender: memory(experiment, contender),
             allocator=lambda contender: OWN_ALLOCATOR if contender.startswith(OURS) else "",
+            environment=lambda contender: threads.WAITING if contender.startswith(OURS) else {},
         )
         for task in experiment.at
     ]

@@ -229,7 +229,10 @@ class Adam(torch.optim.Adam):
                 "backward has stepped the output layer, but step() was not called: skipping a step, or two backward "
                 "passes for one, needs step_in_backward=False"
             )
-        if set_to_none or self._net.processes is None:
+        if set_to_none:  # without the profiler's frame, which costs more than all else here
+            for parameter in self._all_parameters():
+                parameter.grad = None
+        elif self._net.processes is None:
             super().zero_grad(set_to_none)
         else:  # one by one: a list that has DTensors has nothing else
             for parameter in self._all_parameters():
@@ -341,7 +344,11 @@ class Adam(torch.optim.Adam):
             yield from group["params"]
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
-        return next((group for group in self.param_groups if any(p is parameter for p in group["params"])), None)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p is parameter:
+                    return group
+        return None
 
     def _settings(self, group: dict[str, Any], step: Tensor, weight: Tensor) -> tuple[Any, ...]:
         """From `step` on, the arguments of `ops.factored_adam`."""

@@ -49,6 +49,8 @@ __all__ = [
 mask_thresholds = Op(
     reference.mask_thresholds,
     arguments.mask_thresholds,
+    None,
+    arguments.kept_ranks,
     **native.offers(thresholds.mask_thresholds),
 )
 

@@ -13,6 +13,7 @@ from ..data import Scenario
 from ..errors import InputError
 from ..hypernet import HypernetConfig
 from ..masking.layout import MaskLayout
+from ..own_code import is_own
 from ..sizing import readable
 from ..sizing import total_memory as memory
 from .config import RunConfig
@@ -124,13 +125,16 @@ def _largest(parts: list[Need]) -> str:
 
 
 def _measured(config: TargetConfig, input_shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, int]:
-    """The target network without memory for its weights, and the numbers per sample that its layers put out."""
+    """The target network without memory for its weights, and the numbers per sample that its layers put out.
+
+    One of the user's own is made as it is: its function may do what needs real tensors, such as read weights.
+    """
     outputs: list[int] = []
 
     def count(module: nn.Module, args: object, output: torch.Tensor) -> None:
         outputs.append(output.numel())
 
-    with torch.device("meta"):
+    with torch.device("cpu" if is_own(config.name) else "meta"):
         net = build_target(config, input_shape, num_classes).eval()
         layers = [module for module in net.modules() if next(module.children(), None) is None]
         hooks = [layer.register_forward_hook(count) for layer in layers if next(layer.parameters(), None) is not None]

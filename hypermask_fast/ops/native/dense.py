@@ -77,10 +77,11 @@ _MOST_TASKS = 32
 
 
 def hypernet_logits(hidden, weight, bias, size):
-    rows = hidden[:, 0].contiguous()
-    if len(rows) == 1:
-        return _hypernet_logits_operator(rows[0], weight.contiguous(), bias.contiguous()).unsqueeze(0)
-    return _hypernet_logits_operator(rows, weight.contiguous(), bias.contiguous())
+    tasks, _, width = hidden.shape  # of one chunk: reshaping has a cheaper gradient than to select it
+    if tasks == 1:
+        row = hidden.reshape(width).contiguous()
+        return _hypernet_logits_operator(row, weight.contiguous(), bias.contiguous()).unsqueeze(0)
+    return _hypernet_logits_operator(hidden.reshape(tasks, width).contiguous(), weight.contiguous(), bias.contiguous())
 
 
 def hypernet_logits_form(hidden, weight, bias, size):
@@ -141,8 +142,7 @@ def _stepping(step, stepped, tensors, settings):
     everything = (t.detach() for t in (*before, *tensors[stepped], *behind))
     result = step(*everything, *settings)
     if not torch.compiler.is_compiling():
-        for t in tensors[stepped]:
-            torch.autograd.graph.increment_version(t)
+        torch.autograd.graph.increment_version(tensors[stepped])
     return result
 
 
