@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,8 @@ def _peer_settings(experiment: Experiment) -> dict:
     return {name: getattr(hyper, name) for name in names} | method | _settings(experiment)
 
 
-def library(experiment: Experiment, device: torch.device, captured: bool, in_backward: bool = True):
+def library(experiment: Experiment, device: torch.device, captured: bool, **settings: Any):
+    """settings: more of `Library`'s."""
     from .peers.ours import Library
 
     tune_allocator()  # as the command line does; see OWN_ALLOCATOR
@@ -128,8 +130,8 @@ def library(experiment: Experiment, device: torch.device, captured: bool, in_bac
         config.method.sparsity,
         config.hypernet,
         captured=captured,
-        in_backward=in_backward,
         device=device,
+        **settings,
         **_settings(experiment),
     )
     model = made.model

@@ -206,27 +206,78 @@ __device__ __forceinline__ void gradient_of_rows(const DenseLayout& l, const Sha
   }
 }
 
+// Adam's numbers in a step: those of all entries, and those that moments in bfloat16 are rounded by.
+struct Step {
+  AdamStep adam;
+  Draws draws;
+};
+
+// The moments of a piece of the tile: where they are, in shared memory and in the layer, and their step.
+template <class Moment>
+struct Moments;
+
+template <>
+struct Moments<float> {
+  float *m, *v, *to_m, *to_v;
+
+  __device__ Moments(const Dense& d, const Shared& s) : m(s.m), v(s.v), to_m(d.weight_m), to_v(d.weight_v) {}
+
+  template <int kSize>
+  __device__ __forceinline__ void step(const Piece<kSize>& piece, const Pack<kSize>& grad, Pack<kSize>& w,
+                                       const Step& step) const {
+    Pack<kSize> first = pack_at<kSize>(m + piece.shared), second = pack_at<kSize>(v + piece.shared);
+#pragma unroll
+    for (int x = 0; x < kSize; ++x) adam_update(grad.x[x], w.x[x], first.x[x], second.x[x], step.adam);
+    pack_at<kSize>(to_m + piece.where) = first;
+    pack_at<kSize>(to_v + piece.where) = second;
+  }
+};
+
+template <>
+struct Moments<Bfloat16> {
+  Bfloat16 *m, *v, *to_m, *to_v;
+
+  __device__ Moments(const Dense& d, const Shared& s)
+      : m(reinterpret_cast<Bfloat16*>(s.m)),
+        v(reinterpret_cast<Bfloat16*>(s.v)),
+        to_m(d.rounded_m),
+        to_v(d.rounded_v) {}
+
+  template <int kSize>
+  __device__ __forceinline__ void step(const Piece<kSize>& piece, const Pack<kSize>& grad, Pack<kSize>& w,
+                                       const Step& step) const {
+    Entries<Bfloat16, kSize> first = entries_at<kSize>(m + piece.shared), second = entries_at<kSize>(v + piece.shared);
+    const uint32_t start = step.draws.start + step.draws.stride * static_cast<uint32_t>(piece.where);
+#pragma unroll
+    for (int x = 0; x < kSize; ++x) {
+      float fm = widened(first.x[x]), fv = widened(second.x[x]);
+      adam_update(grad.x[x], w.x[x], fm, fv, step.adam);
+      const uint32_t draw = start + step.draws.stride * static_cast<uint32_t>(x);
+      first.x[x] = upper_half(rounded_first(fm, first_bits<float>(draw)));
+      second.x[x] = upper_half(rounded_second(fv, second_bits<float>(draw)));
+    }
+    entries_at<kSize>(to_m + piece.where) = first;
+    entries_at<kSize>(to_v + piece.where) = second;
+  }
+};
+
 // Adam on a piece of the tile with its gradient, or the gradient written.
-template <Mode kMode, int kSize>
+template <Mode kMode, class Moment, int kSize>
 __device__ __forceinline__ void update(const Dense& d, const Piece<kSize>& piece, const Shared& s,
-                                       const Pack<kSize>& grad, const AdamStep& step) {
+                                       const Pack<kSize>& grad, const Step& step) {
   if (!piece.there) return;
   if constexpr (steps_weights(kMode)) {
     Pack<kSize> w = pack_at<kSize>(s.weight + piece.shared);
-    Pack<kSize> m = pack_at<kSize>(s.m + piece.shared), v = pack_at<kSize>(s.v + piece.shared);
-#pragma unroll
-    for (int x = 0; x < kSize; ++x) adam_update(grad.x[x], w.x[x], m.x[x], v.x[x], step);
+    Moments<Moment>(d, s).step(piece, grad, w, step);
     pack_at<kSize>(d.weight + piece.where) = w;
-    pack_at<kSize>(d.weight_m + piece.where) = m;
-    pack_at<kSize>(d.weight_v + piece.where) = v;
   } else {
     pack_at<kSize>(d.grad_weight + piece.where) = grad;
   }
 }
 
 // dW = g^T h for the tile, written or given to Adam at once.
-template <int kPack, Mode kMode>
-__device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, const Shared& s, const AdamStep& step) {
+template <int kPack, Mode kMode, class Moment>
+__device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, const Shared& s, const Step& step) {
   const DenseLayout& l = d.layout;
   for_columns<kPack>(l, [&](int lane, int column) {
     Pack<kPack> grad[kDensePacks] = {};
@@ -235,7 +286,7 @@ __device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, co
       if constexpr (steps_weights(kMode)) cp_async_wait<1>();  // m and v are here; W of the next tile may be under way
 #pragma unroll
       for (int n = 0; n < kDensePacks; ++n) {
-        update<kMode>(d, piece_of_row(d, tile, lane + n * l.lanes, column), s, grad[n], step);
+        update<kMode, Moment>(d, piece_of_row(d, tile, lane + n * l.lanes, column), s, grad[n], step);
       }
     } else {
 #pragma unroll
@@ -246,7 +297,7 @@ __device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, co
     __syncthreads();
     if constexpr (steps_weights(kMode)) cp_async_wait<1>();
     for_pieces(d, tile, [&](const auto& piece) {
-      update<kMode>(d, piece, s, pack_at<piece.size>(s.grad + piece.shared), step);
+      update<kMode, Moment>(d, piece, s, pack_at<piece.size>(s.grad + piece.shared), step);
     });
   }
 }
@@ -294,9 +345,16 @@ constexpr int dense_blocks() {
   return small && kMode != kGradient ? 3 : 2;
 }
 
-template <int kPack, int kChunk, Mode kMode>
+template <int kPack, class Moment>
+__device__ __forceinline__ void copy_moments(const Dense& d, const Tile& tile, const Shared& s) {
+  const Moments<Moment> moments(d, s);
+  copy_tile<kPack>(d, tile, moments.m, moments.to_m);
+  copy_tile<kPack>(d, tile, moments.v, moments.to_v);
+}
+
+template <int kPack, int kChunk, Mode kMode, class Moment>
 __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>())) dense_kernel(Dense d) {
-  __shared__ AdamStep step;
+  __shared__ Step step;
   const DenseLayout& l = d.layout;
   Shared s(l, kMode);
   for (int i = threadIdx.x; i < l.slots * l.stride; i += kThreads) {
@@ -304,7 +362,8 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
     s.hidden[i] = d.hidden && task < d.tasks && k < d.width ? d.hidden[task * d.width + k] : 0.0f;
   }
   if (steps_weights(kMode) && threadIdx.x == 0) {
-    step = adam_step(*d.step, *d.lr, d.beta1, d.beta2, d.eps, d.weight_decay, d.decoupled, d.maximize);
+    step.adam = adam_step(*d.step, *d.lr, d.beta1, d.beta2, d.eps, d.weight_decay, d.decoupled, d.maximize);
+    step.draws = draws_of(*d.step, d.first_row, d.width);
   }
   const float coefficient = kMode == kValue || given_factors(kMode) ? 0.0f : 2.0f * *d.outer;
   float* partial = d.partial + static_cast<int64_t>(blockIdx.x) * d.tasks * d.width;
@@ -317,10 +376,7 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
   // "all but the last group" is W before the barrier below, and m and v in tile_weight.
   copy_tile<kPack>(d, tile, s.weight, d.weight);
   cp_async_commit();
-  if constexpr (steps_weights(kMode)) {
-    copy_tile<kPack>(d, tile, s.m, d.weight_m);
-    copy_tile<kPack>(d, tile, s.v, d.weight_v);
-  }
+  if constexpr (steps_weights(kMode)) copy_moments<kPack, Moment>(d, tile, s);
   cp_async_commit();
   given.read(d, tile);
   while (tile.row < d.rows) {
@@ -340,12 +396,11 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
       BiasRow<kMode> bias(d, tile);
       __syncthreads();
       if constexpr (sums_hidden(kMode)) hidden_gradient.add_tile(d, s, tile.row == start, partial);
-      if constexpr (makes_weights(kMode)) tile_weight<kPack, kMode>(d, tile, s, step);
-      if constexpr (kMode != kStep) bias.update(d, tile, s.factors, step);
+      if constexpr (makes_weights(kMode)) tile_weight<kPack, kMode, Moment>(d, tile, s, step);
+      if constexpr (kMode != kStep) bias.update(d, tile, s.factors, step.adam);
     }
-    if (steps_weights(kMode) && next.rows > 0) {  // where each thread has just used its own pieces
-      copy_tile<kPack>(d, next, s.m, d.weight_m);
-      copy_tile<kPack>(d, next, s.v, d.weight_v);
+    if constexpr (steps_weights(kMode)) {  // where each thread has just used its own pieces
+      if (next.rows > 0) copy_moments<kPack, Moment>(d, next, s);
     }
     cp_async_commit();
     float* free = s.weight;

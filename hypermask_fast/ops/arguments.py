@@ -334,13 +334,24 @@ def hypernet_adam(
 ) -> None:
     output_residuals(hidden, weight, bias, targets)
     _shape("grad_logits", grad_logits, (weight.shape[0],))
-    moments = {"weight_m": weight_m, "weight_v": weight_v, "bias_m": bias_m, "bias_v": bias_v}
-    for name, moment in moments.items():
-        _shape(name, moment, tuple((weight if name.startswith("weight") else bias).shape))
+    _moments(weight, weight_m, weight_v)
+    for name, moment in (("bias_m", bias_m), ("bias_v", bias_v)):
+        _shape(name, moment, tuple(bias.shape))
         if moment.dtype != weight.dtype or bias.dtype != weight.dtype:
             raise InputError(f"bias and {name} must be {weight.dtype}, as weight, not {bias.dtype} and {moment.dtype}")
     for name, one in (("drift_weight", drift_weight), ("step", step), ("lr", lr)):
         _one_entry(name, one)
+
+
+def _moments(weight: Tensor, weight_m: Tensor, weight_v: Tensor) -> None:
+    """Of weight's dtype, or both of bfloat16 beside float32."""
+    in_half = weight.dtype == torch.float32 and weight_m.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if in_half else weight.dtype
+    for name, moment in (("weight_m", weight_m), ("weight_v", weight_v)):
+        _shape(name, moment, tuple(weight.shape))
+        if moment.dtype != dtype:
+            why = "as weight_m" if in_half else "as weight"
+            raise InputError(f"{name} must be {dtype}, {why}, not {moment.dtype}")
 
 
 def output_residuals(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
@@ -374,10 +385,7 @@ def factored_adam(
 ) -> None:
     hidden_gradient(factors, scales, weight)
     _shape("hidden", hidden, (len(factors), weight.shape[1]))
-    for name, moment in (("weight_m", weight_m), ("weight_v", weight_v)):
-        _shape(name, moment, tuple(weight.shape))
-        if moment.dtype != weight.dtype:
-            raise InputError(f"{name} must be {weight.dtype}, as weight, not {moment.dtype}")
+    _moments(weight, weight_m, weight_v)
     for name, one in (("step", step), ("lr", lr)):
         _one_entry(name, one)
 

@@ -21,6 +21,7 @@ from .targets import TargetConfig, build_target
 
 _FLOAT, _INDEX = 4, 8  # bytes
 _COPIES = 3  # of a trained tensor: its value and Adam's two moments
+_COPIES_ROUNDED = 2  # where the moments are in bfloat16
 _UNALLOCATED = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
@@ -48,15 +49,19 @@ def needs(config: RunConfig, scenario: Scenario, training: bool = True) -> list[
     inputs, weights = prod(scenario.input_shape), sum(parameter.numel() for parameter in net.parameters())
     batch_settings = "training.batch_size" + (f" or {shape}" if outputs > inputs else "")
     return [
-        *_hypernet_needs(config.hypernet, layout, tasks, copies, shape),
+        *_hypernet_needs(config.hypernet, layout, tasks, copies, shape, config.training.moments == "bfloat16"),
         Need(_FLOAT * copies * weights, "the target network's weights", shape),
         Need(batch * (_FLOAT * (inputs + outputs) + _INDEX), f"a batch of {batch} samples", batch_settings),
     ]
 
 
-def _hypernet_needs(config: HypernetConfig, layout: MaskLayout, tasks: int, copies: int, shape: str) -> list[Need]:
-    """Of the hypernetwork of a layout; shape: the setting that its mask entries follow from."""
+def _hypernet_needs(
+    config: HypernetConfig, layout: MaskLayout, tasks: int, copies: int, shape: str, rounded: bool
+) -> list[Need]:
+    """Of the hypernetwork of a layout; shape: the setting that its mask entries follow from; rounded: whether its
+    output layer's moments are."""
     entries = layout.size
+    of_output = min(copies, _COPIES_ROUNDED) if rounded else copies
     if config.chunk_size is None:
         rows, chunks, chunk_embedding = entries, 1, 0
         others, fewer = f"embeddings of {tasks} tasks", "hypernet.embedding"
@@ -77,7 +82,7 @@ def _hypernet_needs(config: HypernetConfig, layout: MaskLayout, tasks: int, copi
     widths = (config.embedding + chunk_embedding, *config.hidden)
     trunk = " x ".join(map(str, widths[:6])) + (" ..." if len(widths) > 6 else "")
     parts = [
-        (copies * rows * (widths[-1] + 1), f"the hypernetwork's output layer, {rows} x {widths[-1]}", layer),
+        (of_output * rows * (widths[-1] + 1), f"the hypernetwork's output layer, {rows} x {widths[-1]}", layer),
         (
             copies * sum(a * b + b for a, b in pairwise(widths)),
             f"the hypernetwork's trunk, {trunk}",

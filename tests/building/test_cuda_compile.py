@@ -31,10 +31,13 @@ STREAMS = {
     ],
     "thresholds.cu": [("count_kernel", 1, 0)],
     "dense.cu": [  # a tile has 4 packs a thread; W of two tiles, m and v of two more
-        (r"dense_kernelILi4ELi[48]ELN\w+ModeE2E", 24, 12), (r"dense_kernelILi4ELi[48]ELN\w+ModeE1E", 8, 4),
-        (r"dense_kernelILi4ELi[48]ELN\w+ModeE0E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE2E", 6, 3),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE2Ef", 24, 12), (r"dense_kernelILi4ELi[48]ELN\w+ModeE1E", 8, 4),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE0E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE2Ef", 6, 3),
         (r"dense_kernelILi1ELi[48]ELN\w+ModeE1E", 2, 1), (r"dense_kernelILi1ELi[48]ELN\w+ModeE0E", 2, 0),
-        (r"dense_kernelILi4ELi[48]ELN\w+ModeE4E", 24, 12), (r"dense_kernelILi1ELi[48]ELN\w+ModeE4E", 6, 3),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE4Ef", 24, 12), (r"dense_kernelILi1ELi[48]ELN\w+ModeE4Ef", 6, 3),
+        # Moments in bfloat16 go by 8 bytes.
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE[24]ENS\w+Bfloat16", 8, 4),
+        (r"dense_kernelILi1ELi[48]ELN\w+ModeE[24]ENS\w+Bfloat16", 2, 1),
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE3E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE3E", 2, 0),
     ],
     # Copies to shared memory of W and logits, three stages: in half precision 8 of each, in float32 4.
