@@ -259,9 +259,10 @@ class _Reader:
         """Opens each of the files, without reading its pixels. Raises InputError for one that is wrong."""
 
         def check(path: Path) -> None:
-            size = self._opened(path, _oriented)
             if self.size is None:
-                self._check_size(path, size, shape)
+                self._check_size(path, self._opened(path, _oriented), shape)
+            else:
+                self._opened(path, lambda image: image.size)
 
         _each(check, paths)
 
