@@ -89,6 +89,9 @@ class TrainingConfig:
         precision: "float32", or "bf16" to train the target network under autocast.
         gradient: of the hypernetwork's output layer: "factored" steps it within the backward pass (`optim.Adam` with
             step_in_backward), "dense" by torch.optim.Adam; "auto": factored where the layer is dense.
+        drift_tasks: how many of the earlier tasks each step draws for the output drift, whose mean over draws is the
+            drift over all of them; without it, or with fewer earlier tasks, all. It bounds a step's time and leaves
+            memory as it is.
         cuda_graph: whether, on a GPU, the training step is captured and replayed; in several processes it never is.
         shard: in several processes, whether each of them has a part of the hypernetwork's output layer ("hypernetwork")
             or all of it ("none"); "auto": a part, where there are rows or chunks for every one.
@@ -114,6 +117,7 @@ class TrainingConfig:
     evaluation_batch: Annotated[int, Range(1, unit="samples")] = 1000
     precision: Annotated[str, OneOf(("float32", "bf16"))] = "float32"
     gradient: Annotated[str, OneOf(GRADIENTS)] = "auto"
+    drift_tasks: Annotated[int | None, Range(1, unit="tasks")] = None
     cuda_graph: bool = True
     shard: Annotated[str, OneOf(SHARDS)] = "auto"
     batch_norm: Annotated[str, OneOf(BATCH_NORMS)] = "synchronised"
