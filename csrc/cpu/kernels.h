@@ -68,21 +68,8 @@ struct Kernels {
   double (*dense_pass)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* grad_hidden);
 };
 
-// From how many tasks on the layer is worked on in larger blocks (kernels_dense_many.h), unless it is so wide that
-// these would not stay in the L2 cache.
-constexpr int64_t kManyTasks = 12, kManyTasksWide = 32;  // of up to kNarrow columns, and of more
-constexpr int kManyRows = 64;
-constexpr int64_t kNarrow = 64, kManyWidth = 1024;
-
-inline bool many_tasks(const DenseLayer& layer) {
-  return layer.tasks >= (layer.padded <= kNarrow ? kManyTasks : kManyTasksWide) && layer.padded <= kManyWidth;
-}
-
-// Floats of scratch that dense_value, dense_residuals and dense_pass need: a factor per task and row of a block, and
-// for many tasks the block itself, by rows and by columns.
-inline int64_t dense_scratch(const DenseLayer& layer) {
-  return many_tasks(layer) ? kManyRows * (layer.tasks + 2 * layer.padded) : kBlockRows * layer.tasks;
-}
+// Floats of scratch that dense_value and dense_pass need: a factor per task and row of a block.
+inline int64_t dense_scratch(int64_t tasks) { return tasks * kBlockRows; }
 
 const Kernels& kernels_baseline();
 const Kernels& kernels_avx2();

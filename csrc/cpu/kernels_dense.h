@@ -21,27 +21,26 @@ constexpr int hidden_columns(int tasks) {  // vectors
   return kLanes == 16 ? (tasks <= 2 ? 7 : 4) : tasks == 1 ? 7 : 12 / tasks;
 }
 constexpr int kOuterColumns = kLanes == 16 ? 7 : 4;  // vectors, of 2 rows each
-constexpr int kLine = 16;                            // floats in a cache line
 constexpr int kAdamWork = 12;                        // Adam on an entry takes about as long as this many multiply-adds
 
 // For lambdas in the inner loops: as calls they would cost as much as a narrow layer's whole product.
 #define HM_LAMBDA __attribute__((always_inline))
 
-// Calls f(Size<n>) for kMin <= n <= kMax.
+// Calls f(integral_constant<int, n>) for 1 <= n <= kMax.
 template <int kN>
 struct Size {
   static constexpr int value = kN;
 };
 
-template <int kMax, int kMin = 1, class F>
+template <int kMax, class F>
 HM_INLINE void with_size(int n, const F& f) {
-  if constexpr (kMax == kMin) {
-    f(Size<kMin>{});
+  if constexpr (kMax == 1) {
+    f(Size<1>{});
   } else {
     if (n == kMax) {
       f(Size<kMax>{});
     } else {
-      with_size<kMax - 1, kMin>(n, f);
+      with_size<kMax - 1>(n, f);
     }
   }
 }
@@ -58,13 +57,13 @@ struct Tiles {
   }
 };
 
-// f(Size, start) for every tile, where none is of less than kMin.
-template <int kMin = 1, int kMax, class F>
+// f(Size, start) for every tile.
+template <int kMax, class F>
 HM_INLINE void for_tiles(const Tiles<kMax>& tiles, const F& f) {
   int64_t begin = 0;
   for (int64_t k = 0; k < tiles.count; ++k) {
     const int64_t size = tiles.size + (k < tiles.larger);
-    with_size<kMax, kMin>(static_cast<int>(size), [&](auto n) HM_LAMBDA { f(n, begin); });
+    with_size<kMax>(static_cast<int>(size), [&](auto n) HM_LAMBDA { f(n, begin); });
     begin += size;
   }
 }
@@ -89,18 +88,18 @@ struct Cut {
 // under way there.
 class Ahead {
  public:
-  // Of `rows` rows from `row` on. hidden: whether the hidden vectors' gradient is part of the work.
-  HM_INLINE Ahead of_block(const DenseLayer& d, int64_t row, int rows, bool hidden) {
+  // hidden: whether the hidden vectors' gradient is part of the work.
+  HM_INLINE Ahead of_block(const DenseLayer& d, int64_t row, bool hidden) {
     Ahead a;
     a.arrays_ = d.weight_out ? 3 : 1;
-    a.near_ = 2 * a.arrays_ * rows * d.width <= kNear;
-    const int64_t later = (row + (a.near_ ? 1 : 2) * rows) * d.width;
+    a.near_ = 2 * a.arrays_ * kBlockRows * d.width <= kNear;
+    const int64_t later = (row + (a.near_ ? 1 : 2) * kBlockRows) * d.width;
     a.array_[0] = d.weight + later;
     a.array_[1] = d.weight_m + later;
     a.array_[2] = d.weight_v + later;
-    a.lines_ = rows * d.width / kLine;
+    a.lines_ = kBlockRows * d.width / kLine;
     const bool weights = d.weight_out || d.grad_weight;
-    a.work_ = rows * ((d.factors ? 0 : d.drift_tasks) + hidden * d.tasks + weights * (d.tasks + kAdamWork));
+    a.work_ = kBlockRows * ((d.factors ? 0 : d.drift_tasks) + hidden * d.tasks + weights * (d.tasks + kAdamWork));
     if (a.work_ == 0) a.work_ = 1;  // no tasks: there is nothing to do in the meantime
     return a;
   }
@@ -117,7 +116,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kNear = 5120;  // floats; the L1 cache has 8192 and holds other things as well
+  static constexpr int64_t kLine = 16, kNear = 5120;  // floats; the L1 cache has 8192 and holds other things as well
   const float* array_[3];
   int arrays_;
   bool near_;
@@ -176,13 +175,13 @@ HM_INLINE void block_dots(const DenseLayer& d, const Cut& cut, const float* w, i
 }
 
 // factors: dots -> g = coefficient (dot + b - target). Returns the sum of squared residuals.
-HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* factors, int stride) {
+HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* factors) {
   double total = 0;
   for (int64_t j = 0; j < d.drift_tasks; ++j) {
     Vec sum{};
-    for (int r = 0; r < stride; r += kLine) __builtin_prefetch(d.targets + j * d.rows + row + stride + r, 0, 3);
+    __builtin_prefetch(d.targets + j * d.rows + row + kBlockRows, 0, 3);
     for (int r = 0; r < rows; r += kLanes) {
-      float* f = factors + j * stride + r;
+      float* f = factors + j * kBlockRows + r;
       const Vec residual = (load_up_to(f, rows - r) + load_up_to(d.bias + row + r, rows - r)) -
                            load_up_to(d.targets + j * d.rows + row + r, rows - r);
       sum += residual * residual;
@@ -195,20 +194,17 @@ HM_INLINE double residuals(const DenseLayer& d, int64_t row, int rows, float* fa
 
 // out[j] = dots + b - target_j for the rows of a block; the last task's, and all where there are none, without a
 // target. Returns the squares of those with one.
-HM_INLINE double write_residuals(const DenseLayer& d, int64_t row, int rows, const float* dots, int stride,
-                                 float* out) {
+HM_INLINE double write_residuals(const DenseLayer& d, int64_t row, int rows, const float* dots, float* out) {
   double total = 0;
   const int64_t last = d.drift_tasks - 1;
   for (int64_t j = 0; j <= last; ++j) {
     Vec sum{};
     float* to = out + j * d.rows + row;
     const float* target = d.targets && j < last ? d.targets + j * d.rows + row : nullptr;
-    for (int r = 0; r < stride; r += kLine) {
-      if (target) __builtin_prefetch(target + stride + r, 0, 3);
-      __builtin_prefetch(to + stride + r, 1, 3);
-    }
+    if (target) __builtin_prefetch(target + kBlockRows, 0, 3);
+    __builtin_prefetch(to + kBlockRows, 1, 3);
     for (int r = 0; r < rows; r += kLanes) {
-      Vec x = load_up_to(dots + j * stride + r, rows - r) + load_up_to(d.bias + row + r, rows - r);
+      Vec x = load_up_to(dots + j * kBlockRows + r, rows - r) + load_up_to(d.bias + row + r, rows - r);
       if (target) {
         x = x - load_up_to(target + r, rows - r);
         sum += x * x;
@@ -221,12 +217,12 @@ HM_INLINE double write_residuals(const DenseLayer& d, int64_t row, int rows, con
 }
 
 // factors[j][r] = scales[j] times the row's given factor.
-HM_INLINE void scaled_factors(const DenseLayer& d, int64_t row, int rows, float* factors, int stride) {
+HM_INLINE void scaled_factors(const DenseLayer& d, int64_t row, int rows, float* factors) {
   for (int64_t j = 0; j < d.tasks; ++j) {
     const float* from = d.factors + j * d.rows + row;
-    for (int r = 0; r < stride; r += kLine) __builtin_prefetch(from + stride + r, 0, 3);
+    __builtin_prefetch(from + kBlockRows, 0, 3);
     for (int r = 0; r < rows; r += kLanes) {
-      store_up_to(factors + j * stride + r, d.scales[j] * load_up_to(from + r, rows - r), rows - r);
+      store_up_to(factors + j * kBlockRows + r, d.scales[j] * load_up_to(from + r, rows - r), rows - r);
     }
   }
 }
@@ -234,8 +230,8 @@ HM_INLINE void scaled_factors(const DenseLayer& d, int64_t row, int rows, float*
 // grad_hidden[j] += sum_r g[j][r] W_r for kTasks tasks and kColumns vectors; the last one has `rest` lanes if kPart.
 // Held in registers beside the sums: whichever is less, a row's vectors or its factors; the others pass one by one.
 template <int kTasks, int kColumns, bool kPart>
-HM_INLINE void hidden_tile(const float* w, int64_t width, int rows, const float* factors, int stride,
-                           float* grad_hidden, int64_t padded, int rest) {
+HM_INLINE void hidden_tile(const float* w, int64_t width, int rows, const float* factors, float* grad_hidden,
+                           int64_t padded, int rest) {
   Vec sum[kTasks][kColumns] = {};
   for (int r = 0; r < rows; ++r) {
     const auto column = [&](int c) HM_LAMBDA {
@@ -245,7 +241,7 @@ HM_INLINE void hidden_tile(const float* w, int64_t width, int rows, const float*
     if constexpr (kTasks < kColumns) {
       Vec g[kTasks];
 #pragma GCC unroll 8
-      for (int j = 0; j < kTasks; ++j) g[j] = broadcast(factors[j * stride + r]);
+      for (int j = 0; j < kTasks; ++j) g[j] = broadcast(factors[j * kBlockRows + r]);
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) {
         const Vec row = column(c);
@@ -258,7 +254,7 @@ HM_INLINE void hidden_tile(const float* w, int64_t width, int rows, const float*
       for (int c = 0; c < kColumns; ++c) row[c] = column(c);
 #pragma GCC unroll 8
       for (int j = 0; j < kTasks; ++j) {
-        const float g = factors[j * stride + r];
+        const float g = factors[j * kBlockRows + r];
 #pragma GCC unroll 8
         for (int c = 0; c < kColumns; ++c) sum[j][c] += row[c] * g;
       }
@@ -282,11 +278,9 @@ HM_INLINE void hidden_gradient(const DenseLayer& d, const Cut& cut, const float*
       float* out = grad_hidden + j * d.padded + c * kLanes;
       const float* g = factors + j * kBlockRows;
       if (rest && c + columns.value == cut.vectors) {
-        hidden_tile<tasks.value, columns.value, true>(w + c * kLanes, d.width, rows, g, kBlockRows, out, d.padded,
-                                                      rest);
+        hidden_tile<tasks.value, columns.value, true>(w + c * kLanes, d.width, rows, g, out, d.padded, rest);
       } else {
-        hidden_tile<tasks.value, columns.value, false>(w + c * kLanes, d.width, rows, g, kBlockRows, out, d.padded,
-                                                       rest);
+        hidden_tile<tasks.value, columns.value, false>(w + c * kLanes, d.width, rows, g, out, d.padded, rest);
       }
       Ahead::advance(ahead, kBlockRows * tasks.value * columns.value / cut.vectors);
     });
@@ -315,13 +309,13 @@ struct StepAdam {
 
 // grad[r] = sum_j g[j][r] h_j for kRows rows from entry `at` on and kColumns vectors, the last one with `last` floats.
 template <int kRows, int kColumns, class To>
-HM_INLINE void outer_tile(const float* factors, int stride, int64_t tasks, const float* h, int64_t padded, To to,
-                          int64_t at, int64_t width, int64_t last) {
+HM_INLINE void outer_tile(const float* factors, int64_t tasks, const float* h, int64_t padded, To to, int64_t at,
+                          int64_t width, int64_t last) {
   Vec sum[kRows][kColumns] = {};
   for (int64_t j = 0; j < tasks; ++j) {
     Vec g[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) g[r] = broadcast(factors[j * stride + r]);
+    for (int r = 0; r < kRows; ++r) g[r] = broadcast(factors[j * kBlockRows + r]);
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       const Vec hj = load(h + j * padded + c * kLanes);
@@ -339,30 +333,29 @@ HM_INLINE void outer_tile(const float* factors, int stride, int64_t tasks, const
 }
 
 template <int kRows, class To>
-HM_INLINE void weight_gradient_rows(const DenseLayer& d, const Cut& cut, const float* factors, int stride, To to,
-                                    int64_t row) {
+HM_INLINE void weight_gradient_rows(const DenseLayer& d, const Cut& cut, const float* factors, To to, int64_t row) {
   for_tiles(cut.outer_columns, [&](auto columns, int64_t c) HM_LAMBDA {
     const int64_t last = d.width - (c + columns.value - 1) * kLanes;
-    outer_tile<kRows, columns.value>(factors, stride, d.tasks, d.hidden + c * kLanes, d.padded, to,
-                                     row * d.width + c * kLanes, d.width, last);
+    outer_tile<kRows, columns.value>(factors, d.tasks, d.hidden + c * kLanes, d.padded, to, row * d.width + c * kLanes,
+                                     d.width, last);
   });
 }
 
 template <class To>
-HM_INLINE void weight_gradient(const DenseLayer& d, const Cut& cut, int64_t row, int rows, const float* factors,
-                               int stride, To to, Ahead& ahead) {
+HM_INLINE void weight_gradient(const DenseLayer& d, const Cut& cut, int64_t row, int rows, const float* factors, To to,
+                               Ahead& ahead) {
   int r = 0;
   for (; r + 2 <= rows; r += 2) {
-    weight_gradient_rows<2>(d, cut, factors + r, stride, to, row + r);
+    weight_gradient_rows<2>(d, cut, factors + r, to, row + r);
     Ahead::advance(ahead, 2 * (d.tasks + kAdamWork));
   }
-  if (r < rows) weight_gradient_rows<1>(d, cut, factors + r, stride, to, row + r);
+  if (r < rows) weight_gradient_rows<1>(d, cut, factors + r, to, row + r);
 }
 
-HM_INLINE void bias_gradient(const DenseLayer& d, int rows, const float* factors, int stride, float* grad) {
+HM_INLINE void bias_gradient(const DenseLayer& d, int rows, const float* factors, float* grad) {
   for (int r = 0; r < rows; r += kLanes) {
     Vec sum{};
-    for (int64_t j = 0; j < d.tasks; ++j) sum += load_up_to(factors + j * stride + r, rows - r);
+    for (int64_t j = 0; j < d.tasks; ++j) sum += load_up_to(factors + j * kBlockRows + r, rows - r);
     store_up_to(grad + r, sum, rows - r);
   }
 }
@@ -382,81 +375,54 @@ void dense_logits(const DenseLayer& d, int64_t begin, int64_t end, float* logits
   for (; row < end; ++row) logits[row] = sum_lanes(dot(row)) + d.bias[row];
 }
 
-// The products of a block of rows for few tasks; `ManyTasks` (kernels_dense_many.h) has the same for many.
-struct FewTasks {
-  static constexpr int kRows = kBlockRows;
-  Cut cut;
-
-  HM_INLINE FewTasks of(const DenseLayer& d, float*) { return {Cut::of(d)}; }
-
-  HM_INLINE void dots(const FewTasks& p, const DenseLayer& d, int64_t row, int rows, float* factors, Ahead& ahead) {
-    block_dots(d, p.cut, d.weight + row * d.width, rows, factors, ahead);
-  }
-
-  HM_INLINE void hidden(const FewTasks& p, const DenseLayer& d, int64_t row, int rows, const float* factors,
-                        float* grad_hidden, Ahead& ahead) {
-    hidden_gradient(d, p.cut, d.weight + row * d.width, rows, factors, grad_hidden, ahead);
-  }
-
-  template <class To>
-  HM_INLINE void weights(const FewTasks& p, const DenseLayer& d, int64_t row, int rows, const float* factors, To to,
-                         Ahead& ahead) {
-    weight_gradient(d, p.cut, row, rows, factors, kRows, to, ahead);
-  }
-};
-
-template <class Products>
-HM_INLINE double value_by(const DenseLayer& d, int64_t begin, int64_t end, float* scratch) {
-  const Products products = Products::of(d, scratch);
+double dense_value(const DenseLayer& d, int64_t begin, int64_t end, float* scratch) {
+  const Cut cut = Cut::of(d);
   double total = 0;
-  for (int64_t row = begin; row < end; row += Products::kRows) {
-    const int rows = static_cast<int>(end - row < Products::kRows ? end - row : Products::kRows);
-    Ahead ahead = Ahead::of_block(d, row, Products::kRows, false);
-    Products::dots(products, d, row, rows, scratch, ahead);
-    total += residuals(d, row, rows, scratch, Products::kRows);
+  for (int64_t row = begin; row < end; row += kBlockRows) {
+    const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
+    Ahead ahead = Ahead::of_block(d, row, false);
+    block_dots(d, cut, d.weight + row * d.width, rows, scratch, ahead);
+    total += residuals(d, row, rows, scratch);
   }
   return total;
 }
 
-template <class Products>
-HM_INLINE double residuals_by(const DenseLayer& d, int64_t begin, int64_t end, float* scratch, float* out) {
-  const Products products = Products::of(d, scratch);
+double dense_residuals(const DenseLayer& d, int64_t begin, int64_t end, float* scratch, float* out) {
+  const Cut cut = Cut::of(d);
   double total = 0;
-  for (int64_t row = begin; row < end; row += Products::kRows) {
-    const int rows = static_cast<int>(end - row < Products::kRows ? end - row : Products::kRows);
-    Ahead ahead = Ahead::of_block(d, row, Products::kRows, false);
-    Products::dots(products, d, row, rows, scratch, ahead);
-    total += write_residuals(d, row, rows, scratch, Products::kRows, out);
+  for (int64_t row = begin; row < end; row += kBlockRows) {
+    const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
+    Ahead ahead = Ahead::of_block(d, row, false);
+    block_dots(d, cut, d.weight + row * d.width, rows, scratch, ahead);
+    total += write_residuals(d, row, rows, scratch, out);
   }
   return total;
 }
 
-template <class Products>
-HM_INLINE double pass_by(const DenseLayer& d, int64_t begin, int64_t end, float* factors, float* grad_hidden) {
-  constexpr int kStride = Products::kRows;
-  const Products products = Products::of(d, factors);
+double dense_pass(const DenseLayer& d, int64_t begin, int64_t end, float* factors, float* grad_hidden) {
+  const Cut cut = Cut::of(d);
   double total = 0;
-  for (int64_t row = begin; row < end; row += kStride) {
-    const int rows = static_cast<int>(end - row < kStride ? end - row : kStride);
-    Ahead ahead = Ahead::of_block(d, row, kStride, grad_hidden != nullptr);
+  for (int64_t row = begin; row < end; row += kBlockRows) {
+    const int rows = static_cast<int>(end - row < kBlockRows ? end - row : kBlockRows);
+    const float* w = d.weight + row * d.width;
+    Ahead ahead = Ahead::of_block(d, row, grad_hidden != nullptr);
     if (d.factors) {
-      scaled_factors(d, row, rows, factors, kStride);
+      scaled_factors(d, row, rows, factors);
     } else {
-      Products::dots(products, d, row, rows, factors, ahead);
-      total += residuals(d, row, rows, factors, kStride);
-      if (d.grad_logits) std::memcpy(factors + d.drift_tasks * kStride, d.grad_logits + row, rows * sizeof(float));
+      block_dots(d, cut, w, rows, factors, ahead);
+      total += residuals(d, row, rows, factors);
+      if (d.grad_logits) std::memcpy(factors + d.drift_tasks * kBlockRows, d.grad_logits + row, rows * sizeof(float));
     }
-    if (grad_hidden) Products::hidden(products, d, row, rows, factors, grad_hidden, ahead);
-    if (d.grad_bias) bias_gradient(d, rows, factors, kStride, d.grad_bias + row);
+    if (grad_hidden) hidden_gradient(d, cut, w, rows, factors, grad_hidden, ahead);
+    if (d.grad_bias) bias_gradient(d, rows, factors, d.grad_bias + row);
     if (d.weight_out) {
-      const StepAdam step{d.weight_out, d.weight_m, d.weight_v, d.adam};
-      Products::weights(products, d, row, rows, factors, step, ahead);
+      weight_gradient(d, cut, row, rows, factors, StepAdam{d.weight_out, d.weight_m, d.weight_v, d.adam}, ahead);
     } else if (d.grad_weight) {
-      Products::weights(products, d, row, rows, factors, WriteGradient{d.grad_weight}, ahead);
+      weight_gradient(d, cut, row, rows, factors, WriteGradient{d.grad_weight}, ahead);
     }
     if (d.bias_out) {
-      float grad_bias[kStride];
-      bias_gradient(d, rows, factors, kStride, grad_bias);
+      float grad_bias[kBlockRows];
+      bias_gradient(d, rows, factors, grad_bias);
       const StepAdam step{d.bias_out, d.bias_m, d.bias_v, d.adam};
       for (int r = 0; r < rows; r += kLanes) {
         StepAdam::take(step, load_up_to(grad_bias + r, rows - r), row + r, rows - r);

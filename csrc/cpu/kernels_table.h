@@ -1,7 +1,7 @@
 // Included by each kernels_*.cpp, which says for which instructions: the table of what was compiled there.
 #pragma once
 
-#include "kernels_dense_many.h"
+#include "kernels_dense.h"
 #include "kernels_elementwise.h"
 
 #define HM_KERNEL_TABLE(isa)                                                                           \

@@ -11,15 +11,6 @@ SHAPES = [(1, 1), (63, 7), (997, 25), (1000, 100), (500, 100), (4133, 33), (129,
 SIZES = [*product(SHAPES, (0, 1, 3, 6, 10)), ((101, 25), 4), ((3000, 100), 9), ((515, 64), 39)]  # layer, earlier tasks
 
 
-# Around the number of tasks from which the extension works in larger blocks, and the width up to which it does; widths
-# and rows around those of its vectors and blocks. (rows, width, tasks).
-MANY = [
-    *product((1, 63, 81), (1, 15, 16, 17, 25), (11, 12, 40)),
-    *product((1, 63, 81), (65, 100, 129), (12, 31, 32, 40)),
-]
-MANY += [(8311, 25, 13), (4211, 100, 100), (65, 1024, 32), (65, 1030, 32)]
-
-
 class Dense(NamedTuple):
     weight: Tensor  # (N, H)
     bias: Tensor
