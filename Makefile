@@ -7,15 +7,17 @@ TORCH ?= torch==2.13.0
 TRITON ?= 3.6.0
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint bench microbench test-triton compile_commands env clean
+.PHONY: help demo test lint docs bench microbench test-triton test-integrations compile_commands env clean
 
 help:
 	@echo "make demo              environment; trains on real digits (no download), a minute; the accuracy matrix"
 	@echo "make test              environment; lint, types, import rules and all tests, some minutes"
 	@echo "make lint              the same without the tests"
+	@echo "make docs              the documentation as a website, build/docs/index.html; warnings are errors"
 	@echo "make bench             the library against its peers (BENCH=\"--quick\" or names: python -m bench --help)"
 	@echo "make microbench        every op and layer by itself, under 3 minutes (MICRO=\"-k linear\" for a part)"
 	@echo "make test-triton       the Triton kernels with another Triton, in an environment of its own (TRITON=3.6.0)"
+	@echo "make test-integrations the Avalanche adapter, in an environment of its own, with torchvision and Avalanche"
 	@echo "make compile_commands  compile_commands.json for editors, from the last build of csrc/"
 	@echo "make env               environment; what this installation is and sees"
 	@echo "make clean             all of that away again; runs are kept"
@@ -43,6 +45,10 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
 
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --builder html docs build/docs
+	@echo "open build/docs/index.html"
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(BENCH)
 
@@ -55,6 +61,11 @@ test-triton:
 	$(VENV)-triton-$(TRITON)/bin/pip install --quiet --no-deps "triton==$(TRITON)" $(if $(filter 3.6.%,$(TRITON)),"numpy<2.4")
 	OMP_NUM_THREADS=1 $(VENV)-triton-$(TRITON)/bin/python -m pytest -n auto --dist worksteal -k "triton or offline" tests/offline tests/ops $(PYTEST)
 
+# TORCH="torch==2.14.1 torchvision==0.29.1" names a torchvision that goes with the PyTorch.
+test-integrations:
+	$(MAKE) VENV=$(VENV)-integrations $(VENV)-integrations/.integrations
+	OMP_NUM_THREADS=1 $(VENV)-integrations/bin/python -m pytest tests/integrations $(PYTEST)
+
 # Where BuildExtension lets ninja compile; the flags are those of the environment's own build.
 compile_commands: $(VENV)/.test
 	for folder in build/temp.*; do $(BIN)/ninja -C "$$folder" -t compdb > compile_commands.json; done
@@ -64,7 +75,7 @@ env: $(VENV)/.package
 
 # Runs are kept.
 clean:
-	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-triton-* $(VENV)-integrations build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f compile_commands.json
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
@@ -95,4 +106,14 @@ $(VENV)/.test: $(VENV)/.package
 $(VENV)/.bench: $(VENV)/.package
 	@echo "installing what the benchmarks need; silent for a minute or so"
 	$(PIP_EDITABLE) ".[bench]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	@echo "installing what the documentation needs; silent for a minute or so"
+	$(PIP_EDITABLE) ".[docs]"
+	touch $@
+
+$(VENV)/.integrations: $(VENV)/.package
+	@echo "installing Avalanche; silent for a minute or so"
+	$(PIP_EDITABLE) ".[avalanche]" pytest
 	touch $@

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, registry, results
+from . import compare, machine, registry, results
 from .case import Case
 from .runner import Plan, Runner
 from .table import growth, table
@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, help="length of a turn")
     made.add_argument("--patience", type=float, metavar="S", help="leave out a contender that takes longer to answer")
     made.add_argument("--limit", type=float, metavar="S", help="begin no further case after S seconds")
+    made.add_argument("--beside", type=_count, metavar="N", help="also beside N busy processes, in rows of their own")
+    made.add_argument("--compare", metavar="BASE", help="ours against another commit, in turns; kept only with --json")
     made.add_argument("--json", type=Path, metavar="F", help="write this run's rows to F as well")
     made.add_argument("--csv", type=Path, metavar="F", help="append to F, not to the machine's file")
     return made
@@ -53,7 +55,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         plan = replace(plan, malloc=tuple(arguments.malloc))
     elif device.type == "cuda":
         plan = replace(plan, malloc=("as shipped",))  # the GPU has an allocator of its own
-    names = ("turns", "seconds", "patience", "limit")
+    names = ("turns", "seconds", "patience", "limit", "beside")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return replace(plan, **given)
 
@@ -71,12 +73,25 @@ def main(argv: list[str] | None = None) -> int:
             arguments.json.touch()
         if arguments.csv:
             results.append([], arguments.csv)
+        if arguments.compare:
+            return compare_with(arguments, plan, cases)
     except (LookupError, ValueError) as problem:
         return _refuse(problem.args[0])
     except OSError as problem:
         return _refuse(f"{problem.filename}: {problem.strerror}")
     rows = measure(arguments, plan, cases)
     return 0 if rows else 1
+
+
+def compare_with(arguments: argparse.Namespace, plan: Plan, cases: list[Case]) -> int:
+    """Of the same cases, the library here and in another commit. Raises LookupError where that can't be had."""
+    if arguments.csv or arguments.beside:
+        raise LookupError("--compare gives ratios, which --json keeps: leave out --csv and --beside")
+    plan = plan if arguments.malloc else replace(plan, malloc=plan.malloc[-1:])
+    found = compare.compare(plan, cases, *compare.checkout(arguments.compare))
+    if arguments.json:
+        compare.write(found, arguments.json)
+    return 0 if found else 1
 
 
 def _refuse(message: str) -> int:

@@ -54,6 +54,7 @@ class Case:
         dtype: what the operations are done in, for the floor's rate.
         memory: bytes that a contender needs, about; decides how many are resident at a time.
         allocator: what a contender does to the allocator by itself where the environment leaves it as shipped.
+        environment: variables that a contender's program sets by itself where they are left as shipped.
     """
 
     name: str
@@ -69,3 +70,4 @@ class Case:
     dtype: str = "float32"
     memory: Callable[[str], float] = field(default=lambda contender: 0.0)
     allocator: Callable[[str], str] = field(default=lambda contender: "")
+    environment: Callable[[str], dict[str, str]] = field(default=lambda contender: {})

@@ -13,24 +13,30 @@ from typing import Any
 
 import torch
 
-from hypermask_fast import __version__
+from hypermask_fast import __version__, threads
 from hypermask_fast.ops.registry import problem
 
-# Allocator settings that whole runs are made under, as environment variables of every contender. As shipped, glibc
-# returns every large temporary to the kernel and pays page faults for the next; tuned, it keeps them.
+# Settings that whole runs are made under, as environment variables of every contender. As shipped, glibc returns every
+# large temporary to the kernel and pays page faults for the next, and OpenMP's threads spin for long while they wait;
+# tuned, freed memory is kept and a thread that waits soon sleeps.
 _KEEP = f"glibc.malloc.mmap_threshold={1 << 40}:glibc.malloc.trim_threshold={1 << 40}:glibc.malloc.top_pad={1 << 26}"
-MALLOC: dict[str, dict[str, str]] = {"as shipped": {}, "tuned": {"GLIBC_TUNABLES": _KEEP}}
-_OF_ALLOCATORS = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
+AS_SHIPPED = "as shipped"
+MALLOC: dict[str, dict[str, str]] = {AS_SHIPPED: {}, "tuned": {"GLIBC_TUNABLES": _KEEP, **threads.WAITING}}
+_DECIDING = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", *threads.HOW_TO_WAIT)
 
 
 def environment(malloc: str) -> dict[str, str]:
-    """This process's environment under an allocator setting, whatever it says of the allocator by itself."""
-    return {name: value for name, value in os.environ.items() if name not in _OF_ALLOCATORS} | MALLOC[malloc]
+    """This process's environment under a setting, whatever it says of allocator and waiting by itself."""
+    return {name: value for name, value in os.environ.items() if name not in _DECIDING} | MALLOC[malloc]
 
 
 def malloc_setting(malloc: str) -> str:
-    """The variables of an allocator setting as one would type them."""
-    return " ".join(f"{name}={value}" for name, value in MALLOC[malloc].items())
+    """The variables of a setting as one would type them."""
+    return typed(MALLOC[malloc])
+
+
+def typed(variables: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in variables.items())
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from . import machine
 
-_ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 class Failed(Exception):
@@ -25,18 +27,29 @@ class Process:
 
     Args:
         patience: seconds that an answer may take before the process is killed; None: for ever.
+        own: variables that the contender's program sets by itself.
+        root: the checkout whose worker it is.
     """
 
-    def __init__(self, device: torch.device, threads: int, malloc: str, patience: float | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        threads: int,
+        malloc: str,
+        patience: float | None = None,
+        own: Mapping[str, str] = MappingProxyType({}),
+        root: Path = ROOT,
+    ) -> None:
         self._patience, self._broken = patience, False
-        environment = machine.environment(malloc) | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        environment = machine.environment(malloc) | own | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker", str(device), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=root,
         )
 
     def send(self, command: str, **arguments: Any) -> None:
@@ -108,3 +121,28 @@ def available_memory() -> float:
             return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return float("inf")
+
+
+# Until it is killed, or the process that wanted it has ended.
+_BUSY = """
+import os
+parent = os.getppid()
+print(flush=True)
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Beside a block, so many processes that compute without end."""
+    with ExitStack() as stack:
+        started = []
+        for _ in range(count):
+            process = subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE)
+            started.append(stack.enter_context(process))
+            stack.callback(process.kill)  # before `process` waits for its end
+        for process in started:
+            process.stdout.readline()
+        yield

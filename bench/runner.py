@@ -5,17 +5,19 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from . import gate, machine
 from .case import OURS, Case
-from .pool import Failed, Process, available_memory
+from .machine import AS_SHIPPED
+from .pool import Failed, Process, available_memory, busy
 from .results import Row
 
 
@@ -25,6 +27,7 @@ class Plan:
 
     patience: seconds after which a contender that does not answer is left out; None: for ever.
     limit: seconds after which no further case is begun; None: all are.
+    beside: after every turn alone, another one beside so many busy processes.
     """
 
     device: torch.device
@@ -36,6 +39,7 @@ class Plan:
     most: int = 30
     patience: float | None = None
     limit: float | None = None
+    beside: int = 0
     command: str = field(default_factory=lambda: shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
 
 
@@ -48,6 +52,7 @@ class Entry:
     share: float | None = None
     nodes: int | None = None  # of its CUDA graph
     samples: list[float] = field(default_factory=list)
+    beside: list[list[float]] = field(default_factory=list)  # the samples of each turn beside busy processes
     peak_memory: int | None = None
 
 
@@ -89,8 +94,13 @@ class Runner:
         for malloc in self.plan.malloc:
             yield from self._measure(case, malloc, oracles)
 
-    def _process(self, malloc: str) -> Process:
-        return Process(self.plan.device, self.plan.threads, malloc, self.plan.patience)
+    def _process(self, malloc: str, own: Mapping[str, str] = MappingProxyType({})) -> Process:
+        return Process(self.plan.device, self.plan.threads, malloc, self.plan.patience, own)
+
+    @staticmethod
+    def own_variables(case: Case, malloc: str, contender: str) -> dict[str, str]:
+        """Variables of a contender's own process that its program sets by itself."""
+        return case.environment(contender) if case.isolated and malloc == AS_SHIPPED else {}
 
     def _shared_process(self, malloc: str) -> Process:
         """The one that is there if it still answers, or a new one."""
@@ -161,6 +171,8 @@ class Runner:
                         say(f"{case.name}: {entry.contender}: {of_nodes(entry)}")
                     if entry is not ours or number == 0:  # ours is in every group, and one row is enough
                         yield self._row(case, malloc, entry, ours)
+                        if entry.beside:
+                            yield self._row_beside(case, malloc, entry, ours)
 
     def _groups(self, case: Case) -> list[tuple[str, ...]]:
         """Contenders that fit into memory together; where not all do, ours is measured anew with each group."""
@@ -181,7 +193,10 @@ class Runner:
     def _enter(self, case: Case, group: Sequence[str], malloc: str, oracles: dict, stack: ExitStack) -> list[Entry]:
         """Starts the contenders, side by side, and keeps those whose result is right."""
         shared = None if case.isolated else self._shared_process(malloc)
-        entries = [Entry(name, shared or stack.enter_context(self._process(malloc))) for name in group]
+        entries = [
+            Entry(name, shared or stack.enter_context(self._process(malloc, self.own_variables(case, malloc, name))))
+            for name in group
+        ]
         for entry in entries:
             entry.process.send("prepare", case=case.name, contender=entry.contender, quick=self.plan.quick)
         kept = []
@@ -193,31 +208,57 @@ class Runner:
         return kept
 
     def _take_turns(self, case: Case, entries: list[Entry]) -> list[Entry]:
-        lost: set[str] = set()
-        for turn in range(-1, self.plan.turns):
-            for entry in entries:
-                if entry.contender in lost:
-                    continue
-                try:
-                    self._one_turn(entry, warm=turn < 0)
-                except Failed as problem:
-                    lost.add(entry.contender)
-                    say(f"{case.name}: {entry.contender} is left out: {problem}")
-        kept = [entry for entry in entries if entry.contender not in lost]
+        kept = self._each(case, entries, self._warm)
+        for _ in range(self.plan.turns):
+            kept = self._each(case, kept, self._alone)
+            if self.plan.beside:
+                with busy(self.plan.beside):
+                    kept = self._each(case, kept, self._beside)
         for entry in kept if case.isolated else kept[:1]:
             peak = entry.process.ask("release")["peak_memory"]
             entry.peak_memory = peak if case.isolated else None
         return kept
 
-    def _one_turn(self, entry: Entry, warm: bool) -> None:
-        if warm:
-            entry.process.ask("warm", contender=entry.contender)
-            return
+    @staticmethod
+    def _each(case: Case, entries: list[Entry], do: Callable[[Entry], None]) -> list[Entry]:
+        """Something with each contender in turn; those that have done it."""
+        kept = []
+        for entry in entries:
+            try:
+                do(entry)
+                kept.append(entry)
+            except Failed as problem:
+                say(f"{case.name}: {entry.contender} is left out: {problem}")
+        return kept
+
+    @staticmethod
+    def _warm(entry: Entry) -> None:
+        entry.process.ask("warm", contender=entry.contender)
+
+    def _alone(self, entry: Entry) -> None:
+        entry.samples += self._turn(entry)
+
+    def _beside(self, entry: Entry) -> None:
+        entry.beside.append(self._turn(entry))
+
+    def _turn(self, entry: Entry) -> list[float]:
         plan = self.plan
-        answer = entry.process.ask("turn", contender=entry.contender, seconds=plan.seconds, most=plan.most)
-        entry.samples += answer["ms"]
+        return entry.process.ask("turn", contender=entry.contender, seconds=plan.seconds, most=plan.most)["ms"]
+
+    @staticmethod
+    def setting(case: Case, malloc: str, contender: str) -> str:
+        """What a contender runs under, as one would type it."""
+        own = machine.typed(Runner.own_variables(case, malloc, contender))
+        return machine.malloc_setting(malloc) or " ".join(filter(None, (own, case.allocator(contender))))
 
     # -- results ------------------------------------------------------------------------------------------------------
+
+    def _row_beside(self, case: Case, malloc: str, entry: Entry, ours: Entry | None) -> Row:
+        """A row of another case, whose name says beside how many."""
+        suffix = f" beside {self.plan.beside}"
+        say(f"{case.name}{suffix}: {entry.contender}: {of_alone(entry)}")
+        case = replace(case, name=case.name + suffix, experiment=case.experiment + suffix)
+        return self._row(case, malloc, busied(entry), busied(ours) if ours else None)
 
     def _row(self, case: Case, malloc: str, entry: Entry, ours: Entry | None) -> Row:
         moved, work = case.floor()
@@ -227,7 +268,7 @@ class Runner:
         measured: dict[str, Any] = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "malloc": malloc,
-            "malloc_setting": machine.malloc_setting(malloc) or case.allocator(entry.contender),
+            "malloc_setting": self.setting(case, malloc, entry.contender),
             "experiment": case.experiment,
             "case": case.name,
             "task_index": case.task,
@@ -250,6 +291,18 @@ class Runner:
             "command": self.plan.command,
         }
         return Row(**self.about, **measured)
+
+
+def busied(entry: Entry) -> Entry:
+    """The same contender with the samples beside busy processes as its samples."""
+    return replace(entry, samples=[sample for turn in entry.beside for sample in turn])
+
+
+def of_alone(entry: Entry) -> str:
+    """Its time beside busy processes as a multiple of that alone: the median, and the mean of the slowest turn."""
+    alone = statistics.median(entry.samples)
+    slowest = max(map(statistics.fmean, entry.beside))
+    return f"{statistics.median(busied(entry).samples) / alone:.2f} x alone, slowest turn {slowest / alone:.2f} x"
 
 
 def of_nodes(entry: Entry) -> str:

@@ -23,12 +23,12 @@ import hypermask_fast as hmf
 
 from . import machine
 
-TASKS, ROWS, MIXED = 10, 1000, 256
+TASKS = 10
 SERVED, CHECKED, MADE, PLAIN = "kept, in serving()", "kept, by checksums", "all made", "plain passes"
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(1024, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10))
+def mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(1024, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 def uncached(model: hmf.HyperMask, run: Callable[[], Tensor]) -> Tensor:
@@ -85,32 +85,35 @@ def timed(every: dict[str, Callable], turns: int) -> dict[str, dict[str, float]]
 
 
 @torch.no_grad()
-def measured(turns: int) -> dict[str, Any]:
+def measured(turns: int, quick: bool = False) -> dict[str, Any]:
+    """Times of every case, and what the cache says of itself; `quick`: of tiny shapes."""
+    rows, mixed, width = (40, 20, 8) if quick else (1000, 256, 1000)
     torch.manual_seed(0)
-    plain, config = mlp(), hmf.HypernetConfig(embedding=24, hidden=(100, 100))
-    model = hmf.HyperMask(mlp(), TASKS, 0.0, config).eval()
-    x, ids = torch.rand(ROWS, 1024), torch.arange(MIXED) % TASKS
-    some = [x[:MIXED][ids == task] for task in range(TASKS)]
+    plain, config = mlp(width), hmf.HypernetConfig(embedding=24, hidden=(100, 100))
+    model = hmf.HyperMask(mlp(width), TASKS, 0.0, config).eval()
+    x, ids = torch.rand(rows, 1024), torch.arange(mixed) % TASKS
+    some = [x[:mixed][ids == task] for task in range(TASKS)]
     cases = {
-        f"{TASKS} tasks x {ROWS} inputs": (lambda: model.forward_all_tasks(x), lambda: [plain(x) for _ in ids[:TASKS]]),
-        f"a mixed batch of {MIXED} rows": (lambda: model(x[:MIXED], ids), lambda: [plain(rows) for rows in some]),
-        f"one task, {MIXED} rows": (lambda: model(x[:MIXED], 3), lambda: plain(x[:MIXED])),
+        f"{TASKS} tasks x {rows} inputs": (lambda: model.forward_all_tasks(x), lambda: [plain(x) for _ in ids[:TASKS]]),
+        f"a mixed batch of {mixed} rows": (lambda: model(x[:mixed], ids), lambda: [plain(part) for part in some]),
+        f"one task, {mixed} rows": (lambda: model(x[:mixed], 3), lambda: plain(x[:mixed])),
     }
     found = {name: timed(contenders(model, *case), turns) for name, case in cases.items()}
     return {"cases": found, "cache": str(model.cache)}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run, and right?")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     result = {
         **machine.describe(torch.device("cpu")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m bench.serving --turns {options.turns}",
+        "command": f"python -m bench.serving --turns {options.turns}" + " --quick" * options.quick,
         "load": os.getloadavg()[0],
-        **measured(options.turns),
+        **measured(options.turns, options.quick),
     }
     for case, rows in result["cases"].items():
         print(case)

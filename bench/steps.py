@@ -2,11 +2,13 @@
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hypermask_fast import threads
 from hypermask_fast.training.memory import tune_allocator
 
 from .case import OURS, Case, Unavailable
@@ -20,7 +22,8 @@ CUDA_CONTENDERS = (
     ANY_LOOP,
 )
 BETA1, EPS = 0.9, 1e-8  # Adam's
-# As shipped, the library is what its command line ships. Under "tuned" this changes nothing: the environment decides.
+# As shipped, the library is what its command line ships, the way its threads wait included. Under "tuned" this changes
+# nothing: the environment decides, for its peers as well.
 OWN_ALLOCATOR = "hypermask_fast.training.memory.tune_allocator()"
 
 
@@ -41,6 +44,7 @@ def cases(experiment: Experiment, device: torch.device) -> list[Case]:
             isolated=True,
             memory=lambda contender: memory(experiment, contender),
             allocator=lambda contender: OWN_ALLOCATOR if contender.startswith(OURS) else "",
+            environment=lambda contender: threads.WAITING if contender.startswith(OURS) else {},
         )
         for task in experiment.at
     ]
@@ -114,7 +118,8 @@ def _peer_settings(experiment: Experiment) -> dict:
     return {name: getattr(hyper, name) for name in names} | method | _settings(experiment)
 
 
-def library(experiment: Experiment, device: torch.device, captured: bool, in_backward: bool = True):
+def library(experiment: Experiment, device: torch.device, captured: bool, **settings: Any):
+    """settings: more of `Library`'s."""
     from .peers.ours import Library
 
     tune_allocator()  # as the command line does; see OWN_ALLOCATOR
@@ -125,8 +130,8 @@ def library(experiment: Experiment, device: torch.device, captured: bool, in_bac
         config.method.sparsity,
         config.hypernet,
         captured=captured,
-        in_backward=in_backward,
         device=device,
+        **settings,
         **_settings(experiment),
     )
     model = made.model

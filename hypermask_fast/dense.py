@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import InputError
-from .few_rows import linear
+from .few_rows import linear, mlp
 from .output_layer import FactoredOutput, OutputStepper, SteppedOutput
 from .processes import Processes, Shards, local, placed_like, whole
 
@@ -128,10 +128,12 @@ class HyperNetwork(nn.Module):
         return local(self.output.weight), local(self.output.bias)
 
     def _hidden(self, tasks: Iterable[int] | Tensor) -> Tensor:
-        first: Any = self.trunk[0]  # an nn.Linear
-        layers: Any = self.trunk[1:]
-        hidden = linear(self.embed(tasks), first.weight, first.bias)
-        return after_first(hidden, [(layer.weight, layer.bias) for layer in layers])[:, None]
+        return self._trunk_of(tasks)[:, None]
+
+    def _trunk_of(self, tasks: Iterable[int] | Tensor) -> Tensor:
+        """(T, H) last hidden layer of a hypernetwork without chunks."""
+        layers: Any = self.trunk  # of nn.Linear
+        return mlp(self.embed(tasks), [(layer.weight, layer.bias) for layer in layers])
 
     def forward(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, N) logits of task ids (T integers or an int64 tensor (T,)); the output layer is read once for all."""
@@ -181,7 +183,7 @@ class HyperNetwork(nn.Module):
             drawn: see `regularizers.output_drift`. The trunk serves all tasks: its rows' last bits can depend on how
                 many there are.
         """
-        hidden, (weight, bias) = self._hidden(tasks)[:, 0], self.layer()
+        hidden, (weight, bias) = self._trunk_of(tasks), self.layer()
         old = local(targets[0]) if targets else hidden.new_empty(0, len(weight))
         scale = 1.0
         if drawn is not None:

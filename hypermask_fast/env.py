@@ -9,6 +9,7 @@ from importlib import metadata
 
 import torch
 
+from . import startup, threads
 from .ops import OPS, registry
 
 _PACKAGES = ("hypermask-fast", "numpy", "safetensors")
@@ -35,12 +36,36 @@ def report() -> str:
         **{
             name: _version(name) or f'not installed (pip install "hypermask-fast[{_EXTRAS[name]}]")' for name in _EXTRAS
         },
-        "cpu": f"{os.cpu_count()} logical cores, {torch.get_num_threads()} threads used (OMP_NUM_THREADS sets it)",
+        **_threads(),
         **_gpus(),
         **_backends(),
     }
     width = max(map(len, lines)) + 1
     return "\n".join(f"{name + ':':<{width}} {value}" for name, value in lines.items())
+
+
+def _threads() -> dict[str, str]:
+    """The processors there are for this process, what it makes of them, and what any other program would set."""
+    found, number = threads.processors(), torch.get_num_threads()
+    quota = "no quota" if found.quota is None else f"a quota of {found.quota:g} (cgroup)"
+    cores = "" if found.cores == found.allowed else f" on {found.cores} cores"
+    many, waiting = (threads.said(os.environ, names) for names in (threads.HOW_MANY, threads.HOW_TO_WAIT))
+    return {
+        "cpu": f"{found.visible} logical cores visible, {found.allowed} in the affinity mask{cores}, {quota}",
+        "threads": f"{number} threads used ({_decided(many) or 'as PyTorch chooses; OMP_NUM_THREADS sets it'})",
+        "waiting": _decided(waiting) or "OpenMP's default: threads spin for long, which is slow beside other work",
+        "in your program": f"set before PyTorch is imported: {_typed(threads.variables({}, found))}",
+    }
+
+
+def _decided(values: dict[str, str]) -> str:
+    """Variables that decide something, and whose they are; "" where there are none."""
+    who = "the command line" if values.keys() & startup.CHOSEN.keys() else "the environment"
+    return f"{_typed(values)}, set by {who}" if values else ""
+
+
+def _typed(values: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _backends() -> dict[str, str]:

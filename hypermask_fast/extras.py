@@ -5,7 +5,13 @@ from contextlib import contextmanager
 
 from .errors import InputError
 
-_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w"}  # where the names differ
+_DISTRIBUTIONS = {  # where the names differ
+    "PIL": "pillow",
+    "avalanche": "avalanche-lib",
+    "distutils": "setuptools",
+    "sklearn": "scikit-learn",
+    "tomli_w": "tomli-w",
+}
 
 
 @contextmanager

@@ -92,6 +92,8 @@ class HypernetConfig:
             for share in (1, 2, 4):  # of the memory; the smallest share that does
                 with suppress(InputError):
                     hint = f"try HypernetConfig(chunk_size={self.fitting(layout, int(memory) // share)})"
+            if self.chunk_size is None and sizing.ROUNDED * count <= memory < sizing.WITH_ADAM * count:
+                hint = f"keep moments in bfloat16 (optim.Adam, training.moments), or {hint}"
             sizing.check_memory(count, devices, hint)
 
     def build(self, size: int, num_tasks: int, tensors: Sequence[int] | None = None) -> "HyperNetwork":

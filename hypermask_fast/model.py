@@ -299,10 +299,12 @@ class HyperMask(Serving):
     ) -> Tensor:
         """(batch,) int64: per sample, the task that a method of `inference.predict` finds, where all is explained.
 
-        method: None is "mahalanobis" where that was fitted, otherwise "entropy": the task of lowest softmax entropy.
-        select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor that
-            it returns, or its `logits`.
-        k: how many tasks "gradient+entropy" decides between.
+        Args:
+            method: None is "mahalanobis" where that was fitted, otherwise "entropy": the task of lowest softmax
+                entropy.
+            select: of what the network returns for one task, the (batch, classes) logits; by default it is the tensor
+                that it returns, or its `logits`.
+            k: how many tasks "gradient+entropy" decides between.
         """
         return inference.infer(self, inputs, kwargs, None, method, select, k).task
 

@@ -12,14 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import moments as kept
 from . import ops
+from .clipping import clip_grad_norm_
 from .dense import HyperNetwork
 from .errors import InputError
 from .factored import FactoredGradient, Factors, SteppedGradient
-from .model import HyperMask
+from .ops.stepping import adam
 from .output_layer import Pending
-from .processes import local, placed_like, whole
-from .wrapping import is_dtensor
+from .processes import Shards, local, placed_like
+from .steppable import fusible, hooks_of, hypermask_in, plain_step, steps_on_factors
 
 __all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
 
@@ -46,6 +48,11 @@ class Adam(torch.optim.Adam):
         lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, fused, decoupled_weight_decay: as in
             torch.optim.Adam; fused unless foreach is asked for. With amsgrad the output layer's gradient is made dense.
         params: the Parameters or groups of them to train, as torch.optim.Adam takes them, in place of all.
+        moments: in which dtype both moments of the output layer's weight are kept, "float32" or "bfloat16": 8 bytes a
+            weight in place of 12, and 20 that a step reads and writes in place of 28. Arithmetic is in float32. What is
+            kept in bfloat16 is rounded up or down at random, in the mean to the value itself, so that small changes
+            add up; the random bits follow from row, column and step. Everything else, the layer's bias too, has
+            float32 moments.
         step_in_backward: step the output layer within `loss.backward()`, in one read less: for a loop with nothing
             between backward() and step(), and zero_grad() in each turn. What asks for the layer's gradient is refused
             then, a skipped step too. R, the output drift, is 0 in the loss until backward has filled it in
@@ -53,7 +60,8 @@ class Adam(torch.optim.Adam):
             it, amsgrad, a chunked hypernetwork, ...) the layer waits for step().
 
     Raises:
-        InputError: no HyperMask model, float16 Parameters (in which Adam's eps is 0), or differentiable=True.
+        InputError: no HyperMask model, float16 Parameters (in which Adam's eps is 0), differentiable=True, moments of
+            another name, or moments in bfloat16 with amsgrad or of a layer that is chunked or not float32.
     """
 
     def __init__(
@@ -72,10 +80,12 @@ class Adam(torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         params: Iterable[Any] | None = None,
+        moments: str = "float32",
         step_in_backward: bool = False,
     ) -> None:
-        self._model = _hypermask_in(model, type(self).__name__)
-        self.step_in_backward = step_in_backward
+        self._model = hypermask_in(model, type(self).__name__)
+        self.step_in_backward, self.moments = step_in_backward, moments
+        kept.check(moments, self._net, amsgrad)
         if differentiable:
             raise InputError("differentiable=True: the output layer is stepped in place, use torch.optim.Adam for this")
         super().__init__(
@@ -110,15 +120,17 @@ class Adam(torch.optim.Adam):
 
     def __getstate__(self) -> dict[str, Any]:
         """The model goes along: a copy steps the copied model."""
-        return {**super().__getstate__(), "model": self._model, "step_in_backward": self.step_in_backward}
+        own = {"model": self._model, "step_in_backward": self.step_in_backward, "moments": self.moments}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         model, in_backward = state.pop("model", None), state.pop("step_in_backward", False)
+        moments = state.pop("moments", "float32")
         super().__setstate__(state)
         self._one_count = False
         if model is not None:
-            self._model, self.step_in_backward = model, in_backward
+            self._model, self.step_in_backward, self.moments = model, in_backward, moments
             self._begin()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -156,10 +168,10 @@ class Adam(torch.optim.Adam):
         """Whether the backward pass that calls this may step the layer. Raises InputError where it must not go on."""
         weight, bias = self._net.output.weight, self._net.output.bias
         group = self._group_of(weight)
-        hooked = any(_hooks_of(p) for p in (weight, bias))
+        hooked = any(hooks_of(p) for p in (weight, bias))
         if group is None or self._group_of(bias) is not group or hooked or not bias.requires_grad:
             return False
-        if group["amsgrad"] or not _steps_on_factors(weight, self.state.get(weight, {})) or not self._count_is_one():
+        if group["amsgrad"] or not steps_on_factors(weight, self.state.get(weight, {})) or not self._count_is_one():
             return False
         if self._net.processes is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise InputError("step_in_backward in a group of processes: hmf.distributed.replicate(model) comes first")
@@ -217,7 +229,10 @@ class Adam(torch.optim.Adam):
                 "backward has stepped the output layer, but step() was not called: skipping a step, or two backward "
                 "passes for one, needs step_in_backward=False"
             )
-        if set_to_none or self._net.processes is None:
+        if set_to_none:  # without the profiler's frame, which costs more than all else here
+            for parameter in self._all_parameters():
+                parameter.grad = None
+        elif self._net.processes is None:
             super().zero_grad(set_to_none)
         else:  # one by one: a list that has DTensors has nothing else
             for parameter in self._all_parameters():
@@ -237,18 +252,20 @@ class Adam(torch.optim.Adam):
             self._check_dtypes(group)
             if group["differentiable"]:
                 raise InputError("differentiable=True in a parameter group: use torch.optim.Adam for this")
-            if group["fused"] and not _fusible(group["params"]):
+            if group["fused"] and not fusible(group["params"]):
                 group["fused"] = False
         weight = self._net.output.weight
+        group = self._group_of(weight)
+        kept.check(self.moments, self._net, group is not None and group["amsgrad"])
         grad, self._stepped = weight.grad, False
         with torch.no_grad():
             if grad is not None and isinstance(local(grad), SteppedGradient):
                 weight.grad = grad = None  # it has served: nobody is to stumble over it between two steps
             else:
                 self._one_count = False
-                if self._step_on_factors(weight, grad):
+                if self._step_on_factors(weight, grad) or self._step_rounding(weight, grad):
                     weight.grad = None
-            _plain_step(self)
+            plain_step(self)
             weight.grad = grad
         return loss
 
@@ -259,7 +276,7 @@ class Adam(torch.optim.Adam):
         factors: Factors | None = own.factors if isinstance(own, FactoredGradient) else None
         if factors is None or group is None or group["amsgrad"]:
             return False
-        if not _steps_on_factors(weight, self.state.get(weight, {})):
+        if not steps_on_factors(weight, self.state.get(weight, {})):
             return False
         state = self._state_of(weight)
         state["step"].add_(1)
@@ -273,6 +290,30 @@ class Adam(torch.optim.Adam):
         )
         return True
 
+    def _step_rounding(self, weight: Tensor, grad: Tensor | None) -> bool:
+        """Steps a layer whose moments are rounded on an ordinary gradient, which torch.optim.Adam can't; whether it
+        has."""
+        group = self._group_of(weight)
+        if grad is None or group is None or self.moments == "float32":
+            return False
+        own = local(grad)
+        state, layer = self._state_of(weight), local(weight)
+        state["step"].add_(1)
+        adam(
+            layer,
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            own.dense() if isinstance(own, FactoredGradient) else own,
+            *self._settings(group, state["step"], layer),
+        )
+        return True
+
+    @property
+    def _first_row(self) -> int:
+        """Of the output layer, how many rows the processes before this one have."""
+        processes = self._net.processes
+        return sum(processes.sizes[: processes.number]) if isinstance(processes, Shards) else 0
+
     def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # called by position
         self, group: dict[str, Any], *lists: list[Any]
     ) -> bool:
@@ -283,8 +324,13 @@ class Adam(torch.optim.Adam):
         return has_complex
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch.optim.Adam's. Moments may be whole or in parts, wherever the model is sharded or not."""
+        """torch.optim.Adam's. Moments may be whole or in parts, wherever the model is sharded or not.
+
+        Moments of the output layer that are kept in another dtype than here are converted, and a warning says so.
+        """
         super().load_state_dict(state_dict)
+        weight = self._net.output.weight
+        kept.convert(self.state.get(weight, {}), self._moments_dtype(weight), self._stored_dtype(state_dict, weight))
         for parameter in self._all_parameters():
             state = self.state.get(parameter, {})
             for name, value in state.items():
@@ -298,14 +344,19 @@ class Adam(torch.optim.Adam):
             yield from group["params"]
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
-        return next((group for group in self.param_groups if any(p is parameter for p in group["params"])), None)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p is parameter:
+                    return group
+        return None
 
     def _settings(self, group: dict[str, Any], step: Tensor, weight: Tensor) -> tuple[Any, ...]:
         """From `step` on, the arguments of `ops.factored_adam`."""
         beta1, beta2 = group["betas"]
         decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
         step = step if step.device == weight.device else step.to(weight.device)
-        return step, self._lr_beside(group, weight), beta1, beta2, group["eps"], decay, decoupled, group["maximize"]
+        numbers = beta1, beta2, group["eps"], decay, decoupled, group["maximize"]
+        return step, self._lr_beside(group, weight), *numbers, self._first_row
 
     def _lr_beside(self, group: dict[str, Any], weight: Tensor) -> Tensor:
         """The learning rate as a tensor like weight. A number is copied when it changes: to a GPU that is a wait."""
@@ -317,13 +368,25 @@ class Adam(torch.optim.Adam):
             self._lr = key, weight.new_tensor(lr)
         return self._lr[1]
 
+    def _moments_dtype(self, parameter: Tensor) -> torch.dtype:
+        rounds = self.moments == "bfloat16" and parameter is self._net.output.weight
+        return torch.bfloat16 if rounds else parameter.dtype
+
+    def _stored_dtype(self, state_dict: dict[str, Any], parameter: Tensor) -> torch.dtype | None:
+        """Of a parameter's moments in a state_dict whose groups are ours; None where it has none."""
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        number = next((n for n, p in zip(numbers, self._all_parameters(), strict=True) if p is parameter), None)
+        moment = state_dict["state"].get(number, {}).get("exp_avg")
+        return None if moment is None else moment.dtype
+
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The same entries as torch.optim.Adam's, so that a state_dict serves either."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            dtype = self._moments_dtype(parameter)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
         return state
 
 
@@ -341,82 +404,3 @@ class AdamW(Adam):
         **settings: Any,
     ) -> None:
         super().__init__(model, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **settings)
-
-
-def clip_grad_norm_(
-    parameters: nn.Module | Tensor | Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-    foreach: bool | None = None,
-) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_, which also takes a model. A factored gradient's 2-norm comes from its factors.
-
-    |G^T H|^2 = trace((G G^T) (H H^T)), summed in float64; another norm makes the gradient dense.
-
-    Of DTensors the norm is that of the whole; all ranks call this.
-
-    Returns:
-        The norm before clipping, a scalar.
-    """
-    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
-    tensors = [given] if isinstance(given, Tensor) else list(given)
-    with_grad = [tensor for tensor in tensors if tensor.grad is not None]
-    sharded = [tensor for tensor in with_grad if is_dtensor(tensor)]
-    if not sharded:
-        return nn.utils.clip_grad_norm_(tensors, max_norm, norm_type, error_if_nonfinite, foreach)
-    others = [tensor for tensor in with_grad if not is_dtensor(tensor)]
-    grads: list[Any] = [tensor.grad for tensor in sharded]
-    norms = [whole(torch.linalg.vector_norm(grad, norm_type)) for grad in grads]
-    norms.append(nn.utils.get_total_norm([p.grad for p in others if p.grad is not None], norm_type, foreach=foreach))
-    total = nn.utils.get_total_norm([norm.to(norms[0]) for norm in norms], norm_type, error_if_nonfinite)
-    for some in (others, *([tensor] for tensor in sharded)):
-        nn.utils.clip_grads_with_norm_(some, max_norm, total, foreach)
-    return total
-
-
-def _hypermask_in(module: Any, taker: str) -> HyperMask:
-    if isinstance(module, HyperMask):
-        return module
-    if not isinstance(module, nn.Module):
-        raise InputError(
-            f"{taker} takes the HyperMask model itself, all of whose Parameters it trains, not {type(module).__name__}"
-        )
-    found = [m for m in module.modules() if isinstance(m, HyperMask)]
-    if len(found) != 1:
-        raise InputError(
-            f"{taker} takes a module with one HyperMask model in it; {type(module).__name__} has {len(found)}"
-        )
-    return found[0]
-
-
-def _steps_on_factors(weight: Tensor, state: dict[str, Any]) -> bool:
-    """Whether the kernels can step this layer where it lies. In bfloat16 torch.optim.Adam rounds elsewhere."""
-    tensors = [local(weight), *(local(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state)]
-    like = tensors[0]
-    return like.dtype in (torch.float32, torch.float64) and all(
-        t.is_contiguous() and t.dtype == like.dtype and t.device == like.device and t.shape == like.shape
-        for t in tensors
-    )
-
-
-def _hooks_of(parameter: Tensor) -> Any:
-    """The hooks on its gradient; false where there are none."""
-    return parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)  # noqa: SLF001
-
-
-def _fusible(parameters: Iterable[Tensor]) -> bool:
-    """Whether PyTorch's fused Adam, which walks through memory, meets the same entry in all of a parameter's arrays."""
-    for p in parameters:
-        other = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-        if not (p.is_contiguous() or other) or (p.grad is not None and p.grad.stride() != p.stride()):
-            return False
-    return True
-
-
-def _plain_step(optimizer: torch.optim.Adam) -> None:
-    """torch.optim.Adam's step without the profiler's frame and the hooks around it, which are around ours already."""
-    step = torch.optim.Adam.step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
-    step(optimizer)

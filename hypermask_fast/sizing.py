@@ -13,6 +13,7 @@ from .errors import InputError
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 KEPT, WITH_ADAM, TRAINED = 4, 12, 16  # bytes per float32 parameter: by itself, with Adam's moments, and its gradient
+ROUNDED = 8  # with moments in bfloat16, which a dense output layer may have: nearly all of a hypernetwork
 
 
 def parameters(tensors: Sequence[int], inputs: int, hidden: Sequence[int], chunk: int | None, of_chunk: int) -> int:

@@ -1,5 +1,5 @@
-"""While the command line is still being imported, which takes seconds: Control-C ends it without a traceback, and a run
-that goes on says so.
+"""What the command line does before PyTorch is there: it chooses how threads wait and how many there are. And as the
+import takes seconds, Control-C ends it without a traceback, and a run that goes on says so.
 
 Imported before anything else of the package. Where the package is used as a library nothing changes.
 """
@@ -11,6 +11,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from . import threads
+
+# Environment variables that the command line has set; processes that it starts inherit them.
+CHOSEN: dict[str, str] = {}
 _MODULE = re.compile(r"\0-m\0hypermask_fast(\.cli)?\0")
 
 
@@ -44,8 +48,16 @@ def _quiet_store() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def _choose_threads() -> None:
+    """PyTorch's OpenMP reads the variables once, as it is loaded."""
+    if "torch" not in sys.modules:
+        CHOSEN.update(threads.variables(os.environ, threads.processors()))
+        os.environ.update(CHOSEN)
+
+
 if _is_command():
     _quiet_store()
+    _choose_threads()
 if _is_command() and "--resume" in sys.argv[1:] + sys.orig_argv:
     _tell_resumed()
 if _is_command() and signal.getsignal(signal.SIGINT) == signal.default_int_handler:

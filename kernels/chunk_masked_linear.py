@@ -9,15 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import arguments
+from ..ops import arguments, estimates, paths
 from . import host, settings
 from .chunk_weights import chunk_tile, launch_gradients, launch_masked_weight, layer_factor
 from .device import masked_tile, multiple
 from .host import cdiv
 from .masked_linear import sum_splits
 from .tiles import Tiles, launch_fitting
-
-FUSED_ROWS = 64  # up to here bytes count, and one tile of rows means that each weight tile is made once
 
 
 @triton.jit(do_not_specialize=["rows", "start"])
@@ -118,12 +116,24 @@ def _check(x, weight, hidden, output_weight, output_bias, start, threshold, bias
     arguments.chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, threshold, bias)
 
 
+def _in_one_kernel(rows: Tensor, weight: Tensor, hidden: Tensor, output_weight: Tensor) -> bool:
+    """Whether the count says so; see `estimates`."""
+    if rows.numel() * weight.numel() == 0:
+        return False
+    dtype, tf32 = str(rows.dtype).removeprefix("torch."), host.matmul_precision(rows.dtype) == "tf32"
+    call = estimates.Call(
+        "chunk_masked_linear", len(rows), *weight.shape, dtype, weight.element_size(), False, tf32=tf32, generated=True,
+        chunk_size=len(output_weight), width=hidden.shape[1],
+    )  # fmt: skip
+    return estimates.in_one_kernel(call, paths.gpu_of(host.name(rows.device)))
+
+
 def _forward(x, weight, hidden, output_weight, output_bias, start, threshold, bias) -> Tensor:
     _check(x, weight, hidden, output_weight, output_bias, start, threshold, bias)
     rows = host.rows_of(x)
     source = (weight, hidden, output_weight, output_bias, start, threshold)
     y = None
-    if 0 < len(rows) <= FUSED_ROWS and weight.numel() > 0:
+    if _in_one_kernel(rows, weight, hidden, output_weight):
         y = launch_fused(rows, *source, None if bias is None else bias.contiguous())
     if y is None:
         masked = launch_masked_weight(*source, x.dtype)
@@ -196,8 +206,8 @@ def chunk_masked_linear(
 
     The weight's entries are f = start to start + numel, row by row; chunks need not line up with its rows. The
     logits stay in registers. With up to 64 rows of x and rows of W that recur in their chunks it is one kernel
-    (plus one that adds up a split reduction); otherwise W * m is generated once, in (chunk, position) tiles,
-    and cuBLAS multiplies.
+    (plus one that adds up a split reduction), where counting says that this is the faster way; otherwise W * m is
+    generated once, in (chunk, position) tiles, and cuBLAS multiplies.
 
     Differentiable in x, weight, hidden, output_weight, output_bias and bias. Products of x are in x's dtype (under
     autocast: autocast's), those of the logits in output_weight's, TF32 by torch.backends.cuda.matmul.fp32_precision.

@@ -132,6 +132,12 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(10 * found.major + found.minor, found.multi_processor_count)
 
 
+@functools.cache
+def name(device: torch.device) -> str:
+    """The GPU's name, "" in the interpreter."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def stored_bytes(weight: Tensor, logits: Tensor) -> int:
     """Bytes of an entry of the weight or of the logits, the larger of the two; see `settings`."""
     return max(weight.element_size(), logits.element_size())

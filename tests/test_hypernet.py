@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hypermask_fast import HypernetConfig, InputError
+from hypermask_fast import HypernetConfig, InputError, few_rows
 
 
 @pytest.mark.parametrize("tasks", [[1], [2, 0], torch.tensor([2, 0])], ids=["one", "two", "tensor"])
@@ -56,3 +56,39 @@ def test_bad_shapes(settings):
 def test_bad_number_of_tasks():
     with pytest.raises(InputError, match="num_tasks must be a positive integer, not 0"):
         HypernetConfig().build(10, 0)
+
+
+def test_a_trunk_of_few_rows_is_one_node_with_the_numbers_of_its_layers():
+    """Forward, backward, and differentiated twice: to the bit as layer by layer."""
+    torch.manual_seed(0)
+    layers = [tuple(torch.randn(*size, requires_grad=True) for size in ((b, a), (b,))) for a, b in ((7, 5), (5, 4))]
+    x = torch.randn(3, 7, requires_grad=True)
+    leaves, grad = [x, *(tensor for layer in layers for tensor in layer)], torch.randn(3, 4)
+
+    def by_layers():
+        hidden = x
+        for weight, bias in layers:
+            hidden = torch.nn.functional.elu(few_rows.linear(hidden, weight, bias))
+        return hidden
+
+    def one():
+        return few_rows.mlp(x, layers)
+
+    def gradients(make, asked):
+        return torch.autograd.grad(make(), asked, grad)
+
+    def twice(make):
+        once = torch.autograd.grad(make(), leaves, grad, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in once), leaves)
+
+    assert torch.equal(one(), by_layers())
+    assert (
+        "Mlp" in one().grad_fn.name() and one().grad_fn.next_functions[0][0].name() == "torch::autograd::AccumulateGrad"
+    )
+    for asked in (leaves, leaves[1:2]):
+        assert all(map(torch.equal, gradients(one, asked), gradients(by_layers, asked)))
+    assert all(map(torch.equal, twice(one), twice(by_layers)))
+    x.requires_grad_(False)
+    frozen, leaves = leaves[1], leaves[2:]
+    frozen.requires_grad_(False)
+    assert all(map(torch.equal, twice(one), twice(by_layers)))

@@ -11,7 +11,7 @@ TITLES = {"backend": "Ops", "layer": "Layers", "call": "One call"}
 RATIOS = {
     "backend": "in brackets how many times as long as the floor",
     "layer": "in brackets how many times as long as PyTorch's own layer",
-    "call": "in brackets how many times as long as `F.linear`",
+    "call": "in brackets how many times as long as `F.linear`, or as the op's definition where that is beside it",
 }
 
 

@@ -1,4 +1,7 @@
-"""What a call costs by itself, 2 rows of 8 -> 4: without gradients, recorded, and with its backward pass."""
+"""What a call costs by itself: without gradients, recorded, and with its backward pass.
+
+Every way to call a layer of 2 rows of 8 -> 4, and every op at its tiny shape.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -13,8 +16,9 @@ from hypermask_fast import HyperMask, HypernetConfig, MaskedLinear, ops
 
 from .. import op_cases
 from ..op_case import BOTH, FORWARD, RECORDED, Call, Make, calling
+from .shapes import cases
 from .test_layers import calling_layer, layer_of
-from .timing import DEVICES, param
+from .timing import DEVICES, directions, param
 
 CASE = op_cases.masked_linear(2, 8, 4)
 
@@ -64,4 +68,29 @@ def test_call(benchmark, timing, direction, device, call):
         baseline="F.linear",
         group=f"one call, {direction}, {device}",
         plain=call in UNMASKED,
+    )
+
+
+def op_benchmarks() -> list[Any]:
+    return [
+        param("tiny", op, direction, device, call, device=device)
+        for op, case in cases("tiny").items()
+        for direction in ((FORWARD, RECORDED, BOTH) if BOTH in directions(case) else (FORWARD,))
+        for device in DEVICES
+        for call in ("definition", "as chosen")
+    ]
+
+
+@pytest.mark.parametrize(("shape", "op", "direction", "device", "call"), op_benchmarks())
+def test_op_call(benchmark, timing, shape, op, direction, device, call):
+    entry = ops.OPS[op]
+    timing(
+        benchmark,
+        cases(shape)[op],
+        calling(entry.definition if call == "definition" else entry),
+        direction,
+        device,
+        name=call,
+        baseline="definition",
+        group=f"one call of {op}, {direction}, {device}",
     )

@@ -13,7 +13,7 @@ class Library:
     Args:
         net: the target network, changed in place.
         num_tasks, sparsity, config, settings: of `hypermask_fast.HyperMask`.
-        lr: of Adam, made afresh by `begin_task`; in_backward: its step_in_backward.
+        lr: of Adam, made afresh by `begin_task`; in_backward: its step_in_backward; moments: theirs.
         captured: make a step that a CUDA graph can hold: learning rate and step counts stay on the device.
     """
 
@@ -26,22 +26,22 @@ class Library:
         *,
         lr: float = 1e-3,
         in_backward: bool = True,
+        moments: str = "float32",
         captured: bool = False,
         device: torch.device | str = "cpu",
         **settings,
     ) -> None:
         with torch.device(device):
             self.model = hmf.HyperMask(net.to(device), num_tasks, sparsity, config, fidelity="official", **settings)
-        self.captured, self.in_backward = captured, in_backward
+        self.captured, self.in_backward, self.moments = captured, in_backward, moments
         self.ranks = self.model.layout.ranks(sparsity, device)
         self.lr = torch.tensor(lr, device=device) if captured else lr
 
     def begin_task(self, task: int) -> None:
         self.task = task
         self.model.begin_task(task)
-        self.optimizer = hmf.optim.Adam(
-            self.model, lr=self.lr, step_in_backward=self.in_backward, capturable=self.captured
-        )
+        settings = {"step_in_backward": self.in_backward, "moments": self.moments, "capturable": self.captured}
+        self.optimizer = hmf.optim.Adam(self.model, lr=self.lr, **settings)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step; returns the loss before it. The drift's value is there once backward has run."""

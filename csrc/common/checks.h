@@ -58,7 +58,10 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, Plac
   if (place.gpu && t.get_device_index() != place.index) {
     fail(op, name, " must be on GPU ", place.index, " like the other arguments, not on GPU ", t.get_device_index());
   }
-  if (t.scalar_type() != dtype) fail(op, name, " must be ", dtype == ScalarType::Float ? "float32" : "int64");
+  if (t.scalar_type() != dtype) {
+    fail(op, name, " must be ",
+         dtype == ScalarType::Float ? "float32" : (dtype == ScalarType::BFloat16 ? "bfloat16" : "int64"));
+  }
   if (!t.is_contiguous()) fail(op, name, " must be contiguous");
 }
 
@@ -66,9 +69,14 @@ inline void check_float(const char* op, const char* name, const Tensor& t, Place
   check_tensor(op, name, t, place, ScalarType::Float);
 }
 
-inline void check_float(const char* op, const char* name, const Tensor& t, Place place, const Shape& shape) {
-  check_float(op, name, t, place);
+inline void check_tensor(const char* op, const char* name, const Tensor& t, Place place, ScalarType dtype,
+                         const Shape& shape) {
+  check_tensor(op, name, t, place, dtype);
   if (shape_of(t) != shape) fail(op, name, " must have shape ", to_string(shape), ", not ", to_string(shape_of(t)));
+}
+
+inline void check_float(const char* op, const char* name, const Tensor& t, Place place, const Shape& shape) {
+  check_tensor(op, name, t, place, ScalarType::Float, shape);
 }
 
 inline void check_scalar(const char* op, const char* name, const Tensor& t, Place place) {

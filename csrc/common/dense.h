@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checks.h"
+#include "rounding.h"
 
 namespace hypermask {
 
@@ -45,14 +46,25 @@ inline void check_residuals(const char* op, const Tensor& hidden, const Tensor& 
   check_float(op, "targets", targets, place, {hidden.size(0) - 1, weight.size(0)});
 }
 
+inline bool in_bfloat16(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
+
+inline Bfloat16* mutable_bfloat16(const Tensor& t) { return static_cast<Bfloat16*>(t.mutable_data_ptr()); }
+
+// Of the weight, both in float32 or both in bfloat16.
+inline void check_moments(const char* op, const Tensor& weight_m, const Tensor& weight_v, Place place,
+                          const Shape& shape) {
+  const ScalarType dtype = in_bfloat16(weight_m) ? ScalarType::BFloat16 : ScalarType::Float;
+  check_tensor(op, "weight_m", weight_m, place, dtype, shape);
+  check_tensor(op, "weight_v", weight_v, place, dtype, shape);
+}
+
 inline void check_factored_adam(const char* op, const Tensor& factors, const Tensor& scales, const Tensor& hidden,
                                 const Tensor& weight, const Tensor& weight_m, const Tensor& weight_v,
                                 const Tensor& step, const Tensor& lr, Place place) {
   check_factors(op, factors, scales, weight, place);
   const int64_t rows = weight.size(0), width = weight.size(1);
   check_float(op, "hidden", hidden, place, {factors.size(0), width});
-  check_float(op, "weight_m", weight_m, place, {rows, width});
-  check_float(op, "weight_v", weight_v, place, {rows, width});
+  check_moments(op, weight_m, weight_v, place, {rows, width});
   check_scalar(op, "step", step, place);
   check_scalar(op, "lr", lr, place);
   if (rows > 0 &&
@@ -72,8 +84,7 @@ inline void check_adam(const char* op, const Tensor& hidden, const Tensor& grad_
   check_scalar(op, "drift_weight", drift_weight, place);
   check_scalar(op, "step", step, place);
   check_scalar(op, "lr", lr, place);
-  check_float(op, "weight_m", weight_m, place, {rows, width});
-  check_float(op, "weight_v", weight_v, place, {rows, width});
+  check_moments(op, weight_m, weight_v, place, {rows, width});
   check_float(op, "bias_m", bias_m, place, {rows});
   check_float(op, "bias_v", bias_v, place, {rows});
   if (rows > 0 &&

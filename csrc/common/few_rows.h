@@ -29,11 +29,11 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
 }
 
 inline void check_few_rows(const char* op, const Tensor& x, const Tensor& weight, const Tensor& threshold,
-                           const std::optional<Tensor>& bias, Place place) {
+                           const std::optional<Tensor>& bias, Place place, int64_t most_rows) {
   if (!*name_of(x.scalar_type())) fail(op, "x must be float32, float16 or bfloat16");
   check_tensor(op, "x", x, place, x.scalar_type());
   if (x.dim() != 2) fail(op, "x must have shape (rows, in), not ", to_string(shape_of(x)));
-  if (x.size(0) > 16) fail(op, "x has ", x.size(0), " rows, more than 16");
+  if (x.size(0) > most_rows) fail(op, "x has ", x.size(0), " rows, more than ", most_rows);
   if (weight.dim() != 2) fail(op, "weight must have shape (out, in), not ", to_string(shape_of(weight)));
   check_like(op, "weight", weight, x, place, {weight.size(0), x.size(1)});
   if (threshold.scalar_type() != ScalarType::Float && threshold.scalar_type() != x.scalar_type()) {

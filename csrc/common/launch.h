@@ -69,11 +69,15 @@ static inline DenseLayout dense_layout(int64_t tasks, int64_t width, bool aligne
   return l;
 }
 
-// Shared memory: two tiles of W, one of m and of v, with single floats also one of the gradient; the factors g of the
-// tile; the hidden vectors.
-static inline int64_t dense_shared_floats(const DenseLayout& l) {
-  const int64_t tiles = l.pack == 4 ? 4 : 5;
-  return tiles * l.rows * l.stride + static_cast<int64_t>(l.slots) * (l.rows + l.stride);
+// Tiles of the layer in shared memory: two of W, where it is stepped one of m and of v, and where its gradient is made
+// by single floats one of that.
+static inline int dense_tiles(const DenseLayout& l, bool makes_weights, bool steps_weights) {
+  return 2 + (steps_weights ? 2 : 0) + (makes_weights && l.pack == 1 ? 1 : 0);
+}
+
+// Shared memory: the tiles; the factors g of one tile; the hidden vectors.
+static inline int64_t dense_shared_floats(const DenseLayout& l, int tiles) {
+  return static_cast<int64_t>(tiles) * l.rows * l.stride + static_cast<int64_t>(l.slots) * (l.rows + l.stride);
 }
 
 }  // namespace hypermask

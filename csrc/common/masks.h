@@ -36,6 +36,14 @@ inline int64_t check_mask(const char* op, const Tensor& logits, const Tensor& th
   return rows;
 }
 
+// One weight with logits of its own, and one threshold.
+inline void check_masked_weight(const char* op, const Tensor& weight, const Tensor& logits, const Tensor& threshold,
+                                Place place) {
+  check_float(op, "weight", weight, place);
+  check_float(op, "logits", logits, place, shape_of(weight));
+  check_scalar(op, "threshold", threshold, place);
+}
+
 inline void check_masked(const char* op, const Tensors& weights, const Tensor& logits, const Tensor& thresholds,
                          const Offsets& offsets, Place place) {
   check_float(op, "logits", logits, place);

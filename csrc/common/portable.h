@@ -21,6 +21,7 @@ struct Lane;
 template <>
 struct Lane<float> {
   using Int = int32_t;
+  using Unsigned = uint32_t;
   using Mask = bool;
   HM_INLINE float select(bool condition, float yes, float no) { return condition ? yes : no; }
   HM_INLINE Int bits(float x) {
@@ -47,6 +48,14 @@ struct Lane<float> {
   HM_INLINE float divide(float x, float y) { return x / y; }
 #endif
   HM_INLINE float broadcast(float x) { return x; }
+  // The lower half of x, made of both of its halves.
+  HM_INLINE uint32_t both_halves(uint32_t x) { return (x ^ x >> 16) & 0xffffu; }
+  // x + y where `what`, at most 2^31 - 1, is below a limit, otherwise x.
+  HM_INLINE uint32_t add_below(uint32_t x, uint32_t y, uint32_t what, int32_t limit) {
+    return static_cast<int32_t>(what) < limit ? x + y : x;
+  }
+  // x, or `least` where that is more and `what` is not 0.
+  HM_INLINE uint32_t at_least(uint32_t x, uint32_t least, uint32_t what) { return what && x < least ? least : x; }
 };
 
 constexpr int32_t kMagnitudeBits = 0x7fffffff;

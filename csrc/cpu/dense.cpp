@@ -5,6 +5,7 @@
 #include "../common/dense.h"
 #include "../common/registration.h"
 #include "isa.h"
+#include "large.h"
 #include "parts.h"
 
 namespace hypermask {
@@ -95,7 +96,7 @@ Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor&
   const bool one = hidden.dim() == 1;
   const int64_t tasks = one ? 1 : hidden.size(0), width = weight.size(1), rows = weight.size(0);
   check_float(op, "hidden", hidden, Place::kCpu, one ? Shape{width} : Shape{tasks, width});
-  Tensor logits = empty_float(weight, one ? Shape{rows} : Shape{tasks, rows});
+  Tensor logits = large_float(weight, one ? Shape{rows} : Shape{tasks, rows});
   DenseLayer d = dense_layer(weight, bias, tasks);
   const Buffer padded = padded_rows(data(hidden), tasks, d.width, d.padded);
   d.hidden = padded.get();
@@ -143,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, con
   check_output_drift(op, hidden, weight, bias, targets, Place::kCpu);
   check_scalar(op, "grad", grad, Place::kCpu);
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
-  Tensor grad_weight = empty_float(weight, shape_of(weight));
+  Tensor grad_weight = large_float(weight, shape_of(weight));
   Tensor grad_bias = empty_float(bias, shape_of(bias));
   DenseLayer d = dense_layer(weight, bias, hidden.size(0));
   const Buffer padded = padded_rows(data(hidden), d.tasks, d.width, d.padded);
@@ -156,11 +157,23 @@ std::tuple<Tensor, Tensor, Tensor> output_drift_backward(const Tensor& grad, con
   return {grad_hidden, grad_weight, grad_bias};
 }
 
+void set_moments(DenseLayer& d, const Tensor& weight_m, const Tensor& weight_v, double step, int64_t first_row) {
+  if (in_bfloat16(weight_m)) {
+    d.rounded_m = mutable_bfloat16(weight_m);
+    d.rounded_v = mutable_bfloat16(weight_v);
+    d.draws = draws_of(step, first_row, d.width);
+  } else {
+    d.weight_m = mutable_data(weight_m);
+    d.weight_v = mutable_data(weight_v);
+  }
+}
+
 std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& grad_logits, const Tensor& targets,
                                          const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
                                          const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
                                          const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
-                                         double beta2, double eps, double weight_decay, bool decoupled, bool maximize) {
+                                         double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+                                         int64_t first_row) {
   check_adam("hypernet_adam", hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m,
              bias_v, step, lr, Place::kCpu);
   Tensor grad_hidden = empty_float(hidden, shape_of(hidden));
@@ -174,8 +187,7 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
   d.coefficient = 2 * *data(drift_weight);
   d.weight_out = mutable_data(weight);
   d.bias_out = mutable_data(bias);
-  d.weight_m = mutable_data(weight_m);
-  d.weight_v = mutable_data(weight_v);
+  set_moments(d, weight_m, weight_v, *data(step), first_row);
   d.bias_m = mutable_data(bias_m);
   d.bias_v = mutable_data(bias_v);
   d.adam = adam_step(*data(step), *data(lr), beta1, beta2, eps, weight_decay, decoupled, maximize);
@@ -186,7 +198,7 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
 std::tuple<Tensor, Tensor> output_residuals(const Tensor& hidden, const Tensor& weight, const Tensor& bias,
                                             const Tensor& targets) {
   check_residuals("output_residuals", hidden, weight, bias, targets, Place::kCpu);
-  Tensor residuals = empty_float(weight, {hidden.size(0), weight.size(0)});
+  Tensor residuals = large_float(weight, {hidden.size(0), weight.size(0)});
   Tensor drift = empty_float(weight, {});
   DenseLayer d = dense_layer(weight, bias, hidden.size(0));
   const Buffer padded = padded_rows(data(hidden), d.tasks, d.width, d.padded);
@@ -237,14 +249,13 @@ std::tuple<Tensor, Tensor> hidden_gradient(const Tensor& factors, const Tensor& 
 
 void factored_adam(const Tensor& factors, const Tensor& scales, const Tensor& hidden, const Tensor& weight,
                    const Tensor& weight_m, const Tensor& weight_v, const Tensor& step, const Tensor& lr, double beta1,
-                   double beta2, double eps, double weight_decay, bool decoupled, bool maximize) {
+                   double beta2, double eps, double weight_decay, bool decoupled, bool maximize, int64_t first_row) {
   check_factored_adam("factored_adam", factors, scales, hidden, weight, weight_m, weight_v, step, lr, Place::kCpu);
   DenseLayer d = factored_layer(factors, scales, weight);
   const Buffer padded = padded_rows(data(hidden), d.tasks, d.width, d.padded);
   d.hidden = padded.get();
   d.weight_out = mutable_data(weight);
-  d.weight_m = mutable_data(weight_m);
-  d.weight_v = mutable_data(weight_v);
+  set_moments(d, weight_m, weight_v, *data(step), first_row);
   d.adam = adam_step(*data(step), *data(lr), beta1, beta2, eps, weight_decay, decoupled, maximize);
   run_pass(d, nullptr);
 }
@@ -261,7 +272,7 @@ HM_SCHEMAS(m) {
       "hypernet_adam(Tensor hidden, Tensor grad_logits, Tensor targets, Tensor drift_weight, Tensor(a!) weight,"
       " Tensor(b!) bias, Tensor(c!) weight_m, Tensor(d!) weight_v, Tensor(e!) bias_m, Tensor(f!) bias_v, Tensor step,"
       " Tensor lr, float beta1, float beta2, float eps, float weight_decay=0.0, bool decoupled=False,"
-      " bool maximize=False)"
+      " bool maximize=False, int first_row=0)"
       " -> (Tensor hidden_grad, Tensor drift)");
   m.def(
       "output_residuals(Tensor hidden, Tensor weight, Tensor bias, Tensor targets) -> (Tensor residuals, Tensor "
@@ -270,7 +281,7 @@ HM_SCHEMAS(m) {
   m.def(
       "factored_adam(Tensor factors, Tensor scales, Tensor hidden, Tensor(a!) weight, Tensor(b!) weight_m,"
       " Tensor(c!) weight_v, Tensor step, Tensor lr, float beta1, float beta2, float eps, float weight_decay=0.0,"
-      " bool decoupled=False, bool maximize=False) -> ()");
+      " bool decoupled=False, bool maximize=False, int first_row=0) -> ()");
 }
 
 HM_CPU(m) {

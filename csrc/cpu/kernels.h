@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../common/adam.h"
+#include "../common/rounding.h"
 
 namespace hypermask {
 
@@ -36,6 +37,8 @@ struct DenseLayer {
   float* weight_out;  // the weight again, writable; null in the other modes
   float* bias_out;    // null where the bias is not stepped
   float *weight_m, *weight_v, *bias_m, *bias_v;
+  Bfloat16 *rounded_m, *rounded_v;  // in place of weight_m and weight_v: moments in bfloat16, or null
+  Draws draws;                      // that these are rounded by
   AdamStep adam;
 };
 

@@ -83,6 +83,34 @@ Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tenso
   return masked;
 }
 
+Tensor masked_weight(const Tensor& weight, const Tensor& logits, const Tensor& threshold) {
+  check_masked_weight("masked_weight", weight, logits, threshold, Place::kCpu);
+  Tensor masked = empty_float(weight, shape_of(weight));
+  const float *w = data(weight), *a = data(logits), limit = *data(threshold);
+  float* out = mutable_data(masked);
+  const Kernels& k = kernels();
+  for_parts(cut({weight.numel()}), [&](const Part& part, int64_t) {
+    k.weights_forward(w + part.begin, a + part.begin, limit, out + part.begin, part.end - part.begin);
+  });
+  return masked;
+}
+
+std::tuple<Tensor, Tensor> masked_weight_backward(const Tensor& grad, const Tensor& weight, const Tensor& logits,
+                                                  const Tensor& threshold) {
+  const char* op = "masked_weight_backward";
+  check_masked_weight(op, weight, logits, threshold, Place::kCpu);
+  check_float(op, "grad", grad, Place::kCpu, shape_of(weight));
+  Tensor grad_weight = empty_float(weight, shape_of(weight)), grad_logits = empty_float(logits, shape_of(logits));
+  const float *w = data(weight), *a = data(logits), *g = data(grad), limit = *data(threshold);
+  float *dw = mutable_data(grad_weight), *da = mutable_data(grad_logits);
+  const Kernels& k = kernels();
+  for_parts(cut({weight.numel()}), [&](const Part& part, int64_t) {
+    const int64_t at = part.begin;
+    k.weights_backward(w + at, a + at, limit, g + at, dw + at, da + at, part.end - at);
+  });
+  return {grad_weight, grad_logits};
+}
+
 std::tuple<Tensors, Tensor> masked_weights_backward(const Tensors& grads, const Tensors& weights, const Tensor& logits,
                                                     const Tensor& thresholds, const Offsets& offsets) {
   const char* op = "masked_weights_backward";
@@ -196,6 +224,8 @@ std::tuple<Tensors, Tensor> masked_weights_drift_backward(const Tensors& grads, 
 HM_SCHEMAS(m) {
   m.def("semi_binary_mask(Tensor logits, Tensor threshold) -> Tensor");
   m.def("semi_binary_mask_backward(Tensor grad, Tensor logits, Tensor threshold) -> Tensor");
+  m.def("masked_weight(Tensor weight, Tensor logits, Tensor threshold) -> Tensor");
+  m.def("masked_weight_backward(Tensor grad, Tensor weight, Tensor logits, Tensor threshold) -> (Tensor, Tensor)");
   m.def("masked_weights(Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets) -> Tensor[]");
   m.def(
       "masked_weights_backward(Tensor[] grads, Tensor[] weights, Tensor logits, Tensor thresholds, int[] offsets)"
@@ -217,6 +247,8 @@ HM_SCHEMAS(m) {
 HM_CPU(m) {
   m.impl("semi_binary_mask", TORCH_BOX(&semi_binary_mask));
   m.impl("semi_binary_mask_backward", TORCH_BOX(&semi_binary_mask_backward));
+  m.impl("masked_weight", TORCH_BOX(&masked_weight));
+  m.impl("masked_weight_backward", TORCH_BOX(&masked_weight_backward));
   m.impl("masked_weights", TORCH_BOX(&masked_weights));
   m.impl("masked_weights_backward", TORCH_BOX(&masked_weights_backward));
   m.impl("weight_drift", TORCH_BOX(&weight_drift));

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../common/portable.h"
+#include "../common/rounding.h"
 
 namespace hypermask {
 
@@ -15,16 +15,45 @@ constexpr int kLanes = HM_LANES;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UnsignedVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 typedef float Quad __attribute__((vector_size(16)));
 
 template <>
 struct Lane<Vec> {
   using Int = IntVec;
+  using Unsigned = UnsignedVec;
   using Mask = IntVec;
   HM_INLINE Vec select(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }
   HM_INLINE IntVec bits(Vec x) { return (IntVec)x; }
   HM_INLINE Vec from_bits(IntVec i) { return (Vec)i; }
   HM_INLINE Vec broadcast(float x) { return x - Vec{}; }
+  HM_INLINE UnsignedVec both_halves(UnsignedVec x) {
+#if HM_LANES == 16
+    constexpr int kXorAnd = 0x28;
+    return (UnsignedVec)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)(x >> 16), _mm512_set1_epi32(0xffff), kXorAnd);
+#else
+    return (x ^ x >> 16) & 0xffffu;
+#endif
+  }
+  HM_INLINE UnsignedVec add_below(UnsignedVec x, UnsignedVec y, UnsignedVec what, int32_t limit) {
+#if HM_LANES == 16
+    const __mmask16 below = _mm512_cmplt_epi32_mask((__m512i)what, _mm512_set1_epi32(limit));
+    return (UnsignedVec)_mm512_mask_add_epi32((__m512i)x, below, (__m512i)x, (__m512i)y);
+#else
+    return x + (y & (UnsignedVec)((IntVec)what < limit));
+#endif
+  }
+  HM_INLINE UnsignedVec at_least(UnsignedVec x, uint32_t least, UnsignedVec what) {
+#if HM_LANES == 16
+    const __mmask16 there = _mm512_test_epi32_mask((__m512i)what, (__m512i)what);
+    return (UnsignedVec)_mm512_mask_max_epu32((__m512i)x, there, (__m512i)x,
+                                              _mm512_set1_epi32(static_cast<int>(least)));
+#else
+    const UnsignedVec floor = (UnsignedVec)(what != 0u) & least;
+    return x > floor ? x : floor;
+#endif
+  }
   // x / y within 1 ulp for finite x and normal y in the range of Adam's denominators (y and 1/y not denormal).
   HM_INLINE Vec divide(Vec x, Vec y) {
 #if HM_LANES == 16
@@ -53,6 +82,15 @@ struct Lane<Vec> {
 };
 
 HM_INLINE Vec broadcast(float x) { return Lane<Vec>::broadcast(x); }
+
+// 0, 1, 2, ...
+#if HM_LANES == 16
+constexpr UnsignedVec kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif HM_LANES == 8
+constexpr UnsignedVec kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr UnsignedVec kLaneNumbers = {0, 1, 2, 3};
+#endif
 
 HM_INLINE Vec load(const float* p) {
   Vec v;
@@ -115,6 +153,90 @@ HM_INLINE void store_up_to(float* p, Vec v, int64_t count) {
     store(p, v);
   } else {
     store_part(p, v, static_cast<int>(count));
+  }
+}
+
+HM_INLINE Vec widened(HalfVec v) { return (Vec)(__builtin_convertvector(v, UnsignedVec) << 16); }
+
+// The first count lanes, 0 < count < kLanes; the others are 0 and their memory is not touched.
+HM_INLINE HalfVec load_part(const Bfloat16* p, int count) {
+#if HM_LANES == 16
+  return (HalfVec)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+#elif HM_LANES == 8
+  uint64_t four = 0, rest = 0;
+  if (count & 4) std::memcpy(&four, p, 8);
+  p += count & 4;
+  if (count & 2) std::memcpy(&rest, p, 4);
+  if (count & 1) rest |= static_cast<uint64_t>(p[count & 2].bits) << (count & 2) * 16;
+  return (HalfVec)(count & 4 ? _mm_set_epi64x(rest, four) : _mm_set_epi64x(0, rest));
+#else
+  HalfVec v{};
+  for (int i = 0; i < count; ++i) v[i] = p[i].bits;
+  return v;
+#endif
+}
+
+HM_INLINE Vec load_up_to(const Bfloat16* p, int64_t count) {
+  HalfVec v;
+  if (count >= kLanes) {
+    std::memcpy(&v, p, sizeof v);
+  } else {
+    v = load_part(p, static_cast<int>(count));
+  }
+#if HM_LANES == 16  // one instruction in place of two
+  const __m512i words = _mm512_set_epi32(0xf0000, 0xe0000, 0xd0000, 0xc0000, 0xb0000, 0xa0000, 0x90000, 0x80000,
+                                         0x70000, 0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
+  return (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, words, _mm512_castsi256_si512((__m256i)v));
+#else
+  return (Vec)(__builtin_convertvector(v, UnsignedVec) << 16);
+#endif
+}
+
+HM_INLINE void store_part(Bfloat16* p, HalfVec v, int count) {
+#if HM_LANES >= 8
+#if HM_LANES == 16
+  __m128i eight = _mm256_castsi256_si128((__m256i)v);
+  if (count & 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), eight);
+    eight = _mm256_extracti128_si256((__m256i)v, 1);
+    p += 8;
+  }
+#else
+  __m128i eight = (__m128i)v;
+#endif
+  if (count & 4) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), eight);
+    eight = _mm_srli_si128(eight, 8);
+    p += 4;
+  }
+  const auto two = static_cast<uint32_t>(_mm_cvtsi128_si32(eight));
+  if (count & 2) std::memcpy(p, &two, 4);
+  if (count & 1) p[count & 2].bits = static_cast<uint16_t>(count & 2 ? _mm_extract_epi16(eight, 2) : two);
+#else
+  for (int i = 0; i < count; ++i) p[i].bits = v[i];
+#endif
+}
+
+// Stores the upper halves of the first lanes of x at p, and of y at q.
+HM_INLINE void store_up_to(Bfloat16* p, Bfloat16* q, UnsignedVec x, UnsignedVec y, int64_t count) {
+#if HM_LANES == 16
+  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                       23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i words = _mm512_permutex2var_epi16((__m512i)x, odd, (__m512i)y);
+  const auto a = (HalfVec)_mm512_castsi512_si256(words), b = (HalfVec)_mm512_extracti64x4_epi64(words, 1);
+#elif HM_LANES == 8
+  const __m256i pairs = _mm256_packus_epi32((__m256i)(x >> 16), (__m256i)(y >> 16));
+  const __m256i words = _mm256_permute4x64_epi64(pairs, 0xd8);
+  const auto a = (HalfVec)_mm256_castsi256_si128(words), b = (HalfVec)_mm256_extracti128_si256(words, 1);
+#else
+  const HalfVec a = __builtin_convertvector(x >> 16, HalfVec), b = __builtin_convertvector(y >> 16, HalfVec);
+#endif
+  if (count >= kLanes) {
+    std::memcpy(p, &a, sizeof a);
+    std::memcpy(q, &b, sizeof b);
+  } else {
+    store_part(p, a, static_cast<int>(count));
+    store_part(q, b, static_cast<int>(count));
   }
 }
 

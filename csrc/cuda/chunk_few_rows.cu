@@ -190,8 +190,8 @@ void run(const Launcher& gpu, FewRows& s, const Chunks& c, const Tensor& x, cons
   while (warps > 1 && bytes(warps) > limit) --warps;
   if (bytes(warps) > limit) fail(op, "hidden is too wide, ", c.width, ", for this GPU's shared memory");
   const auto kernel = chunk_masked_linear_kernel<T, kRowTiles, kAligned>;
-  gpu.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes(warps))));
-  launch_splits<T>(gpu, s, x, c.period * c.tiles, warps,
+  gpu.allow_shared(kernel, bytes(warps));
+  launch_splits<T>(gpu, s, x, c.period * c.tiles, warps, 1,
                    [&](dim3 grid) { gpu.launch(kernel, grid, 32 * warps, bytes(warps), s, c); });
 }
 
@@ -216,7 +216,7 @@ Tensor chunk_masked_linear(const Tensor& x, const Tensor& weight, const Tensor& 
                            const Tensor& output_bias, int64_t start, const Tensor& threshold,
                            const std::optional<Tensor>& bias) {
   const char* op = "chunk_masked_linear";
-  check_few_rows(op, x, weight, threshold, bias, Place::gpu_of(x));
+  check_few_rows(op, x, weight, threshold, bias, Place::gpu_of(x), 16);
   check_chunks(op, weight, hidden, output_weight, output_bias, start, Place::gpu_of(x));
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   if (y.numel() == 0) return y;
@@ -225,8 +225,8 @@ Tensor chunk_masked_linear(const Tensor& x, const Tensor& weight, const Tensor& 
   const auto launch = [&](auto zero) {
     using T = decltype(zero);
     const Chunks c = chunks_of(s, hidden, output_weight, output_bias, start);
-    with_shape(s, vectors_fit({&x, &weight}, s.inputs),
-               [&](auto row_tiles, auto aligned) { run<T, row_tiles(), aligned()>(gpu, s, c, x, op); });
+    with_shape<2>(s, vectors_fit({&x, &weight}, s.inputs),
+                  [&](auto row_tiles, auto aligned) { run<T, row_tiles(), aligned()>(gpu, s, c, x, op); });
   };
   if (x.scalar_type() == ScalarType::Half) {
     launch(__half{});

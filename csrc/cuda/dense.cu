@@ -9,16 +9,17 @@
 namespace hypermask {
 namespace {
 
-template <int kPack, int kChunk, Mode kMode>
+template <int kPack, int kChunk, Mode kMode, class Moment>
 void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
   const Launcher gpu(op, like);
-  const auto kernel = dense_kernel<kPack, kChunk, kMode>;
-  const int64_t bytes = dense_shared_floats(d.layout) * static_cast<int64_t>(sizeof(float));
+  const auto kernel = dense_kernel<kPack, kChunk, kMode, Moment>;
+  const int kept = dense_tiles(d.layout, makes_weights(kMode), steps_weights(kMode));
+  const int64_t bytes = dense_shared_floats(d.layout, kept) * static_cast<int64_t>(sizeof(float));
   const int limit = gpu.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (bytes > limit) {
     fail(op, d.tasks, " tasks of width ", d.width, " need ", bytes, " bytes of shared memory, this GPU has ", limit);
   }
-  gpu.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  gpu.allow_shared(kernel, bytes);
   int per_processor = 0;
   gpu.check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, bytes));
   const int processors = gpu.attribute(cudaDevAttrMultiProcessorCount);
@@ -36,13 +37,30 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
              drift);
 }
 
-template <Mode kMode>
+template <Mode kMode, class Moment = float>
 void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
-  d.layout = dense_layout(d.tasks, d.width, on_16_bytes(d.weight, d.weight_m, d.weight_v, d.grad_weight));
-  const auto run_with = d.layout.pack == 4    ? d.layout.chunk == 4 ? run<4, 4, kMode> : run<4, 8, kMode>
-                        : d.layout.chunk == 4 ? run<1, 4, kMode>
-                                              : run<1, 8, kMode>;
+  const bool aligned = on_16_bytes(d.weight, d.weight_m, d.weight_v, d.grad_weight, d.rounded_m, d.rounded_v);
+  d.layout = dense_layout(d.tasks, d.width, aligned);
+  const auto run_with = d.layout.pack == 4 ? d.layout.chunk == 4 ? run<4, 4, kMode, Moment> : run<4, 8, kMode, Moment>
+                        : d.layout.chunk == 4 ? run<1, 4, kMode, Moment>
+                                              : run<1, 8, kMode, Moment>;
   run_with(op, d, like, grad_hidden, drift);
+}
+
+// The modes that step the layer, whose moments are in float32 or in bfloat16.
+template <Mode kMode>
+void run_step(const char* op, Dense d, const Tensor& weight_m, const Tensor& weight_v, int64_t first_row,
+              const Tensor& like, float* grad_hidden, float* drift) {
+  if (in_bfloat16(weight_m)) {
+    d.rounded_m = mutable_bfloat16(weight_m);
+    d.rounded_v = mutable_bfloat16(weight_v);
+    d.first_row = first_row;
+    run<kMode, Bfloat16>(op, d, like, grad_hidden, drift);
+  } else {
+    d.weight_m = mutable_data(weight_m);
+    d.weight_v = mutable_data(weight_v);
+    run<kMode>(op, d, like, grad_hidden, drift);
+  }
 }
 
 Dense dense_layer(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias, int64_t drift_tasks) {
@@ -101,7 +119,8 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
                                          const Tensor& drift_weight, const Tensor& weight, const Tensor& bias,
                                          const Tensor& weight_m, const Tensor& weight_v, const Tensor& bias_m,
                                          const Tensor& bias_v, const Tensor& step, const Tensor& lr, double beta1,
-                                         double beta2, double eps, double weight_decay, bool decoupled, bool maximize) {
+                                         double beta2, double eps, double weight_decay, bool decoupled, bool maximize,
+                                         int64_t first_row) {
   const char* op = "hypernet_adam";
   check_adam(op, hidden, grad_logits, targets, drift_weight, weight, bias, weight_m, weight_v, bias_m, bias_v, step, lr,
              Place::gpu_of(weight));
@@ -112,8 +131,6 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
   d.tasks = d.drift_tasks + 1;
   d.grad_logits = data(grad_logits);
   d.outer = data(drift_weight);
-  d.weight_m = mutable_data(weight_m);
-  d.weight_v = mutable_data(weight_v);
   d.bias_m = mutable_data(bias_m);
   d.bias_v = mutable_data(bias_v);
   d.step = data(step);
@@ -124,7 +141,7 @@ std::tuple<Tensor, Tensor> hypernet_adam(const Tensor& hidden, const Tensor& gra
   d.weight_decay = weight_decay;
   d.decoupled = decoupled;
   d.maximize = maximize;
-  run<kAdam>(op, d, weight, mutable_data(grad_hidden), mutable_data(drift));
+  run_step<kAdam>(op, d, weight_m, weight_v, first_row, weight, mutable_data(grad_hidden), mutable_data(drift));
   return {grad_hidden, drift};
 }
 
@@ -169,13 +186,11 @@ std::tuple<Tensor, Tensor> hidden_gradient(const Tensor& factors, const Tensor& 
 
 void factored_adam(const Tensor& factors, const Tensor& scales, const Tensor& hidden, const Tensor& weight,
                    const Tensor& weight_m, const Tensor& weight_v, const Tensor& step, const Tensor& lr, double beta1,
-                   double beta2, double eps, double weight_decay, bool decoupled, bool maximize) {
+                   double beta2, double eps, double weight_decay, bool decoupled, bool maximize, int64_t first_row) {
   const char* op = "factored_adam";
   check_factored_adam(op, factors, scales, hidden, weight, weight_m, weight_v, step, lr, Place::gpu_of(weight));
   Dense d = factored_layer(op, factors, scales, weight);
   d.hidden = data(hidden);
-  d.weight_m = mutable_data(weight_m);
-  d.weight_v = mutable_data(weight_v);
   d.step = data(step);
   d.lr = data(lr);
   d.beta1 = beta1;
@@ -184,7 +199,7 @@ void factored_adam(const Tensor& factors, const Tensor& scales, const Tensor& hi
   d.weight_decay = weight_decay;
   d.decoupled = decoupled;
   d.maximize = maximize;
-  run<kStep>(op, d, weight, nullptr, nullptr);
+  run_step<kStep>(op, d, weight_m, weight_v, first_row, weight, nullptr, nullptr);
 }
 
 }  // namespace

@@ -34,11 +34,30 @@ __device__ __forceinline__ void scaled_factors(const Dense& d, const Tile& tile,
   }
 }
 
+// The current task's gradient at the row whose factor this thread makes: read a tile ahead, for behind the first task
+// there is no dot product during which it could arrive.
+struct CurrentRow {
+  int r;  // of any tile; rows or more: none of this thread's
+  float grad = 0, next = 0;
+
+  // tile_factors deals rows of the chunk that holds the current task to kThreads threads in a row.
+  __device__ __forceinline__ CurrentRow(const Dense& d, bool there)
+      : r(static_cast<int>((threadIdx.x + kThreads - d.drift_tasks / d.layout.chunk * d.layout.rows % kThreads) %
+                           kThreads)) {
+    if (!there || d.tasks == d.drift_tasks) r = kThreads;
+  }
+
+  __device__ __forceinline__ void read(const Dense& d, const Tile& tile) {
+    if (r < tile.rows) next = d.grad_logits[tile.row + r];
+  }
+};
+
 // factors[r][j] = dLoss/da_jr for one row and a chunk of tasks per thread. Returns this thread's squared residuals. A
 // dot product is one chain of multiply-adds over the columns: its bits depend neither on the mode nor on the other
 // tasks.
 template <int kPack, int kChunk, Mode kMode>
-__device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile, const Shared& s, float coefficient) {
+__device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile, const Shared& s, float coefficient,
+                                               const CurrentRow& given) {
   const DenseLayout& l = d.layout;
   double squares = 0;
   for (int i = threadIdx.x; i < l.rows * (l.slots / kChunk); i += kThreads) {
@@ -77,7 +96,7 @@ __device__ __forceinline__ double tile_factors(const Dense& d, const Tile& tile,
       const int current = d.tasks > d.drift_tasks && r < tile.rows ? d.drift_tasks - first : -1;
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) {
-        if (j == current) g[j] = d.grad_logits[at];
+        if (j == current) g[j] = given.grad;
       }
 #pragma unroll
       for (int j = 0; j < kChunk; j += 4) {
@@ -187,27 +206,78 @@ __device__ __forceinline__ void gradient_of_rows(const DenseLayout& l, const Sha
   }
 }
 
+// Adam's numbers in a step: those of all entries, and those that moments in bfloat16 are rounded by.
+struct Step {
+  AdamStep adam;
+  Draws draws;
+};
+
+// The moments of a piece of the tile: where they are, in shared memory and in the layer, and their step.
+template <class Moment>
+struct Moments;
+
+template <>
+struct Moments<float> {
+  float *m, *v, *to_m, *to_v;
+
+  __device__ Moments(const Dense& d, const Shared& s) : m(s.m), v(s.v), to_m(d.weight_m), to_v(d.weight_v) {}
+
+  template <int kSize>
+  __device__ __forceinline__ void step(const Piece<kSize>& piece, const Pack<kSize>& grad, Pack<kSize>& w,
+                                       const Step& step) const {
+    Pack<kSize> first = pack_at<kSize>(m + piece.shared), second = pack_at<kSize>(v + piece.shared);
+#pragma unroll
+    for (int x = 0; x < kSize; ++x) adam_update(grad.x[x], w.x[x], first.x[x], second.x[x], step.adam);
+    pack_at<kSize>(to_m + piece.where) = first;
+    pack_at<kSize>(to_v + piece.where) = second;
+  }
+};
+
+template <>
+struct Moments<Bfloat16> {
+  Bfloat16 *m, *v, *to_m, *to_v;
+
+  __device__ Moments(const Dense& d, const Shared& s)
+      : m(reinterpret_cast<Bfloat16*>(s.m)),
+        v(reinterpret_cast<Bfloat16*>(s.v)),
+        to_m(d.rounded_m),
+        to_v(d.rounded_v) {}
+
+  template <int kSize>
+  __device__ __forceinline__ void step(const Piece<kSize>& piece, const Pack<kSize>& grad, Pack<kSize>& w,
+                                       const Step& step) const {
+    Entries<Bfloat16, kSize> first = entries_at<kSize>(m + piece.shared), second = entries_at<kSize>(v + piece.shared);
+    const uint32_t start = step.draws.start + step.draws.stride * static_cast<uint32_t>(piece.where);
+#pragma unroll
+    for (int x = 0; x < kSize; ++x) {
+      float fm = widened(first.x[x]), fv = widened(second.x[x]);
+      adam_update(grad.x[x], w.x[x], fm, fv, step.adam);
+      const uint32_t draw = start + step.draws.stride * static_cast<uint32_t>(x);
+      first.x[x] = upper_half(rounded_first(fm, first_bits<float>(draw)));
+      second.x[x] = upper_half(rounded_second(fv, second_bits<float>(draw)));
+    }
+    entries_at<kSize>(to_m + piece.where) = first;
+    entries_at<kSize>(to_v + piece.where) = second;
+  }
+};
+
 // Adam on a piece of the tile with its gradient, or the gradient written.
-template <Mode kMode, int kSize>
+template <Mode kMode, class Moment, int kSize>
 __device__ __forceinline__ void update(const Dense& d, const Piece<kSize>& piece, const Shared& s,
-                                       const Pack<kSize>& grad, const AdamStep& step) {
+                                       const Pack<kSize>& grad, const Step& step) {
   if (!piece.there) return;
   if constexpr (steps_weights(kMode)) {
     Pack<kSize> w = pack_at<kSize>(s.weight + piece.shared);
-    Pack<kSize> m = pack_at<kSize>(s.m + piece.shared), v = pack_at<kSize>(s.v + piece.shared);
-#pragma unroll
-    for (int x = 0; x < kSize; ++x) adam_update(grad.x[x], w.x[x], m.x[x], v.x[x], step);
+    Moments<Moment>(d, s).step(piece, grad, w, step);
     pack_at<kSize>(d.weight + piece.where) = w;
-    pack_at<kSize>(d.weight_m + piece.where) = m;
-    pack_at<kSize>(d.weight_v + piece.where) = v;
   } else {
     pack_at<kSize>(d.grad_weight + piece.where) = grad;
   }
 }
 
 // dW = g^T h for the tile, written or given to Adam at once.
-template <int kPack, Mode kMode>
-__device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, const Shared& s, const AdamStep& step) {
+template <int kPack, Mode kMode, class Moment>
+__device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, const Shared& s, const Step& step) {
   const DenseLayout& l = d.layout;
   for_columns<kPack>(l, [&](int lane, int column) {
     Pack<kPack> grad[kDensePacks] = {};
@@ -216,7 +286,7 @@ __device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, co
       if constexpr (steps_weights(kMode)) cp_async_wait<1>();  // m and v are here; W of the next tile may be under way
 #pragma unroll
       for (int n = 0; n < kDensePacks; ++n) {
-        update<kMode>(d, piece_of_row(d, tile, lane + n * l.lanes, column), s, grad[n], step);
+        update<kMode, Moment>(d, piece_of_row(d, tile, lane + n * l.lanes, column), s, grad[n], step);
       }
     } else {
 #pragma unroll
@@ -227,7 +297,7 @@ __device__ __forceinline__ void tile_weight(const Dense& d, const Tile& tile, co
     __syncthreads();
     if constexpr (steps_weights(kMode)) cp_async_wait<1>();
     for_pieces(d, tile, [&](const auto& piece) {
-      update<kMode>(d, piece, s, pack_at<piece.size>(s.grad + piece.shared), step);
+      update<kMode, Moment>(d, piece, s, pack_at<piece.size>(s.grad + piece.shared), step);
     });
   }
 }
@@ -275,21 +345,30 @@ constexpr int dense_blocks() {
   return small && kMode != kGradient ? 3 : 2;
 }
 
-template <int kPack, int kChunk, Mode kMode>
+template <int kPack, class Moment>
+__device__ __forceinline__ void copy_moments(const Dense& d, const Tile& tile, const Shared& s) {
+  const Moments<Moment> moments(d, s);
+  copy_tile<kPack>(d, tile, moments.m, moments.to_m);
+  copy_tile<kPack>(d, tile, moments.v, moments.to_v);
+}
+
+template <int kPack, int kChunk, Mode kMode, class Moment>
 __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>())) dense_kernel(Dense d) {
-  __shared__ AdamStep step;
+  __shared__ Step step;
   const DenseLayout& l = d.layout;
-  Shared s(l);
+  Shared s(l, kMode);
   for (int i = threadIdx.x; i < l.slots * l.stride; i += kThreads) {
     const int task = i / l.stride, k = i - task * l.stride;
     s.hidden[i] = d.hidden && task < d.tasks && k < d.width ? d.hidden[task * d.width + k] : 0.0f;
   }
   if (steps_weights(kMode) && threadIdx.x == 0) {
-    step = adam_step(*d.step, *d.lr, d.beta1, d.beta2, d.eps, d.weight_decay, d.decoupled, d.maximize);
+    step.adam = adam_step(*d.step, *d.lr, d.beta1, d.beta2, d.eps, d.weight_decay, d.decoupled, d.maximize);
+    step.draws = draws_of(*d.step, d.first_row, d.width);
   }
   const float coefficient = kMode == kValue || given_factors(kMode) ? 0.0f : 2.0f * *d.outer;
   float* partial = d.partial + static_cast<int64_t>(blockIdx.x) * d.tasks * d.width;
   HiddenGradient<kPack, kChunk> hidden_gradient(l);
+  CurrentRow given(d, kMode == kAdam);
   double squares = 0;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * l.rows, stride = static_cast<int64_t>(gridDim.x) * l.rows;
   Tile tile(d, start);
@@ -297,13 +376,13 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
   // "all but the last group" is W before the barrier below, and m and v in tile_weight.
   copy_tile<kPack>(d, tile, s.weight, d.weight);
   cp_async_commit();
-  if constexpr (steps_weights(kMode)) {
-    copy_tile<kPack>(d, tile, s.m, d.weight_m);
-    copy_tile<kPack>(d, tile, s.v, d.weight_v);
-  }
+  if constexpr (steps_weights(kMode)) copy_moments<kPack, Moment>(d, tile, s);
   cp_async_commit();
+  given.read(d, tile);
   while (tile.row < d.rows) {
     const Tile next(d, tile.row + stride);
+    given.grad = given.next;
+    given.read(d, next);
     cp_async_wait<1>();
     __syncthreads();  // W is here, and all threads are done with the tile before
     if (next.rows > 0) copy_tile<kPack>(d, next, s.next_weight, d.weight);
@@ -311,18 +390,17 @@ __global__ void __launch_bounds__(kThreads, (dense_blocks<kPack, kChunk, kMode>(
     if constexpr (given_factors(kMode)) {
       scaled_factors<kChunk>(d, tile, s);
     } else {
-      squares += tile_factors<kPack, kChunk, kMode>(d, tile, s, coefficient);
+      squares += tile_factors<kPack, kChunk, kMode>(d, tile, s, coefficient, given);
     }
     if constexpr (kMode != kValue) {
       BiasRow<kMode> bias(d, tile);
       __syncthreads();
       if constexpr (sums_hidden(kMode)) hidden_gradient.add_tile(d, s, tile.row == start, partial);
-      if constexpr (makes_weights(kMode)) tile_weight<kPack, kMode>(d, tile, s, step);
-      if constexpr (kMode != kStep) bias.update(d, tile, s.factors, step);
+      if constexpr (makes_weights(kMode)) tile_weight<kPack, kMode, Moment>(d, tile, s, step);
+      if constexpr (kMode != kStep) bias.update(d, tile, s.factors, step.adam);
     }
-    if (steps_weights(kMode) && next.rows > 0) {  // where each thread has just used its own pieces
-      copy_tile<kPack>(d, next, s.m, d.weight_m);
-      copy_tile<kPack>(d, next, s.v, d.weight_v);
+    if constexpr (steps_weights(kMode)) {  // where each thread has just used its own pieces
+      if (next.rows > 0) copy_moments<kPack, Moment>(d, next, s);
     }
     cp_async_commit();
     float* free = s.weight;

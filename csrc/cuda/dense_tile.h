@@ -1,6 +1,7 @@
 // What the dense kernel works on: its arguments, the tiles of the layer and their places in shared memory.
 #pragma once
 
+#include "../common/rounding.h"
 #include "device.h"
 
 namespace hypermask {
@@ -30,7 +31,9 @@ struct Dense {
   const float* outer;        // one entry: dLoss/dR; null where residuals are not factors
   float *grad_weight, *grad_bias;
   float *weight_m, *weight_v, *bias_m, *bias_v;
-  const float *step, *lr;  // read on the device, so that a captured step sees them change
+  Bfloat16 *rounded_m, *rounded_v;  // in place of weight_m and weight_v: moments in bfloat16, or null
+  int64_t first_row;                // of the layer among those of all processes, for the draws that these need
+  const float *step, *lr;           // read on the device, so that a captured step sees them change
   double beta1, beta2, eps, weight_decay;
   bool decoupled, maximize;
   float* partial;         // [blocks, tasks, width]
@@ -46,20 +49,20 @@ __device__ __forceinline__ void multiply_add(Pack<kPack>& sum, float a, const Pa
 
 struct Shared {
   float *weight, *next_weight;  // [rows, stride]: the tile being worked on and the next one
-  float *m, *v;                 // [rows, stride]
   float* factors;               // [rows, slots]
   float* hidden;                // [slots, stride], 0 beyond the tasks
-  float* grad;                  // [rows, stride], with packs of single floats
+  float *m, *v;                 // [rows, stride], in modes that step weights; bfloat16 ones take half of the place
+  float* grad;                  // [rows, stride], with packs of single floats in modes that make weights
 
-  __device__ explicit Shared(const DenseLayout& l) {
+  __device__ Shared(const DenseLayout& l, Mode mode) {
     const int tile = l.rows * l.stride;
     weight = dynamic_shared<float>();
     next_weight = weight + tile;
-    m = next_weight + tile;
-    v = m + tile;
-    factors = v + tile;
+    factors = next_weight + tile;
     hidden = factors + l.rows * l.slots;
-    grad = hidden + l.slots * l.stride;
+    m = hidden + l.slots * l.stride;
+    v = m + tile;
+    grad = steps_weights(mode) ? v + tile : m;
   }
 };
 
@@ -79,6 +82,17 @@ struct Tile {
       : row(row), rows(static_cast<int>(max(min(static_cast<int64_t>(d.layout.rows), d.rows - row), int64_t{-1}))) {}
 };
 
+// Entries of weights or moments that are read and written together.
+template <class T, int kSize>
+struct alignas(sizeof(T) * kSize) Entries {
+  T x[kSize];
+};
+
+template <int kSize, class T>
+__device__ __forceinline__ Entries<T, kSize>& entries_at(T* p) {
+  return *reinterpret_cast<Entries<T, kSize>*>(p);
+}
+
 // A piece of a tile that one thread copies and updates; each tile's pieces are dealt to threads in the same way.
 template <int kSize>
 struct Piece {
@@ -87,12 +101,17 @@ struct Piece {
   int64_t where;                      // in the layer
   bool there;
 
-  // From global to shared memory; zeros where the layer has ended.
-  __device__ __forceinline__ void copy(float* to, const float* from) const {
-    if (there) {
-      cp_async<4 * kSize>(to + shared, from + where);
+  // From global to shared memory; zeros where the layer has ended. A single bfloat16 is too small for a copy in the
+  // background.
+  template <class T>
+  __device__ __forceinline__ void copy(T* to, const T* from) const {
+    constexpr int bytes = kSize * static_cast<int>(sizeof(T));
+    if (!there) {
+      entries_at<kSize>(to + shared) = Entries<T, kSize>{};
+    } else if constexpr (bytes >= 4) {
+      cp_async<bytes>(to + shared, from + where);
     } else {
-      pack_at<kSize>(to + shared) = Pack<kSize>{};
+      to[shared] = from[where];
     }
   }
 };
@@ -115,8 +134,8 @@ __device__ __forceinline__ void for_pieces(const Dense& d, const Tile& tile, con
   }
 }
 
-template <int kPack>
-__device__ __forceinline__ void copy_tile(const Dense& d, const Tile& tile, float* to, const float* from) {
+template <int kPack, class T>
+__device__ __forceinline__ void copy_tile(const Dense& d, const Tile& tile, T* to, const T* from) {
   if constexpr (kPack == 4) {
     for_columns<4>(d.layout, [&](int lane, int column) {
 #pragma unroll

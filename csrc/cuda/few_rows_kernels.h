@@ -1,11 +1,11 @@
-// What the ops for a few rows of x share: y = x (W * m)^T + b for 1 to 16 rows, where the bytes of W decide the time.
+// What the ops for a few rows of x share: y = x (W * m)^T + b for 1 to 64 rows, where the bytes of W decide the time.
 //
 // A warp takes 16 rows of W (outputs) by kStep entries of the reduction at a time. Lane l holds 8 consecutive entries
 // of rows l / 4 and l / 4 + 8, beginning at 8 (l % 4): loads of 16 bytes, and for 16-bit types just the entries of two
 // A operands of mma.m16n8k16, if the reduction is numbered so that a lane's k are consecutive. x has the same layout as
 // B operand (8 rows of x in n), so nothing is ever shuffled. Warps of a block share their outputs and take every
-// warps-th step; where blocks are too few for the GPU, its splits share the steps too, and sum_splits_kernel adds them
-// up. All sums are made in a fixed order.
+// warps-th step; where blocks are too few for the GPU, splits share the steps too, and the last of an output's splits
+// to end adds them up. All sums are made in a fixed order.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,6 +23,7 @@ struct FewRows {
   const void* bias;        // [outputs] or null
   void* y;                 // [rows, outputs]
   float* partial;          // [splits, rows, outputs] in place of y, or null
+  unsigned* ended;  // [blocks of a split]: how many splits have, 0 before and after; null: sum_splits_kernel adds
   int64_t outputs, inputs;
   int64_t steps;  // of one split
   int rows;
@@ -255,6 +256,28 @@ __device__ __forceinline__ void write(const FewRows& s, int64_t row, int64_t out
   static_cast<T*>(s.y)[row * s.outputs + output] = Element<T>::from_float(value);
 }
 
+// The splits' sums of one output, added in their order.
+__device__ __forceinline__ float sum_of_splits(const FewRows& s, int splits, int64_t entry) {
+  float value = 0;
+  for (int split = 0; split < splits; ++split) value += __ldcg(s.partial + split * (s.rows * s.outputs) + entry);
+  return value;
+}
+
+// Whether this block is the last of its outputs' splits to come here: then all their sums are in memory. The whole
+// block calls it.
+__device__ __forceinline__ bool last_of_splits(const FewRows& s) {
+  __shared__ bool last;
+  __threadfence();  // this thread's sums before the block is counted
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(s.ended + blockIdx.x, 1u) == gridDim.y - 1;
+    if (last) s.ended[blockIdx.x] = 0;  // for the next call
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
 // Adds the warps' sums in their order; the block's outputs are first, first + distance, ... The whole block calls it.
 template <class T, class P>
 __device__ __forceinline__ void finish(const FewRows& s, P& product, float* shared, int64_t first, int64_t distance) {
@@ -262,10 +285,14 @@ __device__ __forceinline__ void finish(const FewRows& s, P& product, float* shar
   product.store(shared + threadIdx.x / 32 * P::kSharedFloats);
   __syncthreads();
   const int warps = blockDim.x / 32;
-  for (int i = threadIdx.x; i < s.rows * P::kOutputs; i += blockDim.x) {
-    const int row = i / P::kOutputs, local = i % P::kOutputs;
-    const int64_t output = first + local * distance;
-    if (output >= s.outputs) continue;
+  const auto each = [&](const auto& f) {  // f(row, output, output counted in the block)
+    for (int i = threadIdx.x; i < s.rows * P::kOutputs; i += blockDim.x) {
+      const int row = i / P::kOutputs, local = i % P::kOutputs;
+      const int64_t output = first + local * distance;
+      if (output < s.outputs) f(row, output, local);
+    }
+  };
+  each([&](int row, int64_t output, int local) {
     float value = 0;
     for (int w = 0; w < warps; ++w) value += shared[w * P::kSharedFloats + local * P::kStride + row];
     if (s.partial) {
@@ -273,17 +300,18 @@ __device__ __forceinline__ void finish(const FewRows& s, P& product, float* shar
     } else {
       write<T>(s, row, output, value);
     }
-  }
+  });
+  if (!s.partial || !s.ended || !last_of_splits(s)) return;
+  each([&](int row, int64_t output, int) {
+    write<T>(s, row, output, sum_of_splits(s, static_cast<int>(gridDim.y), row * s.outputs + output));
+  });
 }
 
-// y = the splits' sums, added in their order, and the bias.
+// y = the splits' sums and the bias.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_splits_kernel(FewRows s, int splits) {
   const int64_t size = s.rows * s.outputs, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= size) return;
-  float value = 0;
-  for (int split = 0; split < splits; ++split) value += s.partial[split * size + i];
-  write<T>(s, i / s.outputs, i % s.outputs, value);
+  if (i < size) write<T>(s, i / s.outputs, i % s.outputs, sum_of_splits(s, splits, i));
 }
 
 }  // namespace

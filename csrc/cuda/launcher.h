@@ -33,6 +33,33 @@ class Launcher {
     return value;
   }
 
+  int device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }
+
+  // Whether launches become part of a graph instead of running.
+  bool capturing() const {
+    cudaStreamCaptureStatus status{};
+    check(cudaStreamIsCapturing(stream_, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  // On this GPU, of a __device__ array's first entry.
+  template <class T, int kGroups, int kCount>
+  T* address_of(T (&memory)[kGroups][kCount]) const {
+    void* address = nullptr;
+    check(cudaGetSymbolAddress(&address, memory));
+    return static_cast<T*>(address);
+  }
+
+  // Lets the kernel have that many bytes of shared memory in a block, and as many blocks side by side as shared memory
+  // can hold: what the driver would rather keep as L1 cache, kernels that read everything once have no use for.
+  template <class... Parameters>
+  void allow_shared(void (*kernel)(Parameters...), int64_t bytes) const {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    const int all = cudaSharedmemCarveoutMaxShared;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, all));
+  }
+
   // Asynchronous, as kernel<<<grid, threads, shared_bytes>>>(arguments...).
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, int64_t shared_bytes,
@@ -46,6 +73,7 @@ class Launcher {
   }
 
   void clear(void* memory, int64_t bytes) const {
+    if (bytes == 0) return;  // a memset of nothing is a node of a captured graph too
     check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_));
   }
 

@@ -21,6 +21,16 @@ def add_data_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data-dir", type=Path, metavar="D", help="folder of the data set's files")
 
 
+def add_own_code(command: argparse.ArgumentParser) -> None:
+    """Of commands that read a run: its own code runs only where it is named again."""
+    for what in ("scenario", "network"):
+        command.add_argument(
+            f"--{what}",
+            metavar="FILE:FUNCTION",
+            help=f"of a run that was trained with --{what}: the same once more, which lets it run",
+        )
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
@@ -34,7 +44,8 @@ def interrupted(number: int, detail: str = "", tells: bool = True) -> int:
     return 128 + number
 
 
-def tell(message: str) -> None:
-    """One line on standard error, where that can still be written."""
+def tell(message: str, name: str = PROGRAM) -> None:
+    """One line on standard error, after a name, where that can still be written."""
     with suppress(OSError):
-        print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{name}: {message}\n")  # at once: several threads may tell something
+        sys.stderr.flush()

@@ -10,7 +10,7 @@ from ..data import Scenario
 from ..errors import InputError
 from ..text import text_table
 from ..training import confusion, evaluation, run
-from .command import add_data_dir, add_device, command, tell
+from .command import add_data_dir, add_device, add_own_code, command, tell
 
 _METHODS = """\
 known: each sample's task is given (default). The others find it: by the outputs of every task's network (entropy,
@@ -49,6 +49,7 @@ def add(commands: Any) -> None:
         "the run's folder is left as it is",
     )
     add_data_dir(parser)
+    add_own_code(parser)
     add_device(parser)
 
 
@@ -60,7 +61,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--batch-size must be 1 or more, not {arguments.batch_size}")
     targets = None if arguments.to is None else confusion.paths(arguments.to, _name(arguments))
     device = run.pick_device(arguments.device)
-    config, model, scenario = run.load_run(arguments.dir, arguments.data_dir, device)
+    config, model, scenario = run.load_run(
+        arguments.dir, arguments.data_dir, device, arguments.scenario, arguments.network
+    )
     scenario = _first(scenario, arguments.after)
     batch = arguments.batch_size or config.training.evaluation_batch
     evaluation.fit(model, scenario, method, arguments.layer)

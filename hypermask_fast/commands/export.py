@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import exporting
 from ..training import run
-from .command import add_data_dir, command
+from .command import add_data_dir, add_own_code, command
 
 
 def add(commands: Any) -> None:
@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
         help="safetensors: its weights (default); pt2: a program for torch.export.load; onnx: for any ONNX runtime",
     )
     add_data_dir(parser)
+    add_own_code(parser)
 
 
 _LOADING = {
@@ -31,7 +32,11 @@ _LOADING = {
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    run.export_task(arguments.dir, arguments.task, arguments.to, arguments.data_dir, arguments.format)
+    own = {"scenario": arguments.scenario, "network": arguments.network}
+    run.export_task(arguments.dir, arguments.task, arguments.to, arguments.data_dir, arguments.format, **own)
     print(f"{arguments.to}: task {arguments.task}'s network; load it in Python with")
-    print(_LOADING[arguments.format].format(repr(str(arguments.to))))
+    loading = _LOADING[arguments.format].format(repr(str(arguments.to)))
+    if arguments.network is not None and arguments.format == "safetensors":
+        loading = loading.removesuffix(")") + ", net)  # net: made as your function makes it"
+    print(loading)
     return 0

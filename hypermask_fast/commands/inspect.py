@@ -8,7 +8,7 @@ from .. import analysis
 from ..analysis import pictures
 from ..errors import InputError
 from ..training import describe, inspecting, run
-from .command import add_data_dir, add_device, command
+from .command import add_data_dir, add_device, add_own_code, command
 
 
 def add(commands: Any) -> None:
@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--to", type=Path, metavar="DIR", help="write masks.json and pictures to this folder")
     add_data_dir(parser)
+    add_own_code(parser)
     add_device(parser)
 
 
@@ -26,7 +27,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.to is not None:
         pictures.check_free(arguments.to)
     device = run.pick_device(arguments.device)
-    config, model, scenario = run.load_run(arguments.dir, arguments.data_dir, device)
+    config, model, scenario = run.load_run(
+        arguments.dir, arguments.data_dir, device, arguments.scenario, arguments.network
+    )
     count = len(scenario.tasks)
     tasks = range(count) if arguments.tasks is None else arguments.tasks
     for task in tasks:

@@ -104,7 +104,7 @@ DOWNLOADS: dict[str, Download] = {
                 "90528d7ca1a48142e341f4ef8d21d0de",
             ),
         ),
-        lambda folder: read_tiny_imagenet(folder, 1),
+        lambda folder: read_tiny_imagenet(folder, range(1)),
     ),
 }
 

@@ -125,6 +125,7 @@ def split_by_class(
     *,
     name: str = "split",
     unequal: bool = False,
+    validation_per_class: int | None = None,
 ) -> Scenario:
     """One task per group of classes: label i of a task is the i-th class of its group.
 
@@ -141,40 +142,75 @@ def split_by_class(
         augment: random transform of training batches as stored.
         name: the scenario's.
         unequal: groups may differ in size.
+        validation_per_class: in place of validation: of each class of a task, the first so many training samples.
 
     Raises:
         InputError: groups of different size or none, a class in two of them or without samples; validation
-            negative or so large that a task has no training samples left; tensors that `TensorSplit` refuses.
+            negative or so large that a task, or one of its classes, has no training samples left, or both kinds of it;
+            tensors that `TensorSplit` refuses.
     """
     groups = [tuple(group) for group in class_groups]
     _check_groups(groups, unequal)
-    check_whole("validation", validation, 0)
+    held_out = HoldOut.asked(validation or None, validation_per_class) or HoldOut(validation)
     train = TensorSplit(inputs, labels, prepare, augment)
     test = TensorSplit(test_inputs, test_labels, prepare)
     tasks = []
     for t, group in enumerate(groups):
         task_train = _of_classes(train, group, "training")
-        rest, held_out = hold_out_first(task_train, validation, f"task {t}")
+        rest, validating = held_out.split(task_train, f"task {t}")
         names, of_task = tuple(map(str, group)), len(group) if unequal else None
-        tasks.append(TaskData(",".join(names), rest, held_out, _of_classes(test, group, "test"), names, of_task))
+        tasks.append(TaskData(",".join(names), rest, validating, _of_classes(test, group, "test"), names, of_task))
     return Scenario(name, tuple(tasks), sample_shape(train), max(map(len, groups)))
 
 
-def hold_out_first(train: TensorSplit, validation: int, task: str) -> tuple[TensorSplit, TensorSplit]:
-    """The training set without its first `validation` samples, and these, not augmented; both views of train.
+@dataclass(frozen=True)
+class HoldOut:
+    """Which training samples of a task validate: the first `samples` of the task, or of each of its classes.
 
     Raises:
-        InputError: nothing would be left to train on; `task` names the task in the message.
+        InputError: a number that is none, or negative.
     """
-    check_whole("validation", validation, 0)
-    if validation >= len(train):
-        raise InputError(
-            f"validation {validation} leaves {task} no training samples: it has {len(train)}, so at most"
-            f" {len(train) - 1}"
-        )
-    rest = replace(train, inputs=train.inputs[validation:], labels=train.labels[validation:])
-    held_out = replace(train, inputs=train.inputs[:validation], labels=train.labels[:validation], augment=None)
-    return rest, held_out
+
+    samples: int
+    per_class: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("validation_per_class" if self.per_class else "validation", self.samples, 0)
+
+    @classmethod
+    def asked(cls, validation: int | None, validation_per_class: int | None) -> HoldOut | None:
+        """What one of the two numbers says; None where neither is given. Raises InputError where both are."""
+        if validation is not None and validation_per_class is not None:
+            raise InputError(
+                "validation counts samples of a task, validation_per_class of each class: give one of them"
+            )
+        if validation_per_class is not None:
+            return cls(validation_per_class, per_class=True)
+        return None if validation is None else cls(validation)
+
+    def split(self, train: TensorSplit, task: str) -> tuple[TensorSplit, TensorSplit]:
+        """The training set without these samples, and these, not augmented; order kept. Views of train, but per class.
+
+        Raises:
+            InputError: nothing would be left to train on, of the task or of a class; `task` names it in the message.
+        """
+        if not self.per_class:
+            _check_left("validation", self.samples, len(train), f"{task} no training samples: it has")
+            parts = slice(self.samples, None), slice(self.samples)
+        else:
+            one_hot = torch.nn.functional.one_hot(train.labels)
+            counts = one_hot.sum(0)
+            least = int(counts[counts > 0].min())
+            _check_left("validation_per_class", self.samples, least, f"a class of {task} no training samples: one has")
+            place = one_hot.cumsum(0).gather(1, train.labels[:, None]).squeeze(1)  # among those of its class, from 1
+            parts = place > self.samples, place <= self.samples
+        rest, held_out = (replace(train, inputs=train.inputs[part], labels=train.labels[part]) for part in parts)
+        return rest, replace(held_out, augment=None)
+
+
+def _check_left(name: str, held_out: int, there: int, whom: str) -> None:
+    if held_out >= there:
+        raise InputError(f"{name} {held_out} leaves {whom} {there}, so at most {there - 1}")
 
 
 def sample_shape(split: TensorSplit) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """Batched image transforms: one call per batch, on the batch's own device, without waiting for it.
 
 Deterministic ones (`Scale`, `Normalize`, `PermutePixels`) turn stored pixels into the float32 model input;
-random ones (`PadCrop`, `HorizontalFlip`) turn stored pixels into stored pixels and draw one decision per
-sample from torch's default generator of the batch's device, so a checkpoint of that generator resumes them
-bit for bit. Nothing here reads a value back to the host: every transform can be captured in a CUDA graph.
+random ones (`PadCrop`, `HorizontalFlip`, `BrightnessJitter`) turn stored pixels into stored pixels and draw one
+decision per sample from torch's default generator of the batch's device, so a checkpoint of that generator resumes
+them bit for bit. Nothing here reads a value back to the host: every transform can be captured in a CUDA graph.
 
 Those that hold tensors have `.to(device)`, which returns a copy there.
 """
@@ -190,6 +190,31 @@ class HorizontalFlip:
         batch = _image_shape(x)[0]
         flip = torch.rand(batch, 1, 1, 1, device=x.device) < 0.5
         return torch.where(flip, x.flip(-1), x)
+
+
+@dataclass(frozen=True)
+class BrightnessJitter:
+    """Each image with its values multiplied by a factor of its own, 1 - amount to 1 + amount: torchvision's
+    ColorJitter(brightness=amount) in Pillow's numbers, v factor in float32, cut to 0 .. 255 and to whole numbers.
+
+    Called with (B, C, H, W) uint8, returns the same. Draws B uniform numbers from the default generator of x's device.
+
+    Raises:
+        InputError: amount is not 0 .. 1; a batch that is not uint8 (B, C, H, W).
+    """
+
+    amount: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.amount <= 1:
+            raise InputError(f"BrightnessJitter needs an amount of 0 .. 1, not {self.amount}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        batch = _image_shape(x)[0]
+        if x.dtype != torch.uint8:
+            raise InputError(f"BrightnessJitter takes uint8 images, not {str(x.dtype).removeprefix('torch.')}")
+        factor = 1 + self.amount * (2 * torch.rand(batch, 1, 1, 1, device=x.device) - 1)
+        return (x.float() * factor).clamp_(max=255).to(torch.uint8)
 
 
 @dataclass(frozen=True, init=False)

@@ -83,7 +83,9 @@ def predict(
         masks: from `model.all_masks()`, which spares making them for each batch; or of the tasks to choose from.
         method: of `METHODS`; None: "mahalanobis" where it was fitted, "entropy" otherwise.
             - "entropy": lowest softmax entropy; "max_softmax": highest probability of a class; "energy": highest
-              logsumexp of the logits. One pass per task.
+              logsumexp of the logits. One pass per task. Where tasks have different numbers of classes n, each is
+              compared with what a uniform softmax of n classes gives: entropy / log n, log probability / log n,
+              logsumexp - log n. (A task of one class has nothing to be unsure of: it is divided by 1.)
             - "fecam", "mahalanobis": nearest class of all tasks, which is also the label; "fecam_task": its task, and
               that task's argmax. One pass per task; `FeCAM.fit` or `Mahalanobis.fit` before.
             - "gradient": one task for the whole batch, by one pass under all masks at once; see `gradient.scores`.
@@ -173,18 +175,41 @@ def _by_logits(
     method: str,
 ) -> Prediction:
     logits = _logits(model, inputs, kwargs, masks, select)
-    if method == "entropy":
-        row = ops.entropy_select(logits)
-        score = -_entropy(logits)
-    else:
-        score = logits.logsumexp(-1) if method == "energy" else logits.log_softmax(-1).max(-1).values
-        row = score.nan_to_num(nan=_NEVER).argmax(0)
+    ids = None
+    if masks is not None:
+        ids = masks.ids() if isinstance(masks, TaskMasks) else torch.tensor(_ids(model, masks), device=logits.device)
+    score = _sureness(logits, method, _log_classes(model, ids, logits))
     score = torch.where(score.isnan(), _NEVER, score)
+    row = ops.entropy_select(logits) if method == "entropy" and _alike(model) else score.argmax(0)
     label = logits[row, torch.arange(len(row), device=row.device)].argmax(-1)
-    if masks is None:
-        return Prediction(row, label, score.T)
-    ids = masks.ids() if isinstance(masks, TaskMasks) else torch.tensor(_ids(model, masks), device=row.device)
-    return Prediction(ids[row], label, score.T)
+    return Prediction(row if ids is None else ids[row], label, score.T)
+
+
+def _alike(model: TaskModel) -> bool:
+    """Whether all tasks have the same number of classes."""
+    return model.classes is None or len(set(model.classes)) == 1
+
+
+def _log_classes(model: TaskModel, ids: Tensor | None, logits: Tensor) -> Tensor | None:
+    """(rows, 1) logarithm of how many classes each row's task has; None where all have the same number.
+
+    ids: (rows,) int64 of the tasks; None for all of the model's.
+    """
+    if model.classes is None or _alike(model):
+        return None
+    counts = torch.tensor(model.classes, device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return (counts if ids is None else counts[ids]).log().unsqueeze(1)
+
+
+def _sureness(logits: Tensor, method: str, log_classes: Tensor | None) -> Tensor:
+    """(rows, batch) how sure each task's softmax is, by entropy, max_softmax or energy; see `predict`."""
+    if log_classes is not None:
+        logits = logits.to(log_classes.dtype)
+    if method == "energy":
+        energy = logits.logsumexp(-1)
+        return energy if log_classes is None else energy - log_classes
+    score = -_entropy(logits) if method == "entropy" else logits.log_softmax(-1).max(-1).values
+    return score if log_classes is None else score / torch.where(log_classes == 0, 1, log_classes)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -232,8 +257,10 @@ def _by_gradient(
     if k is None:
         score = of_batch[:, None].expand(-1, logits.shape[1])
     else:
-        score = logits.new_full((len(ids), logits.shape[1]), _NEVER)
-        score[best] = -_entropy(logits)
+        chosen = torch.tensor([ids[i] for i in best], device=logits.device)
+        of_best = _sureness(logits, "entropy", _log_classes(model, chosen, logits))
+        score = of_best.new_full((len(ids), logits.shape[1]), _NEVER)
+        score[best] = of_best
     labels = score.new_zeros(score.shape, dtype=torch.int64)
     labels[best] = logits.argmax(-1)
     return _chosen(model, ids, score, labels, spread=masks is None)

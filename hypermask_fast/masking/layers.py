@@ -39,23 +39,27 @@ class _Masked(MaskedModule):
         running = None if self.mask_scope is None else self.mask_scope.running
         return None if running is PLAIN else running
 
-    def _check_mask(self, mask: LayerMask) -> None:
+    def _check_mask(self, mask: LayerMask, weight: Tensor, bias: Tensor | None) -> None:
         if not isinstance(mask, LayerMask):
             raise InputError(f"a layer on its own takes a LayerMask(logits, threshold), not {type(mask).__name__}")
-        if (mask.bias_logits is None) != (mask.bias_threshold is None):
+        logits, _, bias_logits, bias_threshold = mask
+        if (bias_logits is None) != (bias_threshold is None):
             raise InputError("a mask's bias_logits and bias_threshold go together, one is missing")
-        if mask.bias_logits is not None and self.bias is not None and mask.bias_logits.shape != self.bias.shape:
-            shape = tuple(mask.bias_logits.shape)
-            raise InputError(f"bias_logits must have the bias's shape {tuple(self.bias.shape)}, not {shape}")
-        if mask.logits.shape != self.weight.shape:
+        if bias_logits is not None and bias is not None and bias_logits.shape != bias.shape:
+            shape = tuple(bias_logits.shape)
+            raise InputError(f"bias_logits must have the bias's shape {tuple(bias.shape)}, not {shape}")
+        if logits.shape != weight.shape:
             raise InputError(
-                f"mask logits must have the weight's shape {tuple(self.weight.shape)}, not {tuple(mask.logits.shape)}"
+                f"mask logits must have the weight's shape {tuple(weight.shape)}, not {tuple(logits.shape)}"
             )
 
-    def _bias_by(self, mask: LayerMask) -> Tensor | None:
-        if self.bias is None or mask.bias_logits is None or mask.bias_threshold is None:
-            return self.bias
-        return self.bias * ops.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
+    def _parts_by(self, mask: LayerMask) -> tuple[Tensor, Tensor | None]:
+        """The weight as it is, and the bias under its mask."""
+        weight, bias = self.weight, self.bias
+        self._check_mask(mask, weight, bias)
+        if bias is None or mask.bias_logits is None or mask.bias_threshold is None:
+            return weight, bias
+        return weight, bias * ops.semi_binary_mask(mask.bias_logits, mask.bias_threshold)
 
     def _check_dtype(self, x: Tensor) -> None:
         dtype = parameter_of(self, "weight").dtype
@@ -76,8 +80,8 @@ class MaskedLinear(_Masked, nn.Linear):
             raise InputError(f"MaskedLinear expects input (..., {self.in_features}), not {tuple(input.shape)}")
         self._check_dtype(input)
         if mask is not None:
-            self._check_mask(mask)
-            return ops.masked_linear(input, self.weight, mask.logits, mask.threshold, self._bias_by(mask))
+            weight, bias = self._parts_by(mask)
+            return ops.masked_linear(input, weight, mask.logits, mask.threshold, bias)
         running = self._running()
         return F.linear(input, self.weight, self.bias) if running is None else running.linear(self, input)
 
@@ -120,12 +124,11 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         return self._conv_forward(x, weight, bias)
 
     def _forward_masked(self, x: Tensor, mask: LayerMask) -> Tensor:
-        self._check_mask(mask)
-        geometry, bias = self.geometry(x), self._bias_by(mask)
+        weight, bias = self._parts_by(mask)
+        geometry = self.geometry(x)
         if geometry is None:
-            weight = self.weight * ops.semi_binary_mask(mask.logits, mask.threshold)
-            return self._conv_forward(x, weight, bias)
-        return ops.masked_conv2d(x, self.weight, mask.logits, mask.threshold, bias, *geometry)
+            return self._conv_forward(x, weight * ops.semi_binary_mask(mask.logits, mask.threshold), bias)
+        return ops.masked_conv2d(x, weight, mask.logits, mask.threshold, bias, *geometry)
 
 
 CALLED: dict[type, type] = {nn.Linear: MaskedLinear, nn.Conv2d: MaskedConv2d}  # layers with kernels of their own

@@ -111,7 +111,7 @@ class TaskMask(Made):
     def _effective(self) -> tuple[Tensor, ...]:
         # A network of other dtypes than the hypernetwork's is multiplied in the wider one: a mask is not rounded.
         applied, dtype = self.layout.num_applied, self.logits.dtype
-        wide = [weight.to(dtype) for weight in self.weights]
+        wide = [weight if weight.dtype == dtype else weight.to(dtype) for weight in self.weights]
         if self.drift_from is not None and torch.is_grad_enabled():
             made, drift = ops.masked_weights_drift(
                 wide, self.logits, self.thresholds, self.layout.offsets, *self.drift_from

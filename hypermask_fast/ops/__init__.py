@@ -49,6 +49,8 @@ __all__ = [
 mask_thresholds = Op(
     reference.mask_thresholds,
     arguments.mask_thresholds,
+    None,
+    arguments.kept_ranks,
     **native.offers(thresholds.mask_thresholds),
 )
 
@@ -126,6 +128,7 @@ chunk_masked_conv2d = Op(
 task_batched_linear = Op(
     reference.task_batched_linear,
     arguments.task_batched_linear,
+    Layer(of_tasks=True),
     plain=Offer(mask_first.task_batched_linear),
     triton=triton.offer("task_batched_linear"),
 )

@@ -80,7 +80,11 @@ def mask_thresholds(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> No
         raise InputError(f"logits must be (..., N) and ranks int64, not {tuple(logits.shape)} and {ranks.dtype}")
     _offsets(offsets, logits.shape[-1])
     _shape("ranks", ranks, (len(offsets) - 1,))
-    if ranks.device.type == "cpu" and not torch.compiler.is_compiling():
+
+
+def kept_ranks(logits: Tensor, offsets: Sequence[int], ranks: Tensor) -> None:
+    """Looks at the values of `mask_thresholds`' ranks, where that is no wait."""
+    if ranks.device.type == "cpu":
         for s, rank in enumerate(ranks.tolist()):
             size = offsets[s + 1] - offsets[s]
             if not 0 <= rank < max(size, 1):
@@ -330,13 +334,24 @@ def hypernet_adam(
 ) -> None:
     output_residuals(hidden, weight, bias, targets)
     _shape("grad_logits", grad_logits, (weight.shape[0],))
-    moments = {"weight_m": weight_m, "weight_v": weight_v, "bias_m": bias_m, "bias_v": bias_v}
-    for name, moment in moments.items():
-        _shape(name, moment, tuple((weight if name.startswith("weight") else bias).shape))
+    _moments(weight, weight_m, weight_v)
+    for name, moment in (("bias_m", bias_m), ("bias_v", bias_v)):
+        _shape(name, moment, tuple(bias.shape))
         if moment.dtype != weight.dtype or bias.dtype != weight.dtype:
             raise InputError(f"bias and {name} must be {weight.dtype}, as weight, not {bias.dtype} and {moment.dtype}")
     for name, one in (("drift_weight", drift_weight), ("step", step), ("lr", lr)):
         _one_entry(name, one)
+
+
+def _moments(weight: Tensor, weight_m: Tensor, weight_v: Tensor) -> None:
+    """Of weight's dtype, or both of bfloat16 beside float32."""
+    in_half = weight.dtype == torch.float32 and weight_m.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if in_half else weight.dtype
+    for name, moment in (("weight_m", weight_m), ("weight_v", weight_v)):
+        _shape(name, moment, tuple(weight.shape))
+        if moment.dtype != dtype:
+            why = "as weight_m" if in_half else "as weight"
+            raise InputError(f"{name} must be {dtype}, {why}, not {moment.dtype}")
 
 
 def output_residuals(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> None:
@@ -370,10 +385,7 @@ def factored_adam(
 ) -> None:
     hidden_gradient(factors, scales, weight)
     _shape("hidden", hidden, (len(factors), weight.shape[1]))
-    for name, moment in (("weight_m", weight_m), ("weight_v", weight_v)):
-        _shape(name, moment, tuple(weight.shape))
-        if moment.dtype != weight.dtype:
-            raise InputError(f"{name} must be {weight.dtype}, as weight, not {moment.dtype}")
+    _moments(weight, weight_m, weight_v)
     for name, one in (("step", step), ("lr", lr)):
         _one_entry(name, one)
 

@@ -3,8 +3,9 @@
 A fused kernel reads the weight and the logits as its tiles load and writes nothing but the result; where a weight is
 used often (many rows), making W * m once and multiplying with the vendor's library is faster. The choice is made from
 the shape alone: by the table measured on this kind of GPU (`tables/GPU.json`, made by `python -m bench.paths`),
-and by `estimate` where there is none; the chunk forms, whose kernels make W * m once by themselves where rows are
-many, are then always fused. On the CPU it is always "mask first".
+and by counting (`estimates`) where there is none: then layers of many rows mask first whatever was counted, and the
+chunk forms, whose kernels make W * m once by themselves where rows are many, are always fused. On the CPU it is always
+"mask first".
 
 The table also says which backend's fused kernel was the faster; without it that of `FUSED_BACKENDS` order which serves.
 """
@@ -16,20 +17,23 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from .estimates import GPUS, H100, LAUNCH, Call, Gpu, count, count_few_rows, in_one_kernel
+
 T = TypeVar("T")
 
 FUSED, MASK_FIRST = "fused", "mask first"
 FUSED_BACKENDS = ("cuda", "triton")  # those with layers in one kernel
-MAX_ROWS = 16  # of x that the CUDA kernels for few rows take
-_UNMEASURED = f"; cuda before triton, unmeasured: up to {MAX_ROWS} rows W's bytes decide, and its kernel is for that"
-LAUNCH = 2e-6  # seconds; W * m of all layers is one launch, so a layer must save more than that to go alone
+MAX_ROWS = 64  # of x that the CUDA kernel for few rows takes in half precision
+FEWEST_ROWS = 16  # the same in float32, and where logits are generated
+_UNMEASURED = "; cuda before triton, unmeasured: with so few rows W's bytes decide, and its kernel is for that"
+FEW_ROWS = 64  # above, cuBLAS and cuDNN are known and a fused kernel nobody has timed isn't
 _FAR = 3.0  # a measured shape further away than this, in powers of 2 summed over its sizes, says nothing
 
 
@@ -42,76 +46,18 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Rates that decide, per second.
-
-    Attributes:
-        name: a part of the device's name.
-        bytes: that a copy moves, read plus written.
-        float32, tf32, half: operations of a large matrix product by the vendor's library.
-        tanh: hardware tanh, 16 per clock and multiprocessor; one in float32 takes `TANH_FLOAT32` of them.
-    """
-
-    name: str
-    bytes: float
-    float32: float
-    tf32: float
-    half: float
-    tanh: float
-
-
-H200 = Gpu("H200", bytes=4.3e12, float32=5.0e13, tf32=3.5e14, half=7.0e14, tanh=3.7e12)
-H100 = Gpu("H100", bytes=3.0e12, float32=5.0e13, tf32=3.5e14, half=7.0e14, tanh=3.7e12)
-A100 = Gpu("A100", bytes=1.7e12, float32=1.8e13, tf32=1.3e14, half=2.6e14, tanh=2.4e12)
-GPUS = (H200, H100, A100)
-TANH_FLOAT32 = 4
-# What a fused kernel reaches of the rates above, and how many rows share one masked tile.
-SHARE_OF_BYTES, SHARE_OF_PRODUCT, ROWS_PER_TILE = 0.85, 0.7, 128
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a masked layer as the choice sees it: W is (outputs, reduced), x has `rows` rows.
-
-    For a convolution rows are the output's pixels over the batch, and reduced is inputs / groups * kh * kw. `rows` is
-    rounded up to a power of 2, so that a compiled graph is not made again for every batch size.
-
-    Attributes:
-        gradient: whether a backward pass follows.
-        dtype: what the product is done in; weight_bytes: of one stored weight or logit.
-        taps: kh * kw of a convolution, over which a contiguous weight's neighbours along the reduction are apart.
-        tf32: whether a float32 product's operands are rounded to TF32.
-        convolution, generated: as in `Layer`.
-    """
-
-    op: str
-    rows: int
-    outputs: int
-    reduced: int
-    dtype: str
-    weight_bytes: int
-    gradient: bool
-    taps: int = 1
-    tf32: bool = False
-    convolution: bool = False
-    generated: bool = False
-
-    def __str__(self) -> str:
-        backward = ", forward and backward" if self.gradient else ""
-        return f"{self.rows} rows of {self.reduced} -> {self.outputs} in {self.dtype}{backward}"
-
-
-@dataclass(frozen=True)
 class Layer:
     """How the arguments of a masked layer's op, x and weight first, show the size of its product.
 
     Attributes:
         stride_at: the position of a convolution's stride among the arguments; None for a linear layer.
         generated: whether the op generates its logits, so that none lie in memory.
+        of_tasks: whether the third argument holds the logits of many tasks and the fifth the tasks of x's rows.
     """
 
     stride_at: int | None = None
     generated: bool = False
+    of_tasks: bool = False
 
     def choose(self, op: str, values: Sequence[Any]) -> Choice:
         """The path of one call with these arguments, all of them by position."""
@@ -119,17 +65,22 @@ class Layer:
         if not on_gpu(x):
             return _masks_first(x.device.type)
         gradient = torch.is_grad_enabled() and any(v.requires_grad for v in values if isinstance(v, Tensor))
-        rows = _power_of_2(self._rows(x, weight, values))
-        sizes = weight.shape[0], weight.shape[1:].numel(), weight.shape[2:].numel()
+        tasks, grouped = (len(values[2]), values[4] is not None) if self.of_tasks else (1, False)
+        rows = _power_of_2(self._rows(x, weight, values, tasks))
+        sizes = weight.shape[0], weight.shape[1:].numel(), weight.shape[2:].numel(), tasks
+        chunk = tuple(values[3].shape) if self.generated else (0, 0)
         if torch.compiler.is_compiling():  # where they may be symbols, which `decide` can't be given
-            sizes = tuple(map(_power_of_2, sizes))
-        outputs, reduced, taps = sizes
+            sizes, chunk = tuple(map(_power_of_2, sizes)), tuple(map(_power_of_2, chunk))
+        outputs, reduced, taps, tasks = sizes
         device = x.device.index or 0
-        kind = taps, self.stride_at is not None, self.generated
+        kind = taps, self.stride_at is not None, self.generated, tasks, grouped, *chunk
         return decide(op, rows, outputs, reduced, _product_dtype(x), weight.element_size(), gradient, device, *kind)
 
-    def _rows(self, x: Tensor, weight: Tensor, values: Sequence[Any]) -> int:
-        """Rows of the product; a convolution's pixels are counted as if its padding kept their number."""
+    def _rows(self, x: Tensor, weight: Tensor, values: Sequence[Any], tasks: int) -> int:
+        """Rows of the product; a convolution's pixels are counted as if its padding kept their number, and of a batch
+        of many tasks each has its share."""
+        if self.of_tasks:
+            return x.shape[-2] if values[4] is None else -(-x.shape[0] // max(tasks, 1))
         if self.stride_at is None:
             return x.numel() // max(weight.shape[-1], 1)
         stride = values[self.stride_at]
@@ -165,6 +116,16 @@ def allows_tf32(convolution: bool) -> bool:
     return setting.fp32_precision == "tf32"
 
 
+def surroundings(layer: Layer | None) -> tuple | None:
+    """What who serves a call depends on besides the call itself: autocast, and for a masked layer on a GPU what
+    `decide` looks up. None where there is nothing of the kind."""
+    cpu = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    cuda = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    if layer is not None and torch.cuda.is_initialized():
+        return cpu, cuda, os.environ.get("HYPERMASK_TABLES"), allows_tf32(False), allows_tf32(True)
+    return None if cpu is cuda is None else (cpu, cuda)
+
+
 def _product_dtype(x: Tensor) -> str:
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     return str(dtype).removeprefix("torch.")
@@ -179,13 +140,15 @@ def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
 @constant_in_graphs
 def decide(
     op: str, rows: int, outputs: int, reduced: int, dtype: str, weight_bytes: int, gradient: bool, device: int,
-    taps: int = 1, convolution: bool = False, generated: bool = False,
+    taps: int = 1, convolution: bool = False, generated: bool = False, tasks: int = 1, grouped: bool = False,
+    chunk_size: int = 0, width: int = 0,
 ) -> Choice:  # fmt: skip
     """`choose` from plain numbers; torch.compile takes its answer as a constant."""
     folder = os.environ.get("HYPERMASK_TABLES", "")
     tf32 = dtype == "float32" and allows_tf32(convolution)
     sizes = op, rows, outputs, reduced, dtype, weight_bytes, gradient, taps
-    return _decide(*sizes, tf32, convolution, generated, device, folder)
+    kind = convolution, generated, tasks, grouped, chunk_size, width
+    return _decide(*sizes, tf32, *kind, device, folder)
 
 
 def gpu_name(device: int) -> str:
@@ -196,78 +159,74 @@ def gpu_name(device: int) -> str:
 def _decide(*key) -> Choice:
     *fields, device, folder = key
     call, name = Call(*fields), gpu_name(device)
-    if call.outputs * call.reduced * call.rows == 0:
+    if call.outputs * call.reduced * call.rows * call.tasks == 0:
         return Choice(MASK_FIRST, "mask first: the layer is empty")
     table = tables(Path(folder) if folder else Path(__file__).parents[1] / "tables").get(name)
     entry = table.nearest(call) if table else None
-    by, order = "", FUSED_BACKENDS
     if entry is not None:
-        fused, first = entry.fused_us * 1e-6, entry.mask_first_us * 1e-6
-        source = f"by the table of {name}, measured at {entry.rows} x {entry.reduced} -> {entry.outputs}"
-        if entry.backend:
-            by = f" by {entry.backend}"
-            order = (entry.backend, *(other for other in FUSED_BACKENDS if other != entry.backend))
-    else:
-        about_order = _UNMEASURED if not call.convolution and call.rows <= MAX_ROWS else ""
-        if call.generated:
-            why = "no logits in memory; with many rows the op itself makes W * m once"
-            return Choice(FUSED, f"fused: {call}: {why}{about_order}")
-        fused, first = estimate(call, gpu_of(name))
-        source = f"estimated for {gpu_of(name).name}" + ("" if table else f": no table of {name}") + about_order
-    path = FUSED if fused + LAUNCH < first else MASK_FIRST
-    times = f"fused {fused * 1e6:.3g} us{by}, mask first {first * 1e6:.3g} us"
+        return _measured(call, entry, name)
+    return _counted(call, gpu_of(name), f"no table of {name}" if table is None else "")
+
+
+def _measured(call: Call, entry: "Entry", name: str) -> Choice:
+    by, order = "", FUSED_BACKENDS
+    if entry.backend:
+        by = f" by {entry.backend}"
+        order = (entry.backend, *(other for other in FUSED_BACKENDS if other != entry.backend))
+    path = FUSED if entry.fused_us * 1e-6 + LAUNCH < entry.mask_first_us * 1e-6 else MASK_FIRST
+    times = f"fused {entry.fused_us:.3g} us{by}, mask first {entry.mask_first_us:.3g} us"
+    source = f"by the table of {name}, measured at {entry.rows} x {entry.reduced} -> {entry.outputs}"
     return Choice(path, f"{path}: {call}: {times}, {source}", order)
+
+
+def _counted(call: Call, gpu: Gpu, missing: str) -> Choice:
+    """The choice of a call that no table tells of."""
+    why = f"estimated for {gpu.name}" + (f": {missing}" if missing else "")
+    if call.generated:
+        return _generated(call, gpu, why)
+    fused, first, _ = count(call, gpu)
+    path = FUSED if fused.seconds + LAUNCH < first.seconds + _launches(call) else MASK_FIRST
+    if call.grouped:
+        path = FUSED
+        why += "; mask first would wait for the device to learn which rows a task has"
+    elif call.tasks == 1 and call.rows > FEW_ROWS and path == FUSED:
+        path = MASK_FIRST
+        why += f"; unmeasured, so mask first above {FEW_ROWS} rows"
+    order = FUSED_BACKENDS
+    if not call.convolution and call.tasks == 1 and call.rows <= few_rows(call.dtype):
+        forward, few = count(replace(call, gradient=False), gpu).fused, count_few_rows(call, gpu)
+        if few.seconds > forward.seconds:
+            order = FUSED_BACKENDS[::-1]
+            why += f"; triton before cuda, whose kernel for few rows reads x more often: forward {few}"
+        else:
+            why += _UNMEASURED
+    return Choice(path, f"{path}: {call}: fused {fused}, mask first {first}, {why}", order)
+
+
+def few_rows(dtype: str) -> int:
+    """Rows of x up to which masked_linear has a CUDA kernel for few rows."""
+    return FEWEST_ROWS if dtype == "float32" else MAX_ROWS
+
+
+def _generated(call: Call, gpu: Gpu, why: str) -> Choice:
+    """Of an op that has no logits in memory and decides by itself, by the same count: always fused."""
+    fused, first, kept = count(call, gpu)
+    inside = in_one_kernel(call, gpu)
+    times = f"in one kernel {fused}" if inside else f"the op makes W * m once, then the library multiplies: {first}"
+    other = f"W * m first {first}" if inside else f"in one kernel {fused}"
+    order = FUSED_BACKENDS if inside and call.rows <= FEWEST_ROWS else FUSED_BACKENDS[::-1]
+    text = f"fused: {call}: no logits in memory; {times}, {other}; W * m kept from call to call {kept}; {why}"
+    return Choice(FUSED, text + (_UNMEASURED if order == FUSED_BACKENDS else ""), order)
+
+
+def _launches(call: Call) -> float:
+    """Seconds that mask first takes for its launches, two a task beyond the first."""
+    return 2 * LAUNCH * (call.tasks - 1)
 
 
 def gpu_of(name: str) -> Gpu:
     """The rates of this GPU, or of an H100 for one that is not listed."""
     return next((gpu for gpu in GPUS if gpu.name in name), H100)
-
-
-def estimate(call: Call, gpu: Gpu) -> tuple[float, float]:
-    """Seconds of the fused path and of mask first, without launches.
-
-    With n = outputs * reduced entries, M rows, b bytes per weight, io the bytes of x and y, a kernel takes
-
-        max(bytes / B, operations / F, tanh / T)
-
-    for B, F, T the GPU's rates of bytes, of products and of tanh. Forward:
-
-        fused:      bytes 2 n b + io at .85 B, operations 2 M n at .7 F, tanh n ceil(M / 128) max(1, l)
-        mask first: bytes 3 n b, tanh n; then bytes n b + io, operations 2 M n
-
-    where l stands for L1: a tile's weights and logits come entry by entry, taps * b bytes apart, so that 32 of each
-    take ceil(taps b / 4) lines of 128 bytes. A multiprocessor hands out a line per clock and 16 tanh, hence an entry's
-    loads take as long as l = ceil(taps b / 4) tanh: 5 in half precision for 3x3, at which few rows go at .69 of an
-    H200's bytes; with a single tap they hide behind the tanh.
-
-    and with gradients, for dx and dW as products of the same size each, besides:
-
-        fused:      dx as forward; dW and dlogits: 4 n b + io, n tanh; 2 n b to gather the layers' dlogits
-        mask first: dx as forward's product; d(W * m) the same; dW and dlogits from it: 5 n b, n tanh
-
-    """
-    entries, b = call.outputs * call.reduced, call.weight_bytes
-    x_bytes = 4 if call.dtype == "float32" else 2
-    io, operations = x_bytes * call.rows * (call.reduced + call.outputs), 2.0 * call.rows * entries
-    rate = gpu.half if call.dtype != "float32" else gpu.tf32 if call.tf32 else gpu.float32
-    per_tanh = TANH_FLOAT32 if call.dtype == "float32" else 1
-
-    per_load = math.ceil(call.taps * b / 4)
-
-    def kernel(moved: float, operations: float, tanh: float, fused: bool) -> float:
-        of_bytes, of_product = (SHARE_OF_BYTES, SHARE_OF_PRODUCT) if fused else (1.0, 1.0)
-        return max(moved / (of_bytes * gpu.bytes), operations / (of_product * rate), tanh / gpu.tanh)
-
-    masks, tiles = entries * per_tanh, math.ceil(call.rows / ROWS_PER_TILE)
-    of_tiles = entries * tiles * max(per_tanh, per_load)
-    fused = kernel(2 * entries * b + io, operations, of_tiles, True)
-    first = kernel(3 * entries * b, 0, masks, False) + kernel(entries * b + io, operations, 0, False)
-    if call.gradient:
-        fused += kernel(2 * entries * b + io, operations, of_tiles, True)
-        fused += kernel(4 * entries * b + io, operations, masks, True) + kernel(2 * entries * b, 0, 0, False)
-        first += 2 * kernel(entries * b + io, operations, 0, False) + kernel(5 * entries * b, 0, masks, False)
-    return fused, first
 
 
 # -- measured tables --------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
+from .stepping import factored_adam as factored_adam  # the ops that step Adam
+from .stepping import hypernet_adam as hypernet_adam
 from .task_rows import TaskRows, rows_of_tasks
 
 
@@ -300,78 +302,6 @@ def chunked_output_drift(
 
 
 @torch.no_grad()
-def hypernet_adam(
-    hidden: Tensor,
-    grad_logits: Tensor,
-    targets: Tensor,
-    drift_weight: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    weight_m: Tensor,
-    weight_v: Tensor,
-    bias_m: Tensor,
-    bias_v: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled: bool = False,
-    maximize: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Backward of the dense output layer a_j = W h_j + b for tasks 0..t, then its Adam step.
-
-    R = sum_{j<t} ||a_j - target_j||^2, g_j = dLoss/dR * 2 (a_j - target_j) for j < t, g_t = grad_logits;
-    dW = sum_j g_j h_j^T, db = sum_j g_j, hidden_grad_j = W^T g_j with the weight before the step.
-    It modifies its arguments: weight, bias and their moments m and v become those after the step.
-
-    Args:
-        hidden: (t + 1, H), the last row the current task's; grad_logits: (N,); targets: (t, N), t = 0 allowed.
-        drift_weight: dLoss/dR, one entry.
-        weight, weight_m, weight_v: (N, H); bias, bias_m, bias_v: (N,).
-        step: one entry, the number of this step, counted from 1; lr: one entry.
-        beta1, beta2, eps, weight_decay, maximize: as in torch.optim.Adam; decoupled: the decay is AdamW's.
-
-    Returns:
-        hidden_grad (t + 1, H) and R, a scalar.
-    """
-    residual = F.linear(hidden[:-1], weight, bias) - targets
-    factors = torch.cat([2 * drift_weight * residual, grad_logits[None]])
-    hidden_grad = factors @ weight
-    settings = step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize
-    _adam(weight, weight_m, weight_v, factors.t() @ hidden, *settings)
-    _adam(bias, bias_m, bias_v, factors.sum(0), *settings)
-    return hidden_grad, residual.square().sum()
-
-
-def _adam(
-    parameter: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-) -> None:
-    if maximize:
-        grad = -grad
-    if decoupled:
-        parameter.mul_(1 - lr * weight_decay)
-    elif weight_decay:
-        grad = grad + weight_decay * parameter
-    bias1, bias2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
-    m.lerp_(grad, 1 - beta1)
-    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    parameter.sub_(lr / bias1 * m / ((v / bias2).sqrt() + eps))
-
-
-@torch.no_grad()
 def output_residuals(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The dense output layer a_j = W h_j + b for tasks 0..t in one read of W: what its gradient is made of.
 
@@ -404,37 +334,6 @@ def hidden_gradient(factors: Tensor, scales: Tensor, weight: Tensor) -> tuple[Te
     """
     scaled = scales[:, None] * factors
     return scaled @ weight, scaled.sum(0)
-
-
-@torch.no_grad()
-def factored_adam(
-    factors: Tensor,
-    scales: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    weight_m: Tensor,
-    weight_v: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled: bool = False,
-    maximize: bool = False,
-) -> None:
-    """Adam's step on the gradient dW = sum_j s_j f_j h_j^T, which is never made.
-
-    It modifies its arguments: weight and its moments m and v become those after the step.
-
-    Args:
-        factors: (K, N); scales: (K,); hidden: (K, H); K = 0 is a gradient of 0.
-        weight, weight_m, weight_v: (N, H).
-        step: one entry, the number of this step, counted from 1; lr: one entry.
-        beta1, beta2, eps, weight_decay, maximize: as in torch.optim.Adam; decoupled: the decay is AdamW's.
-    """
-    grad = (scales[:, None] * factors).t() @ hidden
-    _adam(weight, weight_m, weight_v, grad, step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize)
 
 
 def weight_drift(

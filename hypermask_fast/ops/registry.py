@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import arguments, paths
+from . import arguments, paths, signature
 from .paths import FUSED_BACKENDS, constant_in_graphs
 
 P = ParamSpec("P")
@@ -41,6 +41,8 @@ _scope = threading.local()
 _warned: set[tuple[str, str]] = set()  # device, and op or "" for all of them
 _finders: dict[str, Callable[[], str]] = {REFERENCE: lambda: "", PLAIN: lambda: ""}
 _problems: dict[str, str] = {}
+_choices: dict[tuple, str] = {}  # kind of call, as `Op._kind` has it -> the backend that was chosen for it
+_MOST_CHOICES = 4096
 
 
 def serves(*values: Any) -> str:
@@ -85,6 +87,8 @@ class Op(Generic[P, R]):
         definition: the function in `reference` that says what the op computes.
         rule: the function in `arguments` that says what its arguments must be.
         layer: for a masked layer, how its arguments show the shape of the product; see `paths`.
+        values_rule: what the rule also asks of values in its tensors, where that is anything: it is judged at every
+            call, all else once for each kind of call (see `signature`).
         offers: backend -> its `Offer`.
     """
 
@@ -93,6 +97,7 @@ class Op(Generic[P, R]):
         definition: Callable[P, R],
         rule: Callable[..., None],
         layer: paths.Layer | None = None,
+        values_rule: Callable[..., None] | None = None,
         /,
         **offers: Offer,
     ) -> None:
@@ -100,6 +105,7 @@ class Op(Generic[P, R]):
         parameters = list(signature.parameters.values())
         self.name = self.__name__ = self.__qualname__ = definition.__name__
         self.definition, self.rule, self.layer, self.offers = definition, rule, layer, offers
+        self._values_rule = values_rule
         self.__doc__ = f"{inspect.getdoc(definition)}\n\nbackend: the name of the one that must serve the call."
         chosen = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
         self.__signature__ = signature.replace(parameters=[*parameters, chosen])
@@ -113,9 +119,33 @@ class Op(Generic[P, R]):
     @overload
     def __call__(self, *args: Any, backend: str | None, **kwargs: Any) -> R: ...
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
-        values = self.positional(args, kwargs)
-        first = self._judged(values)
-        return self._choose(values, first, backend).function(*values)
+        values = args if not kwargs and len(args) == len(self._names) else self.positional(args, kwargs)
+        kind = None if torch.compiler.is_compiling() else self._kind(values, backend)
+        chosen = None if kind is None else _choices.get(kind)
+        if chosen is None:
+            return self._first_of_its_kind(values, backend, kind)(*values)
+        if self._values_rule is not None:
+            self._values_rule(*values)
+        return self._function(chosen)(*values)
+
+    def _kind(self, values: tuple[Any, ...], backend: str | None) -> tuple | None:
+        """All that decides whether the arguments fit and who serves the call; None where the call has to be looked at
+        anew each time."""
+        about = signature.of(values)
+        if about is None:
+            return None
+        asked = backend, getattr(_scope, "backend", None), _ENVIRONMENT
+        return self.name, asked, torch.is_grad_enabled(), paths.surroundings(self.layer), about
+
+    def _first_of_its_kind(self, values: tuple[Any, ...], backend: str | None, kind: tuple | None) -> Callable[..., R]:
+        """Who serves this call, which is remembered for others of its kind; not of the reference where that stands in
+        for a backend, so that `_say_once` is asked."""
+        chosen = self._choose(values, self._judged(values), backend)
+        if kind is not None and (chosen.backend != REFERENCE or requested(backend) == REFERENCE):
+            if len(_choices) >= _MOST_CHOICES:
+                _choices.clear()
+            _choices[kind] = chosen.backend
+        return chosen.function
 
     def _judged(self, values: tuple[Any, ...]) -> Tensor:
         """The first tensor, which stands for device and dtype. Raises InputError where the arguments do not fit."""
@@ -129,6 +159,8 @@ class Op(Generic[P, R]):
         if not torch.compiler.is_compiling():
             arguments.one_device(self.name, first, values)
         self.rule(*values)
+        if self._values_rule is not None and not torch.compiler.is_compiling():
+            self._values_rule(*values)
         return first
 
     def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -248,7 +280,7 @@ class Op(Generic[P, R]):
         reasons = [f"{name}: {problem(name)}" for name in (missing if everything else missed)]
         text = "; ".join(reasons) or f"no backend for {device}"
         what = "its reference ops" if everything else f"the reference of {self.name}"
-        warnings.warn(f"hypermask_fast runs {what} on {device} ({text})", stacklevel=5)  # who called the op
+        warnings.warn(f"hypermask_fast runs {what} on {device} ({text})", stacklevel=6)  # who called the op
 
 
 def declare(backend: str, find_problem: Callable[[], str]) -> None:

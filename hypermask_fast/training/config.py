@@ -13,16 +13,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
+from .. import own_code
+from ..data import SCENARIOS
+from ..data.folders import COLOURS, NORMALISATIONS
 from ..errors import InputError
 from ..extras import needed_for
 from ..hypernet import HypernetConfig
+from ..moments import MOMENTS
 from ..regularizers import FIDELITIES
-from ..settings import LARGEST, Kind, OneOf, Range, Text, check_fields, kinds, shown
+from ..settings import LARGEST, Kind, OneOf, Range, Text, Widths, check_fields, kinds, shown
 from .checkpoint import MANIFEST
 from .targets import TargetConfig
 
 CONFIG = "config.toml"  # of a run's folder
 LENGTHS = {"training.iterations", "training.epochs"}  # one of them is set
+_VALIDATIONS = {"data.validation", "data.validation_per_class"}  # one of them at most
 # Of schedule = plateau: the learning rate is multiplied by FACTOR after more than PATIENCE epochs without a better
 # validation accuracy, down to LOWEST.
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LOWEST = 0.1**0.5, 5, 5e-7
@@ -36,16 +41,35 @@ class DataConfig:
     """Where the tasks come from.
 
     Attributes:
-        scenario: which data, cut into which tasks.
+        scenario: which data, cut into which tasks; or "images", of the folder `dir`; or a function of one's own that
+            returns them, `file.py:function` or `module:function`; `--scenario` and `--images` set it.
         dir: the folder where its files lie; `--data-dir` sets it.
         tasks: how many, the first ones; without it, all that the scenario has.
-        validation: training samples of each task that are held out to validate; without it, the scenario's own number.
+        validation: training samples of each task that are held out to validate, its first ones; without it and
+            validation_per_class, the scenario's own number.
+        validation_per_class: of each class of a task, the first training samples, in place of validation.
+        edition: of the scenario's data, where they have become others under the same name; `train` writes it, and a run
+            of an earlier one can't go on.
+        classes_per_task: of images in a folder per class; `--classes-per-task` sets it.
+        image_size: of images, [height, width], to which they are scaled and cut; without it, all must have one size.
+        colour: of images, "rgb" or "grey"; without it, rgb.
+        normalise: of images, "none" (values 0 to 1), by the statistics of "imagenet", or by those of the "first-task";
+            without it, none.
+        fingerprint: of the images' names and sizes, or of the file of a function of one's own, as they were when the
+            run began; `train` writes it.
     """
 
-    scenario: Annotated[str, Text()]
+    scenario: Annotated[str, Text(longest=4096)]
     dir: Annotated[str | None, Text(path=True, longest=4096)] = None
     tasks: Annotated[int | None, Range(1, unit="tasks")] = None
     validation: Annotated[int | None, Range(0, unit="samples")] = None
+    validation_per_class: Annotated[int | None, Range(0, unit="samples")] = None
+    edition: Annotated[int | None, Range(1)] = None
+    classes_per_task: Annotated[int | None, Range(2, unit="classes")] = None
+    image_size: Annotated[tuple[int, ...] | None, Widths(1, "pixels")] = None
+    colour: Annotated[str | None, OneOf(COLOURS)] = None
+    normalise: Annotated[str | None, OneOf(NORMALISATIONS)] = None
+    fingerprint: Annotated[str | None, Text()] = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +116,9 @@ class TrainingConfig:
         drift_tasks: how many of the earlier tasks each step draws for the output drift, whose mean over draws is the
             drift over all of them; without it, or with fewer earlier tasks, all. It bounds a step's time and leaves
             memory as it is.
+        moments: in which dtype Adam keeps both moments of the output layer's weight: "float32", or "bfloat16", which
+            takes a third less of memory and 20 bytes a weight and step in place of 28. Arithmetic is in float32; the
+            moments are rounded at random, so that small changes add up. It needs a factored gradient.
         cuda_graph: whether, on a GPU, the training step is captured and replayed; in several processes it never is.
         shard: in several processes, whether each of them has a part of the hypernetwork's output layer ("hypernetwork")
             or all of it ("none"); "auto": a part, where there are rows or chunks for every one.
@@ -118,6 +145,7 @@ class TrainingConfig:
     precision: Annotated[str, OneOf(("float32", "bf16"))] = "float32"
     gradient: Annotated[str, OneOf(GRADIENTS)] = "auto"
     drift_tasks: Annotated[int | None, Range(1, unit="tasks")] = None
+    moments: Annotated[str, OneOf(MOMENTS)] = "float32"
     cuda_graph: bool = True
     shard: Annotated[str, OneOf(SHARDS)] = "auto"
     batch_norm: Annotated[str, OneOf(BATCH_NORMS)] = "synchronised"
@@ -127,6 +155,8 @@ class TrainingConfig:
         if (self.iterations is None) == (self.epochs is None):
             raise InputError("training takes either iterations or epochs, one of the two")
         check_fields(self, "training")
+        if self.moments != "float32" and self.gradient == "dense":
+            raise InputError(f"training.moments = {self.moments} needs a factored gradient: take auto or factored")
 
     @property
     def validates(self) -> bool:
@@ -152,7 +182,8 @@ class RunConfig:
         hypernet: the network that makes the masks.
         method: the method's strengths.
         title: a name of one's own, shown before what is made from the settings.
-        seed: decides initial weights, the order of samples and augmentation.
+        seed: decides initial weights, the order of samples, augmentation, and what a scenario draws: permuted-mnist's
+            permutations and tiny-imagenet's tasks.
         fidelity: whose method: "official" as the authors' published code does it; "default" with its slips mended.
 
     Raises:
@@ -174,8 +205,12 @@ class RunConfig:
             if not isinstance(getattr(self, name), table):
                 raise InputError(f"{name} must be a {table.__name__}, not {shown(getattr(self, name))}")
             check_fields(getattr(self, name), name)
+        if self.data.validation is not None and self.data.validation_per_class is not None:
+            raise InputError("data takes either validation or validation_per_class, one of the two")
         if self.training.gradient == "factored" and self.hypernet.chunk_size is not None:
             raise InputError("training.gradient = factored needs a dense hypernetwork: take dense or auto with chunks")
+        if self.training.moments != "float32" and self.hypernet.chunk_size is not None:
+            raise InputError(f"training.moments = {self.training.moments} needs a dense hypernetwork: no chunk_size")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -200,6 +235,11 @@ class RunConfig:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot read configuration {path}: {reason}") from error
 
+    def settled(self) -> "RunConfig":
+        """With the edition of its data, where there has been more than one: as a run's folder holds it."""
+        edition = _edition(self.data)
+        return self if edition == 1 else dataclasses.replace(self, data=dataclasses.replace(self.data, edition=edition))
+
     def to_dict(self) -> dict[str, Any]:
         """Nested tables without the keys that are None (TOML has no null)."""
         return _without_none(dataclasses.asdict(self))
@@ -212,8 +252,8 @@ class RunConfig:
     def digest(self) -> str:
         """SHA-256 of all settings that decide a number: equal for runs of equal numbers.
 
-        Not of the title, of where the data lie, of how often the run logs and saves, of whether it inspects, of what
-        processes share among each other, nor of how often it would validate where it never does.
+        Not of the title, of where the data and code of one's own lie, of how often the run logs and saves, of whether
+        it inspects, of what processes share among each other, nor of how often it would validate where it never does.
         """
         usual, names = TrainingConfig(iterations=1), ["log_every", "checkpoint_every"]
         if not self.training.validates:
@@ -227,23 +267,30 @@ class RunConfig:
 
     def digest_with_title(self) -> str:
         """The digest as version 0.1.0 wrote it into checkpoints."""
-        values = dataclasses.replace(self, data=dataclasses.replace(self.data, dir=None)).to_dict()
+        data = dataclasses.replace(self.data, dir=None, scenario=own_code.portable(self.data.scenario), edition=None)
+        target = dataclasses.replace(self.target, name=own_code.portable(self.target.name))
+        values = dataclasses.replace(self, data=data, target=target).to_dict()
+        if (edition := _edition(self.data)) > 1:
+            values["data"]["edition"] = edition
         if not self.hypernet.by_tensor:
             values["hypernet"].pop("by_tensor", None)  # which came later, and is off for all runs before
         del values["training"]["shard"], values["training"]["inspect"]  # which decide no number
         if self.training.batch_norm == "synchronised":
             del values["training"]["batch_norm"]  # which came later, and decides none then
+        if self.training.moments == "float32":
+            del values["training"]["moments"]  # likewise
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def with_values(self, assignments: dict[str, Any]) -> "RunConfig":
         """A copy with dotted keys replaced, such as {"training.lr": 0.01}; strings are read as TOML values.
 
-        Setting one of training.iterations and training.epochs unsets the other.
+        Setting one of training.iterations and training.epochs unsets the other, and so do the two of data.validation.
         """
         values = self.to_dict()
-        if len(LENGTHS & assignments.keys()) == 1:
-            (unset,) = LENGTHS - assignments.keys()
-            values["training"].pop(unset.removeprefix("training."), None)
+        for either in (LENGTHS, _VALIDATIONS):
+            if len(either & assignments.keys()) == 1:
+                table, _, unset = next(iter(either - assignments.keys())).partition(".")
+                values[table].pop(unset, None)
         for key, value in assignments.items():
             *tables, last = key.split(".")
             table = values
@@ -261,8 +308,18 @@ def tables() -> dict[str, Any]:
     return {name: hint for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint)}
 
 
+def _edition(data: DataConfig) -> int:
+    """Of the scenario's data: as it is set, or the one that there is."""
+    known = SCENARIOS.get(data.scenario)
+    return data.edition or (known.edition if known else 1)
+
+
 def stored_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run's folder holds. Raises InputError where it holds no run."""
+    """The configuration that a run's folder holds, with the edition of its data: the first where it says none.
+
+    Raises:
+        InputError: it holds no run.
+    """
     if not (run_dir / CONFIG).is_file():
         if (run_dir / MANIFEST).is_file():
             raise InputError(
@@ -270,13 +327,20 @@ def stored_config(run_dir: Path) -> RunConfig:
                 "hypermask_fast.training.run.load_model(folder, model) loads it"
             )
         raise InputError(f"{run_dir} holds no run (no {CONFIG}): give a folder that `hypermask-fast train` has made")
-    return RunConfig.load(run_dir / CONFIG)
+    config = RunConfig.load(run_dir / CONFIG)
+    known = SCENARIOS.get(config.data.scenario)
+    if config.data.edition is not None or known is None or known.edition == 1:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, edition=1))
 
 
 def presets() -> dict[str, RunConfig]:
     """Name -> configuration of every preset, sorted by name."""
     folder = resources.files("hypermask_fast") / "presets"
-    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".toml")), key=lambda f: f.name)
+    files = sorted(
+        (entry for entry in folder.iterdir() if entry.name.endswith(".toml")),
+        key=lambda file: file.name.removesuffix(".toml"),
+    )
     return {
         file.name.removesuffix(".toml"): RunConfig.from_toml(file.read_text(encoding="utf-8"), file.name)
         for file in files

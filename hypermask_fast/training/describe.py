@@ -1,14 +1,17 @@
 """What a run is, in words that are made from its settings and so are true of it."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from torch import nn
 
 from ..data import SCENARIOS, Scenario
+from ..data.folders import IMAGES
 from ..data.scenario import task_label
 from ..hypernet import HypernetConfig
 from ..model import HyperMask
+from ..own_code import short
 from .config import RunConfig, TrainingConfig
 from .targets import TargetConfig
 
@@ -32,14 +35,28 @@ _NETWORKS: dict[str, Callable[[TargetConfig], str]] = {
 def title(config: RunConfig) -> str:
     """ "split-digits, 2 tasks of 2 classes, MLP-100-100", after the run's own title where it has one."""
     own = f"{config.title}: " if config.title else ""
-    return f"{own}{config.data.scenario}{_tasks(config)}, {_network(config.target)}"
+    return f"{own}{short(config.data.scenario)}{_tasks(config)}, {_network(config.target)}"
+
+
+def scenario_name(config: RunConfig) -> str:
+    """What the data are, for telling one scenario from another: of images, with the fingerprint of their folder."""
+    data = config.data
+    known_by_content = data.scenario == IMAGES and data.fingerprint is not None
+    return f"{IMAGES} {data.fingerprint}" if known_by_content else short(data.scenario)
 
 
 def task_labels(config: RunConfig) -> list[str]:
     """ "task 1 (digits 2, 3)" of each of the run's tasks; none where the scenario is unknown, which will be refused."""
+    return [task_label(number, name) for number, name in enumerate(task_names(config))]
+
+
+def task_names(config: RunConfig) -> tuple[str, ...]:
+    """ "digits 2, 3" of each of the run's tasks; "" of data that are no longer there; none of an unknown scenario."""
     known = SCENARIOS.get(config.data.scenario)
-    names = known.names[: config.data.tasks] if known else ()
-    return [task_label(number, name) for number, name in enumerate(names)]
+    if known is None:
+        return ()
+    names = known.task_names(config.seed)[: config.data.tasks]
+    return names if config.data.edition in (None, known.edition) else ("",) * len(names)
 
 
 def details(config: RunConfig, seeds: Sequence[int] | None = None) -> str:
@@ -59,8 +76,8 @@ def about(config: RunConfig) -> About:
 
 def about_training(model: HyperMask, scenario: Scenario, training: TrainingConfig, seed: int) -> About:
     """The same of a model of one's own: "mine, 2 tasks of 3 classes, Sequential"."""
-    hypernet, drift, tasks = model.hypernet, model.drift, len(scenario.tasks)
-    name = f"{scenario.name}{_task_words(tasks, scenario.num_classes)}, {type(model.net).__name__}"
+    hypernet, drift = model.hypernet, model.drift
+    name = f"{scenario.name}{_task_words(scenario.classes)}, {type(model.net).__name__}"
     shape = HypernetConfig(
         hypernet.embeddings[0].numel(),
         tuple(layer.out_features for layer in hypernet.trunk if isinstance(layer, nn.Linear)),
@@ -104,15 +121,20 @@ def seed_words(seeds: Sequence[int]) -> str:
 
 def _tasks(config: RunConfig) -> str:
     known = SCENARIOS.get(config.data.scenario)
-    if known is None:
-        return ""  # reading it will be refused
-    tasks = known.tasks if config.data.tasks is None else config.data.tasks
-    return _task_words(tasks, known.num_classes)
+    if known is None:  # the user's own; how many classes it has only its data say
+        tasks = config.data.tasks
+        return "" if tasks is None else f", {tasks} task{'' if tasks == 1 else 's'}"
+    return _task_words(known.classes[: config.data.tasks])
 
 
-def _task_words(tasks: int, classes: int) -> str:
-    return f", {tasks} task{'' if tasks == 1 else 's'} of {classes} classes"
+def _task_words(classes: Sequence[int]) -> str:
+    """ ", 5 tasks of 20 classes"; ", 6 tasks of 50 + 5 x 10 classes" where they differ in it."""
+    runs = [(each, len(list(run))) for each, run in groupby(classes)]
+    sizes = " + ".join(str(each) if run == 1 or len(runs) == 1 else f"{run} x {each}" for each, run in runs)
+    if len(runs) > 4:
+        sizes = f"{min(classes)} to {max(classes)}"
+    return f", {len(classes)} task{'' if len(classes) == 1 else 's'} of {sizes} classes"
 
 
 def _network(target: TargetConfig) -> str:
-    return _NETWORKS.get(target.name, lambda _: target.name)(target)
+    return _NETWORKS.get(target.name, lambda _: short(target.name))(target)

@@ -55,9 +55,10 @@ def check_outputs(model: HyperMask, scenario: Scenario) -> None:
     with evaluating(model):
         given = tuple(model(split.batch(torch.arange(samples))[0], task=0).shape)
     if len(given) != 2 or given[0] != samples or given[1] < scenario.num_classes:
+        most = "" if len(set(scenario.classes)) == 1 else "up to "
         raise InputError(
             f"the target network's output for {samples} samples has shape {given}: scenario {scenario.name} has "
-            f"{scenario.num_classes} classes per task and needs ({samples}, {scenario.num_classes} or more)"
+            f"{most}{scenario.num_classes} classes per task and needs ({samples}, {scenario.num_classes} or more)"
         )
 
 

@@ -6,12 +6,13 @@ import textwrap
 from typing import Any, NamedTuple
 
 from ..data import SCENARIOS
+from ..data.folders import IMAGES
 from ..errors import InputError
 from ..settings import OneOf, default, kinds, meanings
 from .config import RunConfig, meant, setting_names, tables
 from .targets import TARGETS
 
-_NAMES = {"data.scenario": SCENARIOS, "target.name": TARGETS}
+_NAMES = {"data.scenario": (IMAGES, *SCENARIOS), "target.name": TARGETS}
 _WIDTH = 100
 _KEY = re.compile(r"(\w+) = ")
 

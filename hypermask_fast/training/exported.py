@@ -19,6 +19,7 @@ from ..files import write_atomic
 from ..masking.norms import tracks
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
+from ..own_code import is_own
 from .targets import TargetConfig, build_target
 
 
@@ -85,7 +86,8 @@ def export_model(
         "prepare": json.dumps(_described(data.test.prepare) if isinstance(data.test, TensorSplit) else None),
     }
     if target is not None:
-        metadata["target"] = json.dumps(asdict(target))
+        known = {name: value for name, value in asdict(target).items() if value is not None}
+        metadata["target"] = json.dumps(known)
     net = model.export(task).cpu()
     if format != "safetensors":
         example = torch.zeros(2, *scenario.input_shape)
@@ -143,6 +145,8 @@ def load_exported(path: Path | str, net: nn.Module | None = None) -> nn.Module:
 def _built(metadata: dict[str, str]) -> nn.Module:
     values = json.loads(metadata["target"])
     target = TargetConfig(**{**values, "hidden": tuple(values["hidden"])})
+    if is_own(target.name):  # a file must not say which code runs here
+        raise ValueError(f"it names code, {target.name}: give the network itself, load_exported(path, net)")
     return build_target(target, json.loads(metadata["input_shape"]), int(metadata["num_classes"]))
 
 

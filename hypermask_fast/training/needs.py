@@ -13,6 +13,7 @@ from ..data import Scenario
 from ..errors import InputError
 from ..hypernet import HypernetConfig
 from ..masking.layout import MaskLayout
+from ..own_code import is_own
 from ..sizing import readable
 from ..sizing import total_memory as memory
 from .config import RunConfig
@@ -20,6 +21,7 @@ from .targets import TargetConfig, build_target
 
 _FLOAT, _INDEX = 4, 8  # bytes
 _COPIES = 3  # of a trained tensor: its value and Adam's two moments
+_COPIES_ROUNDED = 2  # where the moments are in bfloat16
 _UNALLOCATED = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
@@ -47,15 +49,19 @@ def needs(config: RunConfig, scenario: Scenario, training: bool = True) -> list[
     inputs, weights = prod(scenario.input_shape), sum(parameter.numel() for parameter in net.parameters())
     batch_settings = "training.batch_size" + (f" or {shape}" if outputs > inputs else "")
     return [
-        *_hypernet_needs(config.hypernet, layout, tasks, copies, shape),
+        *_hypernet_needs(config.hypernet, layout, tasks, copies, shape, config.training.moments == "bfloat16"),
         Need(_FLOAT * copies * weights, "the target network's weights", shape),
         Need(batch * (_FLOAT * (inputs + outputs) + _INDEX), f"a batch of {batch} samples", batch_settings),
     ]
 
 
-def _hypernet_needs(config: HypernetConfig, layout: MaskLayout, tasks: int, copies: int, shape: str) -> list[Need]:
-    """Of the hypernetwork of a layout; shape: the setting that its mask entries follow from."""
+def _hypernet_needs(
+    config: HypernetConfig, layout: MaskLayout, tasks: int, copies: int, shape: str, rounded: bool
+) -> list[Need]:
+    """Of the hypernetwork of a layout; shape: the setting that its mask entries follow from; rounded: whether its
+    output layer's moments are."""
     entries = layout.size
+    of_output = min(copies, _COPIES_ROUNDED) if rounded else copies
     if config.chunk_size is None:
         rows, chunks, chunk_embedding = entries, 1, 0
         others, fewer = f"embeddings of {tasks} tasks", "hypernet.embedding"
@@ -76,7 +82,7 @@ def _hypernet_needs(config: HypernetConfig, layout: MaskLayout, tasks: int, copi
     widths = (config.embedding + chunk_embedding, *config.hidden)
     trunk = " x ".join(map(str, widths[:6])) + (" ..." if len(widths) > 6 else "")
     parts = [
-        (copies * rows * (widths[-1] + 1), f"the hypernetwork's output layer, {rows} x {widths[-1]}", layer),
+        (of_output * rows * (widths[-1] + 1), f"the hypernetwork's output layer, {rows} x {widths[-1]}", layer),
         (
             copies * sum(a * b + b for a, b in pairwise(widths)),
             f"the hypernetwork's trunk, {trunk}",
@@ -119,13 +125,16 @@ def _largest(parts: list[Need]) -> str:
 
 
 def _measured(config: TargetConfig, input_shape: tuple[int, ...], num_classes: int) -> tuple[nn.Module, int]:
-    """The target network without memory for its weights, and the numbers per sample that its layers put out."""
+    """The target network without memory for its weights, and the numbers per sample that its layers put out.
+
+    One of the user's own is made as it is: its function may do what needs real tensors, such as read weights.
+    """
     outputs: list[int] = []
 
     def count(module: nn.Module, args: object, output: torch.Tensor) -> None:
         outputs.append(output.numel())
 
-    with torch.device("meta"):
+    with torch.device("cpu" if is_own(config.name) else "meta"):
         net = build_target(config, input_shape, num_classes).eval()
         layers = [module for module in net.modules() if next(module.children(), None) is None]
         hooks = [layer.register_forward_hook(count) for layer in layers if next(layer.parameters(), None) is not None]

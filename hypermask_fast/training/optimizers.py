@@ -17,7 +17,7 @@ def optimizer(model: HyperMask, config: TrainingConfig, device: torch.device) ->
     lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
     if config.gradient == "dense":
         return torch.optim.Adam(_groups(model), lr, fused=True, capturable=on_gpu)
-    return Adam(model, lr, capturable=on_gpu, step_in_backward=True)
+    return Adam(model, lr, capturable=on_gpu, moments=config.moments, step_in_backward=True)
 
 
 def _groups(model: HyperMask) -> list[dict[str, Any]]:

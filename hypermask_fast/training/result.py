@@ -30,6 +30,11 @@ class Result:
     steps: int = 0
     peak_memory: int = 0
 
+    @property
+    def summary(self) -> Summary:
+        """Its metrics, such as summary.average_accuracy in percent."""
+        return summarize(self.matrix, self.baseline)
+
     def __str__(self) -> str:
         try:
             return text_matrix(self)
@@ -45,12 +50,12 @@ def text_matrix(result: Result) -> str:
     for label, values in learned_rows(result, "none"):
         rows.append([label, *("-" if math.isnan(value) else format(value, cell) for value in values)])
     matrix = text_table(rows, ">" * len(rows[0]))
-    return "\n".join([matrix, "", *summary_lines(summarize(result.matrix, result.baseline))])
+    return "\n".join([matrix, "", *summary_lines(result.summary)])
 
 
 def text_after_task(result: Result, scenario: Scenario) -> str:
     """ "after task 1 (digits 2, 3): 99.1 98.7 (average 98.90 %)": accuracies on the tasks learned so far."""
-    summary = summarize(result.matrix, result.baseline)
+    summary = result.summary
     row = result.matrix[summary.tasks_learned - 1, : summary.tasks_learned].tolist()
     accuracies = " ".join(f"{value:.1f}" for value in row)
     last = scenario.label(summary.tasks_learned - 1)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import own_code
 from ..data import SCENARIOS
 from ..errors import InputError
 from . import checkpoint
@@ -25,10 +26,14 @@ def resumed_config(run_dir: Path, preset: RunConfig, asked: dict[str, Any]) -> R
     """
     stored = stored_config(run_dir)
     expected = preset.with_values(asked)
-    kinds = [f"{config.data.scenario} with {config.target.name}" for config in (stored, expected)]
-    if kinds[0] != kinds[1]:
+    names = [(config.data.scenario, config.target.name) for config in (stored, expected)]
+    if [own_code.portable(name) for name in names[0]] != [own_code.portable(name) for name in names[1]]:
+        kinds = [" with ".join(map(own_code.short, pair)) for pair in names]
         raise InputError(f"{run_dir} holds a run of another preset, {kinds[0]}, not {kinds[1]}")
-    config = stored
+    # Code of one's own is where the command says that it is now, and its content is still compared.
+    data = replace(stored.data, scenario=expected.data.scenario)
+    target = replace(stored.target, name=expected.target.name)
+    config = replace(stored, data=data, target=target)
     for key, value in asked.items():
         changed = config.with_values({key: value})
         if changed == config:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from ..data import Scenario, load_scenario
+from ..data import Scenario
 from ..errors import InputError
 from ..files import remove_partial, write_atomic, writing
 from ..model import HyperMask
-from . import checkpoint, describe, report, stored
+from ..own_code import is_own
+from . import checkpoint, describe, own, report, stored
 from .config import CONFIG, RunConfig, stored_config
 from .exported import check_new_file, export_model
 from .exported import load_exported as load_exported  # where it was in version 0.1.0
@@ -54,9 +55,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def read_scenario(config: RunConfig) -> Scenario:
-    """The scenario of a configuration, on the CPU. Raises InputError: unknown, or its files missing or damaged."""
-    data = config.data
-    return load_scenario(data.scenario, data.dir, seed=config.seed, validation=data.validation, tasks=data.tasks)
+    """The scenario of a configuration, on the CPU; see `own.read_scenario`."""
+    return own.read_scenario(config)
 
 
 def build_model(config: RunConfig, scenario: Scenario, device: torch.device | str = "cpu") -> HyperMask:
@@ -114,11 +114,15 @@ def train(
             unless the run itself fails later.
         Stopped: `stop` has said so; the run can be resumed.
     """
-    run_dir, settings, writes = Path(run_dir), config.to_toml(), World.here().first
+    config = config.settled()
+    run_dir, writes = Path(run_dir), World.here().first
+    config.to_toml()  # raises now where it can't be written
     report.check_packages()
     with ExitStack() as lock:
         if resume:
             stored_config(run_dir)
+        config = own.fingerprinted(config)
+        if resume:
             if writes:
                 lock.enter_context(taken(run_dir))
             if checkpoint.exists(run_dir):  # or was lost
@@ -127,7 +131,9 @@ def train(
             check_free(run_dir)
         loggers = Loggers([])
         shown = logger is None and on_terminal() if progress is None else progress
-        trainer = _trainer(config, run_dir, device, loggers, stop, shown, resume)
+        scenario = read_scenario(config)
+        config = own.counted(config, scenario)
+        trainer = _trainer(config, scenario, run_dir, device, loggers, stop, shown, resume)
         if not writes:
             with lack_of_memory_told(config, trainer.scenario):
                 return trainer.fit(resume=resume)
@@ -144,9 +150,11 @@ def train(
         try:
             remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
             if not resume:
-                write_atomic(run_dir / CONFIG, settings)
-            elif (kept := replace(config, data=stored_config(run_dir).data)) != stored_config(run_dir):
-                write_atomic(run_dir / CONFIG, kept.to_toml())
+                write_atomic(run_dir / CONFIG, config.to_toml())
+            else:
+                before = stored_config(run_dir)
+                if (kept := replace(config, data=before.data, target=before.target)) != before:
+                    write_atomic(run_dir / CONFIG, kept.to_toml())
             loggers.loggers = tuple(_loggers(run_dir, resume, logger))
             with lack_of_memory_told(config, trainer.scenario):
                 return trainer.fit(resume=resume)
@@ -173,6 +181,7 @@ def _remove_empty(run_dir: Path) -> None:
 
 def _trainer(
     config: RunConfig,
+    scenario: Scenario,
     run_dir: Path,
     device: torch.device | str,
     loggers: Loggers,
@@ -181,7 +190,6 @@ def _trainer(
     resume: bool,
 ) -> Trainer:
     """The run's Trainer; nothing is written yet."""
-    scenario = read_scenario(config)
     check_memory(config, scenario, device)
     model = build_model(config, scenario, device)
     return Trainer(
@@ -216,7 +224,11 @@ def check_free(run_dir: Path) -> None:
 
 
 def load_run(
-    run_dir: Path | str, data_dir: Path | str | None = None, device: torch.device | str = "cpu"
+    run_dir: Path | str,
+    data_dir: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    scenario: str | None = None,
+    network: str | None = None,
 ) -> tuple[RunConfig, HyperMask, Scenario]:
     """A run as its newest checkpoint has it: configuration, model in evaluation mode, and the tasks learned so far.
 
@@ -224,6 +236,8 @@ def load_run(
         run_dir: the run's folder.
         data_dir: where the data are now, if not where they were in training.
         device: of the model and the scenario.
+        scenario, network: of a run with data or a network of one's own, their functions' names once more: code that
+            only the run's folder names does not run.
 
     Returns:
         The scenario has the learned tasks only; the model has all of the run's.
@@ -232,15 +246,16 @@ def load_run(
         InputError: no run, no task learned yet, data missing, a checkpoint that is damaged or of another network.
     """
     run_dir = Path(run_dir)
-    config = stored_config(run_dir)
+    config = own.named_again(stored_config(run_dir), run_dir, scenario, network)
     if data_dir is not None:
         config = with_data_dir(config, data_dir)
-    scenario = read_scenario(config)
-    model = build_model(config, scenario)
+    changed = own.warn_of_changes(config)
+    data = read_scenario(config)
+    model = build_model(config, data)
     learned = 0
     if checkpoint.exists(run_dir):
-        tasks = scenario.tasks
-        samples = None if data_dir is not None else [len(task.train) for task in tasks]
+        tasks = data.tasks
+        samples = None if data_dir is not None or changed else [len(task.train) for task in tasks]
         tensors, state = stored.load(
             run_dir, model, len(tasks), config.training, accepted_settings(run_dir, config), samples
         )
@@ -248,7 +263,7 @@ def load_run(
         learned = state["task"]
     if learned == 0:
         raise InputError(f"the run in {run_dir} has not learned its first task yet: go on with it by --resume")
-    return config, model.to(device).eval(), replace(scenario, tasks=scenario.tasks[:learned]).to(device)
+    return config, model.to(device).eval(), replace(data, tasks=data.tasks[:learned]).to(device)
 
 
 def load_model(run_dir: Path | str, model: HyperMask) -> int:
@@ -287,17 +302,21 @@ def export_task(
     path: Path | str,
     data_dir: Path | str | None = None,
     format: str = "safetensors",
+    scenario: str | None = None,
+    network: str | None = None,
 ) -> None:
     """Writes the plain network of one learned task of a run; see `exported.export_model`.
+
+    data_dir, scenario, network: see `load_run`.
 
     Raises:
         InputError: the task is not learned, `path` exists, or what `load_run` raises.
     """
     check_new_file(path)
-    config, model, scenario = load_run(run_dir, data_dir)
-    if not 0 <= task < len(scenario.tasks):
-        raise InputError(f"task {task} is not among those this run has learned: 0 to {len(scenario.tasks) - 1}")
-    export_model(model, scenario, task, path, config.target, format)
+    config, model, data = load_run(run_dir, data_dir, scenario=scenario, network=network)
+    if not 0 <= task < len(data.tasks):
+        raise InputError(f"task {task} is not among those this run has learned: 0 to {len(data.tasks) - 1}")
+    export_model(model, data, task, path, None if is_own(config.target.name) else config.target, format)
 
 
 def _loggers(run_dir: Path, resume: bool, logger: Logger | None) -> list[Logger]:

@@ -279,8 +279,9 @@ class _Check:
             step = self._values(prefix + "step", 1, iteration)
             if step != step.round():
                 self._bad_tensor(prefix + "step", f"is {step.item():g}, no whole number")
+            rounded = self.config.moments == "bfloat16" and parameter is self.model.hypernet.output.weight
             for entry, low in (("exp_avg", None), ("exp_avg_sq", 0)):
-                self._tensor(prefix + entry, tuple(parameter.shape), parameter.dtype)
+                self._tensor(prefix + entry, tuple(parameter.shape), torch.bfloat16 if rounded else parameter.dtype)
                 self._values(prefix + entry, low)
         if MOMENTS in self.state:
             self._named_moments(held)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import own_code
 from ..errors import InputError
 from ..extras import needed_for
 from ..settings import shown
@@ -130,6 +131,11 @@ class Group:
         return np.array([run.matrix[-1] for run in self.runs])
 
     @property
+    def average_so_far(self) -> np.ndarray:
+        """(runs, T) percent: after each task, the mean accuracy on the tasks learned until then, that one included."""
+        return np.array([[run.matrix[t, : t + 1].mean() for t in range(len(run.matrix))] for run in self.runs])
+
+    @property
     def mean_matrix(self) -> np.ndarray:
         """(T, T) percent: the accuracy matrix, mean over the runs."""
         return np.mean([run.matrix for run in self.runs], axis=0)
@@ -205,8 +211,12 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         raise InputError("no run to compare: give one or more")
     first = runs[0]
     for run in runs:
-        if run.config.data.scenario != first.config.data.scenario:
-            raise _not_alike("scenarios", first, run, [each.config.data.scenario for each in (first, run)])
+        names = [describe.scenario_name(each.config) for each in (first, run)]
+        if names[0] != names[1]:
+            raise _not_alike("scenarios", first, run, names)
+        editions = [each.config.settled().data.edition for each in (first, run)]
+        if editions[0] != editions[1]:
+            raise _not_alike(f"editions of {run.config.data.scenario}'s data", first, run, editions)
         if len(run.matrix) != len(first.matrix):
             raise _not_alike("numbers of tasks", first, run, [len(each.matrix) for each in (first, run)])
         if not run.is_finished:
@@ -234,7 +244,9 @@ def _not_alike(what: str, a: Run, b: Run, values: Sequence[object]) -> InputErro
 
 def _flat(config: RunConfig) -> dict[str, Any]:
     """Dotted settings that decide a number, without the seed."""
-    values = replace(config, title="", data=replace(config.data, dir=None)).to_dict()
+    data = replace(config.data, dir=None, scenario=own_code.short(config.data.scenario))
+    target = replace(config.target, name=own_code.short(config.target.name))
+    values = replace(config, title="", data=data, target=target).to_dict()
     del values["seed"], values["title"]
     for name in ("log_every", "checkpoint_every", "inspect", "shard"):
         del values["training"][name]
@@ -291,6 +303,16 @@ def paired(first: Group, second: Group, metric: str) -> Paired:
         raise InputError(f"no seed in common: {describe.seed_words(first.seeds)}, {describe.seed_words(second.seeds)}")
     differences = tuple(values[1][seed] - values[0][seed] for seed in seeds)
     return Paired(tuple(seeds), differences, estimate(differences))
+
+
+def differences(groups: Sequence[Group], metric: str) -> list[tuple[Group, Paired]]:
+    """Each group but the first, less the first, on the seeds that both have; those without one in common are left out.
+
+    Raises:
+        InputError: no such metric, or too few tasks for it.
+    """
+    first, *others = groups
+    return [(group, paired(first, group, metric)) for group in others if set(group.seeds) & set(first.seeds)]
 
 
 def metrics_table(groups: Sequence[Group]) -> str:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import own_code
 from ..errors import InputError
 from ..settings import WIDEST, Range, Text, Widths, check_fields
 
@@ -21,14 +23,17 @@ class TargetConfig:
     """The network that is masked.
 
     Attributes:
-        name: its kind: mlp, resnet20 (CIFAR's ResNet of 20 layers) or zenkenet (the network of Zenke et al.).
+        name: its kind: mlp, resnet20 (CIFAR's ResNet of 20 layers) or zenkenet (the network of Zenke et al.); or a
+            function of one's own that returns it, `file.py:function` or `module:function`; `--network` sets it.
         hidden: an mlp's widths of its hidden layers; none for a linear classifier.
         width: a resnet20's channels in its first stage, 16 or more; 16 k, with 2 and 4 times as many in the others.
+        fingerprint: of the file of a function of one's own, as it was when the run began; `train` writes it.
     """
 
-    name: Annotated[str, Text()]
+    name: Annotated[str, Text(longest=4096)]
     hidden: Annotated[tuple[int, ...], Widths()] = (400, 400)
     width: Annotated[int, Range(1, WIDEST, unit="channels")] = 32
+    fingerprint: Annotated[str | None, Text()] = None
 
 
 class MLP(nn.Sequential):
@@ -185,7 +190,7 @@ TARGETS = {"mlp": _mlp, "resnet20": _resnet20, "zenkenet": _zenkenet}
 
 
 def build_target(config: TargetConfig, input_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """The plain target network that `config` names.
+    """The plain target network that `config` names; a function of the user's own is called, see `own.build_network`.
 
     Args:
         config: name, and the widths that its kind of network has.
@@ -196,14 +201,45 @@ def build_target(config: TargetConfig, input_shape: Sequence[int], num_classes: 
         InputError: an unknown name, an input shape the network cannot take, or a width or number below 1.
     """
     shape = tuple(input_shape)
-    if config.name not in TARGETS:
+    own = own_code.is_own(config.name)
+    if config.name not in TARGETS and not own:
         raise InputError(f"unknown target network {config.name!r}; there are {', '.join(TARGETS)}")
     if not shape or min(shape) < 1:
         raise InputError(f"an input shape lists one or more positive sizes, not {shape}")
     if num_classes < 1:
         raise InputError(f"a target network needs at least 1 class, not {num_classes}")
     check_fields(config, "target")
+    if own:
+        return _own(config, shape, num_classes)
     return TARGETS[config.name](config, shape, num_classes)
+
+
+def _own(config: TargetConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The network that a function of the user's makes, once it has shown that it takes the inputs and has the outputs.
+
+    The function gets, of these arguments, those that it names: input_shape, num_classes, hidden, width.
+    """
+    usual = TargetConfig(config.name)
+    changed = [name for name in ("hidden", "width") if getattr(config, name) != getattr(usual, name)]
+    arguments = {"input_shape": shape, "num_classes": classes, "hidden": config.hidden, "width": config.width}
+    net = own_code.call(config.name, "network", arguments, changed)
+    told = f"network {own_code.short(config.name)}"
+    if not isinstance(net, nn.Module):
+        raise InputError(f"{told} must return a torch.nn.Module, not {_kind(net)}")
+    modes = [(module, module.training) for module in net.modules()]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        outputs = own_code.guarded(config.name, "network", lambda: net.eval()(torch.zeros(2, *shape)))
+    for module, training in modes:
+        module.training = training
+    if not isinstance(outputs, Tensor) or outputs.shape != (2, classes):
+        raise InputError(
+            f"{told} must give outputs of shape (2, {classes}) for inputs of shape {(2, *shape)}, not {_kind(outputs)}"
+        )
+    return net
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _image(config: TargetConfig, shape: tuple[int, ...]) -> tuple[int, ...]:

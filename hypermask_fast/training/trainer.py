@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
+from ..moments import check as check_moments
 from ..processes import ranks_of
 from . import checkpoint, describe, optimizers, stored, under_way
 from .config import TrainingConfig
@@ -105,6 +106,7 @@ class Trainer:
             raise InputError(f"the scenario has {len(scenario.tasks)} tasks, the model only {model.num_tasks}")
         if config.validates and any(len(task.validation) == 0 for task in scenario.tasks):
             raise InputError("keep = best and schedule = plateau need validation data: set data.validation")
+        check_moments(config.moments, model.hypernet, amsgrad=False)
         self.device = torch.device(device)
         self.world = World.here()
         self.model = model.to(self.device)

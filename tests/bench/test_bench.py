@@ -19,6 +19,7 @@ from bench.case import OURS, Case
 from bench.experiments import experiments, fill, quick
 from bench.op_run import OpRun, uniform
 from bench.runner import Plan, Runner, quantiles
+from hypermask_fast.threads import HOW_TO_WAIT, WAITING
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def test_a_tolerance_of_0_is_for_what_is_exact():
 class Local:
     """A worker in this process, in place of one over pipes."""
 
-    def __init__(self, device, threads, malloc, patience):
+    def __init__(self, device, threads, malloc, patience, own):
         self.worker, self.waiting, self.broken = worker.Worker(device), [], False
 
     def send(self, command, **arguments):
@@ -157,7 +158,7 @@ def process_of(monkeypatch, code, patience=None, malloc="as shipped"):
 @pytest.mark.parametrize("malloc", machine.MALLOC)
 def test_every_contender_has_the_same_allocator_settings(monkeypatch, malloc):
     """Whatever the shell says, of huge pages too; what ours sets by itself under "as shipped" is in its rows."""
-    names = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
+    names = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", *HOW_TO_WAIT)
     for name in names:
         monkeypatch.setenv(name, "glibc.malloc.check=0")
     code = f"import json, os; print(json.dumps({{name: os.environ.get(name) for name in {names}}}))"
@@ -167,7 +168,9 @@ def test_every_contender_has_the_same_allocator_settings(monkeypatch, malloc):
         assert set(found.values()) == {None} and machine.malloc_setting(malloc) == ""
     else:
         assert found["THP_MEM_ALLOC_ENABLE"] is None and "trim_threshold" in found["GLIBC_TUNABLES"]
-        assert machine.malloc_setting(malloc) == f"GLIBC_TUNABLES={found['GLIBC_TUNABLES']}"
+        setting = {"GLIBC_TUNABLES": found["GLIBC_TUNABLES"], **WAITING}
+        assert {name: value for name, value in found.items() if value} == setting
+        assert machine.malloc_setting(malloc) == " ".join(f"{name}={value}" for name, value in setting.items())
     case = registry.find("split-mnist/task0", CPU, True)
     assert "tune_allocator" in case.allocator(OURS) and case.allocator("batched torch") == ""
 

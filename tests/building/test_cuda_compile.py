@@ -18,7 +18,7 @@ ARCHITECTURES = ("80", "90a", "100")
 # Registers per thread: four blocks of 256 threads on a multiprocessor, or what the kernel's own number leaves it.
 REGISTERS = {
     "dense.cu": 128,  # two blocks
-    "few_rows.cu": 128,  # one block of 512: W and logits of a step ahead are on their way into registers
+    "few_rows.cu": 224,  # one block of 256 by its shared memory: sums of 32 x 64 outputs and 64 rows of x take 96
     "chunk_few_rows.cu": 168,  # one block of 384: a warp has the logits and weights of 48 x 32 entries
 }
 # What a kernel reads and writes in bulk goes by 16 bytes: (part of the mangled name, loads, stores) at least, in the
@@ -31,13 +31,20 @@ STREAMS = {
     ],
     "thresholds.cu": [("count_kernel", 1, 0)],
     "dense.cu": [  # a tile has 4 packs a thread; W of two tiles, m and v of two more
-        (r"dense_kernelILi4ELi[48]ELN\w+ModeE2E", 24, 12), (r"dense_kernelILi4ELi[48]ELN\w+ModeE1E", 8, 4),
-        (r"dense_kernelILi4ELi[48]ELN\w+ModeE0E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE2E", 6, 3),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE2Ef", 24, 12), (r"dense_kernelILi4ELi[48]ELN\w+ModeE1E", 8, 4),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE0E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE2Ef", 6, 3),
         (r"dense_kernelILi1ELi[48]ELN\w+ModeE1E", 2, 1), (r"dense_kernelILi1ELi[48]ELN\w+ModeE0E", 2, 0),
-        (r"dense_kernelILi4ELi[48]ELN\w+ModeE4E", 24, 12), (r"dense_kernelILi1ELi[48]ELN\w+ModeE4E", 6, 3),
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE4Ef", 24, 12), (r"dense_kernelILi1ELi[48]ELN\w+ModeE4Ef", 6, 3),
+        # Moments in bfloat16 go by 8 bytes.
+        (r"dense_kernelILi4ELi[48]ELN\w+ModeE[24]ENS\w+Bfloat16", 8, 4),
+        (r"dense_kernelILi1ELi[48]ELN\w+ModeE[24]ENS\w+Bfloat16", 2, 1),
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE3E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE3E", 2, 0),
     ],
-    "few_rows.cu": [(r"\d+masked_linear_kernelI\w+Li[12]ELb1E", 16, 0)],  # 4 of W, 4 of logits, two steps
+    # Copies to shared memory of W and logits, three stages: in half precision 8 of each, in float32 4.
+    "few_rows.cu": [
+        (r"\d+masked_linear_kernelI(?:6__half|13__nv_bfloat16)Li[1248]ELb1E", 48, 0),
+        (r"\d+masked_linear_kernelIfLi[12]ELb1E", 24, 0),
+    ],
     "chunk_few_rows.cu": [(r"chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],
 }  # fmt: skip
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
@@ -107,6 +114,7 @@ LAUNCH_TEST = r"""
 #include <cassert>
 #include <cstdio>
 #include <initializer_list>
+#include <utility>
 using namespace hypermask;
 int main() {
   static_assert(sizeof(int64_t) == 8 && sizeof(decltype(BlockTable::first_block[0])) == 8, "64-bit offsets");
@@ -137,7 +145,10 @@ int main() {
       assert(l.rows % 4 == 0 && l.rows <= kThreads);  // so that everything in shared memory begins on 16 bytes
       const DenseLayout single = dense_layout(tasks, width, false);
       assert(single.pack == 1 && single.packs == width);
-      std::printf("%d %d %d\n", int(tasks), int(width), int(4 * dense_shared_floats(l)));
+      for (const auto& [makes, steps] : {std::pair(false, false), std::pair(true, false), std::pair(true, true)}) {
+        const int needed = 4 * dense_shared_floats(l, dense_tiles(l, makes, steps));
+        std::printf("%d %d %d %d %d\n", int(tasks), int(width), int(makes), int(steps), needed);
+      }
     }
   }
 }
@@ -151,9 +162,10 @@ def test_launch_arithmetic(tmp_path):
     program = str(tmp_path / "launch")
     subprocess.run(["g++", "-std=c++17", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", program], check=True)
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 14 * 8
+    assert len(lines) == 14 * 8 * 3
     for line in lines:
-        tasks, width, needed = map(int, line.split())
-        assert dense_shared_bytes(tasks, width) == needed
-    for tasks in (1, 10):  # three blocks on an H200's multiprocessor, each with one KiB for the system
-        assert 3 * (dense_shared_bytes(tasks, 100) + 1024) <= 228 * 1024
+        tasks, width, makes, steps, needed = map(int, line.split())
+        assert dense_shared_bytes(tasks, width, bool(makes), bool(steps)) == needed
+    for tasks in (1, 10):  # on an H200's multiprocessor, each with one KiB besides: three that step, four by registers
+        assert 3 * (dense_shared_bytes(tasks, 100, True, True) + 1024) <= 228 * 1024
+        assert 4 * (dense_shared_bytes(tasks, 100, False, False) + 1024) <= 228 * 1024

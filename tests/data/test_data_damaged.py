@@ -50,7 +50,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Read]] = {
     "cifar100": (lambda folder: write_pickles(folder, ["train", "test"], b"fine_labels"), read_cifar100),
     "tiny imagenet": (
         lambda folder: write_tiny_imagenet(folder / "tiny-imagenet-200"),
-        lambda folder: read_tiny_imagenet(folder, 3),
+        lambda folder: read_tiny_imagenet(folder, range(3)),
     ),
 }
 

@@ -216,30 +216,30 @@ def tiny(tmp_path):
 def test_tiny_imagenet(tiny):
     root, colours = tiny
     for given in (root, root.parent):
-        x, y, test_x, test_y = read_tiny_imagenet(given, 3)
+        x, y, test_x, test_y = read_tiny_imagenet(given, range(3))
         assert x.shape == (6, 3, 64, 64) and x.dtype == torch.uint8 and test_x.shape == (3, 3, 64, 64)
         assert y.tolist() == [0, 0, 1, 1, 2, 2] and test_y.tolist() == [2, 0, 1]
         for i, pixels in enumerate(x):
             assert np.abs(pixels[:, 0, 0].numpy().astype(int) - colours[divmod(i, 2)]).max() < 12
-    x, y, _, test_y = read_tiny_imagenet(root, 2)
+    x, y, _, test_y = read_tiny_imagenet(root, range(2))
     assert y.tolist() == [0, 0, 1, 1] and test_y.tolist() == [0, 1]
 
 
 def test_tiny_imagenet_wrong(tiny):
     root, _ = tiny
-    refused(read_tiny_imagenet, root, 4, match="must list 4 or more distinct classes, it has 3")
-    refused(read_tiny_imagenet, root / "val", 3, match=r"no Tiny ImageNet: expected wnids.txt")
+    refused(read_tiny_imagenet, root, range(4), match="must list 4 or more distinct classes, it has 3")
+    refused(read_tiny_imagenet, root / "val", range(3), match=r"no Tiny ImageNet: expected wnids.txt")
     image = root / "train" / "n1" / "images" / "n1_0.JPEG"
     content = image.read_bytes()
     image.write_bytes(jpeg_bytes(np.zeros((32, 32, 3), np.uint8)))
-    refused(read_tiny_imagenet, root, 3, match=r"images/n1_0.JPEG is \(32, 32\), expected 64 x 64$")
+    refused(read_tiny_imagenet, root, range(3), match=r"images/n1_0.JPEG is \(32, 32\), expected 64 x 64$")
     image.write_bytes(content)
     (root / "val" / "images" / "val_1.JPEG").unlink()
-    refused(read_tiny_imagenet, root, 3, match=r"val_1.JPEG cannot be read")
+    refused(read_tiny_imagenet, root, range(3), match=r"val_1.JPEG cannot be read")
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG n1\n")
-    refused(read_tiny_imagenet, root, 3, match="line 1: expected a file name, a tab and a class")
+    refused(read_tiny_imagenet, root, range(3), match="line 1: expected a file name, a tab and a class")
     (root / "val" / "val_annotations.txt").unlink()
-    refused(read_tiny_imagenet, root, 3, match=r"val_annotations.txt is missing")
+    refused(read_tiny_imagenet, root, range(3), match=r"val_annotations.txt is missing")
     for file in (root / "train" / "n2" / "images").iterdir():
         file.unlink()
-    refused(read_tiny_imagenet, root, 3, match="expected the training images of n2")
+    refused(read_tiny_imagenet, root, range(3), match="expected the training images of n2")

@@ -51,8 +51,11 @@ def test_mixed_batch_finds_classes_and_tasks():
 
 def test_every_example_is_tested():
     frameworks = {"with_lightning", "with_accelerate", "with_transformers"}  # in test_frameworks.py
+    frameworks |= {"with_avalanche"}  # in tests/integrations
     found = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert found == {"mask_one_layer", "own_loop", "mixed_batch", "serving"} | frameworks
+    assert (
+        found == {"mask_one_layer", "own_loop", "mixed_batch", "serving", "tuning", "own_data_and_network"} | frameworks
+    )
 
 
 def test_serving_answers_from_two_threads_and_from_a_file():
@@ -62,3 +65,31 @@ def test_serving_answers_from_two_threads_and_from_a_file():
     assert number(text, "made") == 2
     assert "2 tasks packed in bfloat16" in text
     assert number(text, "the same classes from the file:") > 98
+
+
+def test_tuning_finds_a_learning_rate_with_or_without_optuna():
+    text = output_of("tuning")
+    assert text.splitlines()[0].startswith("searching with ")
+    scores = [float(value) for value in re.findall(r"^trial \d: .* validation accuracy ([\d.]+) %$", text, re.M)]
+    assert len(scores) == 4
+    assert abs(number(text, "best trial:") - max(scores)) < 0.006
+
+
+def test_the_settings_of_a_trial_are_asked_of_it(tmp_path, monkeypatch):
+    """What Optuna's trials offer: `number` and `suggest_float`."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import tuning
+
+    asked, scored = {}, []
+
+    class Trial:
+        number = 7
+
+        def suggest_float(self, name, low, high, log=False):
+            asked[name] = (low, high, log)
+            return low
+
+    monkeypatch.setattr(tuning, "score", lambda settings, folder: scored.append((settings, folder)) or 50.0)
+    assert tuning.objective(Trial(), tmp_path) == 50
+    assert scored == [({"training.lr": 1e-4, "method.beta": 1e-3}, tmp_path / "trial-7")]
+    assert asked == {"training.lr": (1e-4, 1e-2, True), "method.beta": (1e-3, 1.0, True)}

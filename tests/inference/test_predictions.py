@@ -158,6 +158,49 @@ def test_tasks_of_different_sizes():
         assert (found.absolute(counts) < 9).all()
 
 
+class Given(nn.Module):
+    """The logits that a test says, whatever the weights: its last layer's inputs times 0, plus its own."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.fc, self.logits = nn.Linear(2, logits.shape[-1]), logits
+
+    def forward(self, x):
+        return 0 * self.fc(x) + self.logits[: len(x)]
+
+
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uniform_outputs_are_as_unsure_whatever_the_number_of_classes(dtype, removed):
+    """A task of few classes has no advantage, nor has one of many."""
+    logits = torch.zeros(2, 6, dtype=dtype)
+    logits[1] = torch.tensor([2.0, 0, 0, 0, 0, 0])
+    model = hmf.HyperMask(Given(logits).to(dtype), 4, 0, classes=[2, 6, 3, 1]).eval()
+    if removed:
+        model.remove_task(0)
+    x, sizes = torch.zeros(2, 2, dtype=dtype), torch.tensor([2, 6, 3, 1]).double()
+    softmax = [logits[1, :n].double().softmax(0) for n in (2, 6, 3, 1)]
+    entropies = torch.stack([-(p * p.log()).sum() for p in softmax])
+    largest = sizes.log().clamp(min=1e-9)
+    expected = {
+        "entropy": (-1.0, -entropies / largest),
+        "max_softmax": (-1.0, torch.stack([p[0].log() for p in softmax]) / largest),
+        "energy": (0.0, torch.stack([logits[1, :n].double().logsumexp(0) for n in (2, 6, 3, 1)]) - sizes.log()),
+    }
+    rows = [1, 2] if removed else [0, 1, 2]
+    for method, (uniform, other) in expected.items():
+        found = predict(model, x, method=method)
+        for score, tasks in (
+            (found.score, rows),
+            (predict(model, x, model.all_masks([2, 1]), method=method).score, [2, 1]),
+        ):
+            columns = tasks if score.shape[1] == 4 else [0, 1]
+            assert_close(score[0, columns].double(), torch.full((len(columns),), uniform).double(), "network")
+            assert_close(score[1, columns].double(), other[tasks], "network")
+        if method != "energy":
+            assert found.task[0] == 3 and (found.score[:, 3] == 0).all(), "one class leaves nothing to be unsure of"
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fidelity", ["default", "official"])
 def test_networks_with_batch_norm(method, fidelity):

@@ -212,7 +212,7 @@ def targets(dtype: torch.dtype) -> None:
 def _target_linear(dtype: torch.dtype, threshold: torch.Tensor) -> None:
     op, chunk = module("masked_linear"), module("chunk_masked_linear")
     weight = empty(4096, 4096, dtype=dtype)
-    for rows in (1, 16, 64, 8192):
+    for rows in (1, 16, 64, 256, 8192):
         x = empty(rows, 4096, dtype=dtype)
         op.launch_product(x, weight, weight, threshold, weight[0])
         op.launch_product(x, weight.t(), weight.t(), threshold, None)

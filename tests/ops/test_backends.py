@@ -1,5 +1,6 @@
 """Which backend runs an op, what a refusal says, and what an installation without the extension does."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -134,6 +135,66 @@ def test_the_reference_in_place_of_all_backends_is_said_once(problems):
 def test_a_backend_that_is_there_and_does_not_serve_is_no_surprise(problems):
     problems(cpu="")
     assert warnings_of(torch.float64) == []
+
+
+class OwnTensor(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+CALL = (torch.tensor([0.1, -0.4, 0.3, 2.0]), [0, 4], torch.tensor([2]))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ((CALL[0], [0, 4], torch.tensor([4])), "rank 4 is outside segment 0 of 4 entries"),
+        ((CALL[0], [0, 5], CALL[2]), "offsets must ascend from 0 or more to at most 4 entries"),
+        ((CALL[0], [0, 4.0], torch.tensor([2], dtype=torch.int32)), "ranks int64"),
+        ((CALL[0][None, :3], *CALL[1:]), "at most 3 entries"),
+        ((CALL[0], [0, 4], 2), "ranks must be a tensor, not int"),
+        ((CALL[0], [0, 4], CALL[2].to("meta")), "all tensors must be on one device"),
+        ((CALL[0].as_subclass(OwnTensor), [0, 5], CALL[2]), "at most 4 entries"),
+    ],
+)
+def test_a_call_like_one_before_is_judged_as_the_first(bad, message):
+    """Who serves a kind of call is remembered; what no longer fits is refused all the same."""
+    for _ in range(2):
+        assert torch.equal(ops.mask_thresholds(*CALL), torch.tensor([0.4]))
+        with pytest.raises(InputError, match=message):
+            ops.mask_thresholds(*bad)
+        with pytest.raises(InputError, match="can't run mask_thresholds"):
+            ops.mask_thresholds(*CALL, backend="plain")
+
+
+@pytest.mark.native
+def test_a_call_like_one_before_follows_what_is_around_it(monkeypatch):
+    calls = []
+    for name in ("cpu", "plain"):
+        function = ops.masked_linear.offers[name].function
+        counted = lambda *values, name=name, function=function: calls.append(name) or function(*values)  # noqa: E731
+        offer = dataclasses.replace(ops.masked_linear.offers[name], function=counted)
+        monkeypatch.setitem(ops.masked_linear.offers, name, offer)
+    args = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4, 3), torch.tensor(0.1)
+    for _ in range(2):
+        expected = ops.masked_linear(*args)
+        with registry.use_backend("plain"):
+            ops.masked_linear(*args)
+        ops.masked_linear(*args, backend="plain")
+        ops.masked_linear(*args[:3], threshold=args[3].double())
+        assert calls == ["cpu", "plain", "plain", "plain"]
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ops.masked_linear(*args).dtype == torch.bfloat16
+        assert calls == ["cpu"]
+        calls.clear()
+    torch.testing.assert_close(expected, reference.masked_linear(*args))
+
+
+def test_kinds_of_calls_are_remembered_up_to_a_number(monkeypatch):
+    internals.most_choices(monkeypatch, 3)
+    for size in range(1, 9):
+        logits = torch.randn(size)
+        torch.testing.assert_close(ops.semi_binary_mask(logits, torch.tensor(0.0)), logits.tanh().abs())
 
 
 @pytest.mark.native

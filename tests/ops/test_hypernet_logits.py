@@ -8,6 +8,7 @@ from support.dense import SHAPES, dense_problem
 from support.refusals import assert_refused, each_change, whoever_is_asked
 from support.tolerances import assert_close
 
+from hypermask_fast import ops
 from hypermask_fast.ops import reference
 
 
@@ -38,6 +39,14 @@ def test_hypernet_logits_on_an_emulated_gpu_match_the_definition(backend, rows, 
     for h in hidden[:, None, None]:
         expected = reference.hypernet_logits(h.double(), weight.double(), bias.double(), rows)
         assert_close(backend.hypernet_logits(h, weight, bias, rows), expected, "dense", "logits")
+
+
+def test_hypernet_logits_are_right_where_the_result_is_large():
+    """More than 32 MiB, which csrc asks for in huge pages."""
+    rows, tasks = 900_001, 10
+    weight, bias, hidden = logits_of(rows, 1).float(), logits_of(rows, seed=1).float(), logits_of(tasks, 1).float()
+    expected = reference.hypernet_logits(hidden[:, None], weight, bias, rows)
+    torch.testing.assert_close(ops.hypernet_logits(hidden[:, None], weight, bias, rows), expected)
 
 
 # Bad input

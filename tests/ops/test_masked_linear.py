@@ -128,7 +128,16 @@ def test_masked_linear_by_triton_in_tiles_that_do_not_divide(triton, splits):
     x, w, a, bias = (randn(*s) for s in ((45, 50), (35, 50), (35, 50), (35,)))
     threshold = exact_threshold(a)
     expected = reference.masked_linear(x.double(), w.double(), a.double(), threshold.double(), bias.double())
-    assert_close(launch_product(x, w, a, threshold, bias, Tiles(16, 32, 16, splits=splits)), expected, "triton")
+    tiles = Tiles(16, 32, 16, splits=splits)
+    found = launch_product(x, w, a, threshold, bias, tiles)
+    assert_close(found, expected, "triton")
+    assert torch.equal(
+        found, launch_product(x, w, a, threshold, bias, tiles)
+    )  # partial sums in the order of the splits
+    dy = randn(45, 35)
+    dx = launch_product(dy, w.t(), a.t(), threshold, None, tiles)
+    mask = torch.where(a.abs() < threshold, 0.0, a.tanh().abs())
+    assert_close(dx, dy.double() @ (w * mask).double(), "triton")
 
 
 def test_masked_linear_by_triton_makes_only_the_wanted_gradient(triton):
@@ -149,12 +158,13 @@ def test_masked_linear_by_triton_is_one_launch_each_for_the_output_dx_and_the_la
     assert forward == ["_masked_product"] and backward == ["_masked_product", "_weight_gradient"]
 
 
-# CUDA for up to 16 rows of x, run by a CPU. Rows 1 to 16; outputs and inputs at, below and beyond a tile's borders,
-# aligned and not; the last ones are split.
+# CUDA for few rows of x, run by a CPU. Rows 1 to 16, in half precision up to 64; outputs and inputs at, below and
+# beyond a tile's borders, aligned and not; the last ones are split.
 
 FEW_ROWS = [
     (1, 1, 1), (2, 15, 8), (3, 17, 40), (4, 32, 31), (5, 33, 32), (6, 16, 33), (7, 8, 64), (8, 31, 65), (9, 48, 520),
     (10, 49, 96), (11, 64, 7), (12, 65, 24), (13, 3, 3072), (14, 40, 1537), (15, 2, 1600), (16, 96, 1024),
+    (17, 33, 72), (24, 40, 39), (32, 16, 136), (33, 20, 2120), (63, 31, 65), (64, 34, 1544),
 ]  # fmt: skip
 each_few_rows_dtype = pytest.mark.parametrize("dtype", arguments.DTYPES["masked_linear"], ids=str)
 
@@ -162,12 +172,50 @@ each_few_rows_dtype = pytest.mark.parametrize("dtype", arguments.DTYPES["masked_
 @each_few_rows_dtype
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), FEW_ROWS)
 def test_masked_linear_of_few_rows_takes_every_entry_once(few_rows, dtype, rows, outputs, inputs):
+    if rows > arguments.most_rows("masked_linear", dtype):
+        pytest.skip("few rows are fewer in float32")
     x, weight = whole(rows, inputs, dtype=dtype), whole(outputs, inputs, dtype=dtype)
     logits, bias = 20 * whole(outputs, inputs, dtype=dtype), whole(outputs, dtype=dtype)
     args = (x, weight, logits, torch.tensor(0.5, dtype=dtype), bias)
     assert torch.equal(few_rows.masked_linear(*args).double(), arguments.exact("masked_linear", args))
     args = (*map(arguments.misaligned, (x, weight, logits)), torch.tensor([0.5]), None)
     assert torch.equal(few_rows.masked_linear(*args).double(), arguments.exact("masked_linear", args))
+
+
+def split_arguments(rows=5, outputs=20, inputs=4096):
+    """Of one tile of outputs, which the emulated GPU's three multiprocessors share."""
+    x, weight, bias = (whole(*s, dtype=torch.bfloat16) for s in ((rows, inputs), (outputs, inputs), (outputs,)))
+    return x, weight, 20 * whole(outputs, inputs, dtype=torch.bfloat16), torch.tensor(0.5), bias
+
+
+def test_a_split_reduction_of_few_rows_is_one_launch(few_rows, emulated):
+    """The last split to end adds up; its counter is 0 again for the next call, whichever outputs that has."""
+    launched = emulated.library.emulation_launches
+    for args in (split_arguments(), split_arguments(3, 30), split_arguments(64, 1, 8192)):
+        before = launched()
+        assert torch.equal(few_rows.masked_linear(*args).double(), arguments.exact("masked_linear", args))
+        assert launched() - before == 2  # the emulation runs each call in two orders
+
+
+def test_a_captured_split_reduction_has_counters_of_its_own(few_rows, emulated):
+    """As long as there are any; then a second launch adds up, and calls that run at once still have the stream's."""
+    launched, capturing = emulated.library.emulation_launches, emulated.library.emulation_set_capturing
+    args = split_arguments(1, 1, 1024)
+    exact = arguments.exact("masked_linear", args)
+
+    def launches_of_a_call():
+        before = launched()
+        assert torch.equal(few_rows.masked_linear(*args).double(), exact)
+        return launched() - before
+
+    assert launches_of_a_call() == 2
+    try:
+        capturing(1)
+        found = [launches_of_a_call() for _ in range(1100)]
+    finally:
+        capturing(0)
+    assert found[0] == 2 and found[-1] == 4 and found == sorted(found)
+    assert launches_of_a_call() == 2
 
 
 def special_logits(*shape):
@@ -181,7 +229,13 @@ def special_logits(*shape):
 @pytest.mark.parametrize("threshold", [0.0, 0.3, NAN])
 def test_masked_linear_of_few_rows_is_accurate(few_rows, instruction_errors, dtype, threshold):
     threshold = torch.tensor(threshold, dtype=dtype)
-    args = (torch.randn(16, 200), torch.randn(40, 200), special_logits(40, 200), threshold, torch.randn(40))
+    args = (
+        torch.randn(arguments.most_rows("masked_linear", dtype), 200),
+        torch.randn(40, 200),
+        special_logits(40, 200),
+        threshold,
+        torch.randn(40),
+    )
     args = [a.to(dtype) for a in args]
     y = few_rows.masked_linear(*args)
     assert_close(y, reference.masked_linear(*double(args)), arguments.KINDS[dtype])
@@ -253,8 +307,11 @@ def test_masked_linear_of_few_rows_refuses_bad_tensors(few_rows, how):
 
 def test_masked_linear_of_few_rows_refuses_other_bad_arguments(few_rows):
     x, *rest = arguments.valid("masked_linear")
+    with pytest.raises(RuntimeError, match="65 rows, more than 64"):
+        few_rows.masked_linear(x.new_zeros(65, 10), *rest)
+    in_float32 = [t.float() for t in rest]
     with pytest.raises(RuntimeError, match="17 rows, more than 16"):
-        few_rows.masked_linear(x.new_zeros(17, 10), *rest)
+        few_rows.masked_linear(torch.zeros(17, 10), *in_float32)
     with pytest.raises(RuntimeError, match="threshold must have one entry, not 2"):
         few_rows.masked_linear(x, *rest[:2], torch.zeros(2), None)
 
@@ -264,7 +321,9 @@ def test_masked_linear_of_few_rows_says_what_it_does_not_serve():
     refused = lambda *args: arguments.refusal("masked_linear", *args)  # noqa: E731
     assert refused(x, weight, logits, threshold, bias) == "" == refused(x[0], weight, logits, threshold, None)
     assert refused(torch.zeros(0, 5, 10).half(), weight, logits, threshold.half(), None) == ""
-    assert "20 rows of x" in refused(x.new_zeros(4, 5, 10), weight, logits, threshold, bias)
+    assert "68 rows of x are more than 64" in refused(x.new_zeros(4, 17, 10), weight, logits, threshold, bias)
+    in_float32 = [t.float() for t in (weight, logits, threshold, bias)]
+    assert "20 rows of x are more than 16" in refused(torch.zeros(4, 5, 10), *in_float32)
     for args in (
         (x.float(), weight, logits, threshold, bias),
         (x, weight, logits.float(), threshold, bias),
@@ -288,9 +347,10 @@ def test_masked_linear_of_few_rows_takes_any_strides_and_leading_dimensions():
 
 @pytest.mark.skipif(bool(registry.problem("cuda")), reason=registry.problem("cuda") or "there is one")
 @each_few_rows_dtype
-@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("rows", [1, 5, 16, 64])
 def test_masked_linear_of_few_rows_on_a_gpu(rows, dtype):
-    assert rows <= arguments.MAX_ROWS
+    if rows > arguments.most_rows("masked_linear", dtype):
+        pytest.skip("few rows are fewer in float32")
     x, weight, logits = (torch.randn(*s).to("cuda", dtype) for s in ((rows, 1000), (1024, 1000), (1024, 1000)))
     args = (x, weight, logits, torch.zeros((), device="cuda", dtype=dtype))
     ours, theirs = ops.masked_linear(*args, backend="cuda"), reference.masked_linear(*args)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.arguments import valid
 from support.backends import NATIVE, on
 from support.comparing import NAN, check
 from support.refusals import assert_kernel_refuses, assert_refused, changed, each_change, whoever_is_asked
@@ -128,3 +129,24 @@ def test_masked_weights_by_triton_refuse_other_dtypes(triton, change, message):
         ops.masked_weights(**given, backend="triton")
     with pytest.raises(InputError, match=message):
         triton.masked_weights(**given)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("masked_weights", "thresholds"),
+        ("weight_drift", "thresholds"),
+        ("weight_drift", "logits"),
+        ("masked_weights_drift", "thresholds"),
+        ("masked_weights_drift", "previous"),
+        ("masked_linear", "threshold"),
+        ("masked_conv2d", "threshold"),
+    ],
+)
+def test_a_tensor_of_another_dtype_goes_to_the_definition(op, name):
+    """The extension computes in float32 alone."""
+    args = valid(op)
+    args[name] = args[name].detach().double()
+    found, expected = getattr(ops, op)(**args), getattr(reference, op)(**args)
+    torch.testing.assert_close(found, expected)

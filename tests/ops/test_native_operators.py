@@ -14,6 +14,8 @@ from torch.library import opcheck
 ALSO = {
     "cpu_isa",
     "checksum",  # the CPU's alone: see test_checksum
+    "masked_weight",  # the CPU's alone, as its backward: see below
+    "masked_weight_backward",
     "masked_linear",
     "chunk_masked_linear",
 }  # the two others: see test_masked_linear and test_chunk_masked_linear
@@ -168,6 +170,22 @@ def test_other_bad_arguments_are_refused(operators):
         operators.masked_weights_backward(grads[:1], *rest)
     with pytest.raises(RuntimeError, match="one chunk"):
         operators.output_drift(torch.randn(3, 2, 6), *valid["output_drift"][1:])
+
+
+@pytest.mark.native
+def test_one_masked_weight_and_its_backward():
+    torch.use_deterministic_algorithms(False)  # as in test_opcheck
+    weight, logits, grad, threshold = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0.3])
+    calls = {"masked_weight": (weight, logits, threshold), "masked_weight_backward": (grad, weight, logits, threshold)}
+    for name, args in calls.items():
+        called = getattr(EXTENSION, name)
+        opcheck(called.default, args)
+        for i in range(len(args)):
+            for how in ("dtype", "stride", "shape"):
+                bad = replaced(args[i], how) if how != "shape" else args[i].new_ones(2, 2)
+                if bad is not None:
+                    with pytest.raises(RuntimeError, match=f"^{name}: "):
+                        called(*args[:i], bad, *args[i + 1 :])
 
 
 @each_device

@@ -11,7 +11,7 @@ from support import internals
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, ops
-from hypermask_fast.ops import paths, reference, registry
+from hypermask_fast.ops import estimates, paths, reference, registry
 
 GPU = "NVIDIA H200"
 
@@ -71,11 +71,18 @@ def test_the_estimate_without_a_table(gpu):
     assert path("masked_conv2d", conv(32, 32, 32, 32, 3)) == "mask first"
     assert path("masked_conv2d", conv(1, 2048, 2048, 7, 3)) == "fused"
     choice = choose("masked_linear", linear(16))
-    assert choice.why.startswith("fused: 16 rows of 4096 -> 4096 in bfloat16: fused 18.4 us, mask first 31.3 us")
-    assert "mask first 31.3 us, estimated for H200: no table of NVIDIA H200; " in choice.why
-    assert "; cuda before triton, unmeasured: up to 16 rows W's bytes decide" in choice.why
+    assert choice.why.startswith("fused: 16 rows of 4096 -> 4096 in bfloat16: fused 18.4 us (67.4 MB, ")
+    assert (
+        "mask first 31.3 us (134 MB, 35.7 MB through L2), estimated for H200: no table of NVIDIA H200; " in choice.why
+    )
+    assert "; cuda before triton, unmeasured: with so few rows W's bytes decide" in choice.why
     assert choice.order == ("cuda", "triton")
-    assert "before" not in choose("masked_linear", linear(17)).why
+    assert choose("masked_linear", linear(32)).order == ("cuda", "triton")
+    by_triton = choose("masked_linear", linear(64))  # whose tiles have twice the outputs, and so half the reads of x
+    assert by_triton.order == ("triton", "cuda") and by_triton.path == "fused"
+    assert "reads x more often: forward 23.5 us (68.2 MB, 134 MB through L2)" in by_triton.why
+    assert "before" not in choose("masked_linear", linear(65)).why
+    assert "before" not in choose("masked_linear", linear(17, dtype=torch.float32)).why
     x, weight = linear(5)[:2]
     hidden, layer, shift = torch.empty(10, 4), torch.empty(100, 4), torch.empty(100)
     choice = choose("chunk_masked_linear", (x, weight, hidden, layer, shift, 0, torch.zeros(1)))
@@ -85,28 +92,107 @@ def test_the_estimate_without_a_table(gpu):
 
 def test_the_estimate_by_hand():
     """One row of a 1000 x 1000 float32 layer on a GPU of round rates, worked out term by term."""
-    slow = paths.Gpu("slow", bytes=1e9, float32=1e12, tf32=1e12, half=1e12, tanh=1e12)
-    call = paths.Call("masked_linear", 1, 1000, 1000, "float32", 4, gradient=False)
+    slow = estimates.Gpu("slow", bytes=1e9, float32=1e12, tf32=1e12, half=1e12, tanh=1e12)
+    call = estimates.Call("masked_linear", 1, 1000, 1000, "float32", 4, gradient=False)
     io = 4 * 2000
-    fused, first = paths.estimate(call, slow)
+    fused, first = estimates.estimate(call, slow)
     assert fused == pytest.approx((8e6 + io) / 0.85e9)
     assert first == pytest.approx(12e6 / 1e9 + (4e6 + io) / 1e9)
-    fused, first = paths.estimate(paths.Call("masked_linear", 1, 1000, 1000, "float32", 4, True), slow)
+    fused, first = estimates.estimate(estimates.Call("masked_linear", 1, 1000, 1000, "float32", 4, True), slow)
     assert fused == pytest.approx((2 * (8e6 + io) + 16e6 + io) / 0.85e9 + 8e-3)
     assert first == pytest.approx(12e-3 + 3 * (4e6 + io) / 1e9 + 20e-3)
-    no_tanh = paths.Gpu("no tanh", bytes=1e20, float32=1e20, tf32=1e20, half=1e20, tanh=1e6)
-    many = paths.Call("masked_linear", 1024, 10, 100, "bfloat16", 2, gradient=False)
-    assert paths.estimate(many, no_tanh) == pytest.approx((8 * 1000 / 1e6, 1000 / 1e6))
+    no_tanh = estimates.Gpu("no tanh", bytes=1e20, float32=1e20, tf32=1e20, half=1e20, tanh=1e6, l2=1e20)
+    many = estimates.Call("masked_linear", 1024, 10, 100, "bfloat16", 2, gradient=False)
+    assert estimates.estimate(many, no_tanh) == pytest.approx((16 * 1000 / 1e6, 1000 / 1e6))  # tiles of 64 rows
+
+
+def test_the_estimate_counts_what_tiles_read_through_l2():
+    """256 rows of 4096 x 4096: as 64 x 64 tiles 403 MB and 70 us; as (128, 256) in 4 splits less than half."""
+    call = estimates.Call("masked_linear", 256, 4096, 4096, "bfloat16", 2, gradient=False)
+    found = estimates.count(call, estimates.H200)
+    weights, x, y, partial = 2 * 2 * 4096**2, 32 * 2 * 256 * 4096, 2 * 256 * 4096, 8 * 4 * 256 * 4096
+    assert found.fused.l2 == weights + x + y + partial and 165e6 < found.fused.l2 < 175e6
+    assert found.fused.seconds == pytest.approx(found.fused.l2 / 5.7e12) and 25e-6 < found.fused.seconds < 35e-6
+    few = dataclasses.replace(call, rows=64)
+    assert estimates.count(few, estimates.H200).fused.seconds < 20e-6
+    slow = dataclasses.replace(estimates.H200, l2=1e12)
+    assert estimates.count(call, slow).fused.seconds == pytest.approx(found.fused.l2 / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("op", "more"),
+    [
+        ("masked_conv2d", {"taps": 9, "convolution": True}),
+        ("chunk_masked_linear", {"generated": True, "chunk_size": 8000, "width": 100}),
+        ("chunk_masked_conv2d", {"taps": 9, "convolution": True, "generated": True, "chunk_size": 8000, "width": 100}),
+        ("task_batched_linear", {"tasks": 10}),
+    ],
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_every_layer_counts_l2(op, more, gradient):
+    """More of it with more rows on either path, and where nothing else takes time it is what the time is."""
+    call = estimates.Call(op, 64, 1152, 1152, "bfloat16", 2, gradient=gradient, **more)
+    l2_only = estimates.Gpu("l2", bytes=1e30, float32=1e30, tf32=1e30, half=1e30, tanh=1e30, l2=1e9)
+    few, many = (estimates.count(dataclasses.replace(call, rows=rows), l2_only) for rows in (64, 4096))
+    for path in ("fused", "first", "kept"):
+        before, after = getattr(few, path), getattr(many, path)
+        assert 1152**2 * 2 <= before.l2 < after.l2
+        assert before.seconds == pytest.approx(before.l2 / 1e9)
+
+
+def test_without_a_table_many_rows_mask_first(gpu):
+    """Whatever was counted: the library's product is known, a fused kernel that nobody has timed is not."""
+    choice = choose("masked_linear", linear(128))
+    assert choice.path == "mask first" and "unmeasured, so mask first above 64 rows" in choice.why
+    assert "fused 20.8 us" in choice.why and "mask first 32.2 us" in choice.why
+    write(gpu, entry(rows=128, fused_us=20.0))
+    paths.tables.cache_clear(), paths._decide.cache_clear()
+    assert path("masked_linear", linear(128)) == "fused"
+
+
+def test_many_tasks_are_counted_as_one_launch_against_two_each(gpu):
+    """A batch that meets every task; one that is dealt out by task ids stays fused: nothing waits for the device."""
+    weight, logits = torch.empty(1).expand(1000, 1024), torch.empty(1).expand(10, 1000, 1024)
+    limits, ids = torch.zeros(10), torch.zeros(256, dtype=torch.int64)
+
+    def of(rows, ids=None):
+        return choose("task_batched_linear", (torch.empty(1).expand(rows, 1024), weight, logits, limits, ids))
+
+    assert of(64).path == "fused" and "10 tasks, each 64 rows of 1024 -> 1000 in float32" in of(64).why
+    assert of(65536).path == "mask first" and "MB through L2" in of(65536).why
+    grouped = of(256, ids)
+    assert grouped.path == "fused" and "10 tasks, each 32 rows" in grouped.why and "wait for the device" in grouped.why
+
+
+def test_ops_that_generate_logits_decide_by_the_count(gpu):
+    """In one kernel with few rows; W * m first where each residue's pass over the layer takes longer. Either is said,
+    and what keeping W * m from call to call would take."""
+
+    def of(rows):
+        x, weight = linear(rows)[:2]
+        hidden, layer, shift = (torch.empty(1).expand(s) for s in ((2098, 100), (8000, 100), (8000,)))
+        return choose("chunk_masked_linear", (x, weight, hidden, layer, shift, 0, torch.zeros(1)))
+
+    assert of(16).path == of(64).path == of(4096).path == "fused"
+    assert "in one kernel 26.7 us" in of(16).why and of(16).order == ("cuda", "triton")
+    assert "the op makes W * m once, then the library multiplies: 26.5 us" in of(64).why
+    assert of(64).order == ("triton", "cuda")
+    assert "W * m kept from call to call 7.86 us (33.8 MB, " in of(16).why
+    call = estimates.Call(
+        "chunk_masked_linear", 16, 4096, 4096, "bfloat16", 2, False, generated=True, chunk_size=8000, width=100
+    )
+    assert estimates.in_one_kernel(call, estimates.H200)
+    assert not estimates.in_one_kernel(dataclasses.replace(call, rows=64), estimates.H200)
 
 
 @pytest.mark.parametrize(("dtype", "size", "lines"), [("bfloat16", 2, 5), ("float32", 4, 9)])
 def test_the_estimate_counts_the_lines_that_a_window_is_read_in(dtype, size, lines):
     """32 neighbours along the channels, 9 entries apart, take 5 lines of 128 bytes, or 9; one tap hides behind tanh."""
-    call = paths.Call("masked_conv2d", 7, 1024, 9216, dtype, size, gradient=False, taps=9)
-    fused, _ = paths.estimate(call, paths.H200)
+    call = estimates.Call("masked_conv2d", 7, 1024, 9216, dtype, size, gradient=False, taps=9)
+    fused, _ = estimates.estimate(call, estimates.H200)
     assert fused == pytest.approx(1024 * 9216 * lines / 3.7e12)
-    assert 0.6 < (2 * 1024 * 9216 * size / paths.H200.bytes) / fused < 0.85
-    plain, _ = paths.estimate(dataclasses.replace(call, taps=1), paths.H200)
+    assert 0.6 < (2 * 1024 * 9216 * size / estimates.H200.bytes) / fused < 0.85
+    plain, _ = estimates.estimate(dataclasses.replace(call, taps=1), estimates.H200)
     assert plain < fused and plain == pytest.approx((2 * size * 1024 * 9216 + 7 * 10240 * size) / 0.85 / 4.3e12)
 
 
@@ -144,9 +230,9 @@ def test_whether_float32_is_tf32(gpu, settings, change, products, convolutions):
     for (op, args), tf32 in zip(calls, (products, convolutions), strict=True):
         rows = 8192 if op == "masked_linear" else 32 * 32 * 32
         outputs, reduced, taps = args[1].shape[0], args[1].shape[1:].numel(), args[1].shape[2:].numel()
-        call = paths.Call(op, rows, outputs, reduced, "float32", 4, False, taps, tf32)
-        fused, first = (1e6 * seconds for seconds in paths.estimate(call, paths.H200))
-        assert f"fused {fused:.3g} us, mask first {first:.3g} us" in choose(op, args).why
+        call = estimates.Call(op, rows, outputs, reduced, "float32", 4, False, taps, tf32)
+        fused, first, _ = estimates.count(call, estimates.H200)
+        assert f"fused {fused}, mask first {first}" in choose(op, args).why
 
 
 def test_a_table_decides(gpu):

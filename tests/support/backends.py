@@ -204,7 +204,7 @@ class Emulated:
 
 def with_defaults(settings: tuple) -> tuple:
     """Adam's settings from beta1 on, all of them."""
-    defaults = 0.9, 0.999, 1e-8, 0.0, False, False
+    defaults = 0.9, 0.999, 1e-8, 0.0, False, False, 0
     return *settings, *defaults[len(settings) :]
 
 

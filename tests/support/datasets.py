@@ -1,6 +1,7 @@
 """Small data sets in the formats in which the real ones are published."""
 
 import io
+import pickle
 import struct
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def smooth(rng, side):
     """An image that JPEG keeps well: a colour that rises from left to right."""
     colour = rng.integers(40, 160, 3)
     return (colour + np.arange(side)[None, :, None] * 64 // side + np.zeros((side, 1, 1), int)).astype(np.uint8)
+
+
+def write_cifar100(root: Path, per_class: int) -> None:
+    """CIFAR-100's pickles, of so many training images and one test image a class, in a shuffled order; every pixel of
+    an image is its label."""
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+    for name, repeats in (("train", per_class), ("test", 1)):
+        labels = np.random.default_rng(0).permutation(np.repeat(np.arange(100), repeats))
+        images = np.repeat(labels.astype(np.uint8)[:, None], 3072, 1)
+        (folder / name).write_bytes(pickle.dumps({"data": images, "fine_labels": labels.tolist()}))
 
 
 def write_tiny_imagenet(root: Path) -> dict[tuple[int, int], np.ndarray]:

@@ -1,4 +1,4 @@
-"""masked_linear and chunk_masked_linear of csrc/cuda for up to 16 rows, run by a CPU, and arguments for them.
+"""masked_linear and chunk_masked_linear of csrc/cuda for few rows, run by a CPU, and arguments for them.
 
 Most arguments are whole numbers, and logits whose mask is exactly 0 or 1: every sum is exact in every dtype, so that
 one entry too many, too few or in the wrong place shows.
@@ -19,7 +19,7 @@ from hypermask_fast.ops.native import few_rows
 from support.tolerances import assert_close
 
 OPS = ("masked_linear", "chunk_masked_linear")
-MAX_ROWS, MAX_WIDTH = few_rows.MAX_ROWS, few_rows.MAX_WIDTH
+MAX_WIDTH = few_rows.MAX_WIDTH
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = {"masked_linear": (torch.float32, *HALVES), "chunk_masked_linear": HALVES}  # what each op takes
 KINDS = {torch.float32: "sum", torch.float16: "float16", torch.bfloat16: "bfloat16"}  # of tolerances
@@ -77,6 +77,11 @@ def with_forward_of_the_definition(op: str) -> Callable:
         backward, setup_context = map(staticmethod, gradient(op))
 
     return Op.apply
+
+
+def most_rows(op: str, dtype: torch.dtype) -> int:
+    """Of x, that the backend serves."""
+    return 64 if op == "masked_linear" and dtype in HALVES else 16
 
 
 # Arguments

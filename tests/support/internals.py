@@ -8,18 +8,32 @@ import pytest
 from hypermask_fast.ops import paths, registry
 
 
+def nothing_was_chosen(patch: pytest.MonkeyPatch) -> None:
+    """As at the start of a process: who serves a kind of call is found out anew, and not remembered afterwards."""
+    patch.setattr(registry, "_choices", {})
+
+
+def most_choices(patch: pytest.MonkeyPatch, count: int) -> None:
+    """So many kinds of calls are remembered."""
+    nothing_was_chosen(patch)
+    patch.setattr(registry, "_MOST_CHOICES", count)
+
+
 def missing(patch: pytest.MonkeyPatch, **why: str) -> None:
     """These backends are not to be had, for these reasons; "" makes one available."""
+    nothing_was_chosen(patch)
     for backend, problem in why.items():
         patch.setitem(registry._problems, backend, problem)
 
 
 def automatic(patch: pytest.MonkeyPatch, device: str, *backends: str) -> None:
     """What is tried on a device where nobody asks for a backend."""
+    nothing_was_chosen(patch)
     patch.setitem(registry._AUTOMATIC, device, backends)
 
 
 def nobody_was_warned(patch: pytest.MonkeyPatch) -> None:
+    nothing_was_chosen(patch)
     patch.setattr(registry, "_warned", set())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,16 +16,16 @@ _FOLDERS = ("tiny-imagenet-200", "tiny-imagenet", "tiny_imagenet")
 _SIDE = 64
 
 
-def read_tiny_imagenet(directory: str | Path, num_classes: int = 200) -> RawImages:
+def read_tiny_imagenet(directory: str | Path, classes: Sequence[int] = range(200)) -> RawImages:
     """train/<class>/images/*.JPEG for training and val/ for testing (the archive's own test images have no
     labels).
 
     Args:
         directory: that folder, or one with it below under a usual name.
-        num_classes: only the first so many classes of wnids.txt are read; a class's label is its line there.
+        classes: only these are read; a class's number, and the label of its images, is its line in wnids.txt, from 0.
 
     Returns:
-        images (n, 3, 64, 64) uint8 and labels: training by class, then file name; test in
+        images (n, 3, 64, 64) uint8 and labels: training by class, as they are given, then file name; test in
         val_annotations.txt's order.
 
     Raises:
@@ -33,12 +34,12 @@ def read_tiny_imagenet(directory: str | Path, num_classes: int = 200) -> RawImag
     ids = find(directory, _FOLDERS, ["wnids.txt"], "Tiny ImageNet")
     root = ids.parent
     wnids = _lines(ids)
-    if len(wnids) < num_classes or len(set(wnids)) != len(wnids):
-        raise InputError(f"{ids} must list {num_classes} or more distinct classes, it has {len(set(wnids))}")
+    if len(wnids) <= max(classes) or len(set(wnids)) != len(wnids):
+        raise InputError(f"{ids} must list {max(classes) + 1} or more distinct classes, it has {len(set(wnids))}")
     for wnid in wnids:
         if not re.fullmatch(r"\w{1,100}", wnid, re.ASCII):  # it names a folder
             raise InputError(f"{ids} has {wnid[:100]!r} where the name of a class belongs")
-    labels = {wnid: c for c, wnid in enumerate(wnids[:num_classes])}
+    labels = {wnids[c]: c for c in classes}
     return RawImages(*_read_train(root / "train", labels), *_read_val(root / "val", labels))
 
 

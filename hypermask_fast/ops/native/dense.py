@@ -9,19 +9,20 @@ from . import contiguous, operator
 _STATIC_SHARED = 256  # bytes that the GPU's kernel over the dense layer has besides, at most
 
 
-def _shared_memory_problem(hidden: Tensor, tasks: int) -> str:
+def _shared_memory_problem(hidden: Tensor, tasks: int, makes_weights: bool = False, steps_weights: bool = False) -> str:
     """Why the GPU's kernel over the dense layer can't hold its tiles, the hidden vectors and the factors."""
     if not hidden.is_cuda:
         return ""
     width = hidden.shape[-1]
-    needed = dense_shared_bytes(tasks, width) + _STATIC_SHARED
+    needed = dense_shared_bytes(tasks, width, makes_weights, steps_weights) + _STATIC_SHARED
     there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
     return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
 
 
-def dense_shared_bytes(tasks: int, width: int) -> int:
+def dense_shared_bytes(tasks: int, width: int, makes_weights: bool, steps_weights: bool) -> int:
     """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout`, for tensors that begin on 16 bytes."""
-    pack, tiles = (4, 4) if width % 4 == 0 else (1, 5)
+    pack = 4 if width % 4 == 0 else 1
+    tiles = 2 + 2 * steps_weights + (makes_weights and pack == 1)
     packs = width // pack
     rows = 4 * min(max(256 // packs, 1), 64)
     stride = (packs | 1) * 4 if pack == 4 else packs
@@ -44,7 +45,7 @@ def output_drift_condition(hidden, weight, bias, targets):
         return "the layer is chunked; see chunked_output_drift"
     if targets.shape[1] != weight.shape[0]:
         return "the targets are not of the layer's whole output"
-    return _shared_memory_problem(hidden, hidden.shape[0])
+    return _shared_memory_problem(hidden, hidden.shape[0], makes_weights=True)
 
 
 def _output_drift_setup(ctx, inputs, output):
@@ -76,10 +77,11 @@ _MOST_TASKS = 32
 
 
 def hypernet_logits(hidden, weight, bias, size):
-    rows = hidden[:, 0].contiguous()
-    if len(rows) == 1:
-        return _hypernet_logits_operator(rows[0], weight.contiguous(), bias.contiguous()).unsqueeze(0)
-    return _hypernet_logits_operator(rows, weight.contiguous(), bias.contiguous())
+    tasks, _, width = hidden.shape  # of one chunk: reshaping has a cheaper gradient than to select it
+    if tasks == 1:
+        row = hidden.reshape(width).contiguous()
+        return _hypernet_logits_operator(row, weight.contiguous(), bias.contiguous()).unsqueeze(0)
+    return _hypernet_logits_operator(hidden.reshape(tasks, width).contiguous(), weight.contiguous(), bias.contiguous())
 
 
 def hypernet_logits_form(hidden, weight, bias, size):
@@ -140,15 +142,14 @@ def _stepping(step, stepped, tensors, settings):
     everything = (t.detach() for t in (*before, *tensors[stepped], *behind))
     result = step(*everything, *settings)
     if not torch.compiler.is_compiling():
-        for t in tensors[stepped]:
-            torch.autograd.graph.increment_version(t)
+        torch.autograd.graph.increment_version(tensors[stepped])
     return result
 
 
 def hypernet_adam_condition(hidden, *rest):
     if not all(t.is_contiguous() for t in (hidden, *rest)[_STEPPED]):  # a copy would be stepped in its place
         return "weight, bias and their moments are not contiguous"
-    return _shared_memory_problem(hidden, hidden.shape[0])
+    return _shared_memory_problem(hidden, hidden.shape[0], makes_weights=True, steps_weights=True)
 
 
 _hypernet_adam_operator = operator(
@@ -205,7 +206,7 @@ def factored_adam(*args):
 def factored_adam_condition(factors, scales, hidden, *rest):
     if not all(t.is_contiguous() for t in rest[:3]):  # a copy would be stepped in its place
         return "weight and its moments are not contiguous"
-    return _shared_memory_problem(hidden, hidden.shape[0])
+    return _shared_memory_problem(hidden, hidden.shape[0], makes_weights=True, steps_weights=True)
 
 
 _factored_adam_operator = operator("factored_adam", lambda *args: None)

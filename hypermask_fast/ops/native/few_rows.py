@@ -1,4 +1,4 @@
-"""masked_linear and chunk_masked_linear by CUDA for up to 16 rows of x, where the bytes of W decide the time.
+"""masked_linear and chunk_masked_linear by CUDA for few rows of x, where the bytes of W decide the time.
 
 Their backward passes are Triton's kernels where Triton is there, which keep no logits of a chunked hypernetwork in
 memory; else PyTorch's own products on the mask in float32: right in every dtype, not fast.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference, registry, triton
-from ..paths import MAX_ROWS
+from ..paths import FEWEST_ROWS, few_rows
 from . import operator
 
 MAX_WIDTH = 512  # of the hypernetwork; shared memory holds a block's hidden vectors and output layer
@@ -121,11 +121,13 @@ def chunk_masked_linear(x, weight, hidden, output_weight, output_bias, start, th
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _layer_condition(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, *others: Tensor) -> str:
+def _layer_condition(
+    most_rows: int, x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, *others: Tensor
+) -> str:
     layer = [weight, *others, *([] if bias is None else [bias])]
     rows = math.prod(x.shape[:-1])
-    if rows > MAX_ROWS:
-        return f"{rows} rows of x are more than {MAX_ROWS}"
+    if rows > most_rows:
+        return f"{rows} rows of x are more than {most_rows}"
     if any(t.dtype != x.dtype for t in layer) or threshold.dtype not in (x.dtype, torch.float32):
         return "x and the layer differ in dtype"
     kind = x.device.type
@@ -135,11 +137,12 @@ def _layer_condition(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor 
 
 
 def masked_linear_condition(x, weight, logits, threshold, bias):
-    return _layer_condition(x, weight, threshold, bias, logits)
+    most_rows = few_rows(str(x.dtype).removeprefix("torch."))
+    return _layer_condition(most_rows, x, weight, threshold, bias, logits)
 
 
 def chunk_masked_linear_condition(x, weight, hidden, output_weight, output_bias, start, threshold, bias):
-    if problem := _layer_condition(x, weight, threshold, bias, hidden, output_weight, output_bias):
+    if problem := _layer_condition(FEWEST_ROWS, x, weight, threshold, bias, hidden, output_weight, output_bias):
         return problem
     (outputs, inputs), (chunk_size, width) = weight.shape, output_weight.shape
     if width > MAX_WIDTH:

@@ -26,7 +26,10 @@ def recorded(operator: Any, backward: Callable[..., Any], setup: Callable[..., N
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            if all(grad is None for grad in grads):
+            for grad in grads:
+                if grad is not None:
+                    break
+            else:
                 return (None,) * len(ctx.needs_input_grad)
             return shape.flat_gradients(backward(ctx, *shape.gradients(grads)))
 

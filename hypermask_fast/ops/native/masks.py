@@ -9,8 +9,19 @@ from torch import Tensor
 from . import contiguous, operator
 
 
-def same_dtype(weights: Sequence[Tensor], like: Tensor) -> str:
-    return "" if all(w.dtype == like.dtype for w in weights) else "the weights and logits differ in dtype"
+def same_dtype(weights: Sequence[Tensor], like: Tensor, *others: Tensor | None) -> str:
+    for weight in weights:
+        if weight.dtype != like.dtype:
+            return "the weights and logits differ in dtype"
+    for other in others:
+        if other is not None and other.dtype != like.dtype:
+            return f"the weights are {like.dtype}, and others of the tensors {other.dtype}"
+    return ""
+
+
+def _without_gradient(thresholds: Tensor) -> Tensor:
+    """Contiguous, and no part of a graph: a threshold has no gradient."""
+    return (thresholds.detach() if thresholds.requires_grad else thresholds).contiguous()
 
 
 def _zeros_for_unused(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -22,7 +33,7 @@ def _zeros_for_unused(grads: Sequence[Tensor | None], outputs: Sequence[Tensor])
 
 
 def semi_binary_mask(logits, threshold):
-    return _semi_binary_mask_operator(logits.contiguous(), threshold.detach().contiguous())
+    return _semi_binary_mask_operator(logits.contiguous(), _without_gradient(threshold))
 
 
 def semi_binary_mask_condition(logits, threshold):
@@ -58,11 +69,11 @@ _semi_binary_mask_backward_operator = operator(
 
 
 def masked_weights(weights, logits, thresholds, offsets):
-    return _masked_weights_operator(contiguous(weights), logits.contiguous(), thresholds.detach().contiguous(), offsets)
+    return _masked_weights_operator(contiguous(weights), logits.contiguous(), _without_gradient(thresholds), offsets)
 
 
 def masked_weights_condition(weights, logits, thresholds, offsets):
-    return same_dtype(weights, logits)
+    return same_dtype(weights, logits, thresholds)
 
 
 def _masked_weights_setup(ctx, inputs, output):
@@ -98,14 +109,14 @@ _masked_weights_backward_operator = operator(
 
 def weight_drift(weights, previous, offsets, norm, logits, thresholds):
     if logits is not None:
-        logits, thresholds = logits.contiguous(), thresholds.detach().contiguous()
+        logits, thresholds = logits.contiguous(), _without_gradient(thresholds)
     return _weight_drift_operator(
-        contiguous(weights), previous.detach().contiguous(), offsets, norm, logits, thresholds
+        contiguous(weights), _without_gradient(previous), offsets, norm, logits, thresholds
     ).sum()
 
 
 def weight_drift_condition(weights, previous, offsets, norm, logits, thresholds):
-    return same_dtype(weights, previous)
+    return same_dtype(weights, previous, logits, thresholds)
 
 
 def _weight_drift_setup(ctx, inputs, output):
@@ -146,16 +157,16 @@ def masked_weights_drift(weights, logits, thresholds, offsets, previous, norm):
     masked, norms = _masked_weights_drift_operator(
         contiguous(weights),
         logits.contiguous(),
-        thresholds.detach().contiguous(),
+        _without_gradient(thresholds),
         offsets,
-        previous.detach().contiguous(),
+        _without_gradient(previous),
         norm,
     )
     return masked, norms.sum()
 
 
 def masked_weights_drift_condition(weights, logits, thresholds, offsets, previous, norm):
-    return same_dtype(weights, logits)
+    return same_dtype(weights, logits, thresholds, previous)
 
 
 def _masked_weights_drift_setup(ctx, inputs, output):
@@ -194,8 +205,27 @@ _masked_weights_drift_backward_operator = operator(
 
 
 def _masked_weight(weight, logits, threshold):
-    (masked,) = masked_weights([weight], logits.reshape(-1), threshold.reshape(1), [0, weight.numel()])
-    return masked
+    return _masked_weight_operator(weight.contiguous(), logits.contiguous(), _without_gradient(threshold))
+
+
+def _masked_weight_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _masked_weight_backward(ctx, grad):
+    return *_masked_weight_backward_operator(grad.contiguous(), *ctx.saved_tensors), None
+
+
+_masked_weight_operator = operator(
+    "masked_weight",
+    lambda weight, logits, threshold: torch.empty_like(weight),
+    _masked_weight_backward,
+    _masked_weight_setup,
+)
+_masked_weight_backward_operator = operator(
+    "masked_weight_backward",
+    lambda grad, weight, logits, threshold: (torch.empty_like(weight), torch.empty_like(logits)),
+)
 
 
 def masked_linear(x, weight, logits, threshold, bias):
@@ -207,4 +237,4 @@ def masked_conv2d(x, weight, logits, threshold, bias, stride, padding, dilation,
 
 
 def layer_condition(x, weight, logits, threshold, *rest):
-    return "" if weight.dtype == logits.dtype else "weight and logits differ in dtype"
+    return "" if weight.dtype == logits.dtype == threshold.dtype else "weight, logits and threshold differ in dtype"

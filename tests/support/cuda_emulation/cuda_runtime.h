@@ -191,8 +191,11 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATION_CALLER) {
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaSharedCarveout { cudaSharedmemCarveoutDefault = -1, cudaSharedmemCarveoutMaxShared = 100 };
 using cudaStream_t = void*;
+inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -202,11 +205,29 @@ struct cudaLaunchConfig_t {
 namespace emulation {
 constexpr int kProcessors = 3;
 constexpr size_t kSharedDefault = 48 * 1024, kSharedLimit = 227 * 1024, kParameterBytes = 4096;
-inline std::map<const void*, size_t>& shared_limits() {  // by kernel, as cudaFuncSetAttribute raised them
-  static std::map<const void*, size_t> limits;
-  return limits;
+struct SharedMemory {  // of a kernel, as cudaFuncSetAttribute set it
+  size_t limit = kSharedDefault;
+  int carveout = -1;
+};
+inline std::map<const void*, SharedMemory>& shared_memory() {
+  static std::map<const void*, SharedMemory> of_kernels;
+  return of_kernels;
 }
 }  // namespace emulation
+
+namespace emulation {
+inline bool capturing = false;  // what the stream says; what is launched runs all the same
+inline int launches = 0;        // of kernels so far
+}  // namespace emulation
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+template <class T>
+inline cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid value" : "invalid configuration";
@@ -216,14 +237,22 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   *value = which == cudaDevAttrMultiProcessorCount ? emulation::kProcessors : static_cast<int>(emulation::kSharedLimit);
   return cudaSuccess;
 }
+// Stricter than CUDA: a memset of nothing is a launch for nothing.
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  if (bytes) std::memset(memory, value, bytes);
+  if (bytes == 0) return cudaErrorInvalidValue;
+  std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 template <class... P>
-inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > emulation::kSharedLimit) return cudaErrorInvalidValue;
-  emulation::shared_limits()[reinterpret_cast<const void*>(kernel)] = bytes;
+inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute which, int value) {
+  emulation::SharedMemory& of_kernel = emulation::shared_memory()[reinterpret_cast<const void*>(kernel)];
+  if (which == cudaFuncAttributePreferredSharedMemoryCarveout) {
+    if (value < -1 || value > 100) return cudaErrorInvalidValue;
+    of_kernel.carveout = value;
+  } else {
+    if (value < 0 || static_cast<size_t>(value) > emulation::kSharedLimit) return cudaErrorInvalidValue;
+    of_kernel.limit = max(static_cast<size_t>(value), emulation::kSharedDefault);
+  }
   return cudaSuccess;
 }
 template <class... P>
@@ -235,11 +264,14 @@ template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A... arguments) {
   const dim3 g = config->gridDim, b = config->blockDim;
   const bool grid_fits = g.x > 0 && g.x < 1u << 31 && g.y > 0 && g.y < 65536 && g.z > 0 && g.z < 65536;
-  const auto raised = emulation::shared_limits().find(reinterpret_cast<const void*>(kernel));
-  const size_t limit = raised == emulation::shared_limits().end() ? 0 : raised->second;
+  const emulation::SharedMemory shared = emulation::shared_memory()[reinterpret_cast<const void*>(kernel)];
   if (!grid_fits || b.x * b.y * b.z == 0 || b.x * b.y * b.z > 1024) return cudaErrorInvalidConfiguration;
-  if (config->dynamicSmemBytes > max(limit, emulation::kSharedDefault)) return cudaErrorInvalidValue;
+  if (config->dynamicSmemBytes > shared.limit) return cudaErrorInvalidValue;
+  // Stricter than CUDA, which may keep the memory of a second block as cache.
+  const bool large = config->dynamicSmemBytes > emulation::kSharedDefault;
+  if (large && shared.carveout != cudaSharedmemCarveoutMaxShared) return cudaErrorInvalidValue;
   static_assert((sizeof(P) + ... + 0) <= emulation::kParameterBytes, "kernel arguments are limited to 4 KiB");
+  ++emulation::launches;
   emulation::run_grid(g, b, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -41,5 +41,8 @@ AOTI_TORCH_EXPORT const char* emulation_end() {
   return emulation::damage();
 }
 
+AOTI_TORCH_EXPORT void emulation_set_capturing(int capturing) { emulation::capturing = capturing; }
+AOTI_TORCH_EXPORT int emulation_launches() { return emulation::launches; }
+
 AOTI_TORCH_EXPORT void emulation_set_error_direction(int direction) { emulation::error_direction = direction; }
 }

@@ -161,6 +161,12 @@ extern "C" __attribute__((visibility("default"))) const char* emulation_self_tes
   expect(contains(outcome(beyond_kernel, 32, 128), "beyond its dynamic shared memory"), "a write beyond the end");
   expect(outcome(beyond_kernel, 2000, 0) == "refused", "a block that is too large");
   expect(outcome(beyond_kernel, 32, 100 * 1024) == "refused", "shared memory not asked for");
+  cudaFuncSetAttribute(beyond_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 * 1024);
+  expect(outcome(beyond_kernel, 32, 100 * 1024) == "refused", "shared memory that may stay cache");
+  cudaFuncSetAttribute(beyond_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  expect(outcome(beyond_kernel, 32, 100 * 1024).empty(), "shared memory for several blocks");
+  float nothing = 0;
+  expect(cudaMemsetAsync(&nothing, 0, 0, nullptr) != cudaSuccess, "a memset of nothing");
   for (const int at : {0, 6}) {
     expect(access(emulation::Guard::kBehind, 7, at).empty(), "an access to a tensor");
     expect(access(emulation::Guard::kBefore, 7, at).empty(), "an access to a tensor");

@@ -1,0 +1,46 @@
+"""Sphinx: `make docs` builds docs/ as a website, with warnings as errors."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import hypermask_fast
+
+project = "hypermask_fast"
+author = "the hypermask_fast developers"
+version = release = hypermask_fast.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"{project} {version}"
+myst_heading_anchors = 3
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_use_ivar = True
+
+_CODE = re.compile(r"(``?[^`]+``?)")
+_ITEM = re.compile(r"\s*- ")
+
+
+def _as_plain_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text with code in backticks: |a| and W * m mean nothing more in them, and a list may follow
+    its sentence at once."""
+    plain: list[str] = []
+    for line in lines:
+        before = plain[-1] if plain else ""
+        inside = len(before) - len(before.lstrip()) > len(line) - len(line.lstrip())
+        if _ITEM.match(line) and before.strip() and not _ITEM.match(before) and not inside:
+            plain.append("")
+        parts = _CODE.split(line)
+        plain.append("".join(p if i % 2 else re.sub(r"(\*|\||_\b)", r"\\\1", p) for i, p in enumerate(parts)))
+    lines[:] = plain
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _as_plain_text, priority=400)  # before napoleon reads them

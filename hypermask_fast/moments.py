@@ -1,0 +1,54 @@
+"""In which dtype Adam keeps the moments of the hypernetwork's dense output layer."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dense import HyperNetwork
+from .errors import InputError
+
+MOMENTS = ("float32", "bfloat16")
+_LARGEST, _LEAST = torch.finfo(torch.bfloat16).max, 2.0**-133
+
+
+def check(moments: str, net: HyperNetwork, amsgrad: bool) -> None:
+    """Raises InputError where the output layer's moments can't be kept so."""
+    if moments not in MOMENTS:
+        raise InputError(f"moments must be one of {', '.join(MOMENTS)}, not {moments!r}")
+    if moments == "float32":
+        return
+    if not net.factored:
+        raise InputError(f"moments={moments!r} are of a dense output layer, and this hypernetwork generates in chunks")
+    if amsgrad:
+        raise InputError(f"moments={moments!r} don't go together with amsgrad, whose largest moment only float32 keeps")
+    if net.output.weight.dtype != torch.float32:
+        dtype = str(net.output.weight.dtype).removeprefix("torch.")
+        raise InputError(f"moments={moments!r} are of a float32 output layer, this one is {dtype}")
+
+
+def convert(state: dict[str, Any], dtype: torch.dtype, stored: torch.dtype | None) -> None:
+    """Makes a loaded layer's moments those of its optimiser; a warning says so where they were stored in another dtype.
+
+    Args:
+        state: of the layer's weight, as torch.optim.Optimizer.load_state_dict leaves it: in the weight's dtype.
+        dtype: of the moments here; stored: of those in the state_dict, None where there are none.
+    """
+    if stored is None:
+        return
+    if dtype == torch.bfloat16:
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        state["exp_avg"] = _cast(first)
+        rounded = _cast(second)
+        state["exp_avg_sq"] = torch.where((rounded == 0) & (second > 0), _LEAST, rounded)  # it is divided by
+    if torch.bfloat16 in (dtype, stored) and dtype != stored:
+        names = [str(each).removeprefix("torch.") for each in (stored, dtype)]
+        warnings.warn(
+            f"the moments of the output layer were kept in {names[0]} and are converted to {names[1]}", stacklevel=3
+        )
+
+
+def _cast(moment: Tensor) -> Tensor:
+    """To the nearest bfloat16, of finite values a finite one."""
+    return moment.clamp(-_LARGEST, _LARGEST).to(torch.bfloat16)
