@@ -87,14 +87,19 @@ class Anchored(TaskLife):
         return self
 
     @without_autocast
-    def drifts(self, task: int | TaskMask) -> Drifts:
+    def drifts(self, task: int | TaskMask, tasks: int | None = None) -> Drifts:
         """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 and D = sum_s ||(W_s - W_prev_s) m_s||_norm, unscaled.
 
         Args:
             task: the task being trained, or its mask, which spares generating it again.
+            tasks: see `regularizer`.
+
+        Raises:
+            InputError: `tasks` is no positive integer, or the mask's R is over another number of tasks.
         """
         mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
         anchor = self._anchor_of(number)
+        drawn = self._drawn_for(mask, number, tasks)
         if mask is None and self.drift.masked:
             mask = self.mask(number)
         weight = None if mask is None else mask.weight_drift(anchor.weights)
@@ -110,17 +115,39 @@ class Anchored(TaskLife):
         if mask is not None and mask.output_drift is not None:
             return Drifts(mask.output_drift, weight)
         earlier = None if mask is None else mask.earlier
-        return Drifts(regularizers.output_drift(self.hypernet, anchor, earlier), weight)
+        return Drifts(regularizers.output_drift(self.hypernet, anchor, earlier, drawn), weight)
 
-    def regularizer(self, task: int | TaskMask) -> Tensor:
+    def _drawn_for(self, mask: TaskMask | None, task: int, tasks: int | None) -> Tensor | None:
+        """Which earlier tasks R is over: those that the mask's own is, or else as many as are asked for."""
+        regularizers.check_drift_tasks(tasks)
+        if mask is None or (mask.output_drift is None and mask.drawn is None):
+            asked = mask.drift_tasks if mask is not None and tasks is None else tasks
+            return regularizers.draw(self.hypernet, task, asked)
+        earlier = len(self.hypernet.tasks(task)) - 1
+        made = earlier if mask.drawn is None else len(mask.drawn)
+        if tasks is not None and min(tasks, earlier) != made:
+            raise InputError(
+                f"the output drift of {tasks} tasks was asked for, and this mask has been made with that of {made}: "
+                f"model.mask({task}, drift_tasks={tasks}) draws them"
+            )
+        return mask.drawn
+
+    def regularizer(self, task: int | TaskMask, tasks: int | None = None) -> Tensor:
         """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.
 
         Args:
             task: the task being trained, or its mask, which spares generating it again.
+            tasks: K, R over so many of the t earlier tasks alone, drawn anew without replacement from PyTorch's default
+                generator, times t / K: value and gradients are R's on average. None: all, or as many as the mask was
+                made with. Where `optim.Adam` steps the output layer, R comes with the mask, which then is to be made
+                with the same number: `model.mask(task, drift_tasks=K)`.
 
         Returns:
-            Scalar with gradient to both networks and all embeddings of tasks 0..t.
+            Scalar with gradient to both networks and all embeddings of tasks 0..t (0 of those that were not drawn).
+
+        Raises:
+            InputError: `tasks` is no positive integer, or the mask's R is over another number of tasks.
         """
-        drifts = self.drifts(task)
+        drifts = self.drifts(task, tasks)
         assert self.anchor is not None, "drifts made it"
         return self.drift.loss(drifts, self.position(self.anchor.task))

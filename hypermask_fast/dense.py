@@ -167,7 +167,12 @@ class HyperNetwork(nn.Module):
         return ops.hypernet_logits(self.hidden(tasks), weight, bias, stop - start)
 
     def factored_logits(
-        self, tasks: Sequence[int], targets: tuple[Tensor, ...], task: int, stepper: OutputStepper
+        self,
+        tasks: Sequence[int],
+        targets: tuple[Tensor, ...],
+        task: int,
+        stepper: OutputStepper,
+        drawn: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits a_t (N,) of one task, and R over earlier ones. The output layer's gradient is kept in factors.
 
@@ -175,11 +180,17 @@ class HyperNetwork(nn.Module):
             tasks: 0..t as far as they are there, or the task alone.
             targets: `drift_targets` of task t, or ().
             stepper: with `step_in_backward` R is 0 until backward has filled it in.
+            drawn: see `regularizers.output_drift`. The trunk serves all tasks: its rows' last bits can depend on how
+                many there are.
         """
         hidden, (weight, bias) = self._trunk_of(tasks), self.layer()
         old = local(targets[0]) if targets else hidden.new_empty(0, len(weight))
+        scale = 1.0
+        if drawn is not None:
+            scale, old = len(old) / len(drawn), old.index_select(0, drawn)
+            hidden = torch.cat([hidden.index_select(0, drawn), hidden[-1:]])
         how = SteppedOutput if stepper.step_in_backward else FactoredOutput
-        return how.apply(hidden, weight, bias, old, task, self, stepper)
+        return how.apply(hidden, weight, bias, old, task, self, stepper, scale)
 
     def earlier(self, task: int) -> tuple[Tensor, Layer]:
         """`generating` for the tasks before t, to the bit as in a pass with t itself.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, regularizers
 from .anchored import Anchored, without_autocast
 from .errors import InputError
 from .masking.layout import MaskLayout
@@ -46,7 +46,14 @@ class MaskMaking(Anchored):
     _ranks: dict[tuple[MaskLayout, float, torch.device], Tensor]
 
     @without_autocast
-    def mask(self, task: int | Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> TaskMask:
+    def mask(
+        self,
+        task: int | Tensor,
+        sparsity: float | None = None,
+        ranks: Tensor | None = None,
+        *,
+        drift_tasks: int | None = None,
+    ) -> TaskMask:
         """The mask of one task: one pass over the hypernetwork, and thresholds. Layers multiply as `TaskMask` says.
 
         Args:
@@ -54,20 +61,25 @@ class MaskMaking(Anchored):
                 compiled graph, which don't look at its value, a task that does not exist gives NaN.
             sparsity: percent, in place of the model's own (a sparsity ramp).
             ranks: (S,) int64 in place of sparsity, for who keeps them on the device; see `MaskLayout.ranks`.
+            drift_tasks: how many of the earlier tasks `regularizer(mask)` draws for the output drift; None: all.
 
         Raises:
-            InputError: the task does not exist, or sparsity is not from 0 to 100.
+            InputError: the task does not exist, sparsity is not from 0 to 100, or drift_tasks no positive integer.
         """
         self._look_around()
-        made = self._mask(task, sparsity, ranks)
+        regularizers.check_drift_tasks(drift_tasks)
+        made = self._mask(task, sparsity, ranks, drift_tasks)
         if self.reducer is not None and not torch.compiler.is_compiling():
             self.reducer.follow(made)
         return made
 
-    def _mask(self, task: int | Tensor, sparsity: float | None, ranks: Tensor | None) -> TaskMask:
+    def _mask(
+        self, task: int | Tensor, sparsity: float | None, ranks: Tensor | None, drift_tasks: int | None
+    ) -> TaskMask:
         stepper = self._stepper_in_training()
+        for_drifts: dict[str, Any] = {"drift_tasks": drift_tasks}
         if isinstance(task, Tensor) and (stepper is None or not values_at_hand(task) or not is_id(task)):
-            return self._mask_by_tensor(task, sparsity, ranks)
+            return self._mask_by_tensor(task, sparsity, ranks, **for_drifts)
         task = int(task) if isinstance(task, Tensor) else task
         self._check_task(task)
         anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
@@ -76,19 +88,23 @@ class MaskMaking(Anchored):
                 logits = self.hypernet.logits(*self.hypernet.generating([task])).squeeze(0)
             else:
                 logits, _ = self.hypernet.factored_logits([task], (), task, stepper)
-            return self._mask_of(task, logits, sparsity, ranks)
+            return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
         tasks = self.hypernet.tasks(task)
-        for_drifts: dict[str, Any] = {}
+        drawn = for_drifts["drawn"] = regularizers.draw(self.hypernet, task, drift_tasks)
         if stepper is None:
             hidden, layer = self.hypernet.generating(tasks)
             logits, for_drifts["earlier"] = self.hypernet.logits(hidden[-1:], layer).squeeze(0), (hidden[:-1], layer)
         else:
-            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(tasks, anchor.targets, task, stepper)
+            logits, for_drifts["output_drift"] = self.hypernet.factored_logits(
+                tasks, anchor.targets, task, stepper, drawn
+            )
         if self.drift.masked and self.drift.weight_scale(self.position(task)) > 0:
             for_drifts["drift_from"] = anchor.weights, self.drift.norm
         return self._mask_of(task, logits, sparsity, ranks, **for_drifts)
 
-    def _mask_by_tensor(self, task: Tensor, sparsity: float | None, ranks: Tensor | None) -> TaskMask:
+    def _mask_by_tensor(
+        self, task: Tensor, sparsity: float | None, ranks: Tensor | None, **for_drifts: Any
+    ) -> TaskMask:
         """`mask` of a task whose id is a tensor, which is looked at where that costs no host sync."""
         if not is_id(task):
             raise InputError(
@@ -99,12 +115,12 @@ class MaskMaking(Anchored):
         if values_at_hand(task):  # then only this task's own get a gradient
             number = int(task)
             self._check_task(number)
-            return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks)
+            return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks, **for_drifts)
         known = self._known(ids)
         ids = ids.where(known, 0)
         hidden, layer = self.hypernet.generating(ids)
         hidden = hidden.where(known[:, None, None], float("nan"))
-        return self._mask_of(ids[0], self.hypernet.logits(hidden, layer).squeeze(0), sparsity, ranks)
+        return self._mask_of(ids[0], self.hypernet.logits(hidden, layer).squeeze(0), sparsity, ranks, **for_drifts)
 
     def _mask_of(
         self,

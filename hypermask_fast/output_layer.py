@@ -52,7 +52,9 @@ class OutputStepper(Protocol):
 
 class FactoredOutput(torch.autograd.Function):
     """The dense output layer for tasks 0..t, read once forward and once backward, whose weight's gradient stays in
-    factors: the residuals that the forward pass has kept, and the current task's gradient of logits."""
+    factors: the residuals that the forward pass has kept, and the current task's gradient of logits.
+
+    scale: R is so many times the sum over the tasks that are given."""
 
     @staticmethod
     def forward(
@@ -64,10 +66,12 @@ class FactoredOutput(torch.autograd.Function):
         task: int,
         net: Any,
         stepper: OutputStepper,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         residuals, drift = ops.output_residuals(hidden, weight, bias, targets)
+        drift = _scaled(drift, scale)
         ctx.save_for_backward(hidden, weight)
-        ctx.task, ctx.net, ctx.stepper = task, net, stepper
+        ctx.task, ctx.net, ctx.stepper, ctx.scale = task, net, stepper, scale
         ctx.residuals, ctx.given_away = residuals, False
         logits = residuals[-1:]
         if net.processes is not None:
@@ -86,11 +90,17 @@ class FactoredOutput(torch.autograd.Function):
         residuals = ctx.residuals.clone() if ctx.given_away else ctx.residuals  # the graph is kept, and passed again
         ctx.given_away = True
         hidden_grad, *others = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
-        return *_sums(ctx, hidden_grad), *others, None, None, None, None
+        return *_sums(ctx, hidden_grad), *others, None, None, None, None, None
+
+
+def _scaled(value: Any, scale: float) -> Any:
+    return value if scale == 1 else value * scale
 
 
 def _means(ctx: Any, grad_logits: Tensor, grad_drift: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the logits that are generated here, (n,), and of the drift, as means over the processes."""
+    """Gradients of the logits that are generated here, (n,), as means over the processes, and of the sum over tasks
+    that the drift is `scale` times."""
+    grad_drift = _scaled(grad_drift, ctx.scale)
     if ctx.net.processes is None:
         return grad_logits, grad_drift
     own, grad_drift = ctx.net.processes.means(grad_logits[None], grad_drift)
@@ -134,13 +144,14 @@ class SteppedOutput(torch.autograd.Function):
         task: int,
         net: Any,
         stepper: OutputStepper,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         logits = ops.hypernet_logits(hidden[-1:, None], weight, bias, weight.shape[0])
         if net.processes is not None:
             (logits,) = net.processes.gather(logits)
         drift = hidden.new_zeros(())
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.task, ctx.net, ctx.stepper = task, net, stepper
+        ctx.task, ctx.net, ctx.stepper, ctx.scale = task, net, stepper, scale
         ctx.pending = Pending()
         stepper.announce(ctx.pending)
         ctx.drift = drift.detach()  # shares its memory: backward fills the value in
@@ -166,8 +177,8 @@ class SteppedOutput(torch.autograd.Function):
             residuals, drift = ops.output_residuals(hidden, weight, bias, targets)
             hidden_grad, *others = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
         hidden_grad, drift = _sums(ctx, hidden_grad if ctx.needs_input_grad[0] else None, drift)
-        ctx.drift.copy_(drift)
-        return hidden_grad, *others, None, None, None, None
+        ctx.drift.copy_(_scaled(drift, ctx.scale))
+        return hidden_grad, *others, None, None, None, None, None
 
 
 def _reaches_weight(ctx: Any) -> bool:

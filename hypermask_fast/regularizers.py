@@ -12,6 +12,7 @@ from torch import Tensor
 from .dense import HyperNetwork, Layer
 from .errors import InputError
 from .masking.layout import MaskLayout
+from .processes import local, ranks_of
 
 FIDELITIES = ("default", "official")
 
@@ -101,12 +102,44 @@ def anchor(hypernet: HyperNetwork, layout: MaskLayout, weights: Sequence[Tensor]
     return Anchor(task, layout.flatten([weight.detach().to(dtype) for weight in weights]), targets)
 
 
-def output_drift(hypernet: HyperNetwork, anchor: Anchor, earlier: tuple[Tensor, Layer] | None = None) -> Tensor:
+def output_drift(
+    hypernet: HyperNetwork,
+    anchor: Anchor,
+    earlier: tuple[Tensor, Layer] | None = None,
+    drawn: Tensor | None = None,
+) -> Tensor:
     """R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 over raw logits, a scalar; 0 for the first task.
 
-    earlier: the hypernetwork's `earlier` of this task, where it is at hand.
+    Args:
+        earlier: the hypernetwork's `earlier` of this task, where it is at hand.
+        drawn: (K,) int64 rows of the earlier tasks, from `draw`, in place of all t: R is then t / K times their sum.
     """
     if not anchor.targets:
         return anchor.weights.new_zeros(())
     hidden, layer = hypernet.earlier(anchor.task) if earlier is None else earlier
-    return hypernet.output_drift(hidden, anchor.targets, layer)
+    if drawn is None:
+        return hypernet.output_drift(hidden, anchor.targets, layer)
+    of_tasks, *others = anchor.targets  # of every hypernetwork, the first one has a row per task
+    targets = (local(of_tasks).index_select(0, drawn), *others)
+    return len(hidden) / len(drawn) * hypernet.output_drift(hidden.index_select(0, drawn), targets, layer)
+
+
+def check_drift_tasks(tasks: int | None) -> None:
+    """Raises InputError where that can't be how many earlier tasks are drawn."""
+    if tasks is not None and (not isinstance(tasks, int) or isinstance(tasks, bool) or tasks < 1):
+        raise InputError(f"the output drift is over a positive number of tasks, or None for all, not {tasks!r}")
+
+
+def draw(hypernet: HyperNetwork, task: int, tasks: int | None) -> Tensor | None:
+    """(K,) int64 rows, in order, of K = `tasks` of the tasks before `task`; None where these are no more than K.
+
+    Drawn without replacement from PyTorch's default generator of the hypernetwork's device, whose state a checkpoint
+    has. Processes that train together take the draw of the first one.
+    """
+    check_drift_tasks(tasks)
+    earlier = len(hypernet.tasks(task)) - 1
+    if tasks is None or tasks >= earlier:
+        return None
+    drawn = torch.randperm(earlier, device=hypernet.output.weight.device)[:tasks].sort().values
+    ranks_of(hypernet.processes).make_equal([drawn])
+    return drawn

@@ -70,6 +70,9 @@ class TaskMask(Made):
         output_drift: R, where the same pass over the output layer gives it (see `optim.Adam`); None otherwise.
         earlier: what generates the earlier tasks' logits (`HyperNetwork.earlier`), where a training step's pass has
             made it for R; None otherwise.
+        drift_tasks: how many earlier tasks R is over; None: all.
+        drawn: (K,) int64, which of the earlier tasks R is over, where they have been drawn with the mask; None
+            otherwise.
         drift_from: (N,) weights as the task began, and the norm, where the pass that makes `effective` for a training
             step is to give the weight drift with it; None otherwise.
     """
@@ -82,6 +85,8 @@ class TaskMask(Made):
     output_drift: Tensor | None = None
     earlier: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
     drift_from: tuple[Tensor, int] | None = None
+    drift_tasks: int | None = None
+    drawn: Tensor | None = None
     _made: dict = field(default_factory=dict, init=False, repr=False)
 
     @property

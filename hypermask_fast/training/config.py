@@ -113,6 +113,9 @@ class TrainingConfig:
         precision: "float32", or "bf16" to train the target network under autocast.
         gradient: of the hypernetwork's output layer: "factored" steps it within the backward pass (`optim.Adam` with
             step_in_backward), "dense" by torch.optim.Adam; "auto": factored where the layer is dense.
+        drift_tasks: how many of the earlier tasks each step draws for the output drift, whose mean over draws is the
+            drift over all of them; without it, or with fewer earlier tasks, all. It bounds a step's time and leaves
+            memory as it is.
         moments: in which dtype Adam keeps both moments of the output layer's weight: "float32", or "bfloat16", which
             takes a third less of memory and 20 bytes a weight and step in place of 28. Arithmetic is in float32; the
             moments are rounded at random, so that small changes add up. It needs a factored gradient.
@@ -141,6 +144,7 @@ class TrainingConfig:
     evaluation_batch: Annotated[int, Range(1, unit="samples")] = 1000
     precision: Annotated[str, OneOf(("float32", "bf16"))] = "float32"
     gradient: Annotated[str, OneOf(GRADIENTS)] = "auto"
+    drift_tasks: Annotated[int | None, Range(1, unit="tasks")] = None
     moments: Annotated[str, OneOf(MOMENTS)] = "float32"
     cuda_graph: bool = True
     shard: Annotated[str, OneOf(SHARDS)] = "auto"

@@ -105,6 +105,7 @@ def _details(
         f"lam {lam:g}",
         f"{length} of {training.batch_size} samples",
         f"lr {training.lr:g}",
+        *([f"output drift of {training.drift_tasks} drawn tasks"] if training.drift_tasks else []),
         seed_words(seeds),
     ]
     return ", ".join([*parts, "official fidelity"] if fidelity == "official" else parts)

@@ -33,6 +33,7 @@ class TaskWork:
         world: the processes that train together: each has its share of every batch, and the mean of their losses is the
             batch's.
         seed, start: of the run; the task's iteration at which the first step is. They decide the ranks' own noise.
+        drift_tasks: how many earlier tasks each step draws for the output drift; None: all.
     """
 
     model: HyperMask
@@ -45,6 +46,7 @@ class TaskWork:
     world: World = ALONE
     seed: int = 0
     start: int = 0
+    drift_tasks: int | None = None
 
     def step(self, x: Tensor, y: Tensor, ranks: Tensor, weight: float = 1.0) -> Values:
         """One step on a batch; its loss and the loss's parts, scalars on the device, as they were before it.
@@ -52,7 +54,7 @@ class TaskWork:
         weight: what the batch's mean cross-entropy counts, see `distributed.share`.
         """
         model = self.model
-        mask = model.mask(self.task, ranks=ranks)
+        mask = model.mask(self.task, ranks=ranks, drift_tasks=self.drift_tasks)
         with self._autocast():
             logits = model(x, mask)
         cross_entropy = F.cross_entropy(logits.float() if self.precision == "bf16" else logits, y)

@@ -236,10 +236,12 @@ class Trainer:
         self.logger.begin_task(task, length, start)
         blocks = self._blocks(task, split, start, length)
         rows, ranks = next(blocks)
+        config = self.config
         work = TaskWork(
-            self.model, task, split, rows, ranks, optimizer, self.config.precision, self.world, self.seed, start
+            *(self.model, task, split, rows, ranks, optimizer, config.precision, self.world, self.seed, start),
+            drift_tasks=config.drift_tasks,
         )
-        graph = self.config.cuda_graph and self.device.type == "cuda"
+        graph = config.cuda_graph and self.device.type == "cuda"
         steps = training_steps(work, graph, self.logger.message, blocks)
         self.model.train()
         started, values = time.perf_counter(), {}

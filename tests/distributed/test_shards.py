@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import torch
-from support.shards import CASES, OF_MESH, rank_of, small_model, train
+from support.shards import CASES, DRAWN, OF_MESH, rank_of, small_model, train
 from torch.multiprocessing.spawn import spawn
 
 import hypermask_fast as hmf
@@ -28,15 +28,16 @@ def found(tmp_path_factory):
 
 
 @functools.cache
-def one_process(kind, dtype):
+def one_process(kind, dtype, drift_tasks=None):
     model = small_model(kind, dtype)
-    return train(model, model, "torch", dtype=dtype)
+    torch.manual_seed(7)
+    return train(model, model, "torch", dtype=dtype, drift_tasks=drift_tasks)
 
 
-def check(of_ranks, kind, dtype):
+def check(of_ranks, kind, dtype, drift_tasks=None):
     """Every rank has the same numbers, and they are one process's."""
     tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-    losses, parameters = one_process(kind, dtype)
+    losses, parameters = one_process(kind, dtype, drift_tasks)
     for found, values in of_ranks:
         torch.testing.assert_close(found, losses, rtol=tolerance, atol=0)
         for name, value in parameters.items():
@@ -52,6 +53,14 @@ def check(of_ranks, kind, dtype):
 def test_shards_are_one_model(found, ranks, case):
     kind, _, dtype = case
     check([rank[case] for rank in found(ranks)], kind, dtype)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("case", DRAWN, ids=str)
+def test_shards_draw_the_same_tasks_for_the_output_drift(found, ranks, case):
+    """Those of the first rank, whatever the others' generators would have drawn."""
+    kind, _, dtype = case
+    check([rank[("drawn", *case)] for rank in found(ranks)], kind, dtype, drift_tasks=1)
 
 
 @pytest.mark.parametrize("case", OF_MESH, ids=str)

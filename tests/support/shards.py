@@ -24,7 +24,7 @@ CASES = [
     *((kind, "step_in_backward", torch.float64) for kind in RESNETS),
     *((kind, "step_in_backward", torch.float32) for kind in MLPS),
 ]
-
+DRAWN = [*((kind, "step_in_backward", torch.float64) for kind in MLPS), ("dense", "default", torch.float64)]
 OF_MESH = [case for case in CASES if case[1:] == ("step_in_backward", torch.float64)]
 
 
@@ -69,7 +69,7 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64):
+def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64, drift_tasks=None):
     """Losses of all steps, and the parameters at the end; call: the model, or DistributedDataParallel's of it."""
     generator, losses = torch.Generator().manual_seed(0), []
     shape = (8,) if isinstance(model.net[0], torch.nn.Linear) else (2, 6, 6)
@@ -80,7 +80,7 @@ def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64):
             x = torch.randn(BATCH, *shape, generator=generator, dtype=torch.float64).to(dtype)
             y = (x.flatten(1)[:, :2] > 0).sum(1).add(task).remainder(3)
             mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-            mask = model.mask(task)
+            mask = model.mask(task, drift_tasks=drift_tasks)
             loss = F.cross_entropy(call(x[mine], mask), y[mine])
             drifts = model.drifts(mask)
             optimizer.zero_grad()
@@ -93,12 +93,13 @@ def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64):
     return torch.stack(losses), {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
-def trained(rank, ranks, kind, optimiser, dtype, mesh=None):
+def trained(rank, ranks, kind, optimiser, dtype, mesh=None, drift_tasks=None):
     model = hmf.distributed.shard(small_model(kind, dtype, seed=1 + rank), mesh)  # each rank begins elsewhere
     if kind in RESNETS:
         hmf.distributed.synchronise_batch_norm(model)
     call = DistributedDataParallel(model) if optimiser == "default" else model
-    return train(model, call, optimiser, rank, ranks, dtype)
+    torch.manual_seed(7 + rank)  # and draws otherwise
+    return train(model, call, optimiser, rank, ranks, dtype, drift_tasks)
 
 
 def rank_of(rank, ranks, port, folder):
@@ -107,6 +108,7 @@ def rank_of(rank, ranks, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     found = {case: trained(rank, ranks, *case) for case in CASES}
+    found |= {("drawn", *case): trained(rank, ranks, *case, drift_tasks=1) for case in DRAWN}
     if ranks == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         found |= {("mesh", *case): trained(rank, ranks, *case, mesh) for case in OF_MESH}
