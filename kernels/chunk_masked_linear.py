@@ -121,9 +121,10 @@ def _in_one_kernel(rows: Tensor, weight: Tensor, hidden: Tensor, output_weight: 
     if rows.numel() * weight.numel() == 0:
         return False
     dtype, tf32 = str(rows.dtype).removeprefix("torch."), host.matmul_precision(rows.dtype) == "tf32"
+    (outputs, reduced), (chunk_size, width) = weight.shape, output_weight.shape
     call = estimates.Call(
-        "chunk_masked_linear", len(rows), *weight.shape, dtype, weight.element_size(), False, tf32=tf32, generated=True,
-        chunk_size=len(output_weight), width=hidden.shape[1],
+        "chunk_masked_linear", len(rows), outputs, reduced, dtype, weight.element_size(), False, tf32=tf32,
+        generated=True, chunk_size=chunk_size, width=width,
     )  # fmt: skip
     return estimates.in_one_kernel(call, paths.gpu_of(host.name(rows.device)))
 
