@@ -60,7 +60,7 @@ class DriftConfig:
 
     def loss(self, drifts: "Drifts", task: int) -> Tensor:
         """output_scale(task) R + weight_scale(task) D: what task `task` adds to its cross-entropy; a scalar."""
-        return torch.add(drifts.output * self.output_scale(task), drifts.weight, alpha=self.weight_scale(task))
+        return self.output_scale(task) * drifts.output + self.weight_scale(task) * drifts.weight
 
 
 class Drifts(NamedTuple):
