@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= 3.6.0
 BIN = $(VENV)/bin
+# One more than there are processors: some tests mostly wait, for processes of their own.
+WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 
 .PHONY: help demo test lint docs bench microbench test-triton test-integrations compile_commands env clean
 
@@ -36,7 +38,7 @@ demo: $(VENV)/.package
 	echo "such as:     $(BIN)/hypermask-fast evaluate $$out"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
