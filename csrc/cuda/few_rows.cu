@@ -83,7 +83,8 @@ __device__ __forceinline__ void add_masked(const FewRows& s, Sums& sums, int m, 
 
 // One block: left to itself the compiler spills to make room for three, on sm_100.
 template <class T, int kRowTiles, bool kAligned>
-__global__ void __launch_bounds__(32 * kMaxWarps<T>, 1) masked_linear_kernel(FewRows s, const void* logits) {
+__global__ void __launch_bounds__(32 * kMaxWarps<T>, kAligned ? 0 : 1)
+    masked_linear_kernel(FewRows s, const void* logits) {
   using Sums = Product<T, kOutputTiles<T>, kRowTiles, kAligned>;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, group = threadIdx.x % 32 / 4;
   const int64_t first_output = static_cast<int64_t>(blockIdx.x) * Sums::kOutputs;

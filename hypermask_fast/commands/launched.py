@@ -26,7 +26,7 @@ _c10d: Any = dist  # PyTorch documents its stores, and doesn't mark them as expo
 TIMEOUT = 600.0  # seconds
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _POLL = 0.01  # seconds
-_PATIENCE = 10.0  # seconds in which processes that end together have all said so
+_PATIENCE = 5.0  # seconds in which processes that end together have all said so
 
 
 def rank_alone() -> int:

@@ -89,6 +89,7 @@ _WORKER = "import json, sys\nfor line in sys.stdin:\n    print(json.dumps({'file
 def test_a_worker_is_that_of_its_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(pool.ROOT)
     (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / "worker.py").write_text(_WORKER)
     with pool.Process(CPU, 1, "tuned", root=tmp_path) as process:
         assert process.ask("describe")["file"] == str(tmp_path / "bench" / "worker.py")
