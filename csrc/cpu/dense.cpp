@@ -76,7 +76,7 @@ double run_pass(const DenseLayer& d, float* grad_hidden) {
   std::vector<double> drift(parts.size());
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch(dense_scratch(d.tasks));
+    const Buffer scratch(dense_scratch(d));
     for (int64_t i = begin; i < end; ++i) {
       float* sums = grad_hidden ? partial.get() + i * stride : nullptr;
       if (sums) std::fill(sums, sums + stride, 0.0f);
@@ -104,7 +104,7 @@ Tensor hypernet_logits(const Tensor& hidden, const Tensor& weight, const Tensor&
   const std::vector<Part> parts = chunks(d);
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch(dense_scratch(tasks));
+    const Buffer scratch(dense_scratch(d));
     for (int64_t i = begin; i < end; ++i) {
       if (tasks == 1) {
         k.dense_logits(d, parts[i].begin, parts[i].end, out);
@@ -126,7 +126,7 @@ Tensor output_drift(const Tensor& hidden, const Tensor& weight, const Tensor& bi
   std::vector<double> drift(parts.size());
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch(dense_scratch(d.tasks));
+    const Buffer scratch(dense_scratch(d));
     for (int64_t i = begin; i < end; ++i) {
       drift[i] = k.dense_value(d, parts[i].begin, parts[i].end, scratch.get());
     }
@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor> output_residuals(const Tensor& hidden, const Tensor& 
   std::vector<double> squares(parts.size());
   const Kernels& k = kernels();
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch(dense_scratch(d.tasks));
+    const Buffer scratch(dense_scratch(d));
     for (int64_t i = begin; i < end; ++i) {
       if (d.tasks == 1) {  // the same numbers, at the rate of the memory
         k.dense_logits(d, parts[i].begin, parts[i].end, out);

@@ -71,8 +71,21 @@ struct Kernels {
   double (*dense_pass)(const DenseLayer& layer, int64_t begin, int64_t end, float* scratch, float* grad_hidden);
 };
 
-// Floats of scratch that dense_value and dense_pass need: a factor per task and row of a block.
-inline int64_t dense_scratch(int64_t tasks) { return tasks * kBlockRows; }
+// From how many tasks on a layer of up to kManyWidth columns is worked on in larger blocks (kernels_dense_many.h). With
+// more columns these are no faster.
+constexpr int64_t kManyTasks = 16, kManyWidth = 64;
+constexpr int kManyRows = 64;
+
+inline bool many_tasks(const DenseLayer& layer) { return layer.tasks >= kManyTasks && layer.padded <= kManyWidth; }
+
+// Floats of scratch that dense_value, dense_residuals and dense_pass need: a factor per task and row of a block, the
+// gradients of kBlockRows rows (of their bias: of a block's), and for many tasks the block itself, by rows and by
+// columns.
+inline int64_t dense_scratch(const DenseLayer& layer) {
+  const int64_t gradients = kBlockRows * layer.padded;
+  return many_tasks(layer) ? kManyRows * (layer.tasks + 2 * layer.padded) + gradients
+                           : kBlockRows * layer.tasks + gradients;
+}
 
 const Kernels& kernels_baseline();
 const Kernels& kernels_avx2();

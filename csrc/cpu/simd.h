@@ -54,19 +54,7 @@ struct Lane<Vec> {
     return x > floor ? x : floor;
 #endif
   }
-  // x / y within 1 ulp for finite x and normal y in the range of Adam's denominators (y and 1/y not denormal).
-  HM_INLINE Vec divide(Vec x, Vec y) {
-#if HM_LANES == 16
-    const __m512 n = (__m512)x, d = (__m512)y, two = _mm512_set1_ps(2.0f);
-    __m512 r = _mm512_rcp14_ps(d);
-    r = _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, two));
-    const __mmask16 odd = _mm512_fpclass_ps_mask(d, 0x01 | 0x02 | 0x04 | 0x08 | 0x10 | 0x20 | 0x80);
-    if (__builtin_expect(odd, 0)) return x / y;
-    return (Vec)_mm512_mul_ps(n, r);
-#else
-    return x / y;
-#endif
-  }
+  HM_INLINE Vec divide(Vec x, Vec y) { return x / y; }
   HM_INLINE Vec sqrt(Vec x) {
 #if HM_LANES == 16
     return (Vec)_mm512_sqrt_ps((__m512)x);
@@ -83,6 +71,66 @@ struct Lane<Vec> {
 
 HM_INLINE Vec broadcast(float x) { return Lane<Vec>::broadcast(x); }
 
+// A loop that the compiler writes out.
+#define HM_EACH(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); ++i)
+
+// A few vectors that are worked on side by side: each operation for all of them before the next one.
+template <class V, int kCount>
+struct Several {
+  V part[kCount];
+};
+
+#define HM_OF_SEVERAL(op)                                                                              \
+  template <class V, int kCount>                                                                       \
+  HM_INLINE Several<V, kCount> operator op(const Several<V, kCount>& a, const Several<V, kCount>& b) { \
+    Several<V, kCount> c;                                                                              \
+    HM_EACH(i, kCount) c.part[i] = a.part[i] op b.part[i];                                             \
+    return c;                                                                                          \
+  }                                                                                                    \
+  template <class V, int kCount>                                                                       \
+  HM_INLINE Several<V, kCount> operator op(const Several<V, kCount>& a, float b) {                     \
+    Several<V, kCount> c;                                                                              \
+    HM_EACH(i, kCount) c.part[i] = a.part[i] op b;                                                     \
+    return c;                                                                                          \
+  }
+HM_OF_SEVERAL(+)
+HM_OF_SEVERAL(-)
+HM_OF_SEVERAL(*)
+#undef HM_OF_SEVERAL
+
+template <class V, int kCount>
+HM_INLINE Several<V, kCount> operator*(float a, const Several<V, kCount>& b) {
+  return b * a;
+}
+
+template <class V, int kCount>
+struct Lane<Several<V, kCount>> {
+  using Vecs = Several<V, kCount>;
+  HM_INLINE Vecs sqrt(const Vecs& x) {
+    Vecs root;
+    HM_EACH(i, kCount) root.part[i] = Lane<V>::sqrt(x.part[i]);
+    return root;
+  }
+  // x / y within 1 ulp for finite x and normal y in the range of Adam's denominators (y and 1/y not denormal).
+  HM_INLINE Vecs divide(const Vecs& x, const Vecs& y) {
+    Vecs quotient;
+#if HM_LANES == 16
+    const __m512 two = _mm512_set1_ps(2.0f);
+    __m512 r[kCount];
+    __mmask16 odd = 0;
+    HM_EACH(i, kCount) r[i] = _mm512_rcp14_ps((__m512)y.part[i]);
+    HM_EACH(i, kCount) r[i] = _mm512_mul_ps(r[i], _mm512_fnmadd_ps((__m512)y.part[i], r[i], two));
+    HM_EACH(i, kCount) odd |= _mm512_fpclass_ps_mask((__m512)y.part[i], 0x01 | 0x02 | 0x04 | 0x08 | 0x10 | 0x20 | 0x80);
+    if (__builtin_expect(!odd, 1)) {
+      HM_EACH(i, kCount) quotient.part[i] = (V)_mm512_mul_ps((__m512)x.part[i], r[i]);
+      return quotient;
+    }
+#endif
+    HM_EACH(i, kCount) quotient.part[i] = x.part[i] / y.part[i];
+    return quotient;
+  }
+};
+
 // 0, 1, 2, ...
 #if HM_LANES == 16
 constexpr UnsignedVec kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -96,6 +144,16 @@ HM_INLINE Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+// x, held in a register: the compiler would otherwise read it from memory again for each of its uses.
+HM_INLINE Vec in_register(Vec x) {
+#if HM_LANES == 16
+  __asm__("" : "+v"(x));
+#elif HM_LANES == 8
+  __asm__("" : "+x"(x));
+#endif
+  return x;
 }
 
 HM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }

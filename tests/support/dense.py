@@ -11,6 +11,12 @@ SHAPES = [(1, 1), (63, 7), (997, 25), (1000, 100), (500, 100), (4133, 33), (129,
 SIZES = [*product(SHAPES, (0, 1, 3, 6, 10)), ((101, 25), 4), ((3000, 100), 9), ((515, 64), 39)]  # layer, earlier tasks
 
 
+# Around the number of tasks from which the extension works in larger blocks, and the width up to which it does; widths
+# and rows around those of its vectors and blocks. (rows, width, tasks).
+MANY = [*product((1, 63, 81), (1, 15, 16, 17, 25, 64), (15, 16, 40)), *product((63, 81), (65, 100), (16, 40))]
+MANY += [(8311, 25, 17), (4211, 60, 100)]
+
+
 class Dense(NamedTuple):
     weight: Tensor  # (N, H)
     bias: Tensor
