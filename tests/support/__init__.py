@@ -13,6 +13,9 @@
     forging      checkpoints that are altered and given the right digests again
     dense        the dense output layer with hidden vectors, targets and moments
     ranks        what each of two processes does
+    launching    processes forked from one that has imported PyTorch: ranks as torchrun starts them, a command alone
+    loops        loops of several gloo ranks, and of one process with the whole batch
+    told         what a call is told that is refused
     framework    runs an example in a process of its own
     internals    what tests reach into the registry for
     emulation    csrc/cuda compiled for the CPU, out of cuda_emulation/

@@ -1,10 +1,14 @@
-"""Several processes as torchrun starts them, forked from one that has imported PyTorch: a second or two a group."""
+"""Processes forked from one that has imported PyTorch: several as torchrun starts them, or a command by itself.
+
+That takes a second or two less than a program of its own, which is left to the tests of how a program begins.
+"""
 
 import multiprocessing
 import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,7 +58,7 @@ def ranks(
     else:
         port, shared = store.port, {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    _find_tests()
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(count):
@@ -84,9 +88,73 @@ def _ended(process: Any, here: Connection, files: str, until: float) -> Ended:
     return Ended(process.exitcode, out, err, result)
 
 
+class Running:
+    """The command line in a process of its own, with the names of subprocess.Popen; what it writes goes to files.
+
+    environment: changes of the variables.
+    """
+
+    def __init__(self, *words: object, environment: dict[str, str] | None = None) -> None:
+        _find_tests()
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = f"{self._folder.name}/command"
+        arguments = ([str(word) for word in words], self._files, environment or {})
+        self._process = _context.Process(target=_command, args=arguments, daemon=True)
+        self._process.start()
+        self.pid: int = self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("hypermask-fast", timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has written to standard output and error, once it has ended."""
+        self.wait(timeout)
+        return Path(f"{self._files}.out").read_text(), Path(f"{self._files}.err").read_text()
+
+
+def _command(words: list[str], files: str, variables: dict[str, str]) -> None:
+    _be_a_program(files, variables)
+    from hypermask_fast import cli
+
+    sys.exit(cli.main(words))
+
+
+def _find_tests() -> None:
+    """Where a forked process imports this package from."""
+    tests = str(Path(__file__).parents[1])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if tests not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([tests, *paths])
+
+
 def _rank(
     there: Connection, rank: int, variables: dict[str, str], files: str, function: Callable, arguments: tuple
 ) -> None:
+    _be_a_program(files, variables)
+    result = function(rank, *arguments)
+    there.send_bytes(pickle.dumps(result))  # `send` would share tensors, which end with the process
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _be_a_program(files: str, variables: dict[str, str]) -> None:
+    """Output in files, variables (one that is "" is not set), one thread, and signals as at a program's beginning."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ |= variables
@@ -95,6 +163,3 @@ def _rank(
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    result = function(rank, *arguments)
-    there.send_bytes(pickle.dumps(result))  # `send` would share tensors, which end with the process
-    sys.exit(result if isinstance(result, int) else 0)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import hypermask_fast as hmf
+from support.networks import TiedHead
 
 
 @dataclass(frozen=True)
@@ -198,16 +199,6 @@ class TwoHeads(nn.Module):
         return self.made(self.a(h).softmax(-1), self.b(h))
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.body, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.embedding(x)).relu())
-
-
 class Functional(nn.Module):
     """Reads a layer's weight in place of calling the layer, and has a Parameter of its own."""
 
@@ -383,7 +374,7 @@ CASES = {
     "Embedding": Case(lambda: nn.Sequential(nn.Embedding(20, 8, max_norm=None), nn.Linear(8, 2)), words),
     "EmbeddingBag": Case(lambda: nn.Sequential(nn.EmbeddingBag(20, 8), nn.Linear(8, 2)), words),
     "head defined first": Case(HeadFirst, sequence),
-    "tied": Case(Tied, words),
+    "tied": Case(TiedHead, words),
     "residual": Case(Residual, sequence),
     "weights read": Case(Functional, sequence),
     "weights read, Parameter": Case(Functional, sequence, settings={"include": ["fc.*", "scale", "out.*"]}),
