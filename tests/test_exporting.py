@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.module_kinds import Checkpointed, HeadFirst, Recurrent, TwoHeads, as_pair, encoder_layer
+from support.modules import Checkpointed, HeadFirst, Recurrent, TwoHeads, as_pair, encoder_layer
 from support.networks import TiedHead, small_convnet
 from support.tolerances import assert_close
 from torch import Tensor, nn
