@@ -29,7 +29,7 @@ registry.problem("triton")  # found out once in a process: now, before a test ta
 LONGEST = (
     "offline/test_offline.py", "test_program.py", "training/test_resume.py", "test_loops.py",
     "ops/test_factored_step.py", "training/test_sharded_checkpoint.py", "distributed/test_shards.py",
-    "building/test_cuda_compile.py", "docs/test_pages.py", "ops/test_layer_ops.py", "bench/test_bench.py",
+    "building/test_cuda_compile.py", "docs/test_pages.py", "ops/test_layer_ops.py", "bench/test_contenders.py",
     "training/test_real_data.py", "bench/test_command.py", "ops/test_backends.py", "building/test_setup.py",
     "distributed/test_faults.py", "test_several.py", "test_processors.py", "examples/test_examples.py",
     "ops/test_compile.py", "masking/test_task_batch.py", "training/test_settings_sweep.py", "training/test_lock.py",

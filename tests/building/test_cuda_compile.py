@@ -70,7 +70,7 @@ def instructions(sass: str) -> dict[str, Counter]:
     return found
 
 
-def check_streams(source: str, sass: str) -> None:
+def check_instructions(source: str, sass: str) -> None:
     kernels = instructions(sass)
     for part, loads, stores in STREAMS.get(source, ()):
         matching = {name: count for name, count in kernels.items() if re.search(part, name)}
@@ -131,7 +131,7 @@ def test_what_is_compiled_for_each_architecture(source, tmp_path):
         assert registers <= REGISTERS.get(source, 64)
         # Static; what a launch asks for itself is checked against the GPU's limit there.
         assert shared <= 16 * 1024  # four blocks on an A100's multiprocessor with room for a cache
-        check_streams(source, shown("-sass", arch))
+        check_instructions(source, shown("-sass", arch))
 
 
 LAUNCH_TEST = r"""

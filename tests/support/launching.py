@@ -3,16 +3,19 @@
 That takes a second or two less than a program of its own, which is left to the tests of how a program begins.
 """
 
+import builtins
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,17 +92,15 @@ def _ended(process: Any, here: Connection, files: str, until: float) -> Ended:
 
 
 class Running:
-    """The command line in a process of its own, with the names of subprocess.Popen; what it writes goes to files.
+    """A function in a process of its own, with the names of subprocess.Popen; what it writes goes to files."""
 
-    environment: changes of the variables.
-    """
-
-    def __init__(self, *words: object, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         _find_tests()
         self._folder = tempfile.TemporaryDirectory()
-        self._files = f"{self._folder.name}/command"
-        arguments = ([str(word) for word in words], self._files, environment or {})
-        self._process = _context.Process(target=_command, args=arguments, daemon=True)
+        self._files = f"{self._folder.name}/output"
+        for name in ("out", "err"):
+            Path(f"{self._files}.{name}").touch()  # of one that is killed before it has begun
+        self._process = _context.Process(target=_run, args=(self._files, function, arguments), daemon=True)
         self._process.start()
         self.pid: int = self._process.pid or 0
 
@@ -113,7 +114,7 @@ class Running:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("hypermask-fast", timeout or 0.0)
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
@@ -129,11 +130,39 @@ class Running:
         return Path(f"{self._files}.out").read_text(), Path(f"{self._files}.err").read_text()
 
 
-def _command(words: list[str], files: str, variables: dict[str, str]) -> None:
-    _be_a_program(files, variables)
+def command(*words: object) -> Running:
+    """The command line."""
+    return Running(_command, [str(word) for word in words])
+
+
+def _command(words: list[str]) -> None:
     from hypermask_fast import cli
 
     sys.exit(cli.main(words))
+
+
+def output_of_script(script: Path, folder: Path, *filters: str) -> str:
+    """What a Python script prints that is run in a folder, under Python's -W with these; it has to end well."""
+    running = Running(_script, script, folder, filters)
+    out, err = running.communicate(600)
+    assert running.returncode == 0, out + err
+    return out
+
+
+def _script(script: Path, folder: Path, filters: Sequence[str]) -> None:
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # the checkout, where the package need not be installed
+    sys.argv, sys.path[:0] = [str(script)], [str(script.parent)]
+    for each in filters:
+        action, category = each.split("::")
+        warnings.simplefilter(action, getattr(builtins, category))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _run(files: str, function: Callable[..., Any], arguments: tuple) -> None:
+    _be_a_program(files, {})
+    torch.seed()  # random numbers are others in each new process
+    function(*arguments)
 
 
 def _find_tests() -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.launching import Running
+from support.launching import Running, command
 from support.networks import blob_model, blob_scenario
 
 from hypermask_fast import InputError
@@ -132,7 +132,7 @@ def test_a_trainer_takes_its_folder(tmp_path, holder):
 def train(folder: Path, seed: int, iterations: int = 30, *options: str) -> Running:
     settings = ["data.tasks=2", f"training.iterations={iterations}", "training.checkpoint_every=5"]
     words = [word for setting in settings for word in ("--set", setting)]
-    return Running("train", "split-digits", "--out", folder, "--seed", seed, *words, *options)
+    return command("train", "split-digits", "--out", folder, "--seed", seed, *words, *options)
 
 
 def refused(process: Running) -> str:
@@ -175,7 +175,7 @@ def test_beside_a_run_nobody_trains_but_anybody_reads(tmp_path):
         running.send_signal(signal.SIGSTOP)  # so that it is not over before the others have come
         told = f"{folder} is in use by process {running.pid} on {socket.gethostname()}: wait until that has ended"
         others = [train(folder, 1), train(folder, 0, 150, "--resume")]
-        reading = [Running("evaluate", folder), Running("export", folder, "--task", 0, "--to", tmp_path / "net")]
+        reading = [command("evaluate", folder), command("export", folder, "--task", 0, "--to", tmp_path / "net")]
         assert all(told in refused(process) for process in others)
         for process in reading:
             assert process.wait(timeout=300) == 0, process.communicate()[1]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.launching import Running
+from support.launching import Running, command
 
 from hypermask_fast.training import report
 from hypermask_fast.training.run import load_run
@@ -27,7 +27,7 @@ def start(run_dir: Path, *options: str, checkpoint_every: int = 10) -> Running:
         "training.log_every=20",
     ]
     words = [] if options else [word for setting in settings for word in ("--set", setting)]
-    return Running("train", "split-digits", "--out", run_dir, *words, *options)
+    return command("train", "split-digits", "--out", run_dir, *words, *options)
 
 
 def finish(process: Running) -> None:
