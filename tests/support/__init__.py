@@ -6,6 +6,7 @@
     chunks       a chunked hypernetwork, and the logits that it generates
     arguments    valid arguments of every op and operator, by name
     analysed     models whose masks are known; command_line: runs of it that are over in a moment
+    optimising   small models that Adam trains; training: what tests of the Trainer give it
     life         models whose tasks come and go
     memory       uninitialised memory that is NaN
     datasets     small data sets in the formats of the real ones
