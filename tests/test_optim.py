@@ -17,13 +17,8 @@ from hypermask_fast import InputError
 def test_float64_numbers_are_torch_adams(settings, fidelity):
     # The 1-norm's gradient jumps where a weight comes back to where it was; rounding then decides, and shows.
     theirs, own = (small_model(3, beta=0.5, lam=0.02, drift_norm=2, fidelity=fidelity).double() for _ in range(2))
-    global X
-    X, before = X.double(), X
-    try:
-        expected, their_optimizer = train(theirs, plain, 20)
-        losses, optimizer = train(own, ours(**settings), 20)
-    finally:
-        X = before
+    expected, their_optimizer = train(theirs, plain, 20, x=X.double())
+    losses, optimizer = train(own, ours(**settings), 20, x=X.double())
     if not settings:  # otherwise R is 0 in the loss until backward
         torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-9)
     for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
