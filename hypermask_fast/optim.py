@@ -21,7 +21,7 @@ from .factored import FactoredGradient, Factors, SteppedGradient
 from .ops.stepping import adam
 from .output_layer import Pending
 from .processes import Shards, local, placed_like
-from .steppable import fusible, hooks_of, hypermask_in, plain_step, steps_on_factors
+from .steppable import count, hooks_of, hypermask_in, plain_step, steps_on_factors
 
 __all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
 
@@ -84,6 +84,7 @@ class Adam(torch.optim.Adam):
         step_in_backward: bool = False,
     ) -> None:
         self._model = hypermask_in(model, type(self).__name__)
+        self._net: HyperNetwork = self._model.hypernet
         self.step_in_backward, self.moments = step_in_backward, moments
         kept.check(moments, self._net, amsgrad)
         if differentiable:
@@ -105,6 +106,7 @@ class Adam(torch.optim.Adam):
 
     def _begin(self) -> None:
         """Takes the model's output layer over."""
+        self._net = self._model.hypernet
         self._task = -1  # whose embedding was last seen to be among the Parameters
         self._lr: tuple[tuple, Tensor] | None = None
         self._armed, self._stepped, self._replaced = False, False, False
@@ -113,10 +115,6 @@ class Adam(torch.optim.Adam):
         self._step_supports_amp_scaling = False  # a GradScaler is to unscale the gradients before step()
         net = self._net
         net.step_with(self if net.factored and self._group_of(net.output.weight) is not None else None)
-
-    @property
-    def _net(self) -> HyperNetwork:
-        return self._model.hypernet
 
     def __getstate__(self) -> dict[str, Any]:
         """The model goes along: a copy steps the copied model."""
@@ -204,8 +202,7 @@ class Adam(torch.optim.Adam):
         group = self._group_of(weight)
         assert group is not None, "steps_now has seen it"
         state, bias_state = self._state_of(weight), self._state_of(bias)
-        for step in (state["step"], bias_state["step"]):
-            step.add_(1)
+        count((state["step"], bias_state["step"]))
         layer = local(weight)
         return ops.hypernet_adam(
             hidden,
@@ -252,8 +249,6 @@ class Adam(torch.optim.Adam):
             self._check_dtypes(group)
             if group["differentiable"]:
                 raise InputError("differentiable=True in a parameter group: use torch.optim.Adam for this")
-            if group["fused"] and not fusible(group["params"]):
-                group["fused"] = False
         weight = self._net.output.weight
         group = self._group_of(weight)
         kept.check(self.moments, self._net, group is not None and group["amsgrad"])

@@ -1,6 +1,6 @@
 """What an optimiser has to know of a model and its Parameters before it steps them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .model import HyperMask
+from .ops import native
+from .ops.native import trunk as operators
 from .processes import local
 
 
@@ -52,9 +54,67 @@ def fusible(parameters: Iterable[Tensor]) -> bool:
     return True
 
 
+def count(steps: Sequence[Tensor]) -> None:
+    """One more in each of these counters, in one call."""
+    if not native.PROBLEM and all(step.is_cpu and step.dtype is torch.float32 for step in steps):
+        operators.count_steps([*steps])
+    elif steps:
+        torch._foreach_add_([*steps], 1)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
+
 def plain_step(optimizer: torch.optim.Adam) -> None:
     """torch.optim.Adam's step without the profiler's frame and the hooks around it, which are around ours already."""
+    calls = [_fused_call(optimizer, group) for group in optimizer.param_groups]
+    if all(call is not None for call in calls):
+        for call in calls:
+            _run(*call)
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] and not fusible(group["params"]):
+            group["fused"] = False
     step = torch.optim.Adam.step
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
     step(optimizer)
+
+
+def _fused_call(optimizer: torch.optim.Adam, group: dict[str, Any]) -> tuple | None:
+    """The lists that torch.optim.Adam makes for its fused step of a group on the CPU, and the group; None where it has
+    more to do than that, as in the first step. Looking that up takes it longer than small networks' arithmetic."""
+    if not group["fused"] or group["amsgrad"] or not all(type(beta) is float for beta in group["betas"]):
+        return None
+    lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
+    states, dtype = optimizer.state, None
+    for p in group["params"]:
+        grad = p.grad
+        if grad is None:
+            continue
+        state = states.get(p)
+        if not state or not p.is_cpu or type(grad) is not Tensor or grad.layout is not torch.strided:
+            return None
+        if dtype is None:
+            dtype = p.dtype
+        if p.dtype is not dtype or not p.is_contiguous() or not grad.is_contiguous():
+            return None
+        for found, tensor in zip(
+            lists, (p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]), strict=True
+        ):
+            found.append(tensor)
+    return *lists, group
+
+
+def _run(
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> None:
+    if not parameters:
+        return
+    count(steps)
+    name = "_fused_adamw_" if group["decoupled_weight_decay"] else "_fused_adam_"
+    beta1, beta2 = group["betas"]
+    settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+    getattr(torch, name)(parameters, grads, first, second, [], steps, beta1=beta1, beta2=beta2, **settings)
