@@ -109,7 +109,7 @@ class HyperNetwork(nn.Module):
         if self.processes is not None:
             self.processes.asks(tasks)
         # A ParameterList makes a name of each index. Embeddings are in its dictionary in the order of the tasks.
-        embeddings: Any = [*self.embeddings._parameters.values()]  # noqa: SLF001
+        embeddings: Any = [*self.embeddings._parameters.values()]
         if isinstance(tasks, Tensor):
             return torch.stack(embeddings).index_select(0, tasks)
         return [embeddings[task] for task in tasks]

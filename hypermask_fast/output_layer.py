@@ -205,13 +205,23 @@ class SteppedOutput(torch.autograd.Function):
         grad_logits, grad_drift = _means(work, *grads)
         if steps:
             hidden_grad, drift = work.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
-            others = SteppedGradient(weight), None
+            others = _stepped(work.net, weight), None
         else:
             residuals, drift = ops.output_residuals(hidden, weight, bias, targets)
             hidden_grad, *others = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
         hidden_grad, drift = _sums(work, hidden_grad if _needs_hidden(ctx) else None, drift)
         ctx.drift.copy_(_scaled(drift, work.scale))
         return None, *others, None, *work.of_given(hidden_grad, given, kept)
+
+
+def _stepped(net: Any, weight: Tensor) -> Tensor | None:
+    """What the weight's node is given. A whole weight's gradient, which there is none of yet, is set here: to send it
+    through autograd takes longer than all else that is done for it."""
+    gradient = SteppedGradient(weight)
+    if isinstance(net.processes, Shards):
+        return gradient
+    net.output.weight.grad = gradient
+    return None
 
 
 def _reaches_weight(ctx: Any) -> bool:

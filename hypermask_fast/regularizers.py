@@ -136,9 +136,11 @@ def draw(hypernet: HyperNetwork, task: int, tasks: int | None) -> Tensor | None:
     Drawn without replacement from PyTorch's default generator of the hypernetwork's device, whose state a checkpoint
     has. Processes that train together take the draw of the first one.
     """
+    if tasks is None:
+        return None
     check_drift_tasks(tasks)
     earlier = len(hypernet.tasks(task)) - 1
-    if tasks is None or tasks >= earlier:
+    if tasks >= earlier:
         return None
     drawn = torch.randperm(earlier, device=hypernet.output.weight.device)[:tasks].sort().values
     ranks_of(hypernet.processes).make_equal([drawn])

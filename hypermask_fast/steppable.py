@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .model import HyperMask
 from .ops import native
-from .ops.native import trunk as operators
+from .ops.native import adam as operators
 from .processes import local
 
 
@@ -54,12 +54,37 @@ def fusible(parameters: Iterable[Tensor]) -> bool:
     return True
 
 
+class LayerNumbers:
+    """What the output layer's kernels are given besides tensors. The learning rate is kept beside the weight."""
+
+    def __init__(self) -> None:
+        self._lr: tuple[tuple, Tensor] | None = None
+
+    def of(self, group: dict[str, Any], step: Tensor, weight: Tensor, first_row: int) -> tuple[Any, ...]:
+        """From `step` on, the arguments of `ops.factored_adam`; first_row: rows that other processes have before it."""
+        beta1, beta2 = group["betas"]
+        decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
+        step = step if step.device == weight.device else step.to(weight.device)
+        numbers = beta1, beta2, group["eps"], decay, decoupled, group["maximize"]
+        return step, self._lr_beside(group, weight), *numbers, first_row
+
+    def _lr_beside(self, group: dict[str, Any], weight: Tensor) -> Tensor:
+        """The learning rate as a tensor like weight. A number is copied when it changes: to a GPU that is a wait."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            return lr.to(weight)
+        key = lr, weight.dtype, weight.device
+        if self._lr is None or self._lr[0] != key:
+            self._lr = key, weight.new_tensor(lr)
+        return self._lr[1]
+
+
 def count(steps: Sequence[Tensor]) -> None:
     """One more in each of these counters, in one call."""
     if not native.PROBLEM and all(step.is_cpu and step.dtype is torch.float32 for step in steps):
         operators.count_steps([*steps])
     elif steps:
-        torch._foreach_add_([*steps], 1)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_add_([*steps], 1)  # pyright: ignore[reportPrivateUsage]
 
 
 def plain_step(optimizer: torch.optim.Adam) -> None:
@@ -67,7 +92,7 @@ def plain_step(optimizer: torch.optim.Adam) -> None:
     calls = [_fused_call(optimizer, group) for group in optimizer.param_groups]
     if all(call is not None for call in calls):
         for call in calls:
-            _run(*call)
+            operators.fused_adam(*call)
         return
     for group in optimizer.param_groups:
         if group["fused"] and not fusible(group["params"]):
@@ -79,42 +104,26 @@ def plain_step(optimizer: torch.optim.Adam) -> None:
 
 
 def _fused_call(optimizer: torch.optim.Adam, group: dict[str, Any]) -> tuple | None:
-    """The lists that torch.optim.Adam makes for its fused step of a group on the CPU, and the group; None where it has
-    more to do than that, as in the first step. Looking that up takes it longer than small networks' arithmetic."""
-    if not group["fused"] or group["amsgrad"] or not all(type(beta) is float for beta in group["betas"]):
+    """What the extension needs to make torch.optim.Adam's fused step of a group; None where that has more to do, as in
+    the first step. Small networks' arithmetic is done before PyTorch has looked all that up."""
+    lr = group["lr"]
+    if native.PROBLEM or not group["fused"] or group["amsgrad"] or (isinstance(lr, Tensor) and not lr.is_cpu):
         return None
     lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
-    states, dtype = optimizer.state, None
     for p in group["params"]:
         grad = p.grad
         if grad is None:
             continue
-        state = states.get(p)
-        if not state or not p.is_cpu or type(grad) is not Tensor or grad.layout is not torch.strided:
+        state = optimizer.state.get(p)
+        if not state or type(grad) is not Tensor or grad.layout is not torch.strided:
             return None
-        if dtype is None:
-            dtype = p.dtype
-        if p.dtype is not dtype or not p.is_contiguous() or not grad.is_contiguous():
+        step, tensors = state["step"], (p, grad, state["exp_avg"], state["exp_avg_sq"])
+        if not step.is_cpu or step.dtype is not torch.float32:
             return None
-        for found, tensor in zip(
-            lists, (p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"]), strict=True
-        ):
-            found.append(tensor)
-    return *lists, group
-
-
-def _run(
-    parameters: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    steps: list[Tensor],
-    group: dict[str, Any],
-) -> None:
-    if not parameters:
-        return
-    count(steps)
-    name = "_fused_adamw_" if group["decoupled_weight_decay"] else "_fused_adam_"
-    beta1, beta2 = group["betas"]
-    settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-    getattr(torch, name)(parameters, grads, first, second, [], steps, beta1=beta1, beta2=beta2, **settings)
+        for each in tensors:
+            if not each.is_cpu or each.dtype is not torch.float32 or not each.is_contiguous():
+                return None
+        for found, each in zip(lists, (*tensors, step), strict=True):
+            found.append(each)
+    numbers = float(lr), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
+    return *lists, *numbers, bool(group["decoupled_weight_decay"]), bool(group["maximize"])

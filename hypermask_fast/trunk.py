@@ -1,8 +1,8 @@
 """The hypernetwork's trunk, elu(V elu(... elu(V1 e + c1) ...) + c) of a few tasks' embeddings e.
 
-On the CPU that is so little work that each op of PyTorch's takes longer to call than to run: the extension has all of it
-in one call forward and one backward. A task's numbers are there to the bit what they are with other tasks beside it, from
-any number of threads.
+On the CPU that is so little work that each op of PyTorch's takes longer to call than to run: the extension has all of
+it in one call forward and one backward. A task's numbers are there to the bit what they are with other tasks beside it,
+from any number of threads.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,7 @@ def run(rows: Sequence[Tensor], layers: Sequence[Tensor]) -> list[Tensor]:
     return operators.trunk([*rows], [*layers])
 
 
-def gradients(
-    grad: Tensor, kept: Sequence[Tensor], rows: Sequence[Tensor], layers: Sequence[Tensor]
-) -> list[Tensor]:
+def gradients(grad: Tensor, kept: Sequence[Tensor], rows: Sequence[Tensor], layers: Sequence[Tensor]) -> list[Tensor]:
     """Of every row, then of every weight and bias, from that of the trunk's outputs; kept: what `run` returned."""
     return operators.trunk_backward(grad.contiguous(), [*kept], [*rows], [*layers])
 

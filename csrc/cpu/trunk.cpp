@@ -125,26 +125,16 @@ Tensors trunk_backward(const Tensor& grad, const Tensors& kept, const Tensors& e
   return of_embeddings;
 }
 
-// One more step in each of an optimiser's counters.
-void count_steps(const Tensors& steps) {
-  for (const Tensor& step : steps) {
-    check_scalar("count_steps", "a counter", step, Place::kCpu);
-    *mutable_data(step) += 1.0f;
-  }
-}
-
 }  // namespace
 
 HM_SCHEMAS(m) {
   m.def("trunk(Tensor[] embeddings, Tensor[] layers) -> Tensor[]");
   m.def("trunk_backward(Tensor grad, Tensor[] kept, Tensor[] embeddings, Tensor[] layers) -> Tensor[]");
-  m.def("count_steps(Tensor(a!)[] steps) -> ()");
 }
 
 HM_CPU(m) {
   m.impl("trunk", TORCH_BOX(&trunk));
   m.impl("trunk_backward", TORCH_BOX(&trunk_backward));
-  m.impl("count_steps", TORCH_BOX(&count_steps));
 }
 
 }  // namespace hypermask

@@ -1,4 +1,4 @@
-"""The hypernetwork's trunk on a few rows, forward and backward in a call each, and an optimiser's counters; for the CPU."""
+"""The hypernetwork's trunk on a few rows, forward and backward in a call each; for the CPU."""
 
 import torch
 
@@ -14,5 +14,3 @@ trunk = operator(
 trunk_backward = operator(
     "trunk_backward", lambda grad, kept, embeddings, layers: [torch.empty_like(t) for t in (*embeddings, *layers)]
 )
-
-count_steps = operator("count_steps", lambda steps: None)
