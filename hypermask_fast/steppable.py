@@ -30,14 +30,17 @@ def hypermask_in(module: Any, taker: str) -> HyperMask:
 
 def steps_on_factors(weight: Tensor, state: dict[str, Any]) -> bool:
     """Whether the kernels can step this layer where it lies. In bfloat16 torch.optim.Adam rounds elsewhere."""
-    like, *moments = (local(weight), *(local(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state))
-    dtypes = {t.dtype for t in moments} or {like.dtype}
-    halves = like.dtype == torch.float32 and dtypes == {torch.bfloat16}
-    return (
-        like.dtype in (torch.float32, torch.float64)
-        and (halves or dtypes == {like.dtype})
-        and all(t.is_contiguous() and t.device == like.device and t.shape == like.shape for t in (like, *moments))
-    )
+    like = local(weight)
+    moments = [local(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state]
+    if like.dtype not in (torch.float32, torch.float64) or not like.is_contiguous():
+        return False
+    dtype = moments[0].dtype if moments else like.dtype
+    if dtype != like.dtype and (dtype, like.dtype) != (torch.bfloat16, torch.float32):
+        return False
+    for t in moments:
+        if t.dtype != dtype or not t.is_contiguous() or t.device != like.device or t.shape != like.shape:
+            return False
+    return True
 
 
 def hooks_of(parameter: Tensor) -> Any:
@@ -115,15 +118,16 @@ def _fused_call(optimizer: torch.optim.Adam, group: dict[str, Any]) -> tuple | N
         if grad is None:
             continue
         state = optimizer.state.get(p)
-        if not state or type(grad) is not Tensor or grad.layout is not torch.strided:
+        if not state or not p.is_cpu or p.dtype is not torch.float32:
             return None
-        step, tensors = state["step"], (p, grad, state["exp_avg"], state["exp_avg_sq"])
+        if type(grad) is not Tensor or grad.layout is not torch.strided:
+            return None
+        first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        if not (p.is_contiguous() and grad.is_contiguous() and first.is_contiguous() and second.is_contiguous()):
+            return None
         if not step.is_cpu or step.dtype is not torch.float32:
             return None
-        for each in tensors:
-            if not each.is_cpu or each.dtype is not torch.float32 or not each.is_contiguous():
-                return None
-        for found, each in zip(lists, (*tensors, step), strict=True):
+        for found, each in zip(lists, (p, grad, first, second, step), strict=True):
             found.append(each)
     numbers = float(lr), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
     return *lists, *numbers, bool(group["decoupled_weight_decay"]), bool(group["maximize"])

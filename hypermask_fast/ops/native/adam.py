@@ -10,6 +10,8 @@ count_steps = operator("count_steps", lambda steps: None)
 
 def fused_adam(weights, grads, first, second, steps, *settings):
     """One step of PyTorch's fused Adam, counted in `steps`; settings: lr, beta1, beta2, eps, weight_decay, decoupled,
-    maximize."""
+    maximize. Only the weights are ever part of a graph."""
+    if not weights:
+        return
     _fused_adam(weights, grads, first, second, steps, *settings)
-    torch.autograd.graph.increment_version((*weights, *first, *second))
+    torch.autograd.graph.increment_version(weights)
