@@ -7,6 +7,7 @@ from support.backends import native_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypermask_fast as hmf
+from hypermask_fast.regularizers import DriftConfig, Drifts
 
 pytestmark = pytest.mark.skipif(bool(native_problem()), reason=native_problem())
 
@@ -59,3 +60,22 @@ def test_who_profiles_a_step_sees_it():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         optimizer.step()
     assert "Optimizer.step#Adam.step" in [event.key for event in seen.key_averages()]
+
+
+@pytest.mark.parametrize("strengths", [(0.3, 0.7), (1e40, 0.0), (0.0, 1e300)], ids=str)
+@pytest.mark.parametrize("task", [0, 3])
+def test_a_loss_is_added_up_in_two_operations(strengths, task):
+    """The same sum as of its parts, and their gradients; strengths that float32 does not have as well."""
+    config = DriftConfig(*strengths)
+
+    def parts():
+        return [torch.tensor(value, requires_grad=True) for value in (0.5, 3.0, 2.0)]
+
+    mine, expected = parts(), parts()
+    with Calls() as calls:
+        loss = config.added_to(mine[0], Drifts(*mine[1:]), task)
+    total = expected[0] + config.loss(Drifts(*expected[1:]), task)
+    torch.testing.assert_close(loss, total, rtol=1e-6, atol=0)
+    for a, b in zip(torch.autograd.grad(loss, mine), torch.autograd.grad(total, expected), strict=True):
+        assert torch.equal(a, b)
+    assert len(calls.names) == (2 if task == 0 or max(strengths) < 1e38 else 4)
