@@ -101,17 +101,17 @@ class HyperNetwork(nn.Module):
 
     def embed(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, E) embeddings of task ids: integers, or an int64 tensor (T,) (no host sync)."""
-        rows = self._rows(tasks)
-        return rows if isinstance(rows, Tensor) else torch.stack(rows)
+        if not isinstance(tasks, Tensor):
+            return torch.stack(self._one_by_one(tasks))
+        if self.processes is not None:
+            self.processes.asks(tasks)
+        return torch.stack(list(self.embeddings)).index_select(0, tasks)
 
-    def _rows(self, tasks: Iterable[int] | Tensor) -> Tensor | list[Tensor]:
-        """Embeddings of task ids, one by one where these are integers."""
+    def _one_by_one(self, tasks: Iterable[int]) -> list[Tensor]:
         if self.processes is not None:
             self.processes.asks(tasks)
         # A ParameterList makes a name of each index. Embeddings are in its dictionary in the order of the tasks.
         embeddings: Any = [*self.embeddings._parameters.values()]
-        if isinstance(tasks, Tensor):
-            return torch.stack(embeddings).index_select(0, tasks)
         return [embeddings[task] for task in tasks]
 
     def generating(self, tasks: Iterable[int] | Tensor) -> tuple[Tensor, Layer]:
@@ -140,7 +140,8 @@ class HyperNetwork(nn.Module):
 
     def _trunk_of(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, H) last hidden layer of a hypernetwork without chunks."""
-        return trunks.trunk(self._rows(tasks), self._trunk_layers())
+        rows = self.embed(tasks) if isinstance(tasks, Tensor) else self._one_by_one(tasks)
+        return trunks.trunk(rows, self._trunk_layers())
 
     def _trunk_layers(self) -> list[Layer]:
         layers: Any = self.trunk  # of nn.Linear
@@ -196,7 +197,7 @@ class HyperNetwork(nn.Module):
         """
         weight, bias = self.layer()
         old = local(targets[0]) if targets else weight.new_empty(0, len(weight))
-        rows, layers = self._rows(tasks), self._trunk_layers()
+        rows, layers = self._one_by_one(tasks), self._trunk_layers()
         flat = [tensor for layer in layers for tensor in layer]
         inside = trunks.served(rows, flat)  # the trunk as part of the same node
         used, scale = None, 1.0

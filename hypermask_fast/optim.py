@@ -6,12 +6,12 @@ from backward to step(), which forms each row of it while it steps the row.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import optimizer as optimizers
 
 from . import moments as kept
 from . import ops
@@ -26,7 +26,8 @@ from .steppable import LayerNumbers, count, hooks_of, hypermask_in, plain_step, 
 
 __all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
 
-_hooks: Any = optimizers  # PyTorch documents them, but not where they are kept
+# PyTorch documents hooks for all optimisers, but not where they are kept.
+_hooks: Any = import_module("torch.optim.optimizer")
 _EVERYBODYS_HOOKS = _hooks._global_optimizer_pre_hooks, _hooks._global_optimizer_post_hooks  # noqa: SLF001
 
 

@@ -87,13 +87,14 @@ def count(steps: Sequence[Tensor]) -> None:
     if not native.PROBLEM and all(step.is_cpu and step.dtype is torch.float32 for step in steps):
         operators.count_steps([*steps])
     elif steps:
-        torch._foreach_add_([*steps], 1)  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_add_([*steps], 1)  # pyright: ignore
 
 
 def plain_step(optimizer: torch.optim.Adam) -> None:
     """torch.optim.Adam's step without the profiler's frame and the hooks around it, which are around ours already."""
-    calls = [_fused_call(optimizer, group) for group in optimizer.param_groups]
-    if all(call is not None for call in calls):
+    found = [_fused_call(optimizer, group) for group in optimizer.param_groups]
+    calls = [call for call in found if call is not None]
+    if len(calls) == len(found):
         for call in calls:
             operators.fused_adam(*call)
         return
