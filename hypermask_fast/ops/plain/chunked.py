@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .. import reference
 from ..once import differentiable_once
+from ..signature import needs_gradient
+
+_FEW = 1 << 19  # products of the hidden vectors with the layer
 
 
 def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
@@ -21,6 +24,8 @@ def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> 
 
     Autograd would first copy it into a zero-filled array of whole chunks.
     """
+    if not needs_gradient((hidden, weight, bias)):
+        return reference.hypernet_logits(hidden, weight, bias, size)
     return _Logits.apply(hidden, weight, bias, size)
 
 
@@ -51,31 +56,54 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     @_gradient_of("hypernet_logits")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        hidden, weight = ctx.saved_tensors
-        rows = weight.shape[0]
-        whole = grad.shape[1] // rows
-        # The whole chunks of all tasks, then each task's last one where it is cut off.
-        of_whole = grad[:, : whole * rows].reshape(-1, rows)
-        grad_weight = of_whole.t() @ hidden[:, :whole].flatten(0, 1)
-        grad_bias = of_whole.sum(0)
-        grad_hidden = (of_whole @ weight).view(-1, whole, hidden.shape[2])
-        if whole < hidden.shape[1]:
-            of_last = grad[:, whole * rows :]
-            rest = of_last.shape[1]
-            grad_weight[:rest].addmm_(of_last.t(), hidden[:, whole])
-            grad_bias[:rest] += of_last.sum(0)
-            grad_hidden = torch.cat([grad_hidden, (of_last @ weight[:rest])[:, None]], dim=1)
-        return grad_hidden, grad_weight, grad_bias, None
+        return *_logits_gradients(grad, *ctx.saved_tensors), None
 
 
-def output_drift(
+def _logits_gradients(grad: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the hidden vectors, the layer's weight and its bias, where that of the logits is `grad` (tasks, N)."""
+    rows = weight.shape[0]
+    whole = grad.shape[1] // rows
+    # The whole chunks of all tasks, then each task's last one where it is cut off.
+    of_whole = grad[:, : whole * rows].reshape(len(hidden) * whole, rows)
+    grad_weight = of_whole.t() @ hidden[:, :whole].flatten(0, 1)
+    grad_bias = of_whole.sum(0)
+    grad_hidden = (of_whole @ weight).view(len(hidden), whole, hidden.shape[2])
+    if whole < hidden.shape[1]:
+        of_last = grad[:, whole * rows :]
+        rest = of_last.shape[1]
+        grad_weight[:rest].addmm_(of_last.t(), hidden[:, whole])
+        grad_bias[:rest] += of_last.sum(0)
+        grad_hidden = torch.cat([grad_hidden, (of_last @ weight[:rest])[:, None]], dim=1)
+    return grad_hidden, grad_weight, grad_bias
+
+
+class _Drift:
+    """`reference.chunked_output_drift` without N-sized work, or by the residuals themselves where they are so few that
+    the number of calls decides. Both keep the digits that subtracting two large, nearly equal outputs loses."""
+
+    def __call__(self, *values: Any) -> Tensor:
+        return self.of_kind(*values)(*values)
+
+    def of_kind(self, hidden: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Callable[..., Tensor]:
+        if not _are_few(hidden, weight):
+            return _by_gram_matrices
+        return _Residuals.apply if needs_gradient((hidden, weight, bias)) else _by_residuals
+
+
+output_drift = _Drift()
+
+
+def _by_residuals(
     hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old_weight: Tensor, old_bias: Tensor, size: int
 ) -> Tensor:
-    """`reference.chunked_output_drift` without N-sized work: n H^2 + C H^2 operations for n = tasks * chunks rows.
+    old = _constant(old_hidden), _constant(old_weight), _constant(old_bias)
+    return _residuals(hidden, weight, bias, *old, size)[1]
 
-    It also keeps the digits that subtracting two large, nearly equal outputs loses. The last chunk, where it is cut
-    off, is done directly.
-    """
+
+def _by_gram_matrices(
+    hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old_weight: Tensor, old_bias: Tensor, size: int
+) -> Tensor:
+    """n H^2 + C H^2 operations for n = tasks * chunks rows. The last chunk, where it is cut off, is done directly."""
     rows = weight.shape[0]
     whole = size // rows
     layer, old_layer = (weight, bias), (old_weight.detach(), old_bias.detach())
@@ -88,6 +116,43 @@ def output_drift(
         change = F.linear(last, d, c) + F.linear(last - old_hidden[:, whole], old_layer[0][:rest])
         total = total + change.square().sum()
     return total
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _are_few(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the residuals themselves are the quicker way. Not under autocast, which would round them, and not in
+    compiled graphs, which have one way for all sizes."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type):
+        return False
+    return hidden.numel() * weight.shape[0] <= _FEW
+
+
+def _residuals(
+    hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old: Tensor, old_bias: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """r = d h + W* e + c, as `_GramDrift` has it, of each task's entries (tasks, N); and sum ||r||^2."""
+    both = torch.cat([hidden, hidden - old_hidden], dim=2)
+    residuals = F.linear(both, torch.cat([weight - old, old], dim=1), bias - old_bias).flatten(1)[:, :size]
+    return residuals, residuals.square().sum()
+
+
+class _Residuals(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, old_h: Tensor, old: Tensor, old_bias: Tensor, size: int
+    ) -> Tensor:
+        residuals, value = _residuals(hidden, weight, bias, old_h, old, old_bias, size)
+        ctx.save_for_backward(hidden, weight, residuals)
+        return value
+
+    @staticmethod
+    @_gradient_of("chunked_output_drift")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, residuals = ctx.saved_tensors
+        return *_logits_gradients((2 * grad) * residuals, hidden, weight), None, None, None, None
 
 
 class _GramDrift(torch.autograd.Function):
