@@ -39,6 +39,8 @@ def _gradient_of(op: str) -> Callable[[Callable], Callable]:
     def decorated(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def in_own_dtype(ctx: Any, grad: Tensor):
+            if not torch.is_autocast_enabled(grad.device.type):
+                return backward(ctx, grad)
             with torch.autocast(grad.device.type, enabled=False):
                 return backward(ctx, grad)
 
@@ -56,25 +58,21 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     @_gradient_of("hypernet_logits")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *_logits_gradients(grad, *ctx.saved_tensors), None
-
-
-def _logits_gradients(grad: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the hidden vectors, the layer's weight and its bias, where that of the logits is `grad` (tasks, N)."""
-    rows = weight.shape[0]
-    whole = grad.shape[1] // rows
-    # The whole chunks of all tasks, then each task's last one where it is cut off.
-    of_whole = grad[:, : whole * rows].reshape(len(hidden) * whole, rows)
-    grad_weight = of_whole.t() @ hidden[:, :whole].flatten(0, 1)
-    grad_bias = of_whole.sum(0)
-    grad_hidden = (of_whole @ weight).view(len(hidden), whole, hidden.shape[2])
-    if whole < hidden.shape[1]:
-        of_last = grad[:, whole * rows :]
-        rest = of_last.shape[1]
-        grad_weight[:rest].addmm_(of_last.t(), hidden[:, whole])
-        grad_bias[:rest] += of_last.sum(0)
-        grad_hidden = torch.cat([grad_hidden, (of_last @ weight[:rest])[:, None]], dim=1)
-    return grad_hidden, grad_weight, grad_bias
+        hidden, weight = ctx.saved_tensors
+        rows = weight.shape[0]
+        whole = grad.shape[1] // rows
+        # The whole chunks of all tasks, then each task's last one where it is cut off.
+        of_whole = grad[:, : whole * rows].reshape(-1, rows)
+        grad_weight = of_whole.t() @ hidden[:, :whole].flatten(0, 1)
+        grad_bias = of_whole.sum(0)
+        grad_hidden = (of_whole @ weight).view(-1, whole, hidden.shape[2])
+        if whole < hidden.shape[1]:
+            of_last = grad[:, whole * rows :]
+            rest = of_last.shape[1]
+            grad_weight[:rest].addmm_(of_last.t(), hidden[:, whole])
+            grad_bias[:rest] += of_last.sum(0)
+            grad_hidden = torch.cat([grad_hidden, (of_last @ weight[:rest])[:, None]], dim=1)
+        return grad_hidden, grad_weight, grad_bias, None
 
 
 class _Drift:
@@ -133,10 +131,11 @@ def _are_few(hidden: Tensor, weight: Tensor) -> bool:
 def _residuals(
     hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old: Tensor, old_bias: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """r = d h + W* e + c, as `_GramDrift` has it, of each task's entries (tasks, N); and sum ||r||^2."""
+    """r = d h + W* e + c, as `_GramDrift` has it, of whole chunks (tasks, chunks, C); and sum ||r||^2 over what is not
+    cut off."""
     both = torch.cat([hidden, hidden - old_hidden], dim=2)
-    residuals = F.linear(both, torch.cat([weight - old, old], dim=1), bias - old_bias).flatten(1)[:, :size]
-    return residuals, residuals.square().sum()
+    residuals = F.linear(both, torch.cat([weight - old, old], dim=1), bias - old_bias)
+    return residuals, residuals.flatten(1)[:, :size].square().sum()
 
 
 class _Residuals(torch.autograd.Function):
@@ -146,13 +145,17 @@ class _Residuals(torch.autograd.Function):
     ) -> Tensor:
         residuals, value = _residuals(hidden, weight, bias, old_h, old, old_bias, size)
         ctx.save_for_backward(hidden, weight, residuals)
+        ctx.size = size
         return value
 
     @staticmethod
     @_gradient_of("chunked_output_drift")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, residuals = ctx.saved_tensors
-        return *_logits_gradients((2 * grad) * residuals, hidden, weight), None, None, None, None
+        scaled = (2 * grad) * residuals
+        scaled.flatten(1)[:, ctx.size :] = 0
+        rows = scaled.flatten(0, 1)
+        return scaled @ weight, rows.t() @ hidden.flatten(0, 1), rows.sum(0), None, None, None, None
 
 
 class _GramDrift(torch.autograd.Function):
