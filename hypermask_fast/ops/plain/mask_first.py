@@ -14,6 +14,7 @@ from ..registry import AUTO, OPS, PLAIN, problem, requested
 from ..task_rows import TaskRows, rows_of_tasks
 
 _FEW = 1 << 19  # products of every row with every task, one after another
+_FEW_ROWS = 256  # whose ids Python looks at
 _MASKING = 8  # rows, whose products take as long as to mask the weight
 
 
@@ -97,22 +98,29 @@ def task_batched_linear(x, weight, logits, thresholds, task_ids, bias):
 def _are_few(x: Tensor, weight: Tensor, tasks: int) -> bool:
     """Whether the number of calls decides the time: then one product of every row with every task is the quicker way.
     Not under autocast, which rounds a product and its bias together."""
-    return tasks * (len(x) + _MASKING) * weight.numel() <= _FEW and not torch.is_autocast_enabled(x.device.type)
+    rows = len(x)
+    few = rows <= _FEW_ROWS and tasks * (rows + _MASKING) * weight.numel() <= _FEW
+    return few and not torch.is_autocast_enabled(x.device.type)
 
 
 def _by_all_tasks(
     x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, task_ids: Tensor | TaskRows, bias: Tensor | None
 ) -> Tensor:
-    """Every row under all masks, of which it keeps its own task's result, as the definition has it."""
-    ids = task_ids.ids if isinstance(task_ids, TaskRows) else task_ids
-    (tasks, outputs, _), known = logits.shape, ids.tolist()
-    if min(known) < 0 or max(known) >= tasks:
+    """Every row under the masks of all tasks that the rows have, of which it keeps its own task's result."""
+    known, tasks = (task_ids.ids if isinstance(task_ids, TaskRows) else task_ids).tolist(), len(logits)
+    present = sorted({*known})
+    if present[0] < 0 or present[-1] >= tasks:
         raise InputError(f"task_ids must be 0 to {tasks - 1}")
+    if len(present) < tasks:
+        chosen = torch.tensor(present, device=logits.device)
+        logits, thresholds = logits.index_select(0, chosen), thresholds.index_select(0, chosen.to(thresholds.device))
+        bias = bias.index_select(0, chosen) if bias is not None and bias.dim() == 2 else bias
+        tasks, known = len(present), [present.index(task) for task in known]
     masked = weight * OPS["semi_binary_mask"](logits, thresholds[:, None, None])
     every = F.linear(x, masked.flatten(0, 1), None if bias is None or bias.dim() == 1 else bias.flatten())
-    first = torch.arange(0, len(known) * tasks, tasks, device=ids.device)
-    mine = every.view(len(known) * tasks, outputs).index_select(0, ids + first)
-    return mine if bias is None or bias.dim() == 2 else mine + bias
+    mine = torch.tensor([row * tasks + task for row, task in enumerate(known)], device=x.device)
+    y = every.view(len(known) * tasks, len(weight)).index_select(0, mine)
+    return y if bias is None or bias.dim() == 2 else y + bias
 
 
 def _of_task(x: Tensor, weight: Tensor, logits: Tensor, thresholds: Tensor, bias: Tensor | None, task: int) -> Tensor:
