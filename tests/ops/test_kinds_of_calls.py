@@ -85,15 +85,38 @@ def test_every_kind_of_call_beside_the_others(name):
         "expanded": mapped(lambda t: t[..., :1].expand(t.shape) if t.dim() else t, values),
     }
     for kind in [*kinds, *kinds]:
-        found = gradients(op, kinds[kind])
         wanted = gradients(op.definition, kinds[kind])
-        for a, b in zip(found, wanted, strict=True):
-            assert_same(a, b)
         for guard in (torch.no_grad, torch.inference_mode):
             with guard():
                 results = leaves(op(**kinds[kind]))
             assert not any(y.requires_grad for y in results)
             assert_same(results, wanted[0])
+        found = gradients(op, kinds[kind])
+        for a, b in zip(found, wanted, strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_threshold_that_asks_for_a_gradient_records_nothing(name):
+    values = mapped(asking, valid(name), {"threshold", "thresholds"})
+    for _ in range(2):
+        assert not any(y.requires_grad for y in leaves(ops.OPS[name](**values)))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_autocast_is_a_kind_of_its_own(name, monkeypatch):
+    """Within it every op gives what it gives there without a call before."""
+    op, values = ops.OPS[name], valid(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        internals.nothing_was_chosen(monkeypatch)
+        wanted = leaves(op(**values))
+        internals.nothing_was_chosen(monkeypatch)
+    op(**values)
+    op(**values)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            for a, b in zip(leaves(op(**values)), wanted, strict=True):
+                assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -129,14 +152,6 @@ def test_within_transforms_nothing_is_remembered(name):
     kind = op._kind
     torch.func.vmap(lambda x: (asked.append(kind(tuple({**values, first: x}.values()), None)), x)[1])(batch)
     assert asked == [None] and kind(tuple(values.values()), None) is not None
-
-
-def test_autocast_is_a_kind_of_its_own():
-    args = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4, 3), torch.tensor(0.1)
-    for _ in range(2):
-        assert ops.masked_linear(*args).dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16):
-            assert ops.masked_linear(*args).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["entropy_select", "masked_linear", "masked_weights", "chunk_masked_linear"])
