@@ -40,6 +40,20 @@ def test_chunked_output_drift_matches_the_definition(size, rows, width, dtype):
         torch.testing.assert_close(x.grad.double() / scale, y.grad / scale, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "width"), [(12, 5), (400, 32)])
+def test_chunked_output_drift_keeps_its_dtype_under_autocast(rows, width):
+    """By the residuals and by the Gram matrices, backward too."""
+    old = [torch.randn(3, 20, width), torch.randn(rows, width), torch.randn(rows)]
+    new = [(x + 1e-3 * torch.randn_like(x)).requires_grad_() for x in old]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            drift = ops.chunked_output_drift(*new, *old, 20 * rows - 5)
+            results.append([drift, *torch.autograd.grad(drift, new)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
+
+
 # Bad input
 
 does_not_fit = each_change(

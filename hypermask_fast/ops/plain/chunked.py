@@ -84,8 +84,18 @@ class _Drift:
 
     def of_kind(self, hidden: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Callable[..., Tensor]:
         if not _are_few(hidden, weight):
-            return _by_gram_matrices
-        return _Residuals.apply if needs_gradient((hidden, weight, bias)) else _by_residuals
+            way = _by_gram_matrices
+        else:
+            way = _Residuals.apply if needs_gradient((hidden, weight, bias)) else _by_residuals
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return way
+
+        def in_own_dtype(*values: Any) -> Tensor:  # half precision would round away what the drift is made of
+            with torch.autocast(device, enabled=False):
+                return way(*values)
+
+        return in_own_dtype
 
 
 output_drift = _Drift()
@@ -104,15 +114,13 @@ def _by_gram_matrices(
     """n H^2 + C H^2 operations for n = tasks * chunks rows. The last chunk, where it is cut off, is done directly."""
     rows = weight.shape[0]
     whole = size // rows
-    layer, old_layer = (weight, bias), (old_weight.detach(), old_bias.detach())
-    old_hidden = old_hidden.detach()
-    total = _GramDrift.apply(hidden[:, :whole].flatten(0, 1), *layer, old_hidden[:, :whole].flatten(0, 1), *old_layer)
+    old = old_hidden.detach(), old_weight.detach(), old_bias.detach()
+    hidden_whole, old_whole = (h[:, :whole].flatten(0, 1) for h in (hidden, old[0]))
+    total = _GramDrift.apply(hidden_whole, weight, bias, old_whole, *old[1:])
     rest = size - whole * rows
     if rest:
-        last = hidden[:, whole]
-        d, c = weight[:rest] - old_layer[0][:rest], bias[:rest] - old_layer[1][:rest]
-        change = F.linear(last, d, c) + F.linear(last - old_hidden[:, whole], old_layer[0][:rest])
-        total = total + change.square().sum()
+        last = hidden[:, whole : whole + 1], weight[:rest], bias[:rest]
+        total = total + _Residuals.apply(*last, old[0][:, whole : whole + 1], old[1][:rest], old[2][:rest], rest)
     return total
 
 
@@ -121,11 +129,8 @@ def _constant(tensor: Tensor) -> Tensor:
 
 
 def _are_few(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the residuals themselves are the quicker way. Not under autocast, which would round them, and not in
-    compiled graphs, which have one way for all sizes."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type):
-        return False
-    return hidden.numel() * weight.shape[0] <= _FEW
+    """Whether the residuals themselves are the quicker way; compiled graphs have one way for all sizes."""
+    return not torch.compiler.is_compiling() and hidden.numel() * weight.shape[0] <= _FEW
 
 
 def _residuals(
