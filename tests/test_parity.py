@@ -193,7 +193,7 @@ def test_float32_steps_of_later_tasks(monkeypatch, task, chunk_size, make_optimi
         expected, found = peer.step(x.double(), y), our_step(ours, task, x, y, SPARSITY, optimizer)
         assert relative(found, expected) < 8 * EPS, step
         for theirs, own in paired(peer, ours):  # by norm: an entry whose gradient nearly cancels steps by its rounding
-            assert relative(own, theirs) < 8 * EPS, (step, tuple(own.shape))
+            assert relative(own, theirs) < 12 * EPS, (step, tuple(own.shape))
     served = {"mask_thresholds", "masked_weights_drift"}
     if chunk_size is None:
         served |= SERVED[make_optimizer]
