@@ -53,7 +53,7 @@ __device__ __forceinline__ Pack<4> columns_of(const Sum (&sums)[2], int half) {
 template <int kUnits>
 struct TensorHiddenGradient {
   static constexpr int kHeld = 16;
-  Pack<4> sum[kUnits][2] = {};  // [unit][half]
+  Pack<4> sum[kUnits > 0 ? kUnits : 1][2] = {};  // [unit][half]
   int first, count;
 
   __device__ explicit TensorHiddenGradient(const DenseLayout& l) {
@@ -149,9 +149,18 @@ struct TensorHiddenGradient {
 // As `Products`: a thread makes 8 factors of two rows each; they lie together by task, [tasks, factor_stride].
 struct TensorCores {
   static constexpr int kPack = 4, kChunk = 8, kRows = 2;
-  // What else a mode does takes registers.
+  // What else a mode does takes registers; nothing may spill.
   template <Mode kMode>
-  using HiddenGradient = TensorHiddenGradient<kMode == kHidden ? 7 : 1>;
+  static constexpr int held_units() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    constexpr int beside = kMode == kAdam ? 0 : 1;
+#else
+    constexpr int beside = 1;
+#endif
+    return kMode == kHidden ? 7 : beside;
+  }
+  template <Mode kMode>
+  using HiddenGradient = TensorHiddenGradient<held_units<kMode>()>;
 
   static __device__ __forceinline__ void keep(const DenseLayout& l, float* factors, int r, int first,
                                               const float (&g)[kChunk]) {
