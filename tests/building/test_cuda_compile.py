@@ -39,8 +39,9 @@ STREAMS = {
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE[24]ENS\w+Bfloat16", 8, 4),
         (r"dense_kernelILi1ELi[48]ELN\w+ModeE[24]ENS\w+Bfloat16", 2, 1),
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE3E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE3E", 2, 0),
-        (r"dense_tensor_kernelILN\w+ModeE[24]Ef", 24, 12), (r"dense_tensor_kernelILN\w+ModeE[24]ENS\w+Bfloat16", 8, 4),
-        (r"dense_tensor_kernelILN\w+ModeE1E", 8, 4), (r"dense_tensor_kernelILN\w+ModeE3E", 8, 0),
+        # By tensor cores, two packs of the weight at a time.
+        (r"dense_tensor_kernelILN\w+ModeE[24]Ef", 24, 6), (r"dense_tensor_kernelILN\w+ModeE[24]ENS\w+Bfloat16", 8, 2),
+        (r"dense_tensor_kernelILN\w+ModeE1E", 8, 2), (r"dense_tensor_kernelILN\w+ModeE3E", 8, 0),
     ],
     # Copies to shared memory of W and logits, three stages: in half precision 8 of each, in float32 4.
     "few_rows.cu": [
@@ -50,7 +51,7 @@ STREAMS = {
     "chunk_few_rows.cu": [(r"chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],
 }  # fmt: skip
 # Products by tensor cores: (part of the mangled name, how many at least), three for one in float32.
-TENSOR_CORES = {"dense.cu": [(r"dense_tensor_kernelILN\w+ModeE[12]E", 30), (r"dense_tensor_kernelILN\w+ModeE[34]E", 6)]}
+TENSOR_CORES = {"dense.cu": [(r"dense_tensor_kernelILN\w+ModeE[12]E", 18), (r"dense_tensor_kernelILN\w+ModeE[34]E", 6)]}
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
