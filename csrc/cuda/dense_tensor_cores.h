@@ -146,18 +146,24 @@ struct TensorHiddenGradient {
   }
 };
 
-// As `Products`: a thread makes 8 factors of two rows each; they lie together by task, [tasks, factor_stride].
+// As `Products`: a thread makes 8 factors of two rows each, on sm_100 of one, where two spill; they lie together by
+// task, [tasks, factor_stride].
 struct TensorCores {
-  static constexpr int kPack = 4, kChunk = 8, kRows = 2;
-  // What else a mode does takes registers; nothing may spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kRows = 1;
+#else
+  static constexpr int kRows = 2;
+#endif
+  static constexpr int kPack = 4, kChunk = 8;
+  // What else a mode does takes registers, on some architectures more than on others: nothing may spill.
   template <Mode kMode>
   static constexpr int held_units() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    constexpr int beside = kMode == kAdam ? 0 : 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 9
+    constexpr int beside_adam = 0;
 #else
-    constexpr int beside = 1;
+    constexpr int beside_adam = 2;
 #endif
-    return kMode == kHidden ? 7 : beside;
+    return kMode == kHidden ? 7 : kMode == kAdam ? beside_adam : 1;
   }
   template <Mode kMode>
   using HiddenGradient = TensorHiddenGradient<held_units<kMode>()>;
