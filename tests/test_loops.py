@@ -15,7 +15,7 @@ from bench.loops import DEFAULT, DENSE, FEATURES, IN_BACKWARD
 FLOAT32, FLOAT64, ROOM = 3e-4, 1e-6, 3
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def yardstick(name, dtype):
     return loops.run(FEATURES[name], DENSE, dtype)
 
