@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support import internals
 from support.backends import native_problem
 from support.tolerances import EPS
 from torch import nn
@@ -162,6 +163,7 @@ def spied(monkeypatch):
 
         return dataclasses.replace(offer, function=call)
 
+    internals.nothing_was_chosen(monkeypatch)
     for name, op in OPS.items():
         if "cpu" in op.offers:
             monkeypatch.setitem(op.offers, "cpu", counting(name, op.offers["cpu"]))
