@@ -14,21 +14,38 @@ def _shared_memory_problem(hidden: Tensor, tasks: int, makes_weights: bool = Fal
     if not hidden.is_cuda:
         return ""
     width = hidden.shape[-1]
-    needed = dense_shared_bytes(tasks, width, makes_weights, steps_weights) + _STATIC_SHARED
+    needed = dense_shared_bytes(tasks, width, makes_weights, steps_weights)
+    if makes_weights and on_tensor_cores(tasks, width):
+        needed = min(needed, dense_shared_bytes(tasks, width, makes_weights, steps_weights, tensor_cores=True))
+    needed += _STATIC_SHARED
     there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
     return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
 
 
-def dense_shared_bytes(tasks: int, width: int, makes_weights: bool, steps_weights: bool) -> int:
-    """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout`, for tensors that begin on 16 bytes."""
+def on_tensor_cores(tasks: int, width: int) -> bool:
+    """Whether the GPU's kernel makes gradients by tensor cores, of tensors that begin on 16 bytes, where it fits."""
+    return width % 4 == 0 and tasks >= 24
+
+
+def dense_shared_bytes(
+    tasks: int, width: int, makes_weights: bool, steps_weights: bool, tensor_cores: bool = False
+) -> int:
+    """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout` or `tensor_layout`, for tensors that
+    begin on 16 bytes."""
     pack = 4 if width % 4 == 0 else 1
     tiles = 2 + 2 * steps_weights + (makes_weights and pack == 1)
     packs = width // pack
-    rows = 4 * min(max(256 // packs, 1), 64)
     stride = (packs | 1) * 4 if pack == 4 else packs
-    chunk = 8 if tasks > (16 if pack == 4 else 4) else 4
-    slots = -(-max(tasks, 1) // chunk) * chunk
-    return 4 * (tiles * rows * stride + slots * (rows + stride))
+    if tensor_cores:
+        rows = 32 * max(8 // -(-width // 16), 1)
+        columns = -(-width // 8) * 8
+        hidden, factors = -(-tasks // 8) * 8 * (columns + 8 * (columns % 16 == 0)), -(-tasks // 16) * 16 * (rows + 8)
+    else:
+        rows = 4 * min(max(256 // packs, 1), 64)
+        chunk = 8 if tasks > (16 if pack == 4 else 4) else 4
+        slots = -(-max(tasks, 1) // chunk) * chunk
+        hidden, factors = slots * stride, slots * rows
+    return 4 * (tiles * rows * stride + hidden + factors)
 
 
 def _constants(*tensors):
