@@ -28,7 +28,9 @@ def test_evaluate_with_the_task_unknown(finished, capsys):
 def test_export_gives_the_model_s_outputs(finished, tmp_path, capsys):
     path = tmp_path / "task1.safetensors"
     assert cli.main(["export", str(finished), "--task", "1", "--to", str(path)]) == 0
-    assert f"load_exported('{path}')" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "from hypermask_fast.training.exported import load_exported" in shown, "as in the documentation"
+    assert f"load_exported('{path}')" in shown
     _, model, scenario = run.load_run(finished)
     x, _ = next(scenario.tasks[1].test.chunks(20))
     net = run.load_exported(path)

@@ -24,6 +24,7 @@ BLOCK = re.compile(
 )
 COMMAND = re.compile(r"^ {4}hypermask-fast (.*)$", re.M)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED_FILE = re.compile(r"`(?:[^`\n]* )?((?:bench|tests|examples|csrc|hypermask_fast)/[\w./-]+)[^`\n]*`")
 
 
 def name(page: Path) -> str:
@@ -88,6 +89,13 @@ def test_links_lead_to_files(page):
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target
         assert not heading or heading in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_are_named_are_there(page):
+    """`bench/results/...` and so on; capitals stand for names of one's own."""
+    for path in NAMED_FILE.findall(text(page)):
+        assert re.search("[A-Z]", path) or (ROOT / path).exists(), path
 
 
 def anchors(page: Path) -> set[str]:
