@@ -38,7 +38,7 @@ demo: $(VENV)/.package
 	echo "such as:     $(BIN)/hypermask-fast evaluate $$out"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -55,6 +55,7 @@ class Case:
         memory: bytes that a contender needs, about; decides how many are resident at a time.
         allocator: what a contender does to the allocator by itself where the environment leaves it as shipped.
         environment: variables that a contender's program sets by itself where they are left as shipped.
+        on_request: measured only where it is named.
     """
 
     name: str
@@ -71,3 +72,4 @@ class Case:
     memory: Callable[[str], float] = field(default=lambda contender: 0.0)
     allocator: Callable[[str], str] = field(default=lambda contender: "")
     environment: Callable[[str], dict[str, str]] = field(default=lambda contender: {})
+    on_request: bool = False

@@ -4,6 +4,7 @@ Every feature is a way to make a training step. It is run for 20 steps in each o
 and torch.optim.Adam, with `hmf.optim.Adam`, and with the latter's `step_in_backward=True`, from the same start.
 """
 
+import re
 import warnings
 from typing import Any
 
@@ -73,10 +74,23 @@ def outcome(what: Feature, name: str, expected: list[Tensor]) -> str:
 def main() -> None:
     warnings.simplefilter("ignore")
     print("| in the loop | " + " | ".join(OPTIMISERS) + " |\n|---|---|---|---|")
+    notes: list[str] = []  # what refusals say, once each
     for name, what in FEATURES.items():
         expected = run(what, DENSE)
-        rest = " | ".join(outcome(what, ours, expected) for ours in (DEFAULT, IN_BACKWARD))
-        print(f"| {name} | the yardstick | {rest} |", flush=True)
+        cells = [outcome(what, ours, expected) for ours in (DEFAULT, IN_BACKWARD)]
+        print(f"| {name} | the yardstick | {' | '.join(noted(cell, notes) for cell in cells)} |", flush=True)
+    print("\n" + "\n".join(f"{i}. {note}" for i, note in enumerate(notes, start=1)))
+
+
+def noted(cell: str, notes: list[str]) -> str:
+    """A refusal as the number of its note, without the operation's name; anything else as it is."""
+    refused, colon, note = cell.partition("refused: ")
+    if not colon:
+        return cell
+    note = re.sub(r"^aten\.\S+: ", "", note)
+    if note not in notes:
+        notes.append(note)
+    return f"{refused}refused: [{notes.index(note) + 1}]"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """An op's benchmark: its inputs, its floor, how exact it has to be, and what it has to give in float64.
 
-`python -m bench`, `python -m bench.paths` and the microbenchmarks share them. `op_cases.py` has one function an op.
+`python -m bench`, `python -m bench.paths` and the microbenchmarks share them. `op_cases` has one function an op.
 """
 
 import inspect

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import results
+from .growth import WIDTHS, memory_floor
 from .table import number
 
 # Text stays text, and a picture drawn again from the same rows is the same file.
@@ -29,6 +30,10 @@ def plot(path: Path, folder: Path) -> list[Path]:
         stem = folder / f"{path.stem}-{malloc.replace(' ', '-')}"
         is_step = chosen.task_index.notna()
         steps, ops = chosen[is_step], chosen[~is_step]
+        grown = steps[steps.experiment.str.startswith("growth/")]
+        if len(grown):
+            made.append(_save(_growth(grown, colours), f"{stem}-growth"))
+        steps = steps.drop(grown.index)
         if len(steps):
             last = steps[steps.task_index == steps.groupby("experiment").task_index.transform("max")]
             made.append(_save(_against_tasks(steps, colours), f"{stem}-step-time"))
@@ -81,6 +86,44 @@ def _against_tasks(rows: pd.DataFrame, colours: dict[str, str]) -> plt.Figure:
     for panel in panels[0]:
         labelled |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(labelled), frameon=False)
+    figure.suptitle(_caption(rows), fontsize=7)
+    return figure
+
+
+def _growth(rows: pd.DataFrame, colours: dict[str, str]) -> plt.Figure:
+    """Time and peak memory of a step against the number of tasks, a column per size of the hypernetwork."""
+    sizes = [f"growth/{size}" for size in WIDTHS if f"growth/{size}" in set(rows.experiment)]
+    figure, panels = plt.subplots(
+        2,
+        len(sizes),
+        figsize=(1 + 2.6 * len(sizes), 6.4),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+    )
+    for column, size in zip(panels.T, sizes, strict=True):
+        here = rows[rows.experiment == size].assign(tasks=rows.task_index.astype("Int64") + 1).sort_values("tasks")
+        for contender, line in here.groupby("contender", sort=False):
+            style = {"label": contender, "color": colours[contender], "marker": "o", "ms": 4}
+            column[0].plot(line.tasks.astype(int), line.median_ms, **style)
+            column[1].plot(line.tasks.astype(int), line.peak_memory.astype(float) / 1e9, **style)
+        counts = sorted(here.tasks.astype(int).unique())
+        floors = here.groupby("tasks").floor_ms.last()
+        column[0].plot(counts, floors, "k_:", ms=10, label="floor")
+        column[1].plot(counts, [memory_floor(size, n) / 1e9 for n in counts], "k_:", ms=10, label="floor")
+        column[0].set_title(f"{size.removeprefix('growth/')} weights")
+        column[1].set_xlabel("tasks")
+        for panel in column:
+            panel.set(xscale="log", yscale="log")
+            panel.set_xticks(counts, counts)
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.grid(alpha=0.3)
+    for panel, label in zip(panels[:, 0], ("ms per step, last task", "peak memory, GB"), strict=True):
+        panel.set_ylabel(label)
+        _plain_numbers(panel.yaxis)
+    lines = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), frameon=False)
     figure.suptitle(_caption(rows), fontsize=7)
     return figure
 

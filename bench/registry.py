@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from . import experiments, layer_ops, step_ops, steps, task_ops
+from . import experiments, growth, layer_ops, step_ops, steps, task_ops
 from .case import Case
 
 
@@ -16,6 +16,7 @@ def cases(device: torch.device, quick: bool) -> tuple[Case, ...]:
         known = {name: experiments.quick(experiment) for name, experiment in known.items()}
     found = [case for experiment in known.values() for case in steps.cases(experiment, device)]
     found += step_ops.cases(known, device, quick)
+    found += growth.cases(device, quick)
     if device.type == "cuda":
         found += [*layer_ops.cases(quick), *task_ops.cases(quick)]
     return tuple(found)
@@ -27,14 +28,14 @@ def find(name: str, device: torch.device, quick: bool) -> Case:
 
 def select(names: list[str], device: torch.device, quick: bool) -> list[Case]:
     """Cases whose name or experiment is given, or begins with what is given up to a "/", in the order of the names; all
-    where none is given.
+    but those on request where none is given.
 
     Raises:
         KeyError: a name that selects nothing; the message lists what there is.
     """
     there = cases(device, quick)
     if not names:
-        return list(there)
+        return [case for case in there if not case.on_request]
     chosen = {}
     for name in names:
         found = {case.name: case for case in there if _matches(case, name)}

@@ -1,6 +1,7 @@
 """Ops of a training step: thresholds, masked weights, drifts, and the one-pass backward and Adam. CPU and GPU."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -23,6 +24,9 @@ PYTORCH = "PyTorch"
 PLAIN_PASS = {"cpu": "pass in place", "cuda": "copy"}
 # hypernet_adam's work with the factors kept between them.
 IN_TWO_PASSES = op_cases.output_residuals, op_cases.hidden_gradient, op_cases.factored_adam
+# As many tasks as make arithmetic decide on a GPU, where tensor cores then make the gradients: with and without these.
+MANY_TASKS = 40, 100
+WITHOUT_TENSOR_CORES = "multiply-adds"
 # Calls of an eager op in a row on a GPU: its own Python, some 60 us a call, then passes while the device works.
 EAGER_CALLS = 10
 
@@ -39,6 +43,7 @@ def cases(experiments: dict[str, Experiment], device: torch.device, quick: bool)
         _against_pytorch(op_cases.output_drift(permuted.tasks - 1, size, width), BOTH, graph=False),
         hypernet_adam(1, size, width, PLAIN_PASS[device.type]),
         hypernet_adam(10, size, width, PLAIN_PASS[device.type]),
+        *(_of_many_tasks(tasks, size, width) for tasks in MANY_TASKS if device.type == "cuda"),
         *(_against_pytorch(make(10, size, width), FORWARD, graph=False) for make in IN_TWO_PASSES),
     ]
 
@@ -83,10 +88,17 @@ def thresholds(size: int) -> Case:
     return case_of(op_cases.mask_thresholds([size], 30), "thresholds", contenders, FORWARD)
 
 
-def hypernet_adam(tasks: int, size: int, width: int, plain_pass: str) -> Case:
-    """Backward of the dense output layer for `tasks` tasks and its Adam step; one of `PLAIN_PASS` beside it."""
+def _of_many_tasks(tasks: int, size: int, width: int) -> Case:
+    return hypernet_adam(tasks, size, width, PLAIN_PASS["cuda"], {WITHOUT_TENSOR_CORES: lambda: _without_tensor_cores})
+
+
+def hypernet_adam(
+    tasks: int, size: int, width: int, plain_pass: str, besides: Mapping[str, Callable[[], Callable]] | None = None
+) -> Case:
+    """Backward of the dense output layer for `tasks` tasks and its Adam step, and `besides` by other means; one of
+    `PLAIN_PASS` beside it."""
     op_case = op_cases.hypernet_adam(tasks, size, width)
-    contenders = {OURS: lambda: ops.hypernet_adam, PYTORCH: lambda: _adam_by_fused_step}
+    contenders = {OURS: lambda: ops.hypernet_adam, PYTORCH: lambda: _adam_by_fused_step, **(besides or {})}
     case = case_of(op_case, f"hypernet_adam/{tasks}", contenders, FORWARD, graph=False)
 
     def build(contender: str, device: torch.device) -> OpRun:
@@ -101,6 +113,14 @@ def hypernet_adam(tasks: int, size: int, width: int, plain_pass: str) -> Case:
         build=_in_a_row(build),
         reference=lambda contender: "" if contender == plain_pass else "reference",
     )
+
+
+def _without_tensor_cores(*args: Any) -> tuple[Tensor, Tensor]:
+    os.environ["HYPERMASK_TENSOR_TASKS"] = "1000000"  # the kernel is chosen as it is launched
+    try:
+        return ops.hypernet_adam(*args)
+    finally:
+        del os.environ["HYPERMASK_TENSOR_TASKS"]
 
 
 def _plain_pass(contender: str, changed: tuple[Tensor, ...]) -> Callable[[], dict]:

@@ -9,11 +9,13 @@ import csv
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from hypermask_fast import inference
+from hypermask_fast.data import Scenario, TaskData
 from hypermask_fast.files import write_atomic
 from hypermask_fast.training import evaluation, run
 from hypermask_fast.training.report import versions
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, required=True, metavar="F", help="F.csv and F.json")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--layer", metavar="NAME", help="mahalanobis on the input of this layer too")
+    parser.add_argument("--samples", type=int, metavar="N", help="of each task's test set the first N; default: all")
     parser.add_argument("--one", type=int, default=0, metavar="N", help="N test samples a task in batches of one")
     arguments = parser.parse_args(argv)
     rows = [row for folder in arguments.runs for row in measured(folder, arguments)]
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def measured(folder: Path, arguments: argparse.Namespace) -> list[dict]:
     config, model, scenario = run.load_run(folder, arguments.data_dir)
+    if arguments.samples:
+        scenario = _first(scenario, arguments.samples)
     batch = config.training.evaluation_batch
     ways = [(method, None, batch, False) for method in ("known", *inference.METHODS)]
     ways += [("gradient", None, batch, True), ("gradient+entropy", None, batch, True)]
@@ -67,11 +72,10 @@ def measured(folder: Path, arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def _first(scenario, count: int):
+def _first(scenario: Scenario, count: int) -> Scenario:
     """The scenario with the first test samples of each task alone."""
-    from dataclasses import replace
 
-    def shorter(task):
+    def shorter(task: TaskData) -> TaskData:
         test = task.test
         return replace(task, test=replace(test, inputs=test.inputs[:count], labels=test.labels[:count]))
 

@@ -29,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the network is so small that a second thread costs more than it brings
     tasks = digit_tasks()
-    net = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 2))  # any module of Linear and Conv2d layers
+    net = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 2))  # any nn.Module
     model = hmf.HyperMask(
         net,
         num_tasks=TASKS,

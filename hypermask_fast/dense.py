@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from . import trunk as trunks
 from .errors import InputError
-from .few_rows import linear, mlp
-from .output_layer import FactoredOutput, OutputStepper, SteppedOutput
+from .few_rows import linear
+from .output_layer import FactoredOutput, OutputStepper, SteppedOutput, Work
 from .processes import Processes, Shards, local, placed_like, whole
 
 Layer = tuple[Tensor, Tensor]  # weight and bias
@@ -100,11 +101,18 @@ class HyperNetwork(nn.Module):
 
     def embed(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, E) embeddings of task ids: integers, or an int64 tensor (T,) (no host sync)."""
+        if not isinstance(tasks, Tensor):
+            return torch.stack(self._one_by_one(tasks))
         if self.processes is not None:
             self.processes.asks(tasks)
-        if isinstance(tasks, Tensor):
-            return torch.stack(list(self.embeddings)).index_select(0, tasks)
-        return torch.stack([self.embeddings[task] for task in tasks])
+        return torch.stack(list(self.embeddings)).index_select(0, tasks)
+
+    def _one_by_one(self, tasks: Iterable[int]) -> list[Tensor]:
+        if self.processes is not None:
+            self.processes.asks(tasks)
+        # A ParameterList makes a name of each index. Embeddings are in its dictionary in the order of the tasks.
+        embeddings: Any = [*self.embeddings._parameters.values()]
+        return [embeddings[task] for task in tasks]
 
     def generating(self, tasks: Iterable[int] | Tensor) -> tuple[Tensor, Layer]:
         """What generates logits: (T, chunks, H) last hidden layer for each task, and the output layer that is here.
@@ -132,8 +140,12 @@ class HyperNetwork(nn.Module):
 
     def _trunk_of(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, H) last hidden layer of a hypernetwork without chunks."""
+        rows = self.embed(tasks) if isinstance(tasks, Tensor) else self._one_by_one(tasks)
+        return trunks.trunk(rows, self._trunk_layers())
+
+    def _trunk_layers(self) -> list[Layer]:
         layers: Any = self.trunk  # of nn.Linear
-        return mlp(self.embed(tasks), [(layer.weight, layer.bias) for layer in layers])
+        return [(layer.weight, layer.bias) for layer in layers]
 
     def forward(self, tasks: Iterable[int] | Tensor) -> Tensor:
         """(T, N) logits of task ids (T integers or an int64 tensor (T,)); the output layer is read once for all."""
@@ -183,14 +195,19 @@ class HyperNetwork(nn.Module):
             drawn: see `regularizers.output_drift`. The trunk serves all tasks: its rows' last bits can depend on how
                 many there are.
         """
-        hidden, (weight, bias) = self._trunk_of(tasks), self.layer()
-        old = local(targets[0]) if targets else hidden.new_empty(0, len(weight))
-        scale = 1.0
+        weight, bias = self.layer()
+        old = local(targets[0]) if targets else weight.new_empty(0, len(weight))
+        rows, layers = self._one_by_one(tasks), self._trunk_layers()
+        flat = [tensor for layer in layers for tensor in layer]
+        inside = trunks.served(rows, flat)  # the trunk as part of the same node
+        used, scale = None, 1.0
         if drawn is not None:
+            used = F.pad(drawn, (0, 1), value=len(rows) - 1)
             scale, old = len(old) / len(drawn), old.index_select(0, drawn)
-            hidden = torch.cat([hidden.index_select(0, drawn), hidden[-1:]])
+        given = (*rows, *flat) if inside else (trunks.trunk(rows, layers),)
+        work = Work(task, self, stepper, len(rows) if inside else 0, used, scale)
         how = SteppedOutput if stepper.step_in_backward else FactoredOutput
-        return how.apply(hidden, weight, bias, old, task, self, stepper, scale)
+        return how.apply(work, weight, bias, old, *given)
 
     def earlier(self, task: int) -> tuple[Tensor, Layer]:
         """`generating` for the tasks before t, to the bit as in a pass with t itself.

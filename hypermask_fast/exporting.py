@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: PLC2701
 
 from .errors import InputError
@@ -110,6 +109,8 @@ def _program(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], dynamic: boo
 
 def _is_of_one_size(program: torch.export.ExportedProgram, count: int) -> bool:
     """Whether an input that had `count` rows may have no other number."""
+    from torch.fx.experimental.symbolic_shapes import free_symbols  # imports SymPy, which takes a sixth of all imports
+
     names = set(program.graph_signature.user_inputs)
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     rows = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0]

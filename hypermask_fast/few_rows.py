@@ -29,8 +29,12 @@ def mlp(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _are_few(x: Tensor, weight: Tensor) -> bool:
-    rows = x.numel() // max(x.shape[-1], 1)
-    return x.device.type == "cpu" and rows <= _FEW_ROWS and rows * weight.numel() <= _FEW_PRODUCTS
+    return x.device.type == "cpu" and are_few(x.numel() // max(x.shape[-1], 1), weight)
+
+
+def are_few(rows: int, weight: Tensor) -> bool:
+    """Whether so many rows times this weight are better added up plainly."""
+    return rows <= _FEW_ROWS and rows * weight.numel() <= _FEW_PRODUCTS
 
 
 def _by_layers(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

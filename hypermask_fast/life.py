@@ -62,12 +62,13 @@ class TaskLife(MaskedNetwork):
         return known
 
     def _check_task(self, task: int) -> None:
-        ids = f"0 to {self.num_tasks - 1}"
-        if isinstance(task, bool) or not isinstance(task, Integral):
-            raise InputError(f"a task is an integer from {ids}, not {task!r}")
-        if not 0 <= task < self.num_tasks:
+        hypernet = self.hypernet
+        if type(task) is not int and (isinstance(task, bool) or not isinstance(task, Integral)):
+            raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
+        if not 0 <= task < hypernet.num_tasks:
+            ids = f"0 to {self.num_tasks - 1}"
             raise InputError(f"task {task} does not exist: this model has tasks {ids} (add_task adds one)")
-        if task in self.hypernet.removed:
+        if task in hypernet.removed:
             raise InputError(f"task {task} was removed: this model has tasks {', '.join(map(str, self.tasks))}")
 
     # -- the life of a task ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """In which dtype Adam keeps the moments of the hypernetwork's dense output layer."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ def check(moments: str, net: HyperNetwork, amsgrad: bool) -> None:
     if net.output.weight.dtype != torch.float32:
         dtype = str(net.output.weight.dtype).removeprefix("torch.")
         raise InputError(f"moments={moments!r} are of a float32 output layer, this one is {dtype}")
+
+
+def stored_dtype(state_dict: dict[str, Any], parameters: Iterable[Tensor], parameter: Tensor) -> torch.dtype | None:
+    """Of a parameter's moments in a state_dict whose groups are those of `parameters`; None where it has none."""
+    numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+    number = next((n for n, p in zip(numbers, parameters, strict=True) if p is parameter), None)
+    moment = state_dict["state"].get(number, {}).get("exp_avg")
+    return None if moment is None else moment.dtype
 
 
 def convert(state: dict[str, Any], dtype: torch.dtype, stored: torch.dtype | None) -> None:

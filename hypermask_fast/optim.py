@@ -6,6 +6,7 @@ from backward to step(), which forms each row of it while it steps the row.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,9 +22,13 @@ from .factored import FactoredGradient, Factors, SteppedGradient
 from .ops.stepping import adam
 from .output_layer import Pending
 from .processes import Shards, local, placed_like
-from .steppable import fusible, hooks_of, hypermask_in, plain_step, steps_on_factors
+from .steppable import LayerNumbers, count, hooks_of, hypermask_in, plain_step, steps_on_factors
 
 __all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
+
+# PyTorch documents hooks for all optimisers, but not where they are kept.
+_hooks: Any = import_module("torch.optim.optimizer")
+_EVERYBODYS_HOOKS = _hooks._global_optimizer_pre_hooks, _hooks._global_optimizer_post_hooks  # noqa: SLF001
 
 
 class Adam(torch.optim.Adam):
@@ -84,6 +89,7 @@ class Adam(torch.optim.Adam):
         step_in_backward: bool = False,
     ) -> None:
         self._model = hypermask_in(model, type(self).__name__)
+        self._net: HyperNetwork = self._model.hypernet
         self.step_in_backward, self.moments = step_in_backward, moments
         kept.check(moments, self._net, amsgrad)
         if differentiable:
@@ -105,18 +111,15 @@ class Adam(torch.optim.Adam):
 
     def _begin(self) -> None:
         """Takes the model's output layer over."""
+        self._net = self._model.hypernet
         self._task = -1  # whose embedding was last seen to be among the Parameters
-        self._lr: tuple[tuple, Tensor] | None = None
+        self._numbers = LayerNumbers()
         self._armed, self._stepped, self._replaced = False, False, False
         self._pending: weakref.WeakSet[Pending] = weakref.WeakSet()
         self._one_count = False  # whether weight and bias are known to have been stepped as often
         self._step_supports_amp_scaling = False  # a GradScaler is to unscale the gradients before step()
         net = self._net
         net.step_with(self if net.factored and self._group_of(net.output.weight) is not None else None)
-
-    @property
-    def _net(self) -> HyperNetwork:
-        return self._model.hypernet
 
     def __getstate__(self) -> dict[str, Any]:
         """The model goes along: a copy steps the copied model."""
@@ -168,8 +171,8 @@ class Adam(torch.optim.Adam):
         """Whether the backward pass that calls this may step the layer. Raises InputError where it must not go on."""
         weight, bias = self._net.output.weight, self._net.output.bias
         group = self._group_of(weight)
-        hooked = any(hooks_of(p) for p in (weight, bias))
-        if group is None or self._group_of(bias) is not group or hooked or not bias.requires_grad:
+        hooked = hooks_of(weight) or hooks_of(bias)
+        if group is None or hooked or not bias.requires_grad or self._group_of(bias) is not group:
             return False
         if group["amsgrad"] or not steps_on_factors(weight, self.state.get(weight, {})) or not self._count_is_one():
             return False
@@ -204,8 +207,7 @@ class Adam(torch.optim.Adam):
         group = self._group_of(weight)
         assert group is not None, "steps_now has seen it"
         state, bias_state = self._state_of(weight), self._state_of(bias)
-        for step in (state["step"], bias_state["step"]):
-            step.add_(1)
+        count((state["step"], bias_state["step"]))
         layer = local(weight)
         return ops.hypernet_adam(
             hidden,
@@ -242,6 +244,18 @@ class Adam(torch.optim.Adam):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Adam; returns what the closure does."""
+        if self._watched():
+            return self._step_with_hooks() if closure is None else self._step_with_hooks(closure)
+        return self._step(closure)
+
+    step.hooked = True  # pyright: ignore[reportFunctionMemberAccess]  # torch.optim would put them around each step
+
+    def _watched(self) -> bool:
+        """Whether there are hooks to be called around a step, or a profiler that is to see it."""
+        hooks = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks, *_EVERYBODYS_HOOKS
+        return any(hooks) or torch.autograd._profiler_enabled()  # noqa: SLF001  # pyright: ignore
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         if self._replaced:
             raise InputError("a newer hmf.optim.Adam has taken over this model: step that one")
         loss = None
@@ -252,8 +266,6 @@ class Adam(torch.optim.Adam):
             self._check_dtypes(group)
             if group["differentiable"]:
                 raise InputError("differentiable=True in a parameter group: use torch.optim.Adam for this")
-            if group["fused"] and not fusible(group["params"]):
-                group["fused"] = False
         weight = self._net.output.weight
         group = self._group_of(weight)
         kept.check(self.moments, self._net, group is not None and group["amsgrad"])
@@ -268,6 +280,8 @@ class Adam(torch.optim.Adam):
             plain_step(self)
             weight.grad = grad
         return loss
+
+    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
 
     def _step_on_factors(self, weight: Tensor, grad: Tensor | None) -> bool:
         """Steps the layer on its gradient's factors, where that can be done; whether it has."""
@@ -308,12 +322,6 @@ class Adam(torch.optim.Adam):
         )
         return True
 
-    @property
-    def _first_row(self) -> int:
-        """Of the output layer, how many rows the processes before this one have."""
-        processes = self._net.processes
-        return sum(processes.sizes[: processes.number]) if isinstance(processes, Shards) else 0
-
     def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # called by position
         self, group: dict[str, Any], *lists: list[Any]
     ) -> bool:
@@ -330,7 +338,8 @@ class Adam(torch.optim.Adam):
         """
         super().load_state_dict(state_dict)
         weight = self._net.output.weight
-        kept.convert(self.state.get(weight, {}), self._moments_dtype(weight), self._stored_dtype(state_dict, weight))
+        stored = kept.stored_dtype(state_dict, self._all_parameters(), weight)
+        kept.convert(self.state.get(weight, {}), self._moments_dtype(weight), stored)
         for parameter in self._all_parameters():
             state = self.state.get(parameter, {})
             for name, value in state.items():
@@ -352,32 +361,13 @@ class Adam(torch.optim.Adam):
 
     def _settings(self, group: dict[str, Any], step: Tensor, weight: Tensor) -> tuple[Any, ...]:
         """From `step` on, the arguments of `ops.factored_adam`."""
-        beta1, beta2 = group["betas"]
-        decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
-        step = step if step.device == weight.device else step.to(weight.device)
-        numbers = beta1, beta2, group["eps"], decay, decoupled, group["maximize"]
-        return step, self._lr_beside(group, weight), *numbers, self._first_row
-
-    def _lr_beside(self, group: dict[str, Any], weight: Tensor) -> Tensor:
-        """The learning rate as a tensor like weight. A number is copied when it changes: to a GPU that is a wait."""
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            return lr.to(weight)
-        key = lr, weight.dtype, weight.device
-        if self._lr is None or self._lr[0] != key:
-            self._lr = key, weight.new_tensor(lr)
-        return self._lr[1]
+        processes = self._net.processes
+        first_row = sum(processes.sizes[: processes.number]) if isinstance(processes, Shards) else 0
+        return self._numbers.of(group, step, weight, first_row)
 
     def _moments_dtype(self, parameter: Tensor) -> torch.dtype:
         rounds = self.moments == "bfloat16" and parameter is self._net.output.weight
         return torch.bfloat16 if rounds else parameter.dtype
-
-    def _stored_dtype(self, state_dict: dict[str, Any], parameter: Tensor) -> torch.dtype | None:
-        """Of a parameter's moments in a state_dict whose groups are ours; None where it has none."""
-        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
-        number = next((n for n, p in zip(numbers, self._all_parameters(), strict=True) if p is parameter), None)
-        moment = state_dict["state"].get(number, {}).get("exp_avg")
-        return None if moment is None else moment.dtype
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The same entries as torch.optim.Adam's, so that a state_dict serves either."""

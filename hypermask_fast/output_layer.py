@@ -1,12 +1,14 @@
 """The dense output layer as one autograd node for all tasks, whose gradient stays in factors or is stepped at once."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, trunk
 from .factored import FactoredGradient, Factors, SteppedGradient
 from .processes import Shards
 
@@ -50,32 +52,62 @@ class OutputStepper(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the nodes below are to do; their other arguments are the layer's weight and bias, targets (t, N) of the
+    earlier tasks, and what gives the hidden vectors: these themselves, (t + 1, H), or all tensors of the trunk.
+
+    Attributes:
+        task: whose embedding the stepper has to train; net: the hypernetwork; stepper: who steps the layer.
+        embeddings: how many tensors the trunk's rows are, before its layers; 0 where hidden vectors are given.
+        rows: (K,) int64, which of the hidden vectors are used, the last one always; None: all.
+        scale: R is so many times the sum over the tasks that are used.
+    """
+
+    task: int
+    net: Any
+    stepper: OutputStepper
+    embeddings: int = 0
+    rows: Tensor | None = None
+    scale: float = 1.0
+
+    def hidden(self, given: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Hidden vectors of the tasks that are used, and what `of_given` needs of the trunk."""
+        kept: Sequence[Tensor] = ()
+        hidden = given[0]
+        if self.embeddings:
+            kept = trunk.run(given[: self.embeddings], given[self.embeddings :])
+            hidden = kept[-2]
+        return hidden if self.rows is None else hidden.index_select(0, self.rows), kept
+
+    def of_given(self, grad: Tensor | None, given: Sequence[Tensor], kept: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Gradients of what gives the hidden vectors, from theirs; those of tasks that are not used are 0."""
+        if grad is None:
+            return [None] * len(given)
+        if self.rows is not None:
+            count = self.embeddings or len(given[0])
+            grad = grad.new_zeros(count, grad.shape[1]).index_copy_(0, self.rows, grad)
+        count = self.embeddings
+        return trunk.gradients(grad, kept, given[:count], given[count:]) if count else [grad]
+
+
 class FactoredOutput(torch.autograd.Function):
     """The dense output layer for tasks 0..t, read once forward and once backward, whose weight's gradient stays in
-    factors: the residuals that the forward pass has kept, and the current task's gradient of logits.
-
-    scale: R is so many times the sum over the tasks that are given."""
+    factors: the residuals that the forward pass has kept, and the current task's gradient of logits."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        targets: Tensor,
-        task: int,
-        net: Any,
-        stepper: OutputStepper,
-        scale: float,
+        ctx: Any, work: Work, weight: Tensor, bias: Tensor, targets: Tensor, *given: Tensor
     ) -> tuple[Tensor, Tensor]:
+        hidden, kept = work.hidden(given)
         residuals, drift = ops.output_residuals(hidden, weight, bias, targets)
-        drift = _scaled(drift, scale)
-        ctx.save_for_backward(hidden, weight)
-        ctx.task, ctx.net, ctx.stepper, ctx.scale = task, net, stepper, scale
+        drift = _scaled(drift, work.scale)
+        ctx.save_for_backward(hidden, weight, *given, *kept)
+        ctx.work, ctx.given = work, len(given)
         ctx.residuals, ctx.given_away = residuals, False
         logits = residuals[-1:]
-        if net.processes is not None:
-            logits, drift = net.processes.gather(logits, drift)
+        if work.net.processes is not None:
+            logits, drift = work.net.processes.gather(logits, drift)
         return logits[0].clone(), drift  # a copy: backward writes its gradient there
 
     @staticmethod
@@ -83,37 +115,44 @@ class FactoredOutput(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the names
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        grad_logits, grad_drift = grads
-        hidden, weight = ctx.saved_tensors
-        ctx.stepper.check_task(ctx.task)
-        grad_logits, grad_drift = _means(ctx, grad_logits, grad_drift)
+        work: Work = ctx.work
+        hidden, weight, *rest = ctx.saved_tensors
+        given, kept = rest[: ctx.given], rest[ctx.given :]
+        work.stepper.check_task(work.task)
+        grad_logits, grad_drift = _means(work, *grads)
         residuals = ctx.residuals.clone() if ctx.given_away else ctx.residuals  # the graph is kept, and passed again
         ctx.given_away = True
         hidden_grad, *others = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
-        return *_sums(ctx, hidden_grad), *others, None, None, None, None, None
+        (hidden_grad,) = _sums(work, hidden_grad)
+        return None, *others, None, *work.of_given(hidden_grad, given, kept)
 
 
 def _scaled(value: Any, scale: float) -> Any:
     return value if scale == 1 else value * scale
 
 
-def _means(ctx: Any, grad_logits: Tensor, grad_drift: Tensor) -> tuple[Tensor, Tensor]:
+def _means(work: Work, grad_logits: Tensor, grad_drift: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the logits that are generated here, (n,), as means over the processes, and of the sum over tasks
     that the drift is `scale` times."""
-    grad_drift = _scaled(grad_drift, ctx.scale)
-    if ctx.net.processes is None:
+    grad_drift = _scaled(grad_drift, work.scale)
+    if work.net.processes is None:
         return grad_logits, grad_drift
-    own, grad_drift = ctx.net.processes.means(grad_logits[None], grad_drift)
+    own, grad_drift = work.net.processes.means(grad_logits[None], grad_drift)
     return own[0], grad_drift
 
 
-def _sums(ctx: Any, hidden_grad: Tensor | None, *drift: Tensor) -> list[Tensor | None]:
+def _sums(work: Work, hidden_grad: Tensor | None, *drift: Tensor) -> list[Tensor | None]:
     """Gradient of hidden, where it is needed, and the drift, over the logits of all processes."""
-    if ctx.net.processes is None:
+    if work.net.processes is None:
         return [hidden_grad, *drift]
     if hidden_grad is None:
-        return [None, *(ctx.net.processes.sums(*drift) if drift else ())]
-    return ctx.net.processes.sums(hidden_grad, *drift)
+        return [None, *(work.net.processes.sums(*drift) if drift else ())]
+    return work.net.processes.sums(hidden_grad, *drift)
+
+
+def _needs_hidden(ctx: Any) -> bool:
+    """Whether anything that gives the hidden vectors needs a gradient."""
+    return any(ctx.needs_input_grad[4:])
 
 
 def _gradients(
@@ -123,7 +162,7 @@ def _gradients(
     residuals[-1] = grad_logits
     scales = torch.ones_like(hidden[:, 0])
     scales[:-1] = 2 * grad_drift
-    of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+    of_hidden, (of_weight, of_bias) = _needs_hidden(ctx), ctx.needs_input_grad[1:3]
     hidden_grad = bias_grad = None
     if of_hidden or of_bias:
         hidden_grad, bias_grad = ops.hidden_gradient(residuals, scales, weight)
@@ -136,24 +175,17 @@ class SteppedOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        targets: Tensor,
-        task: int,
-        net: Any,
-        stepper: OutputStepper,
-        scale: float,
+        ctx: Any, work: Work, weight: Tensor, bias: Tensor, targets: Tensor, *given: Tensor
     ) -> tuple[Tensor, Tensor]:
+        hidden, kept = work.hidden(given)
         logits = ops.hypernet_logits(hidden[-1:, None], weight, bias, weight.shape[0])
-        if net.processes is not None:
-            (logits,) = net.processes.gather(logits)
+        if work.net.processes is not None:
+            (logits,) = work.net.processes.gather(logits)
         drift = hidden.new_zeros(())
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.task, ctx.net, ctx.stepper, ctx.scale = task, net, stepper, scale
+        ctx.save_for_backward(hidden, weight, bias, targets, *given, *kept)
+        ctx.work, ctx.given = work, len(given)
         ctx.pending = Pending()
-        stepper.announce(ctx.pending)
+        work.stepper.announce(ctx.pending)
         ctx.drift = drift.detach()  # shares its memory: backward fills the value in
         return logits[0], drift
 
@@ -162,31 +194,42 @@ class SteppedOutput(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the names
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        grad_logits, grad_drift = grads
-        ctx.stepper.check_task(ctx.task)
+        work: Work = ctx.work
+        work.stepper.check_task(work.task)
         reaches = _reaches_weight(ctx)
-        steps = reaches and ctx.stepper.steps_now(ctx.pending)
+        steps = reaches and work.stepper.steps_now(ctx.pending)
         if reaches or not ctx.needs_input_grad[1]:
             ctx.pending = None
-        hidden, weight, bias, targets = ctx.saved_tensors
-        grad_logits, grad_drift = _means(ctx, grad_logits, grad_drift)
+        hidden, weight, bias, targets, *rest = ctx.saved_tensors
+        given, kept = rest[: ctx.given], rest[ctx.given :]
+        grad_logits, grad_drift = _means(work, *grads)
         if steps:
-            hidden_grad, drift = ctx.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
-            others = SteppedGradient(weight), None
+            hidden_grad, drift = work.stepper.step_output_layer(hidden, grad_logits, targets, grad_drift)
+            others = _stepped(work.net, weight), None
         else:
             residuals, drift = ops.output_residuals(hidden, weight, bias, targets)
             hidden_grad, *others = _gradients(ctx, hidden, weight, residuals, grad_logits, grad_drift)
-        hidden_grad, drift = _sums(ctx, hidden_grad if ctx.needs_input_grad[0] else None, drift)
-        ctx.drift.copy_(_scaled(drift, ctx.scale))
-        return hidden_grad, *others, None, None, None, None, None
+        hidden_grad, drift = _sums(work, hidden_grad if _needs_hidden(ctx) else None, drift)
+        ctx.drift.copy_(_scaled(drift, work.scale))
+        return None, *others, None, *work.of_given(hidden_grad, given, kept)
+
+
+def _stepped(net: Any, weight: Tensor) -> Tensor | None:
+    """What the weight's node is given. A whole weight's gradient, which there is none of yet, is set here: to send it
+    through autograd takes longer than all else that is done for it."""
+    gradient = SteppedGradient(weight)
+    if isinstance(net.processes, Shards):
+        return gradient
+    net.output.weight.grad = gradient
+    return None
 
 
 def _reaches_weight(ctx: Any) -> bool:
     """Whether this pass will give the weight its gradient: torch.autograd.grad asks for some tensors' alone."""
     if not ctx.needs_input_grad[1]:
         return False
-    accumulates = ctx.next_functions[1][0]
-    if isinstance(ctx.net.processes, Shards):  # the weight is a DTensor's local part
+    accumulates = ctx.next_functions[0][0]  # of the tensors among the arguments
+    if isinstance(ctx.work.net.processes, Shards):  # the weight is a DTensor's local part
         accumulates = accumulates.next_functions[0][0]
     try:
         return _will_be_run(accumulates)

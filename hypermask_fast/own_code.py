@@ -105,7 +105,8 @@ def _guarded(name: str, what: str, source: Path | None, action: Callable[[], Any
     except InputError as error:
         raise InputError(f"{_told(name, what)}: {error}") from error
     except (Exception, SystemExit) as error:
-        said = textwrap.shorten(str(error), 300, placeholder=" ...")
+        said = error.msg if isinstance(error, SyntaxError) else str(error)  # the place comes behind it
+        said = textwrap.shorten(said, 300, placeholder=" ...")
         kind = type(error).__name__ + (f": {said}" if said else "")
         raise InputError(f"{_told(name, what)} raised {kind}{_place(error, source)}") from error
 

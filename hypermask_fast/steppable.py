@@ -1,6 +1,6 @@
 """What an optimiser has to know of a model and its Parameters before it steps them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .model import HyperMask
+from .ops import native
+from .ops.native import adam as operators
 from .processes import local
 
 
@@ -28,14 +30,17 @@ def hypermask_in(module: Any, taker: str) -> HyperMask:
 
 def steps_on_factors(weight: Tensor, state: dict[str, Any]) -> bool:
     """Whether the kernels can step this layer where it lies. In bfloat16 torch.optim.Adam rounds elsewhere."""
-    like, *moments = (local(weight), *(local(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state))
-    dtypes = {t.dtype for t in moments} or {like.dtype}
-    halves = like.dtype == torch.float32 and dtypes == {torch.bfloat16}
-    return (
-        like.dtype in (torch.float32, torch.float64)
-        and (halves or dtypes == {like.dtype})
-        and all(t.is_contiguous() and t.device == like.device and t.shape == like.shape for t in (like, *moments))
-    )
+    like = local(weight)
+    moments = [local(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state]
+    if like.dtype not in (torch.float32, torch.float64) or not like.is_contiguous():
+        return False
+    dtype = moments[0].dtype if moments else like.dtype
+    if dtype != like.dtype and (dtype, like.dtype) != (torch.bfloat16, torch.float32):
+        return False
+    for t in moments:
+        if t.dtype != dtype or not t.is_contiguous() or t.device != like.device or t.shape != like.shape:
+            return False
+    return True
 
 
 def hooks_of(parameter: Tensor) -> Any:
@@ -52,9 +57,78 @@ def fusible(parameters: Iterable[Tensor]) -> bool:
     return True
 
 
+class LayerNumbers:
+    """What the output layer's kernels are given besides tensors. The learning rate is kept beside the weight."""
+
+    def __init__(self) -> None:
+        self._lr: tuple[tuple, Tensor] | None = None
+
+    def of(self, group: dict[str, Any], step: Tensor, weight: Tensor, first_row: int) -> tuple[Any, ...]:
+        """From `step` on, the arguments of `ops.factored_adam`; first_row: rows that other processes have before it."""
+        beta1, beta2 = group["betas"]
+        decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
+        step = step if step.device == weight.device else step.to(weight.device)
+        numbers = beta1, beta2, group["eps"], decay, decoupled, group["maximize"]
+        return step, self._lr_beside(group, weight), *numbers, first_row
+
+    def _lr_beside(self, group: dict[str, Any], weight: Tensor) -> Tensor:
+        """The learning rate as a tensor like weight. A number is copied when it changes: to a GPU that is a wait."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            return lr.to(weight)
+        key = lr, weight.dtype, weight.device
+        if self._lr is None or self._lr[0] != key:
+            self._lr = key, weight.new_tensor(lr)
+        return self._lr[1]
+
+
+def count(steps: Sequence[Tensor]) -> None:
+    """One more in each of these counters, in one call."""
+    if not native.PROBLEM and all(step.is_cpu and step.dtype is torch.float32 for step in steps):
+        operators.count_steps([*steps])
+    elif steps:
+        torch._foreach_add_([*steps], 1)  # pyright: ignore
+
+
 def plain_step(optimizer: torch.optim.Adam) -> None:
     """torch.optim.Adam's step without the profiler's frame and the hooks around it, which are around ours already."""
+    found = [_fused_call(optimizer, group) for group in optimizer.param_groups]
+    calls = [call for call in found if call is not None]
+    if len(calls) == len(found):
+        for call in calls:
+            operators.fused_adam(*call)
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] and not fusible(group["params"]):
+            group["fused"] = False
     step = torch.optim.Adam.step
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
     step(optimizer)
+
+
+def _fused_call(optimizer: torch.optim.Adam, group: dict[str, Any]) -> tuple | None:
+    """What the extension needs to make torch.optim.Adam's fused step of a group; None where that has more to do, as in
+    the first step. Small networks' arithmetic is done before PyTorch has looked all that up."""
+    lr = group["lr"]
+    if native.PROBLEM or not group["fused"] or group["amsgrad"] or (isinstance(lr, Tensor) and not lr.is_cpu):
+        return None
+    lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
+    for p in group["params"]:
+        grad = p.grad
+        if grad is None:
+            continue
+        state = optimizer.state.get(p)
+        if not state or not p.is_cpu or p.dtype is not torch.float32:
+            return None
+        if type(grad) is not Tensor or grad.layout is not torch.strided:
+            return None
+        first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        if not (p.is_contiguous() and grad.is_contiguous() and first.is_contiguous() and second.is_contiguous()):
+            return None
+        if not step.is_cpu or step.dtype is not torch.float32:
+            return None
+        for found, each in zip(lists, (p, grad, first, second, step), strict=True):
+            found.append(each)
+    numbers = float(lr), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
+    return *lists, *numbers, bool(group["decoupled_weight_decay"]), bool(group["maximize"])

@@ -57,7 +57,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
     library.register_autograd(f"hypermask_triton::{name}", once, setup_context=setup_context, lib=_LIBRARY)
 
 
-# What an op's arguments must be is said by its rule in ops/arguments.py. An operator can be called directly too, so it
+# What an op's arguments must be is said by its rule in ops/arguments/. An operator can be called directly too, so it
 # asks that rule before it launches, and these for what Triton's kernels need besides.
 
 

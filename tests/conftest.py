@@ -24,7 +24,25 @@ from hypermask_fast.ops import registry
 torch.set_num_threads(1)  # small tensors, and test processes beside each other
 registry.problem("triton")  # found out once in a process: now, before a test takes the variable away for itself
 
+# Files that take longest, longest first: a worker takes a file at a time (`make test`), and none should be left with
+# one of these when the others are done.
+LONGEST = (
+    "offline/test_offline.py", "test_program.py", "training/test_resume.py", "test_loops.py",
+    "ops/test_factored_step.py", "training/test_sharded_checkpoint.py", "distributed/test_shards.py",
+    "building/test_cuda_compile.py", "docs/test_pages.py", "ops/test_layer_ops.py", "bench/test_contenders.py",
+    "training/test_real_data.py", "bench/test_command.py", "ops/test_backends.py", "building/test_setup.py",
+    "distributed/test_faults.py", "test_several.py", "test_processors.py", "examples/test_examples.py",
+    "ops/test_compile.py", "masking/test_task_batch.py", "training/test_settings_sweep.py", "training/test_lock.py",
+    "training/test_forged_checkpoints.py", "distributed/test_shards_life.py", "distributed/test_command_line.py",
+    "training/test_divergence.py", "test_threads.py", "training/test_report.py", "test_exporting.py",
+    "data/test_data_damaged.py", "ops/test_masked_linear.py", "docs/test_several_and_own.py",
+)  # fmt: skip
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))  # which keeps the others as they are
 
 
 @pytest.fixture

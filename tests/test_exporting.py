@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.module_kinds import Checkpointed, HeadFirst, Recurrent, Tied, TwoHeads, as_pair, encoder_layer
-from support.networks import small_convnet
+from support.modules import Checkpointed, HeadFirst, Recurrent, TwoHeads, as_pair, encoder_layer
+from support.networks import TiedHead, small_convnet
 from support.tolerances import assert_close
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 TASK = 1
 NETWORKS = {
     "convnet": (small_convnet, lambda count: torch.randn(count, 2, 8, 8)),
-    "tied": (Tied, lambda count: torch.randint(20, (count, 5))),
+    "tied": (TiedHead, lambda count: torch.randint(20, (count, 5))),
     "LSTM": (lambda: Recurrent(nn.LSTM), lambda count: torch.randint(20, (count, 9))),
     "transformer": (encoder_layer, lambda count: torch.randn(count, 7, 16)),
 }

@@ -1,50 +1,15 @@
 """Adam on factored gradients: the numbers of torch.optim.Adam, and refusals where it can't give them."""
 
 import copy
-import gc
-import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.optimising import X, Y, ours, plain, refused_unchanged, small_model, train
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
-
-
-def small_model(tasks, **settings):
-    """Without batch norm, which gives a bias before it a gradient of nothing but rounding, and without dropout."""
-    torch.manual_seed(1)
-    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
-    config = hmf.HypernetConfig(embedding=8, hidden=(12,))
-    return hmf.HyperMask(net, tasks, 20, config, **({"beta": 0.01, "lam": 1e-3} | settings))
-
-
-X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
-
-
-def train(model, make_optimizer, steps, tasks=3):
-    """Losses of some steps in each task, as a user writes them."""
-    losses = []
-    for task in range(tasks):
-        optimizer = make_optimizer(model)
-        for _ in range(steps):
-            mask = model.mask(task)
-            loss = F.cross_entropy(model(X, mask), Y) + model.regularizer(mask)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-    return torch.stack(losses), optimizer
-
-
-def plain(model):
-    return torch.optim.Adam(model.parameters(), lr=1e-2)
-
-
-def ours(**settings):
-    return lambda model: hmf.optim.Adam(model, 1e-2, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"step_in_backward": True}], ids=str)
@@ -52,13 +17,8 @@ def ours(**settings):
 def test_float64_numbers_are_torch_adams(settings, fidelity):
     # The 1-norm's gradient jumps where a weight comes back to where it was; rounding then decides, and shows.
     theirs, own = (small_model(3, beta=0.5, lam=0.02, drift_norm=2, fidelity=fidelity).double() for _ in range(2))
-    global X
-    X, before = X.double(), X
-    try:
-        expected, their_optimizer = train(theirs, plain, 20)
-        losses, optimizer = train(own, ours(**settings), 20)
-    finally:
-        X = before
+    expected, their_optimizer = train(theirs, plain, 20, x=X.double())
+    losses, optimizer = train(own, ours(**settings), 20, x=X.double())
     if not settings:  # otherwise R is 0 in the loss until backward
         torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-9)
     for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
@@ -170,118 +130,6 @@ def test_gradients_can_be_accumulated_and_clipped(dtype, bound):
         assert not torch.equal(a, before)
 
 
-def refused_unchanged(model, match, do):
-    """`do` raises InputError and leaves the model's entries as they are."""
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match=match) as caught:
-        do()
-    assert "\n" not in str(caught.value)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
-def in_backward(model):
-    optimizer = hmf.optim.Adam(model, step_in_backward=True)
-    optimizer.zero_grad()
-    return optimizer
-
-
-def test_a_second_backward_is_refused_where_the_first_has_stepped():
-    model = small_model(1)
-    optimizer = in_backward(model)
-    F.cross_entropy(model(X, 0), Y).backward()
-    loss = F.cross_entropy(model(X, 0), Y)
-    refused_unchanged(model, "a second backward pass before optimizer.step", loss.backward)
-    optimizer.step()
-    optimizer.zero_grad()
-    del loss
-    gc.collect()  # what was refused, and its graph
-    F.cross_entropy(model(X, 0), Y).backward()
-
-
-def test_two_masks_in_one_loss_are_refused_before_the_first_steps():
-    model = small_model(2)
-    optimizer = in_backward(model)
-    loss = F.cross_entropy(model(X, 1), Y) + model.regularizer(1)
-    refused_unchanged(model, "or a second mask with gradient", loss.backward)
-    del loss
-    gc.collect()
-    kept, other = model.mask(1), model.mask(1)
-    del other  # gone with its graph
-    kept.logits.sum().backward()
-    optimizer.step()
-
-
-def test_a_skipped_step_is_refused_where_backward_has_stepped():
-    model = small_model(1)
-    optimizer = in_backward(model)
-    F.cross_entropy(model(X, 0), Y).backward()
-    refused_unchanged(model, "skipping a step, .* needs step_in_backward=False", optimizer.zero_grad)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("armed", [True, False])
-def test_step_in_backward_waits_for_zero_grad(armed):
-    """An optimiser that nobody uses any more steps nothing."""
-    model = small_model(1)
-    optimizer = hmf.optim.Adam(model, step_in_backward=True)
-    loss = F.cross_entropy(model(X, 0), Y)
-    if armed:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss = F.cross_entropy(model(X, 0), Y)
-    refused_unchanged(model, "needs optimizer.zero_grad\\(\\) before each backward pass", loss.backward)
-
-
-def test_a_mixed_batch_has_a_dense_gradient():
-    theirs, own = small_model(2), small_model(2)
-    tasks = torch.arange(32) % 2
-    for model, optimizer in ((theirs, plain(theirs)), (own, ours()(own))):
-        F.cross_entropy(model(X, tasks), Y).backward()
-        optimizer.step()
-    for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_a_backward_pass_in_evaluation_mode_changes_nothing():
-    """A saliency map, say, while the optimiser lives."""
-    model = small_model(2).eval()
-    optimizer = hmf.optim.Adam(model)
-    before = copy.deepcopy(model.state_dict())
-    x = X.clone().requires_grad_()
-    model(x, 1).sum().backward()
-    assert x.grad.abs().sum() > 0
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    optimizer.zero_grad()
-    optimizer.step()
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_another_optimiser_takes_over_when_it_is_gone():
-    model = small_model(1)
-    optimizer = hmf.optim.Adam(model)
-    del optimizer
-    F.cross_entropy(model(X, 0), Y).backward()
-    assert model.hypernet.output.weight.grad is not None
-
-
-@pytest.mark.parametrize("newer", [{}, {"step_in_backward": True}], ids=str)
-def test_an_older_optimiser_steps_no_part_of_the_model(newer):
-    model = small_model(2)
-    older = hmf.optim.Adam(model)
-    optimizer = hmf.optim.Adam(model, **newer)
-    optimizer.zero_grad()
-    F.cross_entropy(model(X, model.mask(0)), Y).backward()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(InputError, match="a newer hmf.optim.Adam has taken over"):
-        older.step()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    optimizer.step()
-
-
 def test_a_changed_learning_rate_counts_at_once(monkeypatch):
     """And one that stays is made a tensor once: on a GPU each time is a wait."""
     made, new_tensor = [], torch.Tensor.new_tensor
@@ -309,74 +157,6 @@ def test_a_chunked_layers_gradient_is_dense(settings):
     before = model.hypernet.output.weight.detach().clone()
     optimizer.step()
     assert not torch.equal(model.hypernet.output.weight, before)
-
-
-def test_a_copy_has_no_optimiser_of_the_original():
-    """The copy's masks come from its own output layer; it can be copied, pickled and trained."""
-    model = small_model(2)
-    optimizer = hmf.optim.Adam(model)
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        model.hypernet.output.bias.add_(1)
-    torch.testing.assert_close(copied.mask(0).logits + 1, model.mask(0).logits)
-    assert pickle.loads(pickle.dumps(model)).num_tasks == 2
-    F.cross_entropy(copied(X, 0), Y).backward()
-    assert type(copied.hypernet.output.weight.grad) is torch.Tensor
-    optimizer.step()
-
-
-def test_what_adam_takes_is_the_model():
-    with pytest.raises(InputError, match="the HyperMask model itself, .* not generator"):
-        hmf.optim.Adam(small_model(2).parameters())
-
-
-def test_a_task_that_the_optimiser_was_not_told_of_is_not_trained_in_silence():
-    model = small_model(1)
-    optimizer = hmf.optim.Adam(model)
-    task = model.add_task()
-    before = copy.deepcopy(model.state_dict())
-    loss = F.cross_entropy(model(X, model.mask(task)), Y)
-    with pytest.raises(InputError, match=r"would not train task 1, which is newer: .* model.add_task\(optimizer\)"):
-        loss.backward()
-    after = model.state_dict()  # it has the anchor too now, which the mask has captured
-    for name, value in before.items():
-        assert torch.equal(value, after[name]), name
-    optimizer.add_param_group({"params": [model.hypernet.embeddings[task]]})
-    F.cross_entropy(model(X, model.mask(task)), Y).backward()
-    optimizer.step()
-    assert not torch.equal(model.hypernet.embeddings[task], before["hypernet.embeddings.1"])
-
-
-def test_a_copied_optimiser_steps_the_copied_model():
-    model = small_model(2)
-    optimizer = hmf.optim.Adam(model, 1e-2)
-    train(model, lambda _: optimizer, 2, tasks=1)
-    before = copy.deepcopy(model.state_dict())
-    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        theirs = again._model
-        assert theirs is not model and again.state_dict().keys() == optimizer.state_dict().keys()
-        loss = F.cross_entropy(theirs(X, theirs.mask(0)), Y)
-        again.zero_grad()
-        loss.backward()
-        again.step()
-        assert theirs.hypernet.output.weight.grad.factors is not None
-        assert not torch.equal(theirs.hypernet.output.weight, model.hypernet.output.weight)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
-def test_a_task_is_entered_where_a_new_optimiser_would_have_it():
-    """So that state_dicts, which count parameters, fit; and the number of groups stays."""
-    model = small_model(2)
-    optimizer = torch.optim.Adam(model.named_parameters())
-    model.add_task(optimizer)
-    (group,) = optimizer.param_groups
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    assert group["param_names"] == list(names)
-    assert all(a is b for a, b in zip(group["params"], parameters, strict=True))
-    rest = torch.optim.Adam(model.net.parameters())
-    model.add_task(rest)
-    assert len(rest.param_groups) == 2 and rest.param_groups[1]["params"] == [model.hypernet.embeddings[3]]
 
 
 def test_a_copy_of_the_layers_gradient_is_its_own():
@@ -445,25 +225,6 @@ def test_differentiable_is_refused():
     optimizer.param_groups[0]["differentiable"] = True
     F.cross_entropy(model(X, 0), Y).backward()
     refused_unchanged(model, "differentiable=True", optimizer.step)
-
-
-def test_one_model_in_a_module():
-    model = small_model(1)
-    wrapped = torch.nn.Sequential(model, torch.nn.Linear(2, 2))
-    assert len(hmf.optim.Adam(wrapped).param_groups[0]["params"]) == len(list(wrapped.parameters()))
-    with pytest.raises(InputError, match="one HyperMask model in it; Sequential has 0"):
-        hmf.optim.Adam(torch.nn.Sequential())
-
-
-def test_groups_as_torch_takes_them():
-    """And a layer that is in none of them is left alone."""
-    model = small_model(1)
-    optimizer = hmf.optim.Adam(model, 1e-2, params=[{"params": model.net.parameters(), "lr": 1e-3}])
-    before = model.hypernet.output.weight.detach().clone()
-    F.cross_entropy(model(X, 0), Y).backward()
-    optimizer.step()
-    assert torch.equal(model.hypernet.output.weight, before) and optimizer.param_groups[0]["lr"] == 1e-3
-    assert type(model.hypernet.output.weight.grad) is torch.Tensor
 
 
 def test_an_earlier_task_in_training_mode_leaves_the_anchor():

@@ -196,6 +196,35 @@ def test_a_file_finds_what_lies_beside_it_and_is_run_once(mine, tmp_path, monkey
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
+WRONG_SAMPLES = """
+from hypermask_fast.data import DatasetSplit
+
+def split(size=6, labels=(0, 1), number=0.0):
+    x = torch.zeros(2, size)
+    x[1] += number
+    return TensorSplit(x, torch.tensor(labels))
+
+def made(*splits, shape=(6,), classes=2):
+    last = TaskData("", *splits)
+    return Scenario("s", (last,) if splits[0].inputs.shape[1] != 6 else (TaskData("", split(), None, split()), last),
+                    shape, classes)
+
+def wide(): return made(split(7), None, split(7))
+def one_wide(): return made(split(), None, split(7))
+def no_number(): return Scenario("s", (TaskData("", split(), split(number=float("nan")), split()),), (6,), 2)
+def untested(): return made(split(), None, split(labels=(0, 0)))
+def untrained(): return Scenario("s", (TaskData("", split(labels=(1, 1)), None, split()),), (6,), 2)
+def shapeless(): return made(split(), None, split(), shape="6")
+def classless(): return made(split(), None, split(), classes=2.0)
+
+class Files(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, i): raise FileNotFoundError("gone")
+
+def unread(): return Scenario("s", (TaskData("", DatasetSplit(Files()), None, split()),), (6,), 2)
+"""
+
+
 @pytest.mark.parametrize(
     ("scenario", "message"),
     [
@@ -217,7 +246,16 @@ def test_a_file_finds_what_lies_beside_it_and_is_run_once(mine, tmp_path, monkey
         ("mine.py:wrong_data", "scenario mine.py:wrong_data: inputs must be (n, ...) uint8 or float32, not (2,) int64"),
         ("mine.py:asks", "asks for an argument 'path': what it may take is data_dir, seed, validation, tasks"),
         ("mine.py:Takes", "raised TypeError"),
-        ("broken.py:f", "scenario broken.py:f raised SyntaxError: "),
+        ("broken.py:f", "scenario broken.py:f raised SyntaxError: invalid syntax (broken.py, line 1)\n"),
+        ("mine.py:wide", "mine.py:wide: task 0, training set: samples have shape (7,), not input_shape, (6,)"),
+        ("mine.py:one_wide", "task 1, test set: samples have shape (7,), not input_shape, (6,)"),
+        ("mine.py:no_number", "task 0, validation set: sample 1 is not finite"),
+        ("mine.py:untested", "task 1, test set: class 1 has no samples"),
+        ("mine.py:untrained", "task 0, training set: class 0 has no samples"),
+        ("mine.py:unread", "scenario mine.py:unread raised FileNotFoundError: gone (mine.py, line "),
+        ("mine.py:shapeless", "input_shape of s must list positive sizes, such as (1, 28, 28), not '6'"),
+        ("mine.py:classless", "num_classes of s must be a whole number, 1 or more, not 2.0"),
+        ("mine.py:pairs", "mine.py:pairs: the training data of task '' must be a split, "),
         ("imports.py:f", "raised ModuleNotFoundError: No module named 'not_installed_at_all' (imports.py, line 1)"),
     ],
 )
@@ -225,7 +263,9 @@ def test_scenarios_that_are_none(mine, refused, scenario, message):
     mine.write_text(
         MINE + "VALUE = 3\ndef nothing(): pass\ndef listed(): return [1]\ndef raises(): return {}['a']\n"
         "def leaves(): raise SystemExit(3)\ndef wrong_data(): return TensorSplit(torch.zeros(2).long(), None)\n"
-        "def asks(path): pass\nclass Takes:\n    def __init__(self): raise TypeError\n"
+        "def pairs(): return Scenario('s', (TaskData('', (1, 2), None, (3, 4)),), (1,), 2)\n"
+        + WRONG_SAMPLES
+        + "def asks(path): pass\nclass Takes:\n    def __init__(self): raise TypeError\n"
     )
     Path("broken.py").write_text("def f(:\n")
     Path("imports.py").write_text("import not_installed_at_all\n")
@@ -246,6 +286,7 @@ def test_scenarios_that_are_none(mine, refused, scenario, message):
         ),
         ("mine.py:pair", "must give outputs of shape (2, 2) for inputs of shape (2, 1, 8, 8), not tuple"),
         ("mine.py:misfits", "network mine.py:misfits raised RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("mine.py:masked", "must return the network that is to be masked, without the HyperMask around it"),
         ("mine.py:asks", "asks for an argument 'depth': what it may take is input_shape, num_classes, hidden, width"),
     ],
 )
@@ -254,7 +295,8 @@ def test_networks_that_are_none(mine, refused, network, message):
         "import torch\nfrom torch import nn\ndef nothing(): pass\ndef tensor(): return torch.zeros(3)\n"
         "def narrow(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))\ndef misfits(): return nn.Linear(3, 2)\n"
         "class Pair(nn.Linear):\n    def forward(self, x): return x, x\ndef pair(): return Pair(2, 2)\n"
-        "def asks(depth): pass\n"
+        "def asks(depth): pass\nfrom hypermask_fast import HyperMask\n"
+        "def masked(): return HyperMask(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), 5)\n"
     )
     assert message in refused("train", "split-digits", "--out", "run", "--network", network, *TINY)
     assert not Path("run").exists()

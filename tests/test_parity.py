@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from support import internals
 from support.backends import native_problem
 from support.tolerances import EPS
 from torch import nn
@@ -162,6 +163,7 @@ def spied(monkeypatch):
 
         return dataclasses.replace(offer, function=call)
 
+    internals.nothing_was_chosen(monkeypatch)
     for name, op in OPS.items():
         if "cpu" in op.offers:
             monkeypatch.setitem(op.offers, "cpu", counting(name, op.offers["cpu"]))
@@ -191,7 +193,7 @@ def test_float32_steps_of_later_tasks(monkeypatch, task, chunk_size, make_optimi
         expected, found = peer.step(x.double(), y), our_step(ours, task, x, y, SPARSITY, optimizer)
         assert relative(found, expected) < 8 * EPS, step
         for theirs, own in paired(peer, ours):  # by norm: an entry whose gradient nearly cancels steps by its rounding
-            assert relative(own, theirs) < 8 * EPS, (step, tuple(own.shape))
+            assert relative(own, theirs) < 12 * EPS, (step, tuple(own.shape))
     served = {"mask_thresholds", "masked_weights_drift"}
     if chunk_size is None:
         served |= SERVED[make_optimizer]

@@ -5,28 +5,13 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from support.networks import blob_model, small_convnet
+from support.networks import TiedDecoder, blob_model, small_convnet
 from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, files, pretrained
 
 DENSE = hmf.HypernetConfig(6, (8,))
-
-
-class Tied(nn.Module):
-    """A language model with a tied decoder, defined first."""
-
-    def __init__(self):
-        super().__init__()
-        self.decoder = nn.Linear(6, 9, bias=False)
-        self.embedding = nn.Embedding(9, 6)
-        self.norm = nn.LayerNorm(6)
-        self.body = nn.Linear(6, 6)
-        self.decoder.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.decoder(self.norm(self.body(self.embedding(x))))
 
 
 def images(n=6):
@@ -59,8 +44,8 @@ SETTINGS = {
     "chunks": (small_convnet, images, {"hypernetwork": hmf.HypernetConfig(6, (8, 9), 40, 3)}),
     "by tensor": (small_convnet, images, {"hypernetwork": hmf.HypernetConfig(6, (8, 9), 40, 3, by_tensor=True)}),
     "drifts": (small_convnet, images, {"beta": 1, "lam": 0.1 + 0.2, "drift_norm": 2, "drift_masked": False}),
-    "tied": (Tied, tokens, {}),
-    "tied, per task": (Tied, tokens, {"per_task": ["decoder.*", "norm"]}),
+    "tied": (TiedDecoder, tokens, {}),
+    "tied, per task": (TiedDecoder, tokens, {"per_task": ["decoder.*", "norm"]}),
     "own parameter": (lambda: Shared(), images, {"include": "scale"}),
 }
 
@@ -122,12 +107,12 @@ def test_the_dtypes_are_the_files(dtype, tmp_path):
 
 
 def test_tied_tensors_are_saved_once(tmp_path):
-    hmf.HyperMask(Tied(), 2, hypernetwork=DENSE).save_pretrained(tmp_path)
+    hmf.HyperMask(TiedDecoder(), 2, hypernetwork=DENSE).save_pretrained(tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     with safe_open(str(path), "pt") as file:
         names = set(file.keys())
     assert len(names & {"net.decoder.weight", "net.embedding.weight"}) == 1
-    again = hmf.HyperMask.from_pretrained(tmp_path, Tied())
+    again = hmf.HyperMask.from_pretrained(tmp_path, TiedDecoder())
     assert again.net.decoder._parameters["weight"] is again.net.embedding._parameters["weight"]
 
 
@@ -222,8 +207,8 @@ def test_another_network_is_refused_by_its_first_difference(make, message, tmp_p
 
 
 def test_a_tied_model_for_an_untied_network(tmp_path):
-    hmf.HyperMask(Tied(), 2, hypernetwork=DENSE).save_pretrained(tmp_path)
-    net = Tied()
+    hmf.HyperMask(TiedDecoder(), 2, hypernetwork=DENSE).save_pretrained(tmp_path)
+    net = TiedDecoder()
     net.decoder.weight = nn.Parameter(torch.randn(9, 6))
     with pytest.raises(InputError, match="embedding.weight is not a parameter of the network in"):
         hmf.HyperMask.from_pretrained(tmp_path, net)

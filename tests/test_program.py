@@ -177,4 +177,5 @@ def test_importing_the_library_loads_no_package_of_an_extra():
     program = "import sys, hypermask_fast; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     packages = {"sklearn", "scipy", "PIL", "matplotlib", "rich", "tomli_w", "tensorboard", "hypermask_fast.training"}
+    packages.add("sympy")  # which takes a sixth of all imports, and exporting alone needs
     assert not packages & set(done.stdout.split())

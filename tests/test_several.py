@@ -87,11 +87,13 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path, capsys):
 
 
 def test_runs_that_all_fail_leave_nothing(tmp_path, capsys):
-    assert cli.main(["train", "split-mnist", "--seeds", "0", "--out", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith("seed-0: error: split-mnist needs its data: give the folder (--data-dir)")
-    assert told[1].startswith("hypermask-fast: error: 1 of 1 runs failed: seed-0 (split-mnist needs its data")
-    assert len(told) == 2 and "--resume" not in told[1] and list(tmp_path.iterdir()) == []
+    assert cli.main(["train", "split-mnist", "--seeds", "0-1", "--jobs", "2", "--out", str(tmp_path / "out")]) == 2
+    *each, last = capsys.readouterr().err.splitlines()
+    why = "split-mnist needs its data: give the folder (--data-dir)"
+    assert [line.startswith(f"seed-{seed}: error: {why}") for seed, line in enumerate(sorted(each))] == [True, True]
+    assert last.startswith("hypermask-fast: error: 2 of 2 runs failed: seed-") and f" ({why}" in last
+    assert last.count(why) == 1, "what is the same is told once"
+    assert "--resume" not in last and list(tmp_path.iterdir()) == []
 
 
 DATA = """

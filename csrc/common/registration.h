@@ -7,7 +7,7 @@
 //   HM_CPU(m) { m.impl("semi_binary_mask", TORCH_BOX(&semi_binary_mask)); }
 //   HM_CUDA(m) { m.impl("semi_binary_mask", TORCH_BOX(&semi_binary_mask)); }
 //
-// What an op computes: hypermask_fast/ops/reference.py; shape functions and gradients: hypermask_fast/ops/native.
+// What an op computes: hypermask_fast/ops/reference/; shape functions and gradients: hypermask_fast/ops/native.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -13,18 +13,20 @@ namespace {
 Tensors empty_like_all(const Tensors& tensors) {
   Tensors result;
   result.reserve(tensors.size());
-  for (const Tensor& t : tensors) result.push_back(empty_float(t, shape_of(t)));
+  for (const Tensor& t : tensors) result.push_back(empty_float(t, t.sizes()));
   return result;
 }
 
 std::vector<const float*> pointers(const Tensors& tensors) {
   std::vector<const float*> result;
+  result.reserve(tensors.size());
   for (const Tensor& t : tensors) result.push_back(data(t));
   return result;
 }
 
 std::vector<float*> mutable_pointers(const Tensors& tensors) {
   std::vector<float*> result;
+  result.reserve(tensors.size());
   for (const Tensor& t : tensors) result.push_back(mutable_data(t));
   return result;
 }
@@ -41,7 +43,7 @@ std::vector<Part> row_parts(const Tensor& logits, int64_t rows) {
 
 Tensor semi_binary_mask(const Tensor& logits, const Tensor& threshold) {
   const int64_t rows = check_mask("semi_binary_mask", logits, threshold, Place::kCpu);
-  Tensor mask = empty_float(logits, shape_of(logits));
+  Tensor mask = empty_float(logits, logits.sizes());
   const int64_t columns = rows ? logits.numel() / rows : 0;
   const float *a = data(logits), *limit = data(threshold);
   float* out = mutable_data(mask);
@@ -57,7 +59,7 @@ Tensor semi_binary_mask_backward(const Tensor& grad, const Tensor& logits, const
   const char* op = "semi_binary_mask_backward";
   const int64_t rows = check_mask(op, logits, threshold, Place::kCpu);
   check_float(op, "grad", grad, Place::kCpu, shape_of(logits));
-  Tensor result = empty_float(logits, shape_of(logits));
+  Tensor result = empty_float(logits, logits.sizes());
   const int64_t columns = rows ? logits.numel() / rows : 0;
   const float *a = data(logits), *limit = data(threshold), *g = data(grad);
   float* out = mutable_data(result);
@@ -85,7 +87,7 @@ Tensors masked_weights(const Tensors& weights, const Tensor& logits, const Tenso
 
 Tensor masked_weight(const Tensor& weight, const Tensor& logits, const Tensor& threshold) {
   check_masked_weight("masked_weight", weight, logits, threshold, Place::kCpu);
-  Tensor masked = empty_float(weight, shape_of(weight));
+  Tensor masked = empty_float(weight, weight.sizes());
   const float *w = data(weight), *a = data(logits), limit = *data(threshold);
   float* out = mutable_data(masked);
   const Kernels& k = kernels();
@@ -100,7 +102,7 @@ std::tuple<Tensor, Tensor> masked_weight_backward(const Tensor& grad, const Tens
   const char* op = "masked_weight_backward";
   check_masked_weight(op, weight, logits, threshold, Place::kCpu);
   check_float(op, "grad", grad, Place::kCpu, shape_of(weight));
-  Tensor grad_weight = empty_float(weight, shape_of(weight)), grad_logits = empty_float(logits, shape_of(logits));
+  Tensor grad_weight = empty_float(weight, weight.sizes()), grad_logits = empty_float(logits, logits.sizes());
   const float *w = data(weight), *a = data(logits), *g = data(grad), limit = *data(threshold);
   float *dw = mutable_data(grad_weight), *da = mutable_data(grad_logits);
   const Kernels& k = kernels();
@@ -117,7 +119,7 @@ std::tuple<Tensors, Tensor> masked_weights_backward(const Tensors& grads, const 
   check_masked(op, weights, logits, thresholds, offsets, Place::kCpu);
   check_grads(op, grads, weights, offsets, Place::kCpu);
   Tensors grad_weights = empty_like_all(weights);
-  Tensor grad_logits = empty_float(logits, shape_of(logits));
+  Tensor grad_logits = empty_float(logits, logits.sizes());
   const auto w = pointers(weights), g = pointers(grads);
   const auto dw = mutable_pointers(grad_weights);
   const float *a = data(logits), *limit = data(thresholds);

@@ -20,6 +20,7 @@ constexpr int64_t kPartEntries = 16384;
 // Cuts item i, of sizes[i] entries, into runs of at most `entries`.
 inline std::vector<Part> cut(const std::vector<int64_t>& sizes, int64_t entries = kPartEntries) {
   std::vector<Part> parts;
+  parts.reserve(sizes.size());
   for (size_t i = 0; i < sizes.size(); ++i) {
     for (int64_t begin = 0; begin < sizes[i]; begin += entries) {
       parts.push_back({static_cast<int64_t>(i), begin, std::min(begin + entries, sizes[i])});

@@ -1,4 +1,5 @@
 // The ops over the hypernetwork's dense output layer on the GPU.
+#include <cstdlib>
 #include <tuple>
 
 #include "../common/dense.h"
@@ -9,16 +10,27 @@
 namespace hypermask {
 namespace {
 
-template <int kPack, int kChunk, Mode kMode, class Moment>
-void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
-  const Launcher gpu(op, like);
-  const auto kernel = dense_kernel<kPack, kChunk, kMode, Moment>;
-  const int kept = dense_tiles(d.layout, makes_weights(kMode), steps_weights(kMode));
-  const int64_t bytes = dense_shared_floats(d.layout, kept) * static_cast<int64_t>(sizeof(float));
-  const int limit = gpu.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  if (bytes > limit) {
-    fail(op, d.tasks, " tasks of width ", d.width, " need ", bytes, " bytes of shared memory, this GPU has ", limit);
-  }
+// Tasks from which on tensor cores make the gradients. Another number serves to measure both ways.
+int64_t tensor_tasks(const char* op) {
+  const char* given = std::getenv("HYPERMASK_TENSOR_TASKS");
+  if (!given) return kTensorTasks;
+  char* end = nullptr;
+  const int64_t tasks = std::strtoll(given, &end, 10);
+  if (*end || tasks < 1) fail(op, "HYPERMASK_TENSOR_TASKS must be a number of tasks, 1 or more, not ", given);
+  return tasks;
+}
+
+// Whether the tiles, hidden vectors and factors of d.layout fit a block's shared memory.
+template <Mode kMode>
+bool fits(const Launcher& gpu, const Dense& d, int64_t& bytes) {
+  const int tiles = dense_tiles(d.layout, makes_weights(kMode), steps_weights(kMode));
+  bytes = dense_shared_floats(d.layout, tiles) * static_cast<int64_t>(sizeof(float));
+  return bytes + kStaticShared <= gpu.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+template <Mode kMode>
+void launch(const Launcher& gpu, void (*kernel)(Dense), Dense d, int64_t bytes, const Tensor& like, float* grad_hidden,
+            float* drift) {
   gpu.allow_shared(kernel, bytes);
   int per_processor = 0;
   gpu.check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, bytes));
@@ -30,6 +42,8 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
   Tensor partial_drift = empty_of(like, {blocks}, ScalarType::Double);
   d.partial = mutable_data(partial);
   d.partial_drift = partial_drift.mutable_data_ptr<double>();
+  // Without rows there is no tile with which a sum could begin.
+  if (d.rows == 0) gpu.clear(d.partial, outputs * static_cast<int64_t>(sizeof(float)));
   gpu.launch(kernel, blocks, kThreads, bytes, d);
   if (!grad_hidden && !drift) return;
   const auto finish_blocks = static_cast<unsigned>(std::max<int64_t>(ceil_div(outputs, 32), 1));
@@ -39,12 +53,26 @@ void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float*
 
 template <Mode kMode, class Moment = float>
 void run(const char* op, Dense d, const Tensor& like, float* grad_hidden, float* drift) {
+  const Launcher gpu(op, like);
   const bool aligned = on_16_bytes(d.weight, d.weight_m, d.weight_v, d.grad_weight, d.rounded_m, d.rounded_v);
+  int64_t bytes = 0;
+  if constexpr (kMode != kValue) {
+    if (on_tensor_cores(d.tasks, d.width, aligned, tensor_tasks(op))) {
+      d.layout = tensor_layout(d.tasks, d.width);
+      if (fits<kMode>(gpu, d, bytes)) {
+        return launch<kMode>(gpu, dense_tensor_kernel<kMode, Moment>, d, bytes, like, grad_hidden, drift);
+      }
+    }
+  }
   d.layout = dense_layout(d.tasks, d.width, aligned);
-  const auto run_with = d.layout.pack == 4 ? d.layout.chunk == 4 ? run<4, 4, kMode, Moment> : run<4, 8, kMode, Moment>
-                        : d.layout.chunk == 4 ? run<1, 4, kMode, Moment>
-                                              : run<1, 8, kMode, Moment>;
-  run_with(op, d, like, grad_hidden, drift);
+  if (!fits<kMode>(gpu, d, bytes)) {
+    fail(op, d.tasks, " tasks of width ", d.width, " need ", bytes, " bytes of shared memory, more than this GPU has");
+  }
+  const auto kernel = d.layout.pack == 4
+                          ? d.layout.chunk == 4 ? dense_kernel<4, 4, kMode, Moment> : dense_kernel<4, 8, kMode, Moment>
+                      : d.layout.chunk == 4 ? dense_kernel<1, 4, kMode, Moment>
+                                            : dense_kernel<1, 8, kMode, Moment>;
+  launch<kMode>(gpu, kernel, d, bytes, like, grad_hidden, drift);
 }
 
 // The modes that step the layer, whose moments are in float32 or in bfloat16.

@@ -49,8 +49,8 @@ __device__ __forceinline__ void multiply_add(Pack<kPack>& sum, float a, const Pa
 
 struct Shared {
   float *weight, *next_weight;  // [rows, stride]: the tile being worked on and the next one
-  float* factors;               // [rows, slots]
-  float* hidden;                // [slots, stride], 0 beyond the tasks
+  float* hidden;                // [slots, hidden_stride], 0 beyond the tasks
+  float* factors;               // as the products have them
   float *m, *v;                 // [rows, stride], in modes that step weights; bfloat16 ones take half of the place
   float* grad;                  // [rows, stride], with packs of single floats in modes that make weights
 
@@ -58,21 +58,13 @@ struct Shared {
     const int tile = l.rows * l.stride;
     weight = dynamic_shared<float>();
     next_weight = weight + tile;
-    factors = next_weight + tile;
-    hidden = factors + l.rows * l.slots;
-    m = hidden + l.slots * l.stride;
+    hidden = next_weight + tile;
+    factors = hidden + l.slots * l.hidden_stride;
+    m = factors + l.factor_floats;
     v = m + tile;
     grad = steps_weights(mode) ? v + tile : m;
   }
 };
-
-// This thread's packs of columns in any tile: f(row, column) for the first of kDensePacks rows, `lanes` apart.
-template <int kPack, class F>
-__device__ __forceinline__ void for_columns(const DenseLayout& l, const F& f) {
-  const int side = min(l.packs, kThreads), lane = threadIdx.x / side;
-  if (lane >= l.lanes) return;
-  for (int q = threadIdx.x - lane * side; q < l.packs; q += side) f(lane, q * kPack);
-}
 
 struct Tile {
   int64_t row;  // of the layer
@@ -134,12 +126,13 @@ __device__ __forceinline__ void for_pieces(const Dense& d, const Tile& tile, con
   }
 }
 
-template <int kPack, class T>
+// `Products` has a tile's packs dealt to threads, where rows begin on 16 bytes.
+template <class Products, class T>
 __device__ __forceinline__ void copy_tile(const Dense& d, const Tile& tile, T* to, const T* from) {
-  if constexpr (kPack == 4) {
-    for_columns<4>(d.layout, [&](int lane, int column) {
+  if constexpr (Products::kPack == 4) {
+    Products::for_packs(d.layout, [&](int row, int step, int column) {
 #pragma unroll
-      for (int n = 0; n < kDensePacks; ++n) piece_of_row(d, tile, lane + n * d.layout.lanes, column).copy(to, from);
+      for (int n = 0; n < kDensePacks; ++n) piece_of_row(d, tile, row + n * step, column).copy(to, from);
     });
   } else {
     for_pieces(d, tile, [&](const auto& piece) { piece.copy(to, from); });

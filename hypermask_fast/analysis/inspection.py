@@ -105,6 +105,8 @@ def _tables(found: Inspection) -> Iterator[str]:
     entries, count = found.whole.entries, len(found.tasks)
     yield f"{count} task{'' if count == 1 else 's'}, {entries:,} masked entries, sparsity {found.sparsity:g} %"
     yield _task_table(found)
+    if found.drift:
+        yield "\n".join(["what has changed for each task since it was learned:", _drift_table(found)])
     yield _tensor_table(found)
     if 2 <= count <= _WIDE:
         yield "\n".join([_about_pairs(found), _pair_table(found)])
@@ -117,16 +119,13 @@ def _about_pairs(found: Inspection) -> str:
 
 
 def _task_table(found: Inspection) -> str:
-    whole, drift = found.whole, {each.task: each for each in found.drift}
+    whole = found.whole
     head = ["task", "kept %", "mean kept value", "kept first here %", "used so far %", "free %", "most like earlier"]
-    if drift:
-        head += ["since it was learned:", "flipped %", "mask changed %", "logits moved", "predictions changed %"]
     rows = [head]
     for i, task in enumerate(found.tasks):
         before = whole.used[i - 1] if i else 0.0
         row = [str(task), f"{whole.kept[i]:.2f}", f"{whole.mean_kept_value[i]:.3f}", f"{whole.used[i] - before:.2f}"]
-        row += [f"{whole.used[i]:.2f}", f"{100 - whole.used[i]:.2f}", _most_alike(found, i)]
-        rows.append(row + (_drift_cells(drift.get(task)) if drift else []))
+        rows.append([*row, f"{whole.used[i]:.2f}", f"{100 - whole.used[i]:.2f}", _most_alike(found, i)])
     return text_table(rows, "".join("<" if title == "most like earlier" else ">" for title in head), gap=2)
 
 
@@ -140,13 +139,20 @@ def _most_alike(found: Inspection, row: int) -> str:
     return f"{task} ({'cosine' if found.keeps_all else 'Jaccard'} {value:.2f})"
 
 
+def _drift_table(found: Inspection) -> str:
+    drift = {each.task: each for each in found.drift}
+    head = ["task", "flipped %", "mask changed %", "logits moved", "predictions changed %"]
+    rows = [head, *([str(task), *_drift_cells(drift.get(task))] for task in found.tasks)]
+    return text_table(rows, ">" * len(head), gap=2)
+
+
 def _drift_cells(drift: Drift | None) -> list[str]:
     if drift is None:
-        return ["", "-", "-", "-", "-"]
+        return ["-", "-", "-", "-"]
     change, predictions = (
         "-" if value is None else f"{value:.2f}" for value in (drift.whole.mask_change, drift.predictions_changed)
     )
-    return ["", f"{drift.whole.flipped:.2f}", change, f"{drift.whole.logit_change:.4f}", predictions]
+    return [f"{drift.whole.flipped:.2f}", change, f"{drift.whole.logit_change:.4f}", predictions]
 
 
 def _tensor_table(found: Inspection) -> str:

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 
 
 _LOADING = {
-    "safetensors": "    from hypermask_fast.training.run import load_exported\n    net = load_exported({})",
+    "safetensors": "    from hypermask_fast.training.exported import load_exported\n    net = load_exported({})",
     "pt2": "    import torch\n    net = torch.export.load({}).module()",
     "onnx": "    import onnxruntime\n    session = onnxruntime.InferenceSession({})",
 }

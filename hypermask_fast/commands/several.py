@@ -87,7 +87,10 @@ def train(arguments: argparse.Namespace, preset: RunConfig, out: Path, settings:
     _sum_up(out, [run for run in runs if run.name not in failed])
     if not failed:
         return 0
-    named = "; ".join(f"{name} ({last})" for name, (_, last) in failed.items())
+    by_words: dict[str, list[str]] = {}  # what fails for the same reason is told once
+    for name, (_, last) in failed.items():
+        by_words.setdefault(last, []).append(name)
+    named = "; ".join(f"{', '.join(names)} ({last})" for last, names in by_words.items())
     message = f"{len(failed)} of {len(runs)} runs failed: {named}{_resumable(out, runs, 'tries them again')}"
     if all(code == EXIT_INPUT for code, _ in failed.values()):
         raise InputError(message)

@@ -14,7 +14,7 @@ from ..errors import InputError
 from .checks import check_whole
 from .items import stack_items
 from .scenario import PARTS, Scenario, TaskData, check_filled
-from .splits import DatasetSplit, Split, TensorSplit
+from .splits import DatasetSplit, Split, TensorSplit, empty_split
 from .transforms import Transform
 
 
@@ -78,13 +78,13 @@ def from_datasets(
 def _split(dataset: Any, in_memory: bool, num_workers: int) -> Split:
     """The dataset as a split on the CPU; None as an empty one."""
     if dataset is None:
-        return _empty()
+        return empty_split()
     split = DatasetSplit(dataset, num_workers=num_workers)
     if not in_memory:
         return split
     # By index up to len, not by iterating: a map-style dataset need not raise IndexError at its end.
     items = [dataset[i] for i in range(len(dataset))]
-    return TensorSplit(*stack_items(items)) if items else _empty()
+    return TensorSplit(*stack_items(items)) if items else empty_split()
 
 
 def _common_shape(tasks: list[TaskData]) -> tuple[int, ...]:
@@ -158,7 +158,3 @@ def _naming(t: int, part: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"task {t}, {part} set: {error}") from error
-
-
-def _empty() -> TensorSplit:
-    return TensorSplit(torch.zeros(0), torch.zeros(0, dtype=torch.int64))

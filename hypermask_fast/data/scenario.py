@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .checks import check_whole
-from .splits import Split, TensorSplit
+from .splits import Split, TensorSplit, empty_split
 from .transforms import UNIT_SCALE, Transform
 
 PARTS = ("training", "validation", "test")
@@ -20,8 +20,12 @@ PARTS = ("training", "validation", "test")
 class TaskData:
     """One task: its three splits, labels 0 .. num_classes - 1 in each. The validation split may be empty.
 
+    validation: None is an empty split.
     class_names: what the data set calls label 0, 1, ...; () where they have no other names.
     num_classes: of this task, where tasks differ in it; None: the scenario's.
+
+    Raises:
+        InputError: training, validation or test data that are no split.
     """
 
     name: str
@@ -30,6 +34,16 @@ class TaskData:
     test: Split
     class_names: tuple[str, ...] = ()
     num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.validation is None:
+            object.__setattr__(self, "validation", empty_split())
+        for part, split in zip(PARTS, self.splits, strict=True):
+            if not isinstance(split, Split):
+                raise InputError(
+                    f"the {part} data of task {self.name!r} must be a split, such as TensorSplit(x, y) or "
+                    f"DatasetSplit(dataset), not {type(split).__name__}"
+                )
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -54,7 +68,8 @@ class Scenario:
             0 .. its number - 1.
 
     Raises:
-        InputError: no tasks; a task without training or test samples; labels of a `TensorSplit` on the CPU outside of
+        InputError: no tasks, or something else among them; an input shape that is none; a task without training or
+            test samples; labels of a `TensorSplit` on the CPU outside of
             0 .. num_classes - 1 (on a GPU looking at them would mean to wait for it); a task of more classes than
             num_classes.
     """
@@ -66,6 +81,12 @@ class Scenario:
 
     def __post_init__(self) -> None:
         check_filled(self.name, self.tasks)
+        shape = self.input_shape
+        sized = isinstance(shape, Sequence) and shape and all(type(size) is int and size > 0 for size in shape)
+        if not sized:
+            raise InputError(f"input_shape of {self.name} must list positive sizes, such as (1, 28, 28), not {shape!r}")
+        object.__setattr__(self, "input_shape", tuple(shape))
+        check_whole(f"num_classes of {self.name}", self.num_classes, 1)
         for t, (task, classes) in enumerate(zip(self.tasks, self.classes, strict=True)):
             check_whole(f"num_classes of {self.label(t)}", classes, 1, self.num_classes)
             for part, split in zip(PARTS, task.splits, strict=True):
@@ -101,6 +122,8 @@ def check_filled(name: str, tasks: Sequence[TaskData]) -> None:
     if not tasks:
         raise InputError(f"scenario {name} has no tasks: give it at least one")
     for t, task in enumerate(tasks):
+        if not isinstance(task, TaskData):
+            raise InputError(f"task {t} of {name} must be a TaskData, not {type(task).__name__}")
         for part, split in zip(PARTS, task.splits, strict=True):
             if len(split) == 0 and part != "validation":
                 raise InputError(f"{task_label(t, task.name)} of {name} has no {part} samples; it needs some")

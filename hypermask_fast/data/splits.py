@@ -71,7 +71,7 @@ class TensorSplit:
             checkpoint of that generator resumes training bit for bit.
 
     Raises:
-        InputError: a dtype, length or device other than the above.
+        InputError: no tensors, or a dtype, length or device other than the above.
     """
 
     inputs: Tensor
@@ -81,9 +81,9 @@ class TensorSplit:
 
     def __post_init__(self) -> None:
         inputs, labels = self.inputs, self.labels
-        if inputs.dtype not in (torch.uint8, torch.float32) or inputs.dim() < 1:
+        if not isinstance(inputs, Tensor) or inputs.dtype not in (torch.uint8, torch.float32) or inputs.dim() < 1:
             raise InputError(f"inputs must be (n, ...) uint8 or float32, not {_describe(inputs)}")
-        if labels.dtype != torch.int64 or labels.dim() != 1:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
             raise InputError(f"labels must be (n,) int64, not {_describe(labels)}")
         if len(inputs) != len(labels):
             raise InputError(f"inputs and labels differ in number: {len(inputs)} and {len(labels)}")
@@ -235,11 +235,18 @@ class DatasetSplit:
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
 
+def empty_split() -> TensorSplit:
+    """A split without samples, as where nothing is held out to validate."""
+    return TensorSplit(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+
+
 def _chunk_starts(n: int, size: int) -> range:
     if size < 1:
         raise InputError(f"the size of a chunk must be 1 or more, not {size}")
     return range(0, n, size)
 
 
-def _describe(tensor: Tensor) -> str:
+def _describe(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"{type(tensor).__name__}, which is no tensor"
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

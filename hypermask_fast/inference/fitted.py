@@ -18,7 +18,6 @@ from .gaussians import TaskSums, inverse_root, squared_distances
 
 _F = TypeVar("_F", bound="ClassGaussians")
 _ROUNDING = 1e-13  # of a squared mean: what float32's rounding leaves of a variance of 0
-_MOST = 2**22  # samples x D of which the differences from all classes are held at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +159,7 @@ class ClassGaussians(ABC):
         """
         features = self.compared(features.to(torch.promote_types(features.dtype, torch.float32)))
         centres, roots, signs = self._factors(task, features)
-        rows = max(1, _MOST // centres.numel())
-        parts = [squared_distances(part, centres, roots, signs) for part in features.split(rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return squared_distances(features, centres, roots, signs)
 
     def nearest(self, features: Tensor, task: int) -> tuple[Tensor, Tensor]:
         """(B,) distance from the nearest of a task's classes, and (B,) int64 which one that is."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..errors import InputError
 
 _WELL_CONDITIONED = 1e-10  # of a Cholesky factor's pivots, the smallest by the largest
+_IN_CACHE = 2**19  # numbers, 2 MB of float32: distances are worked on so many at a time
 
 
 @dataclass
@@ -120,7 +121,19 @@ def inverse_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def squared_distances(features: Tensor, centres: Tensor, roots: Tensor, signs: Tensor) -> Tensor:
     """(C, B) sum_i s_ci (A_c (f - m_c))_i^2: features f (B, D), centres m_c and signs s_c (C, D), roots A_c (C, D, D).
 
-    One product for all classes.
+    Of as many samples and classes at a time as fit a processor's cache; on a GPU of more, where a launch costs more.
     """
-    differences = features - centres[:, None]
-    return torch.bmm(torch.bmm(differences, roots.mT).square_(), signs[:, :, None]).squeeze(-1)
+    classes, (samples, width) = len(centres), features.shape
+    found = features.new_empty(classes, samples)
+    room = _IN_CACHE if features.device.type == "cpu" else 64 * _IN_CACHE
+    rows = max(1, min(samples, room // max(1, width)))
+    at_once = max(1, min(classes, room // max(1, rows * width)))
+    differences, whitened = features.new_empty(2, at_once, rows, width)
+    for start in range(0, samples, rows):
+        part = features[start : start + rows]
+        for first in range(0, classes, at_once):
+            those = slice(first, min(first + at_once, classes))
+            delta = torch.sub(part, centres[those, None], out=differences[: those.stop - first, : len(part)])
+            z = torch.bmm(delta, roots[those].mT, out=whitened[: those.stop - first, : len(part)])
+            found[those, start : start + rows] = torch.bmm(z.square_(), signs[those, :, None]).squeeze(-1)
+    return found

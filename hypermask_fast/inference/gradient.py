@@ -70,8 +70,8 @@ def _one_shot(
         found = torch.zeros(len(masks), device=entropy.device)
         for s, grad in zip(masked, grads, strict=True):
             if grad is not None:
-                flat = grad.flatten()  # a matrix of one row, for its product uses all threads, and a dot product one
-                found -= torch.cat([torch.mv(made[s].reshape(1, -1), flat) for made in each])
+                flat = grad.flatten()
+                found -= torch.stack([torch.dot(made[s].flatten(), flat) for made in each])
         return found
 
 

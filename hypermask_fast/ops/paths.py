@@ -119,8 +119,9 @@ def allows_tf32(convolution: bool) -> bool:
 def surroundings(layer: Layer | None) -> tuple | None:
     """What who serves a call depends on besides the call itself: autocast, and for a masked layer on a GPU what
     `decide` looks up. None where there is nothing of the kind."""
-    cpu = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    cuda = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    enabled = torch.is_autocast_enabled
+    cpu = torch.get_autocast_dtype("cpu") if enabled("cpu") else None
+    cuda = torch.get_autocast_dtype("cuda") if enabled("cuda") else None
     if layer is not None and torch.cuda.is_initialized():
         return cpu, cuda, os.environ.get("HYPERMASK_TABLES"), allows_tf32(False), allows_tf32(True)
     return None if cpu is cuda is None else (cpu, cuda)

@@ -35,14 +35,24 @@ BACKENDS = (REFERENCE, PLAIN, "cpu", "triton", "cuda")
 NATIVE = ("cpu", "cuda")  # the extension's backends, each named as its device
 OPS: dict[str, "Op[..., Any]"] = {}  # every op by name; an `Op` adds itself
 
+
+class _Scope(threading.local):
+    """What `use_backend` asks for in this thread."""
+
+    backend: str | None = None
+
+
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what auto tries on a device, the fastest first
 _ENVIRONMENT = os.environ.get("HYPERMASK_BACKEND")
-_scope = threading.local()
+_scope = _Scope()
 _warned: set[tuple[str, str]] = set()  # device, and op or "" for all of them
 _finders: dict[str, Callable[[], str]] = {REFERENCE: lambda: "", PLAIN: lambda: ""}
 _problems: dict[str, str] = {}
-_choices: dict[tuple, str] = {}  # kind of call, as `Op._kind` has it -> the backend that was chosen for it
+_choices: dict[tuple, Callable[..., Any]] = {}  # kind of call, as `Op._kind` has it -> what serves such calls
 _MOST_CHOICES = 4096
+
+# Whether within torch.func.vmap, grad and the like, whose own tensors pass for ordinary ones: such calls have no kind.
+_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001
 
 
 def serves(*values: Any) -> str:
@@ -59,7 +69,8 @@ class Offer:
     """One op on one backend. Every function takes all of the op's arguments by position.
 
     Attributes:
-        function: does what the op's definition says.
+        function: does what the op's definition says. Where it has a method `of_kind`, that is given the first call's
+            arguments, and returns what serves all calls of the kind of this one without looking at them again.
         condition: "" or why the backend can't serve these tensors.
         form: "" or why this is no call that the backend has a kernel for: another one serves such calls.
         dtypes: those in which the extension's kernel computes; the other backends' conditions look for themselves.
@@ -121,31 +132,31 @@ class Op(Generic[P, R]):
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> R:
         values = args if not kwargs and len(args) == len(self._names) else self.positional(args, kwargs)
         kind = None if torch.compiler.is_compiling() else self._kind(values, backend)
-        chosen = None if kind is None else _choices.get(kind)
-        if chosen is None:
+        serving = None if kind is None else _choices.get(kind)
+        if serving is None:
             return self._first_of_its_kind(values, backend, kind)(*values)
         if self._values_rule is not None:
             self._values_rule(*values)
-        return self._function(chosen)(*values)
+        return serving(*values)
 
     def _kind(self, values: tuple[Any, ...], backend: str | None) -> tuple | None:
         """All that decides whether the arguments fit and who serves the call; None where the call has to be looked at
         anew each time."""
-        about = signature.of(values)
+        about = None if _transforming() else signature.of(values)
         if about is None:
             return None
-        asked = backend, getattr(_scope, "backend", None), _ENVIRONMENT
-        return self.name, asked, torch.is_grad_enabled(), paths.surroundings(self.layer), about
+        around = paths.surroundings(self.layer)
+        return self.name, backend, _scope.backend, _ENVIRONMENT, torch.is_grad_enabled(), around, about
 
     def _first_of_its_kind(self, values: tuple[Any, ...], backend: str | None, kind: tuple | None) -> Callable[..., R]:
-        """Who serves this call, which is remembered for others of its kind; not of the reference where that stands in
-        for a backend, so that `_say_once` is asked."""
-        chosen = self._choose(values, self._judged(values), backend)
-        if kind is not None and (chosen.backend != REFERENCE or requested(backend) == REFERENCE):
+        """What serves this call, which is remembered for others of its kind."""
+        function = self._choose(values, self._judged(values), backend).function
+        if kind is not None:
             if len(_choices) >= _MOST_CHOICES:
                 _choices.clear()
-            _choices[kind] = chosen.backend
-        return chosen.function
+            of_kind = getattr(function, "of_kind", None)
+            _choices[kind] = function if of_kind is None else of_kind(*values)
+        return function
 
     def _judged(self, values: tuple[Any, ...]) -> Tensor:
         """The first tensor, which stands for device and dtype. Raises InputError where the arguments do not fit."""
@@ -300,7 +311,7 @@ def problem(backend: str) -> str:
 def use_backend(backend: str) -> Iterator[None]:
     """Within the block, and in this thread, ops run on the named backend where it has them, or "auto"."""
     _check_name(backend)
-    before = getattr(_scope, "backend", None)
+    before = _scope.backend
     _scope.backend = backend
     try:
         yield
@@ -315,7 +326,7 @@ def _check_name(backend: str) -> None:
 
 def requested(backend: str | None = None) -> str:
     """The backend asked for by argument, scope or environment; "auto" if none is."""
-    wanted = backend or getattr(_scope, "backend", None) or _ENVIRONMENT or AUTO
+    wanted = backend or _scope.backend or _ENVIRONMENT or AUTO
     if wanted != AUTO:
         _check_name(wanted)
     return wanted

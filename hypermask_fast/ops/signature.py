@@ -24,14 +24,15 @@ def of(values: Sequence[Any]) -> tuple | None:
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
-            told += value.shape, value.dtype, value.device, value.requires_grad, value.is_contiguous()
+            where = value.is_cpu or value.device  # there is one CPU, and True costs less than an object that says so
+            told += value.shape, value.dtype, where, value.requires_grad, value.is_contiguous()
         elif value is None:
             told.append(None)
         elif kind in _NUMBERS:
             told += kind, value
         elif kind not in _LISTS:
             return None
-        elif {*map(type, value)} == {int}:
+        elif value and type(value[0]) is int and {*map(type, value)} == {int}:
             told += kind, tuple(value)
         else:
             inner = of(value)
@@ -39,3 +40,16 @@ def of(values: Sequence[Any]) -> tuple | None:
                 return None
             told += kind, len(value), inner
     return tuple(told)
+
+
+def needs_gradient(args: Sequence[Any]) -> bool:
+    """Whether autograd records a call with these arguments, tensors and lists of tensors among them."""
+    if not torch.is_grad_enabled():
+        return False
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, list) and any(isinstance(t, Tensor) and t.requires_grad for t in arg):
+            return True
+    return False

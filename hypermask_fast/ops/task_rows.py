@@ -50,8 +50,9 @@ class TaskRows(NamedTuple):
 def rows_of_tasks(y: Tensor, ids: Tensor | TaskRows) -> Tensor:
     """Row b of task ids[b] out of every task's, y (T, B, out): (B, out). See `task_batched_linear`."""
     task_ids = ids.ids if isinstance(ids, TaskRows) else ids
-    known = (task_ids >= 0) & (task_ids < len(y))
-    if not torch.compiler.is_compiling() and not known.all():
+    known, row = (task_ids >= 0) & (task_ids < len(y)), torch.arange(len(task_ids), device=y.device)
+    if torch.compiler.is_compiling():
+        return y[task_ids.where(known, 0), row].where(known[:, None], math.nan)
+    if not known.all():
         raise InputError(f"task_ids must be 0 to {len(y) - 1}")
-    mine = y[task_ids.where(known, 0), torch.arange(len(task_ids), device=y.device)]
-    return mine.where(known[:, None], math.nan)
+    return y[task_ids, row]

@@ -20,7 +20,7 @@ from ..masking.norms import BatchNorm
 from ..model import HyperMask
 from ..model_state import network_state
 from .checkpoint import model_settings
-from .config import TrainingConfig
+from .tables import TrainingConfig
 from .world import World
 
 _PACKAGE = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..model import HyperMask
 from ..optim import Adam
 from ..processes import local
-from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
+from .tables import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
 
 
 def optimizer(model: HyperMask, config: TrainingConfig, device: torch.device) -> torch.optim.Adam:

@@ -1,9 +1,12 @@
 """The order in which a task's training samples come: one shuffled pass over the data after another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+from ..data import Split, TensorSplit
+from ..masking.layout import MaskLayout
 
 _BLOCK = 1 << 20  # sample numbers that are laid out at once: 8 MB
 
@@ -37,3 +40,25 @@ def batch_rows(
         stream = torch.cat([rest, *passes])[offset:]
         yield stream[: rows * batch_size].view(rows, batch_size)
         rest, offset, start = stream[rows * batch_size :].clone(), 0, start + rows
+
+
+def with_ranks(
+    blocks: Iterable[Tensor],
+    split: Split,
+    start: int,
+    layout: MaskLayout,
+    ramp: Callable[[int], float] | None,
+    sparsity: float,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of rows where the split reads them, each with the kept ranks of its iterations on `device`.
+
+    Args:
+        blocks: of `batch_rows`, from iteration `start` on.
+        ramp: an iteration's sparsity in percent; None where it is `sparsity` in all, for which one row of ranks serves.
+    """
+    reads_on = device if isinstance(split, TensorSplit) else "cpu"
+    for rows in blocks:
+        sparsities = [sparsity] if ramp is None else [ramp(i) for i in range(start, start + len(rows))]
+        yield rows.to(reads_on), layout.ramp_ranks(sparsities, device)
+        start += len(rows)

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from .. import own_code
-from ..data import Scenario, image_folders, load_scenario
+from ..data import Scenario, TensorSplit, image_folders, load_scenario
 from ..data.folders import IMAGES, folder_fingerprint
+from ..data.scenario import PARTS
 from ..errors import InputError
 from .config import DataConfig, RunConfig
 from .targets import TargetConfig
@@ -135,7 +136,7 @@ def read_scenario(config: RunConfig) -> Scenario:
 
     Raises:
         InputError: unknown, its files missing or damaged, or a function that raises, returns no Scenario or one of too
-            few tasks, or does not take a setting that is set.
+            few tasks or with wrong samples, or does not take a setting that is set.
     """
     data = config.data
     if data.scenario != IMAGES:
@@ -183,11 +184,37 @@ def _called(config: RunConfig) -> Scenario:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         made = own_code.call(data.scenario, "scenario", arguments, needed)
-    if not isinstance(made, Scenario):
-        raise InputError(f"{told} must return a hypermask_fast.data.Scenario, not {type(made).__name__}")
+        if not isinstance(made, Scenario):
+            raise InputError(f"{told} must return a hypermask_fast.data.Scenario, not {type(made).__name__}")
+        own_code.guarded(data.scenario, "scenario", lambda: _check_samples(made))
     if data.tasks is not None and len(made.tasks) < data.tasks:
         raise InputError(f"{told} has {len(made.tasks)} tasks: data.tasks must be at most that, not {data.tasks}")
     return replace(made, tasks=made.tasks[: data.tasks])
+
+
+def _check_samples(scenario: Scenario) -> None:
+    """Of each split its first sample, and what is in memory as a whole.
+
+    Raises:
+        InputError: a sample of another shape than the scenario says or with a number that is not finite, or a class
+            without training or test samples.
+    """
+    for t, task in enumerate(scenario.tasks):
+        for part, split in zip(PARTS, task.splits, strict=True):
+            where = f"{scenario.label(t)}, {part} set"
+            if not len(split):
+                continue
+            shape = tuple(split.batch(torch.tensor([0], device=split.device))[0].shape[1:])
+            if shape != scenario.input_shape:
+                raise InputError(f"{where}: samples have shape {shape}, not input_shape, {scenario.input_shape}")
+            if not isinstance(split, TensorSplit):
+                continue
+            finite = split.inputs.flatten(1).isfinite().all(1) if split.inputs.is_floating_point() else None
+            if finite is not None and not finite.all():
+                raise InputError(f"{where}: sample {int(finite.int().argmin())} is not finite")
+            counts = split.labels.bincount(minlength=scenario.classes[t])
+            if part != "validation" and not counts.all():
+                raise InputError(f"{where}: class {int(counts.argmin())} has no samples")
 
 
 def _fingerprints(config: RunConfig) -> tuple[str | None, str | None]:

@@ -61,12 +61,12 @@ class TaskWork:
         if weight != 1:
             cross_entropy = weight * cross_entropy
         drifts = model.drifts(mask)
-        loss = cross_entropy + model.drift.loss(drifts, self.task)
+        loss = model.drift.added_to(cross_entropy, drifts, self.task)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():  # only now does a factored gradient know the output drift
-            loss = cross_entropy + model.drift.loss(drifts, self.task)
+            loss = model.drift.added_to(cross_entropy, drifts, self.task)
         return {
             "loss": loss,
             "cross_entropy": cross_entropy.detach(),

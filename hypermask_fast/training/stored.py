@@ -21,8 +21,8 @@ from ..model_state import FITTED, PREFIX, fitted, network_state
 from ..processes import local, ranks_of
 from . import checkpoint
 from .checkpoint import BEST, MODEL, MOMENTS, OPTIMIZER
-from .config import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
 from .slices import layouts
+from .tables import PLATEAU_FACTOR, PLATEAU_LOWEST, PLATEAU_PATIENCE, TrainingConfig
 from .tensor_files import MANIFEST, REMEDY
 
 _LONGEST = 1e10  # seconds: three hundred years

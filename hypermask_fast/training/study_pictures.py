@@ -76,7 +76,8 @@ def matrices_figure(groups: Sequence[Group]) -> "Figure":
         axes.set_ylabel("after training task", fontsize=9)
         axes.tick_params(labelsize=8)
         average = estimate_text(group.estimate("average_accuracy"))
-        words = f"{group.label}\naverage {average} %, {describe.seed_words(group.seeds)}".strip()
+        interval = f" ({_PERCENT} interval)" if len(group.runs) > 1 else ""
+        words = f"{group.label}\naverage {average} %{interval}, {describe.seed_words(group.seeds)}".strip()
         axes.set_title("\n".join(wrapped(words, max(24, int(16 * side)))), fontsize=9)
         for (i, j), value in np.ndenumerate(group.mean_matrix):
             if tasks <= 12 and not np.isnan(value):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import own_code
 from ..errors import InputError
+from ..model import HyperMask
 from ..settings import WIDEST, Range, Text, Widths, check_fields
 
 ZENKE_SMALLEST = 12  # two times (valid 3x3 convolution, halving) leaves one pixel of 12 x 12
@@ -226,6 +227,8 @@ def _own(config: TargetConfig, shape: tuple[int, ...], classes: int) -> nn.Modul
     told = f"network {own_code.short(config.name)}"
     if not isinstance(net, nn.Module):
         raise InputError(f"{told} must return a torch.nn.Module, not {_kind(net)}")
+    if any(isinstance(module, HyperMask) for module in net.modules()):
+        raise InputError(f"{told} must return the network that is to be masked, without the HyperMask around it")
     modes = [(module, module.training) for module in net.modules()]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         outputs = own_code.guarded(config.name, "network", lambda: net.eval()(torch.zeros(2, *shape)))

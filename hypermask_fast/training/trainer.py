@@ -1,9 +1,9 @@
 """The training loop: task after task, each with its own optimiser, evaluated on all tasks after each."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..data import Scenario, Split, TensorSplit
+from ..data import Scenario
 from ..errors import InputError
 from ..files import writing
 from ..model import HyperMask
@@ -29,22 +29,13 @@ from .joining import join
 from .lock import taken
 from .logs import Logger, Loggers, TerminalLog, on_terminal
 from .memory import peak_memory
-from .order import batch_rows
+from .order import batch_rows, with_ranks
 from .report import check_no_reports, check_packages, device_name, write_reports
 from .result import Result, text_after_task
-from .step import Block, TaskWork
+from .step import TaskWork
 from .step import steps as training_steps
+from .under_way import Position
 from .world import Stopping, World
-
-
-@dataclass
-class _Position:
-    """Where a run stands: `iteration` steps into `task`. What is None or empty belongs to no running task."""
-
-    task: int = 0
-    iteration: int = 0
-    best_accuracy: float = -1.0
-    best_model: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Trainer:
@@ -132,7 +123,7 @@ class Trainer:
         self.result = Result(nothing[1:], nothing[0])
         self.stop = Stopping(stop or (lambda: False), self.world)
         self._inspector: Inspector | None = None
-        self._at = _Position()
+        self._at = Position()
         self._finite, self._kept = 0, ""  # the task's last iteration whose loss was seen; the checkpoint there is
         self._restored_state: dict[str, Any] = {}
 
@@ -184,7 +175,7 @@ class Trainer:
             self.result.matrix[self._at.task] = self._test_accuracies()
             self._inspect(self._at.task)
             self.result.peak_memory = max(self.result.peak_memory, peak_memory(self.device))
-            self._at, restored = _Position(task=self._at.task + 1), {}
+            self._at, restored = Position(task=self._at.task + 1), {}
             self._save()
             self._after_task()
             if self._at.task < len(self.scenario.tasks) and self.stop(now=True):
@@ -234,9 +225,11 @@ class Trainer:
             self.model.begin_task(task)
         self._finite = start
         self.logger.begin_task(task, length, start)
-        blocks = self._blocks(task, split, start, length)
+        config, layout = self.config, self.model.layout
+        ramp = partial(self._sparsity, task, length=length) if self.ramp and task == 0 else None
+        order = batch_rows(len(split), config.batch_size, length, self.seed, task, start)
+        blocks = with_ranks(order, split, start, layout, ramp, self.model.sparsity, self.device)
         rows, ranks = next(blocks)
-        config = self.config
         work = TaskWork(
             *(self.model, task, split, rows, ranks, optimizer, config.precision, self.world, self.seed, start),
             drift_tasks=config.drift_tasks,
@@ -262,16 +255,6 @@ class Trainer:
             load_network_state(self.model, self._at.best_model)
         self._check_weights(values)
         self.result.seconds += time.perf_counter() - started
-
-    def _blocks(self, task: int, split: Split, start: int, length: int) -> Iterator[Block]:
-        """Sample numbers and kept ranks of the task's iterations from `start` on, a block of iterations at a time."""
-        reads_on = self.device if isinstance(split, TensorSplit) else "cpu"
-        for rows in batch_rows(len(split), self.config.batch_size, length, self.seed, task, start):
-            ramps = self.ramp and task == 0
-            iterations = range(start, start + len(rows)) if ramps else [start]
-            sparsities = [self._sparsity(task, i, length) for i in iterations]
-            yield rows.to(reads_on), self.model.layout.ramp_ranks(sparsities, self.device)
-            start += len(rows)
 
     def _sparsity(self, task: int, iteration: int, length: int) -> float:
         if self.ramp and task == 0:
@@ -400,7 +383,7 @@ class Trainer:
             state["steps"],
             state["peak_memory"],
         )
-        self._at = _Position(state["task"], state["iteration"], state["best_accuracy"], under_way.best_model(tensors))
+        self._at = Position(state["task"], state["iteration"], state["best_accuracy"], under_way.best_model(tensors))
         self._restored_state = state
         self._keeps()
         return tensors if self._at.iteration > 0 else {}

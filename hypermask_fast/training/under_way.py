@@ -1,5 +1,7 @@
-"""What a checkpoint within a task has besides the model: all that the rest of the task depends on."""
+"""Where a run stands, and what a checkpoint within a task has besides the model: all that the rest of the task depends
+on."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +14,16 @@ from . import checkpoint
 from .optimizers import restore_schedule
 
 _TARGETS = "anchor.targets."
+
+
+@dataclass
+class Position:
+    """Where a run stands: `iteration` steps into `task`. What is None or empty belongs to no running task."""
+
+    task: int = 0
+    iteration: int = 0
+    best_accuracy: float = -1.0
+    best_model: dict[str, Tensor] = field(default_factory=dict)
 
 
 def add(

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections import Counter
 from importlib import util
 from pathlib import Path
@@ -11,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hypermask_fast.ops.native.dense import dense_shared_bytes
+from hypermask_fast.ops.native.dense import dense_shared_bytes, on_tensor_cores
 
 ROOT = Path(__file__).parents[2]
-ARCHITECTURES = ("80", "90a", "100")
+ARCHITECTURES = ("80", "90", "100")
 # Registers per thread: four blocks of 256 threads on a multiprocessor, or what the kernel's own number leaves it.
 REGISTERS = {
     "dense.cu": 128,  # two blocks
@@ -39,6 +41,9 @@ STREAMS = {
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE[24]ENS\w+Bfloat16", 8, 4),
         (r"dense_kernelILi1ELi[48]ELN\w+ModeE[24]ENS\w+Bfloat16", 2, 1),
         (r"dense_kernelILi4ELi[48]ELN\w+ModeE3E", 8, 0), (r"dense_kernelILi1ELi[48]ELN\w+ModeE3E", 2, 0),
+        # By tensor cores, two packs of the weight at a time.
+        (r"dense_tensor_kernelILN\w+ModeE[24]Ef", 24, 6), (r"dense_tensor_kernelILN\w+ModeE[24]ENS\w+Bfloat16", 8, 2),
+        (r"dense_tensor_kernelILN\w+ModeE1E", 8, 2), (r"dense_tensor_kernelILN\w+ModeE3E", 8, 0),
     ],
     # Copies to shared memory of W and logits, three stages: in half precision 8 of each, in float32 4.
     "few_rows.cu": [
@@ -47,6 +52,8 @@ STREAMS = {
     ],
     "chunk_few_rows.cu": [(r"chunk_masked_linear_kernelI\w+Li[12]ELb1E", 6, 0)],
 }  # fmt: skip
+# Products by tensor cores: (part of the mangled name, how many at least), three for one in float32.
+TENSOR_CORES = {"dense.cu": [(r"dense_tensor_kernelILN\w+ModeE[12]E", 18), (r"dense_tensor_kernelILN\w+ModeE[34]E", 6)]}
 SOURCES = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu"))
 
 
@@ -68,8 +75,13 @@ def instructions(sass: str) -> dict[str, Counter]:
     return found
 
 
-def check_streams(source: str, sass: str) -> None:
+def check_instructions(source: str, sass: str) -> None:
     kernels = instructions(sass)
+    for part, products in TENSOR_CORES.get(source, ()):
+        matching = {name: count for name, count in kernels.items() if re.search(part, name)}
+        assert matching, part
+        for name, count in matching.items():
+            assert sum(n for op, n in count.items() if op.startswith("HMMA") and "TF32" in op) >= products, name
     for part, loads, stores in STREAMS.get(source, ()):
         matching = {name: count for name, count in kernels.items() if re.search(part, name)}
         assert matching, part
@@ -79,34 +91,57 @@ def check_streams(source: str, sass: str) -> None:
             assert sum(n for op, n in wide.items() if op.startswith("STG")) >= stores, f"{name}: {wide}"
 
 
+STRICT = "-Werror=all-warnings"
+
+
+def built_with_the_package(source: str) -> Path | None:
+    """What this environment's own build has made of the source, if nothing has changed since, and a warning would have
+    failed it: where NVCC_APPEND_FLAGS says so, as in continuous integration, nvcc need not compile it once more."""
+    ninja = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    folder = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    built = folder / "csrc" / "cuda" / source.replace(".cu", ".o")
+    if STRICT not in os.environ.get("NVCC_APPEND_FLAGS", "") or not (ninja and built.exists()):
+        return None
+    would = subprocess.run([ninja, "-C", folder, "-n", built], capture_output=True, text=True)
+    return built if would.returncode == 0 and "no work to do" in would.stdout else None
+
+
+def compiled(source: str, folder: Path) -> Path:
+    include = Path(torch.__file__).parent / "include"
+    command = ["nvcc", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "--threads=0", "-DUSE_CUDA", STRICT]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem={include}"]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    built = folder / "out.o"
+    done = subprocess.run(
+        [*command, "-c", str(ROOT / "csrc/cuda" / source), "-o", str(built)],
+        capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return built
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_is_compiled_for_each_architecture(source, tmp_path):
     """No spills; registers and shared memory for the blocks that a multiprocessor is to hold; accesses of 16 bytes."""
-    include = Path(torch.__file__).parent / "include"
-    command = ["nvcc", "-O3", "-std=c++17", "-Xptxas", "-v", "--expt-relaxed-constexpr", "--threads=0", "-DUSE_CUDA"]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem={include}", "-Werror=all-warnings"]
-    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    built = tmp_path / "out.o"
-    done = subprocess.run(
-        [*command, "-c", str(ROOT / "csrc/cuda" / source), "-o", str(built)],
-        capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for arch in ARCHITECTURES:
-        assert f"sm_{arch}'" in done.stderr, f"nothing was compiled for sm_{arch}"
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert spills and all(pair == ("0", "0") for pair in spills)
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert registers and max(registers) <= REGISTERS.get(source, 64)
-    # Static; what a launch asks for itself is checked against the GPU's limit there.
-    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", done.stderr)]
-    assert max(shared, default=0) <= 16 * 1024  # four blocks on an A100's multiprocessor with room for a cache
     if not (tool := cuobjdump()):
-        pytest.skip("no cuobjdump to look at the instructions with")
+        pytest.skip("no cuobjdump to look at what is compiled with")
+    built = built_with_the_package(source) or compiled(source, tmp_path)
+
+    def shown(what: str, arch: str) -> str:
+        return subprocess.run(
+            [tool, what, "-arch", f"sm_{arch}", built], capture_output=True, text=True, check=True
+        ).stdout
+
     for arch in ARCHITECTURES:
-        sass = subprocess.run([tool, "-sass", "-arch", f"sm_{arch}", built], capture_output=True, text=True, check=True)
-        check_streams(source, sass.stdout)
+        used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", shown("-res-usage", arch))
+        assert used, f"nothing was compiled for sm_{arch}"
+        registers, stack, shared, local = (max(map(int, numbers)) for numbers in zip(*used, strict=True))
+        assert (stack, local) == (0, 0), "spilled"
+        assert registers <= REGISTERS.get(source, 64)
+        # Static; what a launch asks for itself is checked against the GPU's limit there.
+        assert shared <= 16 * 1024  # four blocks on an A100's multiprocessor with room for a cache
+        check_instructions(source, shown("-sass", arch))
 
 
 LAUNCH_TEST = r"""
@@ -147,7 +182,20 @@ int main() {
       assert(single.pack == 1 && single.packs == width);
       for (const auto& [makes, steps] : {std::pair(false, false), std::pair(true, false), std::pair(true, true)}) {
         const int needed = 4 * dense_shared_floats(l, dense_tiles(l, makes, steps));
-        std::printf("%d %d %d %d %d\n", int(tasks), int(width), int(makes), int(steps), needed);
+        std::printf("%d %d %d %d 0 %d\n", int(tasks), int(width), int(makes), int(steps), needed);
+      }
+      assert(on_tensor_cores(tasks, width, true) == (tasks >= kTensorTasks && width % 4 == 0));
+      if (on_tensor_cores(tasks, width, false) || !on_tensor_cores(tasks, width, true)) continue;
+      const DenseLayout t = tensor_layout(tasks, width);
+      assert(t.groups * kTensorSide >= width && (t.groups - 1) * kTensorSide < width);
+      assert(t.slots >= tasks && t.slots % 8 == 0 && t.slots <= t.blocks * kTensorSide);
+      assert(t.rows % kTensorRows == 0 && t.rows <= kThreads && t.hidden_stride >= width);
+      assert(t.hidden_stride % 16 == 8 && t.factor_stride % 32 == 8 && t.factor_stride >= t.rows);  // banks
+      // What is read of the last columns' group beyond a row's end still lies in the block's shared memory.
+      assert(t.groups * kTensorSide - width <= t.factor_floats);
+      for (const auto& [makes, steps] : {std::pair(false, false), std::pair(true, false), std::pair(true, true)}) {
+        const int needed = 4 * dense_shared_floats(t, dense_tiles(t, makes, steps));
+        std::printf("%d %d %d %d 1 %d\n", int(tasks), int(width), int(makes), int(steps), needed);
       }
     }
   }
@@ -162,10 +210,13 @@ def test_launch_arithmetic(tmp_path):
     program = str(tmp_path / "launch")
     subprocess.run(["g++", "-std=c++17", "-Wall", f"-I{ROOT / 'csrc'}", str(source), "-o", program], check=True)
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 14 * 8 * 3
-    for line in lines:
-        tasks, width, makes, steps, needed = map(int, line.split())
-        assert dense_shared_bytes(tasks, width, bool(makes), bool(steps)) == needed
+    found = [tuple(map(int, line.split())) for line in lines]
+    assert sum(not tensor_cores for *_, tensor_cores, _ in found) == 14 * 8 * 3
+    for tasks, width, makes, steps, tensor_cores, needed in found:
+        assert dense_shared_bytes(tasks, width, bool(makes), bool(steps), bool(tensor_cores)) == needed
+    by_tensor_cores = {(tasks, width) for tasks, width, *_, tensor_cores, _ in found if tensor_cores}
+    assert by_tensor_cores == {(tasks, width) for tasks, width, *_ in found if on_tensor_cores(tasks, width)}
+    assert 2 * (dense_shared_bytes(104, 100, True, True, tensor_cores=True) + 1024 + 256) <= 228 * 1024
     for tasks in (1, 10):  # on an H200's multiprocessor, each with one KiB besides: three that step, four by registers
         assert 3 * (dense_shared_bytes(tasks, 100, True, True) + 1024) <= 228 * 1024
         assert 4 * (dense_shared_bytes(tasks, 100, False, False) + 1024) <= 228 * 1024

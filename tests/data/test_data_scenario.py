@@ -14,6 +14,7 @@ from hypermask_fast.data import (
     from_datasets,
     split_by_class,
 )
+from hypermask_fast.data.scenario import PARTS
 from hypermask_fast.errors import InputError
 
 
@@ -149,6 +150,27 @@ def test_scenario_refuses_empty():
     ones = TensorSplit(torch.zeros(2, 1), torch.ones(2, dtype=torch.int64))
     with pytest.raises(InputError, match=r"task 0 \(a\), validation set: labels must be 0 .. 0, found 1"):
         Scenario("labels", (TaskData("a", some, ones, some),), (1,), 1)
+
+
+def test_what_is_no_data_is_named():
+    """In a scenario made by hand, such as a user's function returns."""
+    x, y = torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64)
+    some = TensorSplit(x, y)
+    assert len(TaskData("a", some, None, some).validation) == 0, "none held out, as for from_datasets"
+    for place, part in enumerate(PARTS):
+        for wrong, kind in (((x, y), "tuple"), (x, "Tensor"), (GOOD, "TensorDataset")):
+            splits = [some, some, some]
+            splits[place] = wrong
+            with pytest.raises(InputError, match=rf"the {part} data of task 'a' must be a split, .*, not {kind}$"):
+                TaskData("a", *splits)
+    with pytest.raises(InputError, match="the test data of task 'a' must be a split, .*, not NoneType"):
+        TaskData("a", some, some, None)
+    with pytest.raises(InputError, match="task 1 of s must be a TaskData, not tuple"):
+        Scenario("s", (TaskData("a", some, None, some), (some, some, some)), (1,), 1)
+    with pytest.raises(InputError, match="uint8 or float32, not ndarray, which is no tensor"):
+        TensorSplit(x.numpy(), y)
+    with pytest.raises(InputError, match=r"labels must be \(n,\) int64, not list, which is no tensor"):
+        TensorSplit(x, [0, 0])
 
 
 def test_to_keeps_sharing():

@@ -11,8 +11,8 @@ from support.normalising import DTYPES, FIDELITIES, OTHERS, convnet, images, tra
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def found(request, tmp_path_factory):
-    return loops.in_processes(normalising.work, request.param, tmp_path_factory.mktemp("ranks"))
+def found(request):
+    return loops.in_processes(normalising.work, request.param)
 
 
 def check_one_model(found, case, expected, within=1e-9):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.launched import command
-from support.launching import ranks
+from support.launching import agent_store, ranks
 
 from hypermask_fast import cli
 from hypermask_fast.training.config import load_preset
@@ -69,11 +69,24 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_all_find_wrong_is_told_once(tmp_path, case):
+    """However late one of them asks who speaks, since torchrun's store outlives them."""
     words, environment, told = REFUSED[case]
-    ended = ranks(3, command, [*words, "--out", str(tmp_path / "run")], environment=environment)
+    late = {2: (0, "late to ask", 6.0)} if case == "differ" else None
+    ended = ranks(
+        3, command, [*words, "--out", str(tmp_path / "run")], late, environment=environment, store=agent_store()
+    )
     assert [rank.code for rank in ended] == [2, 2, 2]
     assert told in one_line(ended, "hypermask-fast: error: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_first_process_that_has_the_store_keeps_it_until_all_have_asked(tmp_path):
+    """As without torchrun. Where no process is lost, how long it waits for the others decides nothing."""
+    words = [*TRAIN, "--seed", "RANK", "--out", str(tmp_path / "run")]
+    events = dict.fromkeys(range(2), (0, "patient", 100.0)) | {2: (0, "late to ask", 1.0)}
+    ended = ranks(3, command, words, events)
+    assert [rank.code for rank in ended] == [2, 2, 2]
+    assert "ranks 1 and 2 differ from rank 0" in one_line(ended, LOST)
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "RANK", "LOCAL_RANK"])
@@ -85,7 +98,8 @@ def test_variables_that_are_not_all_there(tmp_path, missing):
 def test_what_one_rank_alone_finds_wrong_ends_all(tmp_path):
     for rank in (0, 2):
         (tmp_path / f"{rank}.toml").write_text(load_preset("split-digits").to_toml())
-    ended = ranks(3, command, ["train", str(tmp_path / "RANK.toml"), "--out", str(tmp_path / "run")])
+    words = ["train", str(tmp_path / "RANK.toml"), "--out", str(tmp_path / "run")]
+    ended = ranks(3, command, words, store=agent_store())
     assert sorted(rank.code for rank in ended) == [2, 3, 3]
     assert f"cannot read configuration {tmp_path / '1.toml'}" in one_line(ended, LOST)
     assert not (tmp_path / "run").exists()
@@ -102,7 +116,7 @@ FAULTS = {
 def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, what):
     count, told, codes = FAULTS[what]
     words = [*TRAIN, "--out", str(tmp_path / "run"), "--timeout", "5"]
-    ended = ranks(count, command, words, {1: (10, what, 12.0)})
+    ended = ranks(count, command, words, {1: (10, what, 12.0)}, store=agent_store())
     assert {rank.code for rank in ended} == codes
     line = one_line(ended, LOST)
     assert told in line

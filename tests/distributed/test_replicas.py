@@ -1,23 +1,17 @@
 """Replicas in two processes, by gloo: the numbers of one process on both batches, on every rank."""
 
-import socket
-
 import pytest
 import torch
-from support.ranks import ADAM, CASES, RANKS, rank_of, small_model, train
+from support.loops import in_processes
+from support.ranks import ADAM, CASES, RANKS, small_model, train, work
 
 import hypermask_fast as hmf
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found():
     """What each rank has found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank_of, (port, str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return in_processes(work, RANKS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

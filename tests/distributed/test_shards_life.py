@@ -11,9 +11,9 @@ import hypermask_fast as hmf
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found():
     """What each of two ranks has found."""
-    return in_processes(everything, 2, tmp_path_factory.mktemp("ranks"))
+    return in_processes(everything, 2)
 
 
 @pytest.mark.parametrize("work", WORK)

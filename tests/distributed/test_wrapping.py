@@ -10,8 +10,8 @@ RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return loops.in_processes(wrapping.work, RANKS, tmp_path_factory.mktemp("ranks"))
+def found():
+    return loops.in_processes(wrapping.work, RANKS)
 
 
 def check_close(mine, expected, within=1e-9):

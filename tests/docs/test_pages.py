@@ -4,15 +4,14 @@ A page may begin with code that prepares what its blocks use, in a comment `<!--
 here has a comment before it, `<!-- not run: the reason -->`.
 """
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.launching import output_of_script
 
 from hypermask_fast import cli, commands
 
@@ -25,6 +24,7 @@ BLOCK = re.compile(
 )
 COMMAND = re.compile(r"^ {4}hypermask-fast (.*)$", re.M)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED_FILE = re.compile(r"`(?:[^`\n]* )?((?:bench|tests|examples|csrc|hypermask_fast)/[\w./-]+)[^`\n]*`")
 
 
 def name(page: Path) -> str:
@@ -40,16 +40,9 @@ def blocks(page: Path) -> list[str]:
     return [m["shown"] or m["hidden"] for m in BLOCK.finditer(text(page)) if not m["comment"]]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 def run(script: str, folder: Path) -> str:
     (folder / "page.py").write_text(script, encoding="utf-8")
-    words = [sys.executable, "-W", "error::UserWarning", "page.py"]
-    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return output_of_script(folder / "page.py", folder, "error::UserWarning")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
@@ -96,6 +89,13 @@ def test_links_lead_to_files(page):
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), target
         assert not heading or heading in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_are_named_are_there(page):
+    """`bench/results/...` and so on; capitals stand for names of one's own."""
+    for path in NAMED_FILE.findall(text(page)):
+        assert re.search("[A-Z]", path) or (ROOT / path).exists(), path
 
 
 def anchors(page: Path) -> set[str]:

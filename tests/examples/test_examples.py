@@ -1,20 +1,15 @@
 """Each example runs as a user would run it and prints what it promises."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from support.launching import output_of_script
 
 ROOT = Path(__file__).parents[2]
 
 
 def output_of(name: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = ROOT / "examples" / f"{name}.py"
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return output_of_script(ROOT / "examples" / f"{name}.py", ROOT)
 
 
 def number(text: str, behind: str) -> float:

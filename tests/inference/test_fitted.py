@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.networks import blob_model, blob_scenario, small_convnet
+from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
 from hypermask_fast.inference import FeCAM, Mahalanobis, predict
+from hypermask_fast.inference.fingerprint import fingerprints
 from hypermask_fast.training import run
 from hypermask_fast.training.config import TrainingConfig
 from hypermask_fast.training.trainer import Trainer
@@ -171,6 +173,21 @@ def test_changed_weights_are_said(change):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predict(model, x, method="mahalanobis")
+
+
+def test_weights_that_change_places_are_others():
+    """Two neighbours of 8 bytes, rows, and a value with its negative."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    model = hmf.HyperMask(net, 1, hypernetwork=hmf.HypernetConfig(6, (8,)))
+    weight = model.net[0].weight.data
+    weight[0, 4:8] = torch.tensor([1.0, 2.0, 1.0, -2.0])
+    found = {fingerprints(model, [0])[0]}
+    for one, other in ((weight[0, :2], weight[0, 2:4]), (weight[0, 4:6], weight[0, 6:8]), (weight[1], weight[2])):
+        kept = one.clone()
+        one.copy_(other), other.copy_(kept)
+        found.add(fingerprints(model, [0])[0])
+    assert len(found) == 4
 
 
 def test_changed_while_it_was_stored(tmp_path):

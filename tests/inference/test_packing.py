@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
-from support.networks import small_convnet
+from support.networks import TiedDecoder, small_convnet
 from torch import nn
 
 import hypermask_fast as hmf
@@ -21,19 +21,6 @@ from hypermask_fast.training.targets import TargetConfig, build_target
 
 TESTS = Path(__file__).parents[1]
 DENSE = hmf.HypernetConfig(6, (8,))
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.decoder = nn.Linear(6, 9, bias=False)
-        self.embedding = nn.Embedding(9, 6)
-        self.norm = nn.LayerNorm(6)
-        self.body = nn.Linear(6, 6)
-        self.decoder.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.decoder(self.norm(self.body(self.embedding(x))))
 
 
 def images(n=6):
@@ -51,7 +38,7 @@ SETTINGS = {
     "per task": (small_convnet, images, {"per_task": ["norm", "5.*"]}),
     "chosen": (small_convnet, images, {"include": [nn.Conv2d], "exclude": "3.bias"}),
     "classes": (small_convnet, images, {"classes": [5, 2, 3]}),
-    "tied": (Tied, tokens, {"heads": "decoder"}),
+    "tied": (TiedDecoder, tokens, {"heads": "decoder"}),
     "chunks": (small_convnet, images, {"hypernetwork": hmf.HypernetConfig(6, (8, 9), 40, 3)}),
 }
 
@@ -251,7 +238,7 @@ def test_masks_that_are_not_finite_and_unknown_heads_are_refused():
         model.hypernet.embeddings[1][0] = float("nan")
     with pytest.raises(InputError, match="the mask of task 1 is not finite"):
         model.pack()
-    fresh = hmf.HyperMask(Tied(), 2, 0.0, DENSE)
+    fresh = hmf.HyperMask(TiedDecoder(), 2, 0.0, DENSE)
     with pytest.raises(InputError, match="run one batch before pack"):
         fresh.pack()
 

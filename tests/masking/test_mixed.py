@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.module_kinds import Recurrent, perceptron
+from support.modules import Recurrent, perceptron
 from support.networks import blob_model
 from support.tolerances import assert_close
 from torch import Tensor, nn

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.networks import TiedHead
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,16 +27,6 @@ class TwoHeads(HeadFirst):
     def forward(self, x):
         hidden = self.body(x).relu()
         return {"a": self.head(hidden).softmax(-1), "b": self.other(hidden)}
-
-
-class TiedHead(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head, self.layer = nn.Embedding(9, 8), nn.Linear(8, 9), nn.Linear(8, 8)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.head(self.layer(self.embedding(x)).relu())
 
 
 class Hidden(HeadFirst):

@@ -168,6 +168,7 @@ def test_a_call_like_one_before_is_judged_as_the_first(bad, message):
 
 @pytest.mark.native
 def test_a_call_like_one_before_follows_what_is_around_it(monkeypatch):
+    internals.nothing_was_chosen(monkeypatch)  # of the functions that are replaced here
     calls = []
     for name in ("cpu", "plain"):
         function = ops.masked_linear.offers[name].function

@@ -8,11 +8,23 @@ from hypermask_fast import ops
 from hypermask_fast.ops import reference
 
 
-@pytest.mark.parametrize("size", [45, 48, 60, 41])
+@pytest.mark.parametrize(
+    ("size", "rows", "width"),
+    [
+        (45, 12, 5),
+        (48, 12, 5),
+        (60, 12, 5),
+        (41, 12, 5),
+        (7, 12, 5),
+        (7990, 400, 32),
+        (8000, 400, 32),
+        (1990, 2000, 100),
+    ],
+)  # by the residuals themselves, and where they are many by the Gram matrices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunked_output_drift_matches_the_definition(size, dtype):
+def test_chunked_output_drift_matches_the_definition(size, rows, width, dtype):
     torch.manual_seed(1)
-    tasks, chunks, rows, width = 3, -(-size // 12), 12, 5
+    tasks, chunks = 3, -(-size // rows)
     old = [torch.randn(tasks, chunks, width), torch.randn(rows, width), torch.randn(rows)]
     new = [(x + 1e-3 * torch.randn_like(x)) for x in old]
     mine = [x.to(dtype, copy=True).requires_grad_() for x in new]
@@ -26,6 +38,20 @@ def test_chunked_output_drift_matches_the_definition(size, dtype):
     for x, y in zip(mine, exact, strict=True):
         scale = y.grad.abs().max()
         torch.testing.assert_close(x.grad.double() / scale, y.grad / scale, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(12, 5), (400, 32)])
+def test_chunked_output_drift_keeps_its_dtype_under_autocast(rows, width):
+    """By the residuals and by the Gram matrices, backward too."""
+    old = [torch.randn(3, 20, width), torch.randn(rows, width), torch.randn(rows)]
+    new = [(x + 1e-3 * torch.randn_like(x)).requires_grad_() for x in old]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            drift = ops.chunked_output_drift(*new, *old, 20 * rows - 5)
+            results.append([drift, *torch.autograd.grad(drift, new)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
 
 
 # Bad input

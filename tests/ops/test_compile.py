@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from support.arguments import OFFSETS, native_arguments
 
 
@@ -70,6 +71,9 @@ def test_cpu_hypernet_adam_modifies_its_arguments_in_a_graph(cpu):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_cpu_inductor_compiles_a_step(cpu, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # Its headers compiled ahead and the probing of instruction sets take most of the time, and are PyTorch's own.
+    monkeypatch.setattr(inductor, "cpp_cache_precompile_headers", False)
+    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", True)
     a = native_arguments(grad=True)
     thresholds = torch.tensor([0.2, 0.4, 0.0])
 

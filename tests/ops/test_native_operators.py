@@ -17,8 +17,12 @@ ALSO = {
     "masked_weight",  # the CPU's alone, as its backward: see below
     "masked_weight_backward",
     "masked_linear",
-    "chunk_masked_linear",
-}  # the two others: see test_masked_linear and test_chunk_masked_linear
+    "chunk_masked_linear",  # these two: see test_masked_linear and test_chunk_masked_linear
+    "trunk",  # the CPU's alone: see test_trunk
+    "trunk_backward",
+    "fused_adam",  # the CPU's alone: see test_fused_adam
+    "count_steps",
+}
 each_device = operators_of("cpu-baseline", "emulated")
 each_operator = pytest.mark.parametrize("name", NATIVE_OPERATORS)
 

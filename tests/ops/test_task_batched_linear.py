@@ -15,6 +15,7 @@ from hypermask_fast.ops.task_rows import TaskRows
 CASES = [  # tasks, batch, in, out, how the rows meet the tasks
     (1, 1, 1, 1, "ids"),
     (3, 40, 33, 70, "ids"),
+    (3, 100, 33, 70, "ids"),  # on the CPU a product per task
     (9, 100, 5, 6, "ids"),  # more than one tile of a task's rows
     (5, 0, 4, 3, "ids"),
     (4, 3, 0, 5, "ids"),
@@ -80,10 +81,10 @@ def test_task_batched_linear_matches_the_definition(
 
 
 @on("plain", "plain-alone")
-@pytest.mark.parametrize("ids", [[2, 0, 0, 2, 2], [1] * 5, [], None])
+@pytest.mark.parametrize("ids", [[2, 0, 0, 2, 2], [1] * 5, [], None, [2, 0, 0, 1, 2] * 60, [1] * 300])
 @pytest.mark.parametrize("bias_shape", [None, (4,), (3, 4)])
 def test_task_batched_linear_in_groups_matches_the_definition_in_float64(backend, ids, bias_shape):
-    """Against the definition, in which every task meets every row."""
+    """Against the definition, in which every task meets every row, as it does in the op where the rows are few."""
     rows = 5 if ids is None else len(ids)
     ids = None if ids is None else integers(*ids)
     shapes = [(rows, 7), (4, 7), (3, 4, 7), *([bias_shape] if bias_shape else [])]
@@ -150,6 +151,26 @@ def test_task_batched_linear_by_triton_launches_one_kernel_for_all_tasks(triton)
     assert len(launched) == 2
 
 
+@on("plain", "plain-alone", "automatic")
+@pytest.mark.parametrize("times", [1, 100])
+@pytest.mark.parametrize("per_task", [False, True])
+def test_task_batched_linear_leaves_out_tasks_that_no_row_has(backend, times, per_task):
+    """What is NaN there reaches neither results nor gradients, of few rows or of many."""
+    x, weight, logits = inputs_of(4, 3 * times, 7, 5)
+    logits[1:3] = torch.nan
+    bias = randn(4, 5) if per_task else randn(5)
+    leaves = [t.requires_grad_() for t in (x, weight, logits, bias)]
+    limits = torch.full((4,), 0.2, device=DEVICE)
+    y = backend.task_batched_linear(x, weight, logits, limits, integers(3, 0, 3).repeat(times), bias)
+    expected = reference.task_batched_linear(
+        *(x, weight, logits[::3], limits[::3], integers(1, 0, 1).repeat(times), bias[::3] if per_task else bias)
+    )
+    torch.testing.assert_close(y, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    for ours, theirs in zip(torch.autograd.grad(y.square().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 # Ids that are no tasks
 
 
@@ -183,11 +204,14 @@ def test_task_batched_linear_by_triton_looks_at_the_ids_in_debug_mode(triton, mo
 
 @on("reference", "plain", "plain-alone", "automatic")
 @pytest.mark.skipif(DEVICE != "cpu", reason="where values are at hand they are looked at")
+@pytest.mark.parametrize("rows", [2, 300])
 @pytest.mark.parametrize("wrong", [-1, 3])
-def test_task_batched_linear_refuses_ids_that_are_no_tasks(backend, wrong):
-    x, weight, logits = inputs_of(3, 2, 7, 4)
-    with pytest.raises(InputError, match="task_ids must be 0 to 2"):
-        backend.task_batched_linear(x, weight, logits, torch.zeros(3), torch.tensor([0, wrong]), None)
+def test_task_batched_linear_refuses_ids_that_are_no_tasks(backend, wrong, rows):
+    x, weight, logits = inputs_of(3, rows, 7, 4)
+    ids = torch.tensor([0, wrong] * (rows // 2))
+    for _ in range(2):
+        with pytest.raises(InputError, match="task_ids must be 0 to 2"):
+            backend.task_batched_linear(x, weight, logits, torch.zeros(3), ids, None)
 
 
 @on("reference", "plain", "plain-alone", "automatic")

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, cli
+from hypermask_fast.commands import launched
 from hypermask_fast.data import DatasetSplit, Scenario, TensorSplit
 from hypermask_fast.training import joining, report, run, step
 from hypermask_fast.training.config import TrainingConfig, load_preset
@@ -24,6 +25,7 @@ from hypermask_fast.training.trainer import Trainer
 from hypermask_fast.training.world import World
 
 from .networks import blob_scenario
+from .told import refusal
 
 torch.set_num_threads(1)  # a fork has no threads of OpenMP's, and would wait for them
 report.check_packages()
@@ -32,9 +34,13 @@ run.build_model(_config, run.read_scenario(_config))
 
 
 def command(rank: int, words: list[str], events: dict[int, tuple[int, str, float]] | None = None) -> int:
-    """The command line. events: rank -> (step, what happens to it before that step, seconds)."""
+    """The command line. events: rank -> (step, what happens to it before it, seconds); step 0: from the start."""
     if rank in (events or {}):
-        _before_step(*events[rank])
+        number, what, seconds = events[rank]
+        if number == 0:
+            _FROM_THE_START[what](seconds)
+        else:
+            _before_step(number, what, seconds)
     return cli.main([word.replace("RANK", str(rank)) for word in words])
 
 
@@ -55,6 +61,22 @@ def _fail(seconds: float) -> None:
     raise InputError("this rank's disk is full")
 
 
+def _late_to_ask(seconds: float) -> None:
+    """Who speaks."""
+    do = launched.Launched.speaks
+
+    def late(*arguments: Any) -> bool:
+        time.sleep(seconds)
+        return do(*arguments)
+
+    launched.Launched.speaks = late
+
+
+def _patient(seconds: float) -> None:
+    launched._PATIENCE = seconds
+
+
+_FROM_THE_START: dict[str, Callable[[float], None]] = {"late to ask": _late_to_ask, "patient": _patient}
 _EVENTS: dict[str, Callable[[float], None]] = {
     "sleep": time.sleep,
     "die": lambda seconds: os.kill(os.getpid(), signal.SIGKILL),
@@ -199,14 +221,6 @@ def stopped(rank: int, folder: str) -> tuple[str, Trained, Trained]:
     return place, whole, _found(trainer_of("best", folder, settings={"iterations": 40}), resume=True)
 
 
-def _refused(do: Callable[[], Any]) -> str:
-    try:
-        do()
-    except InputError as error:
-        return str(error)
-    return "not refused"
-
-
 def agreed(rank: int) -> dict[str, str]:
     """What is said where the last rank has been given something else."""
     _grouped()
@@ -223,13 +237,13 @@ def agreed(rank: int) -> dict[str, str]:
         return replace(split, labels=(split.labels + (torch.arange(len(split)) == 0) * other) % 2)
 
     said = {
-        "data": _refused(lambda: trainer_of("plain", scenario=scenario_of(case, pixels))),
-        "labels": _refused(lambda: trainer_of("plain", scenario=scenario_of(case, labels))),
-        "Dataset": _refused(lambda: trainer_of("dataset", scenario=scenario_of(TRAINERS["dataset"], first_label))),
-        "settings": _refused(lambda: trainer_of("plain", settings={"lr": 0.01 + 0.01 * other})),
-        "seed": _refused(lambda: trainer_of("plain", seed=min(rank, 1))),
-        "networks": _refused(lambda: trainer_of("dropout" if other else "plain")),
+        "data": refusal(lambda: trainer_of("plain", scenario=scenario_of(case, pixels))),
+        "labels": refusal(lambda: trainer_of("plain", scenario=scenario_of(case, labels))),
+        "Dataset": refusal(lambda: trainer_of("dataset", scenario=scenario_of(TRAINERS["dataset"], first_label))),
+        "settings": refusal(lambda: trainer_of("plain", settings={"lr": 0.01 + 0.01 * other})),
+        "seed": refusal(lambda: trainer_of("plain", seed=min(rank, 1))),
+        "networks": refusal(lambda: trainer_of("dropout" if other else "plain")),
     }
     if other:
         joining.package_digest = lambda: b"another one"
-    return said | {"package": _refused(lambda: trainer_of("plain"))}
+    return said | {"package": refusal(lambda: trainer_of("plain"))}

@@ -1,14 +1,21 @@
-"""Several processes as torchrun starts them, forked from one that has imported PyTorch: a second or two a group."""
+"""Processes forked from one that has imported PyTorch: several as torchrun starts them, or a command by itself.
 
+That takes a second or two less than a program of its own, which is left to the tests of how a program begins.
+"""
+
+import builtins
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +61,7 @@ def ranks(
     else:
         port, shared = store.port, {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    _find_tests()
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(count):
@@ -84,9 +91,99 @@ def _ended(process: Any, here: Connection, files: str, until: float) -> Ended:
     return Ended(process.exitcode, out, err, result)
 
 
+class Running:
+    """A function in a process of its own, with the names of subprocess.Popen; what it writes goes to files."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        _find_tests()
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = f"{self._folder.name}/output"
+        for name in ("out", "err"):
+            Path(f"{self._files}.{name}").touch()  # of one that is killed before it has begun
+        self._process = _context.Process(target=_run, args=(self._files, function, arguments), daemon=True)
+        self._process.start()
+        self.pid: int = self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has written to standard output and error, once it has ended."""
+        self.wait(timeout)
+        return Path(f"{self._files}.out").read_text(), Path(f"{self._files}.err").read_text()
+
+
+def command(*words: object) -> Running:
+    """The command line."""
+    return Running(_command, [str(word) for word in words])
+
+
+def _command(words: list[str]) -> None:
+    from hypermask_fast import cli
+
+    sys.exit(cli.main(words))
+
+
+def output_of_script(script: Path, folder: Path, *filters: str) -> str:
+    """What a Python script prints that is run in a folder, under Python's -W with these; it has to end well."""
+    running = Running(_script, script, folder, filters)
+    out, err = running.communicate(600)
+    assert running.returncode == 0, out + err
+    return out
+
+
+def _script(script: Path, folder: Path, filters: Sequence[str]) -> None:
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # the checkout, where the package need not be installed
+    sys.argv, sys.path[:0] = [str(script)], [str(script.parent)]
+    for each in filters:
+        action, category = each.split("::")
+        warnings.simplefilter(action, getattr(builtins, category))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _run(files: str, function: Callable[..., Any], arguments: tuple) -> None:
+    _be_a_program(files, {})
+    torch.seed()  # random numbers are others in each new process
+    function(*arguments)
+
+
+def _find_tests() -> None:
+    """Where a forked process imports this package from."""
+    tests = str(Path(__file__).parents[1])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if tests not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([tests, *paths])
+
+
 def _rank(
     there: Connection, rank: int, variables: dict[str, str], files: str, function: Callable, arguments: tuple
 ) -> None:
+    _be_a_program(files, variables)
+    result = function(rank, *arguments)
+    there.send_bytes(pickle.dumps(result))  # `send` would share tensors, which end with the process
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _be_a_program(files: str, variables: dict[str, str]) -> None:
+    """Output in files, variables (one that is "" is not set), one thread, and signals as at a program's beginning."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ |= variables
@@ -95,6 +192,3 @@ def _rank(
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    result = function(rank, *arguments)
-    there.send_bytes(pickle.dumps(result))  # `send` would share tensors, which end with the process
-    sys.exit(result if isinstance(result, int) else 0)

@@ -1,8 +1,6 @@
 """Loops that K processes run, and one process with the whole batch: here, where a process can import them."""
 
 import contextlib
-import os
-import socket
 import warnings
 from datetime import timedelta
 
@@ -12,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import hypermask_fast as hmf
+
+from . import launching
 
 TASKS, STEPS, BATCH = 2, 3, 32
 OPTIMISERS = {
@@ -105,14 +105,6 @@ def averaged(tensor, alone):
     return tensor
 
 
-def refusal(do):
-    try:
-        do()
-    except hmf.InputError as error:
-        return str(error)
-    return "not refused"
-
-
 @contextlib.contextmanager
 def counted():
     """Numbers of all-reduces and of what they carry, while the block runs."""
@@ -129,20 +121,16 @@ def counted():
         dist.all_reduce = before
 
 
-def in_processes(work, ranks, folder, *arguments):
+def in_processes(work, count, *arguments):
     """What `work(*arguments)` returns on each of so many gloo ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (ranks, port, str(folder), work, arguments), nprocs=ranks)
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(ranks)]
+    ended = launching.ranks(count, _in_group, work, arguments, seconds=600)
+    assert not any(rank.code for rank in ended), "\n".join(rank.err for rank in ended)
+    return [rank.result for rank in ended]
 
 
-def _rank(rank, ranks, port, folder, work, arguments):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _in_group(rank, work, arguments):
     warnings.simplefilter("ignore", FutureWarning)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     found = work(*arguments)
-    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    return found

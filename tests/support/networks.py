@@ -1,7 +1,7 @@
 """Small networks, models and scenarios."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import hypermask_fast as hmf
 from hypermask_fast.data import Scenario, TaskData, TensorSplit
@@ -17,6 +17,45 @@ def small_convnet() -> nn.Module:
         nn.Flatten(),
         nn.Linear(6 * 3 * 3, 5),
     )
+
+
+class TiedDecoder(nn.Module):
+    """A language model whose decoder has the embedding's weight, and is defined first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(6, 9, bias=False)
+        self.embedding = nn.Embedding(9, 6)
+        self.norm = nn.LayerNorm(6)
+        self.body = nn.Linear(6, 6)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.body(self.embedding(x))))
+
+
+class TiedHead(nn.Module):
+    """Words to words, by a head with a bias and the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.body, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.embedding(x)).relu())
+
+
+class TiedLayers(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu())
 
 
 def convnet_model() -> hmf.HyperMask:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hypermask_fast as hmf
-from support.loops import BATCH, TASKS, averaged, data, refusal, train
+from support.loops import BATCH, TASKS, averaged, data, train
+from support.told import refusal
 
 FIDELITIES = ("default", "official")
 DTYPES = (torch.float64, torch.float32)

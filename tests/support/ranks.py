@@ -1,7 +1,6 @@
 """What each of two processes does in tests/distributed/test_replicas.py: here, where a process can import it."""
 
 import copy
-import os
 import pickle
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hypermask_fast as hmf
+from support.told import refusal
 
 RANKS, STEPS, TASKS = 2, 4, 2
 ADAM = {
@@ -108,14 +108,6 @@ def new_task(rank):
     return model.hypernet.embeddings[TASKS].detach()
 
 
-def refusal(do):
-    try:
-        do()
-    except hmf.InputError as error:
-        return str(error)
-    return "not refused"
-
-
 def refusals():
     model = small_model(1)
     said = [refusal(lambda: DistributedDataParallel(model))]
@@ -129,13 +121,9 @@ def refusals():
     return [*said, refusal(lambda: hmf.HyperMask(DistributedDataParallel(torch.nn.Linear(3, 2)), 1))]
 
 
-def rank_of(rank, port, folder):
-    """All that two ranks do, in one pair of processes: to start them takes longer."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+def work():
+    """All that one of two ranks does."""
+    rank = dist.get_rank()
     found = {case: replicated(rank, *case) for case in CASES}
     found |= {f"wrapper {replicates}": in_a_wrapper(rank, replicates) for replicates in (True, False)}
-    found |= {"new task": new_task(rank), "refusals": refusals()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found | {"new task": new_task(rank), "refusals": refusals()}

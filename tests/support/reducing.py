@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hypermask_fast as hmf
-from support.loops import BATCH, counted, data, mlp, refusal, state, train
+from support.loops import BATCH, counted, data, mlp, state, train
+from support.told import refusal
 
 PARTS = ("accumulate", "clip", "mixed")
 LOOPS = [

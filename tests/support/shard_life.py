@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import hypermask_fast as hmf
 from hypermask_fast.processes import local
 from support import loops
-from support.loops import refusal
 from support.shards import MLPS, OPTIMISERS, TASKS, small_model, small_net, whole
+from support.told import refusal
 
 LOOPS = {
     "AdamW": lambda model: hmf.optim.AdamW(model, 1e-2, weight_decay=0.1),

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import hypermask_fast as hmf
-from hypermask_fast import InputError
 from hypermask_fast.processes import local, ranks_of
 from hypermask_fast.ranks import Ranks
 from hypermask_fast.training import checkpoint, run, step, stored, tensor_files
@@ -27,6 +26,7 @@ from hypermask_fast.training.config import RunConfig, TrainingConfig, load_prese
 from hypermask_fast.training.result import Result
 from hypermask_fast.training.trainer import Trainer
 from support.networks import blob_model, blob_scenario
+from support.told import refusal
 
 SMALL = {
     "data.tasks": 2,
@@ -111,7 +111,7 @@ def _difference(source: Path, ordinary: Path, model: hmf.HyperMask, shards: int)
 def refusals(rank: int, folders: list[Path], altered_from: Path, shape: tuple[int, ...]) -> list[str]:
     """What this rank is told of each run's checkpoint."""
     model = sharded_model(altered_from, shape)
-    return [_told(functools.partial(loaded, folder, model)) for folder in folders]
+    return [refusal(functools.partial(loaded, folder, model)) for folder in folders]
 
 
 # -- saves that fail, of a few tensors on two ranks ------------------------------------------------------------------
@@ -184,29 +184,21 @@ def failing_saves(rank: int, run_dir: Path) -> dict[str, str]:
             call = getattr(owner, name)
             if rank == victim:
                 setattr(owner, name, fails)
-            told[f"{victim} {name}"] = _told(lambda: save(rank, run_dir, NEW))
+            told[f"{victim} {name}"] = refusal(lambda: save(rank, run_dir, NEW))
             setattr(owner, name, call)
     for victim in range(dist.get_world_size()):  # what the system itself does
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         if rank == victim:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
-        told[f"{victim} limit"] = _told(lambda: save(rank, run_dir, NEW))
+        told[f"{victim} limit"] = refusal(lambda: save(rank, run_dir, NEW))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     call = tensor_files.save_file
     if rank == 0:
         tensor_files.save_file = fails
-    told["0 replicas"] = _told(lambda: save_replicas(rank, run_dir, NEW))
+    told["0 replicas"] = refusal(lambda: save_replicas(rank, run_dir, NEW))
     tensor_files.save_file = call
     return told
-
-
-def _told(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except InputError as error:
-        return str(error)
-    return "accepted"
 
 
 # -- the Trainer -------------------------------------------------------------------------------------------------------
@@ -255,7 +247,7 @@ def with_load_model(rank: int, run_dir: Path, kind: str, shape: tuple[int, ...])
     model = hmf.distributed.shard(model_of(kind), mesh_of(shape))
     learned = run.load_model(run_dir, model)
     other = hmf.distributed.shard(model_of({"dense": "chunks", "chunks": "dense"}[kind]), mesh_of(shape))
-    return learned, _told(lambda: run.load_model(run_dir, other))
+    return learned, refusal(lambda: run.load_model(run_dir, other))
 
 
 # -- torch.distributed.checkpoint --------------------------------------------------------------------------------------

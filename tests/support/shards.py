@@ -1,7 +1,5 @@
 """What each rank does in tests/distributed/test_shards.py: here, where a process can import it."""
 
-import os
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hypermask_fast as hmf
 
-TASKS, STEPS, BATCH = 3, 20, 12
+TASKS, BATCH = 3, 12
 OPTIMISERS = {
     "torch": lambda model: torch.optim.Adam(model.parameters(), 1e-3, foreach=False),
     "default": lambda model: hmf.optim.Adam(model, 1e-3),
@@ -25,6 +23,7 @@ CASES = [
     *((kind, "step_in_backward", torch.float32) for kind in MLPS),
 ]
 DRAWN = [*((kind, "step_in_backward", torch.float64) for kind in MLPS), ("dense", "default", torch.float64)]
+LONG = ("dense", "step_in_backward", torch.float64)  # as the trainer steps: 20 steps per task, the others 5
 OF_MESH = [case for case in CASES if case[1:] == ("step_in_backward", torch.float64)]
 
 
@@ -69,14 +68,18 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def train(model, call, optimiser, rank=0, ranks=1, dtype=torch.float64, drift_tasks=None):
+def steps_of(case):
+    return 20 if case == LONG else 5
+
+
+def train(model, call, optimiser, steps, rank=0, ranks=1, dtype=torch.float64, drift_tasks=None):
     """Losses of all steps, and the parameters at the end; call: the model, or DistributedDataParallel's of it."""
     generator, losses = torch.Generator().manual_seed(0), []
     shape = (8,) if isinstance(model.net[0], torch.nn.Linear) else (2, 6, 6)
     for task in range(TASKS):
         optimizer = OPTIMISERS[optimiser](model)
         model.begin_task(task)
-        for _ in range(STEPS):
+        for _ in range(steps):
             x = torch.randn(BATCH, *shape, generator=generator, dtype=torch.float64).to(dtype)
             y = (x.flatten(1)[:, :2] > 0).sum(1).add(task).remainder(3)
             mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
@@ -99,18 +102,15 @@ def trained(rank, ranks, kind, optimiser, dtype, mesh=None, drift_tasks=None):
         hmf.distributed.synchronise_batch_norm(model)
     call = DistributedDataParallel(model) if optimiser == "default" else model
     torch.manual_seed(7 + rank)  # and draws otherwise
-    return train(model, call, optimiser, rank, ranks, dtype, drift_tasks)
+    return train(model, call, optimiser, steps_of((kind, optimiser, dtype)), rank, ranks, dtype, drift_tasks)
 
 
-def rank_of(rank, ranks, port, folder):
-    """All that one of the ranks does, in one process: to start it takes longer."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+def work():
+    """All that one of the ranks does."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     found = {case: trained(rank, ranks, *case) for case in CASES}
     found |= {("drawn", *case): trained(rank, ranks, *case, drift_tasks=1) for case in DRAWN}
     if ranks == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         found |= {("mesh", *case): trained(rank, ranks, *case, mesh) for case in OF_MESH}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found

@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hypermask_fast as hmf
 from support import reducing
-from support.loops import BATCH, Net, averaged, counted, data, mlp, refusal, train
+from support.loops import BATCH, Net, averaged, counted, data, mlp, train
 from support.normalising import convnet, images
 from support.reducing import gradients, loss_of
+from support.told import refusal
 
 replica = partial(reducing.replica, per_task=None)  # then every parameter is in every pass
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from support.networks import TiedLayers
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
@@ -227,38 +227,30 @@ def test_a_full_disk_leaves_the_checkpoint_before(run_dir, monkeypatch, failing)
     assert checkpoint.load(run_dir)[1] == STATE
 
 
-class Tied(nn.Module):
-    def __init__(self, *_):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.b.weight = self.a.weight
-
-    def forward(self, x):
-        return self.b(self.a(x).relu())
-
-
 def test_tied_tensors_are_saved_once(tmp_path):
-    net, other = Tied(), Tied()
+    net, other = TiedLayers(), TiedLayers()
     checkpoint.save(tmp_path, "x", checkpoint.model_tensors(net), {"task": 1, "settings": "a"})
-    assert checkpoint.load(tmp_path)[0].keys() == {"model.a.weight", "model.a.bias", "model.b.bias"}
+    assert checkpoint.load(tmp_path)[0].keys() == {
+        *("model.first.weight", "model.first.bias", "model.second.bias", "model.head.weight", "model.head.bias")
+    }
     checkpoint.restore_model(other, checkpoint.load(tmp_path)[0])
-    assert torch.equal(other.b.weight, net.a.weight) and other.b.weight is other.a.weight
+    assert torch.equal(other.second.weight, net.first.weight) and other.second.weight is other.first.weight
 
 
 def test_an_exported_network_of_tied_tensors(tmp_path):
     """Written once, and tied where it is loaded."""
     torch.manual_seed(0)
-    model = hmf.HyperMask(Tied(), 2, 30, hmf.HypernetConfig(4, (5,)), heads="b").eval()
-    scenario = Scenario("s", tuple(TaskData(str(t), *[blob_split()] * 3) for t in range(2)), (4,), 4)
+    model = hmf.HyperMask(TiedLayers(), 2, 30, hmf.HypernetConfig(4, (5,)), heads="head").eval()
+    scenario = Scenario("s", tuple(TaskData(str(t), *[blob_split()] * 3) for t in range(2)), (8,), 2)
     exported.export_model(model, scenario, 1, tmp_path / "net.safetensors")
-    loaded = exported.load_exported(tmp_path / "net.safetensors", Tied())
-    x = torch.randn(3, 4)
+    loaded = exported.load_exported(tmp_path / "net.safetensors", TiedLayers())
+    x = torch.randn(3, 8)
     torch.testing.assert_close(loaded(x), model(x, 1))
-    assert loaded.a.weight is loaded.b.weight
+    assert loaded.first.weight is loaded.second.weight
 
 
 def blob_split():
-    return TensorSplit(torch.randn(4, 4), torch.arange(4))
+    return TensorSplit(torch.randn(4, 8), torch.arange(4) % 2)
 
 
 def test_the_format_of_a_single_process_stays_as_it_is(run_dir):

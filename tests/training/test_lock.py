@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.launching import Running, command
 from support.networks import blob_model, blob_scenario
 
 from hypermask_fast import InputError
@@ -128,24 +129,13 @@ def test_a_trainer_takes_its_folder(tmp_path, holder):
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def start(command: str, *options: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "hypermask_fast", command, *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        cwd=ROOT,
-    )
-
-
-def train(folder: Path, seed: int, iterations: int = 30, *options: str) -> subprocess.Popen:
+def train(folder: Path, seed: int, iterations: int = 30, *options: str) -> Running:
     settings = ["data.tasks=2", f"training.iterations={iterations}", "training.checkpoint_every=5"]
     words = [word for setting in settings for word in ("--set", setting)]
-    return start("train", "split-digits", "--out", folder, "--seed", seed, *words, *options)
+    return command("train", "split-digits", "--out", folder, "--seed", seed, *words, *options)
 
 
-def refused(process: subprocess.Popen) -> str:
+def refused(process: Running) -> str:
     out, line = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")
     assert line.startswith("hypermask-fast: error: ") and line.count("\n") == 1
@@ -185,7 +175,7 @@ def test_beside_a_run_nobody_trains_but_anybody_reads(tmp_path):
         running.send_signal(signal.SIGSTOP)  # so that it is not over before the others have come
         told = f"{folder} is in use by process {running.pid} on {socket.gethostname()}: wait until that has ended"
         others = [train(folder, 1), train(folder, 0, 150, "--resume")]
-        reading = [start("evaluate", folder), start("export", folder, "--task", 0, "--to", tmp_path / "net")]
+        reading = [command("evaluate", folder), command("export", folder, "--task", 0, "--to", tmp_path / "net")]
         assert all(told in refused(process) for process in others)
         for process in reading:
             assert process.wait(timeout=300) == 0, process.communicate()[1]

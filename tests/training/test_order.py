@@ -5,8 +5,10 @@ from itertools import islice
 import pytest
 import torch
 
+from hypermask_fast.data import TensorSplit
+from hypermask_fast.masking.layout import MaskLayout
 from hypermask_fast.training import order
-from hypermask_fast.training.order import batch_rows
+from hypermask_fast.training.order import batch_rows, with_ranks
 
 
 def rows_of(samples, batch_size, iterations, seed, task, start=0):
@@ -49,3 +51,18 @@ def test_an_order_without_end_begins_at_once():
     blocks = list(islice(batch_rows(60_000, 128, 10**18, seed=0, task=0), 2))
     expected = laid_out(60_000, 128, 3 * 8192, seed=0, task=0)
     assert torch.equal(torch.cat(blocks), expected[: 2 * 8192])
+
+
+def test_every_block_has_the_ranks_of_its_own_iterations():
+    layout, split = MaskLayout.of(torch.nn.Linear(10, 10)), TensorSplit(torch.zeros(4, 10), torch.zeros(4).long())
+    blocks, asked, cpu = [torch.zeros(2, 3).long(), torch.ones(3, 3).long()], [], torch.device("cpu")
+
+    def ramp(iteration):
+        asked.append(iteration)
+        return 10.0 * iteration
+
+    found = list(with_ranks(blocks, split, 4, layout, ramp, 50.0, cpu))
+    assert asked == [4, 5, 6, 7, 8] and [len(ranks) for _, ranks in found] == [2, 3]
+    assert torch.equal(found[1][1][-1], layout.ranks(80.0, cpu)) and torch.equal(found[0][0], blocks[0])
+    (_, ranks), *_ = with_ranks(blocks, split, 4, layout, None, 50.0, cpu)
+    assert torch.equal(ranks, layout.ranks(50.0, cpu)[None])

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.launching import Running, command
 
 from hypermask_fast.training import report
 from hypermask_fast.training.run import load_run
@@ -19,25 +20,17 @@ from hypermask_fast.training.run import load_run
 ITERATIONS, TASKS, KILLS = 150, 5, 5
 
 
-def start(run_dir: Path, *options: str, checkpoint_every: int = 10) -> subprocess.Popen:
+def start(run_dir: Path, *options: str, checkpoint_every: int = 10) -> Running:
     settings = [
         f"training.iterations={ITERATIONS}",
         f"training.checkpoint_every={checkpoint_every}",
         "training.log_every=20",
     ]
-    command = [sys.executable, "-m", "hypermask_fast", "train", "split-digits", "--out", str(run_dir)]
-    if not options:
-        command += [word for setting in settings for word in ("--set", setting)]
-    return subprocess.Popen(
-        [*command, *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-    )
+    words = [] if options else [word for setting in settings for word in ("--set", setting)]
+    return command("train", "split-digits", "--out", run_dir, *words, *options)
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: Running) -> None:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
 
@@ -188,7 +181,7 @@ def test_killed_and_taken_up_by_two_while_another_process_evaluates(tmp_path, le
     assert_same_files(run_dir, left_alone)
 
 
-def the_one_that_goes_on(*processes: subprocess.Popen) -> tuple[subprocess.Popen, str]:
+def the_one_that_goes_on(*processes: Running) -> tuple[Running, str]:
     """Of two processes the one that is not refused, and what the other one said; "" where that came too late."""
     while all(process.poll() is None for process in processes):
         time.sleep(0.005)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from support.told import refusal
 
 from hypermask_fast import InputError
 from hypermask_fast.training import study, study_pictures
@@ -130,13 +131,6 @@ def test_kept_runs_of_the_published_experiment():
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def refusal(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_folders_that_hold_no_finished_run(tmp_path):

@@ -86,6 +86,7 @@ def operator(
     shapes: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
+    finish: Callable[[Any], Any] | None = None,
     *,
     twice: bool = False,
 ) -> Callable[..., Any]:
@@ -94,7 +95,8 @@ def operator(
     Args:
         shapes: makes empty results.
         backward: (ctx, gradient of each result) -> a gradient for each argument; for a list of tensors it is a list.
-        setup: (ctx, arguments, results) keeps what `backward` needs.
+        setup: (ctx, arguments, the operator's results) keeps what `backward` needs.
+        finish: makes what is returned of the operator's results, as many as these; `backward` is given its gradients.
         twice: whether `backward` is made of PyTorch's own operations, so that it can be differentiated again.
     """
     if PROBLEM:
@@ -103,7 +105,38 @@ def operator(
     called = getattr(torch.ops.hypermask_native, name).default
     if backward is None or setup is None:
         return called
-    return gradient.recorded(called, backward if twice else differentiable_once(name, backward), setup)
+    return gradient.Recorded(called, backward if twice else differentiable_once(name, backward), setup, finish)
+
+
+class Served:
+    """An op that is one operator: the arguments made ready for it, and the operator.
+
+    Args:
+        operator: of `operator`.
+        ready: the op's arguments -> the operator's. What it does depends on the kind of the call alone (see
+            `ops.signature`); where there is nothing to do it returns the very tensors that it was given.
+    """
+
+    def __init__(self, operator: Callable[..., Any], ready: Callable[..., Sequence[Any]]) -> None:
+        self._operator, self._ready = operator, ready
+
+    def __call__(self, *values: Any) -> Any:
+        return self._operator(*self._ready(*values))
+
+    def of_kind(self, *values: Any) -> Callable[..., Any]:
+        """The same for calls of the kind of this one: what does nothing to such arguments is left out."""
+        ready, args = self._ready, self._ready(*values)
+        of_kind = getattr(self._operator, "of_kind", None)
+        operator = self._operator if of_kind is None else of_kind(*args)
+        return operator if _same(args, values) else lambda *values: operator(*ready(*values))
+
+
+def _same(args: Sequence[Any], values: Sequence[Any]) -> bool:
+    """Whether these are the same tensors and numbers, in lists also where the lists are others."""
+    return len(args) == len(values) and all(
+        a is b or (isinstance(a, list) and isinstance(b, list | tuple) and _same(a, b))
+        for a, b in zip(args, values, strict=True)
+    )
 
 
 def _not_there(*args: Any) -> Any:
@@ -125,3 +158,8 @@ def without_values(name: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
 
 def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Contiguous, and no part of a graph."""
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous()

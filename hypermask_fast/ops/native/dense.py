@@ -4,7 +4,7 @@ pass or in two."""
 import torch
 from torch import Tensor
 
-from . import contiguous, operator
+from . import Served, constant, contiguous, operator
 
 _STATIC_SHARED = 256  # bytes that the GPU's kernel over the dense layer has besides, at most
 
@@ -14,30 +14,49 @@ def _shared_memory_problem(hidden: Tensor, tasks: int, makes_weights: bool = Fal
     if not hidden.is_cuda:
         return ""
     width = hidden.shape[-1]
-    needed = dense_shared_bytes(tasks, width, makes_weights, steps_weights) + _STATIC_SHARED
+    needed = dense_shared_bytes(tasks, width, makes_weights, steps_weights)
+    if makes_weights and on_tensor_cores(tasks, width):
+        needed = min(needed, dense_shared_bytes(tasks, width, makes_weights, steps_weights, tensor_cores=True))
+    needed += _STATIC_SHARED
     there = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin
     return "" if needed <= there else f"{tasks} tasks of width {width} need {needed} bytes of shared memory"
 
 
-def dense_shared_bytes(tasks: int, width: int, makes_weights: bool, steps_weights: bool) -> int:
-    """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout`, for tensors that begin on 16 bytes."""
+def on_tensor_cores(tasks: int, width: int) -> bool:
+    """Whether the GPU's kernel makes gradients by tensor cores, of tensors that begin on 16 bytes, where it fits."""
+    return width % 4 == 0 and tasks >= 24
+
+
+def dense_shared_bytes(
+    tasks: int, width: int, makes_weights: bool, steps_weights: bool, tensor_cores: bool = False
+) -> int:
+    """What csrc/common/launch.h says: `dense_shared_floats` of `dense_layout` or `tensor_layout`, for tensors that
+    begin on 16 bytes."""
     pack = 4 if width % 4 == 0 else 1
     tiles = 2 + 2 * steps_weights + (makes_weights and pack == 1)
     packs = width // pack
-    rows = 4 * min(max(256 // packs, 1), 64)
     stride = (packs | 1) * 4 if pack == 4 else packs
-    chunk = 8 if tasks > (16 if pack == 4 else 4) else 4
-    slots = -(-max(tasks, 1) // chunk) * chunk
-    return 4 * (tiles * rows * stride + slots * (rows + stride))
+    if tensor_cores:
+        rows = 32 * max(8 // -(-width // 16), 1)
+        columns = -(-width // 8) * 8
+        hidden, factors = -(-tasks // 8) * 8 * (columns + 8 * (columns % 16 == 0)), -(-tasks // 16) * 16 * (rows + 8)
+    else:
+        rows = 4 * min(max(256 // packs, 1), 64)
+        chunk = 8 if tasks > (16 if pack == 4 else 4) else 4
+        slots = -(-max(tasks, 1) // chunk) * chunk
+        hidden, factors = slots * stride, slots * rows
+    return 4 * (tiles * rows * stride + hidden + factors)
+
+
+def _constants(*tensors):
+    return [constant(tensor) for tensor in tensors]
 
 
 # -- output_drift ------------------------------------------------------------------------------------------------------
 
 
-def output_drift(hidden, weight, bias, targets):
-    return _output_drift_operator(
-        hidden.contiguous(), weight.contiguous(), bias.contiguous(), targets.detach().contiguous()
-    )
+def _output_drift_ready(hidden, weight, bias, targets):
+    return hidden.contiguous(), weight.contiguous(), bias.contiguous(), constant(targets)
 
 
 def output_drift_condition(hidden, weight, bias, targets):
@@ -67,6 +86,7 @@ _output_drift_backward_operator = operator(
     "output_drift_backward",
     lambda grad, hidden, weight, bias, targets: tuple(torch.empty_like(t) for t in (hidden, weight, bias)),
 )
+output_drift = Served(_output_drift_operator, _output_drift_ready)
 
 
 # -- hypernet_logits ---------------------------------------------------------------------------------------------------
@@ -76,12 +96,12 @@ _output_drift_backward_operator = operator(
 _MOST_TASKS = 32
 
 
-def hypernet_logits(hidden, weight, bias, size):
-    tasks, _, width = hidden.shape  # of one chunk: reshaping has a cheaper gradient than to select it
-    if tasks == 1:
-        row = hidden.reshape(width).contiguous()
-        return _hypernet_logits_operator(row, weight.contiguous(), bias.contiguous()).unsqueeze(0)
-    return _hypernet_logits_operator(hidden.reshape(tasks, width).contiguous(), weight.contiguous(), bias.contiguous())
+def _hidden_of_one_task(hidden, weight, bias, size):
+    return hidden.reshape(-1).contiguous(), weight.contiguous(), bias.contiguous()
+
+
+def _hidden_of_several_tasks(hidden, weight, bias, size):
+    return hidden.flatten(1).contiguous(), weight.contiguous(), bias.contiguous()
 
 
 def hypernet_logits_form(hidden, weight, bias, size):
@@ -126,6 +146,29 @@ _hypernet_logits_operator = operator(
 )
 
 
+class _Logits:
+    """The op by the operator, which takes one task's hidden vector (H,) or several tasks' (T, H). Reshaping has a
+    cheaper gradient than to select the only task or chunk."""
+
+    def __init__(self) -> None:
+        self._of_one = Served(_hypernet_logits_operator, _hidden_of_one_task)
+        self._of_several = Served(_hypernet_logits_operator, _hidden_of_several_tasks)
+
+    def __call__(self, hidden, weight, bias, size):
+        if hidden.shape[0] == 1:
+            return self._of_one(hidden, weight, bias, size).unsqueeze(0)
+        return self._of_several(hidden, weight, bias, size)
+
+    def of_kind(self, hidden, weight, bias, size):
+        if hidden.shape[0] > 1:
+            return self._of_several.of_kind(hidden, weight, bias, size)
+        of_one = self._of_one.of_kind(hidden, weight, bias, size)
+        return lambda *values: of_one(*values).unsqueeze(0)
+
+
+hypernet_logits = _Logits()
+
+
 # -- hypernet_adam -----------------------------------------------------------------------------------------------------
 
 _STEPPED = slice(4, 10)  # of its arguments: weight, bias and their moments, which it modifies
@@ -139,8 +182,8 @@ def hypernet_adam(*args):
 def _stepping(step, stepped, tensors, settings):
     """Calls an operator that modifies tensors[stepped] in place."""
     before, behind = contiguous(tensors[: stepped.start]), contiguous(tensors[stepped.stop :])
-    everything = (t.detach() for t in (*before, *tensors[stepped], *behind))
-    result = step(*everything, *settings)
+    everything = (*before, *tensors[stepped], *behind)
+    result = step(*(t.detach() if t.requires_grad else t for t in everything), *settings)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors[stepped])
     return result
@@ -160,11 +203,6 @@ _hypernet_adam_operator = operator(
 # -- the same in two passes: output_residuals forward, hidden_gradient backward, factored_adam in step() ---------------
 
 
-@torch.no_grad()
-def output_residuals(hidden, weight, bias, targets):
-    return _output_residuals_operator(*contiguous((hidden, weight, bias, targets)))
-
-
 def output_residuals_condition(hidden, weight, bias, targets):
     return _shared_memory_problem(hidden, hidden.shape[0])
 
@@ -176,11 +214,7 @@ _output_residuals_operator = operator(
         weight.new_empty(()),
     ),
 )
-
-
-@torch.no_grad()
-def hidden_gradient(factors, scales, weight):
-    return _hidden_gradient_operator(*contiguous((factors, scales, weight)))
+output_residuals = Served(_output_residuals_operator, _constants)
 
 
 def hidden_gradient_condition(factors, scales, weight):
@@ -194,6 +228,7 @@ _hidden_gradient_operator = operator(
         weight.new_empty(weight.shape[0]),
     ),
 )
+hidden_gradient = Served(_hidden_gradient_operator, _constants)
 
 _FACTORED = slice(3, 6)  # weight and its moments
 

@@ -1,12 +1,13 @@
 """Masks, masked weights and the target's weight drift, over all segments in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import contiguous, operator
+from . import Served, constant, contiguous, operator
 
 
 def same_dtype(weights: Sequence[Tensor], like: Tensor, *others: Tensor | None) -> str:
@@ -19,21 +20,12 @@ def same_dtype(weights: Sequence[Tensor], like: Tensor, *others: Tensor | None) 
     return ""
 
 
-def _without_gradient(thresholds: Tensor) -> Tensor:
-    """Contiguous, and no part of a graph: a threshold has no gradient."""
-    return (thresholds.detach() if thresholds.requires_grad else thresholds).contiguous()
-
-
 def _zeros_for_unused(grads: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of outputs, those that nobody used included."""
     return [torch.zeros_like(y) if g is None else g.contiguous() for g, y in zip(grads, outputs, strict=True)]
 
 
 # -- semi_binary_mask --------------------------------------------------------------------------------------------------
-
-
-def semi_binary_mask(logits, threshold):
-    return _semi_binary_mask_operator(logits.contiguous(), _without_gradient(threshold))
 
 
 def semi_binary_mask_condition(logits, threshold):
@@ -63,13 +55,16 @@ _semi_binary_mask_operator = operator(
 _semi_binary_mask_backward_operator = operator(
     "semi_binary_mask_backward", lambda grad, logits, threshold: torch.empty_like(logits)
 )
+semi_binary_mask = Served(
+    _semi_binary_mask_operator, lambda logits, threshold: (logits.contiguous(), constant(threshold))
+)
 
 
 # -- masked_weights ----------------------------------------------------------------------------------------------------
 
 
-def masked_weights(weights, logits, thresholds, offsets):
-    return _masked_weights_operator(contiguous(weights), logits.contiguous(), _without_gradient(thresholds), offsets)
+def _masked_weights_ready(weights, logits, thresholds, offsets):
+    return contiguous(weights), logits.contiguous(), constant(thresholds), offsets
 
 
 def masked_weights_condition(weights, logits, thresholds, offsets):
@@ -102,17 +97,16 @@ _masked_weights_backward_operator = operator(
         torch.empty_like(logits),
     ),
 )
+masked_weights = Served(_masked_weights_operator, _masked_weights_ready)
 
 
 # -- weight_drift ------------------------------------------------------------------------------------------------------
 
 
-def weight_drift(weights, previous, offsets, norm, logits, thresholds):
+def _weight_drift_ready(weights, previous, offsets, norm, logits, thresholds):
     if logits is not None:
-        logits, thresholds = logits.contiguous(), _without_gradient(thresholds)
-    return _weight_drift_operator(
-        contiguous(weights), _without_gradient(previous), offsets, norm, logits, thresholds
-    ).sum()
+        logits, thresholds = logits.contiguous(), constant(thresholds)
+    return contiguous(weights), constant(previous), offsets, norm, logits, thresholds
 
 
 def weight_drift_condition(weights, previous, offsets, norm, logits, thresholds):
@@ -130,7 +124,7 @@ def _weight_drift_backward(ctx, grad):
     logits, thresholds = rest[-2:] if ctx.masked else (None, None)
     *weights, previous = rest[:-2] if ctx.masked else rest
     grad_weights, grad_logits = _weight_drift_backward_operator(
-        grad.contiguous(), norms, weights, previous, ctx.offsets, ctx.norm, logits, thresholds
+        grad.expand_as(norms).contiguous(), norms, weights, previous, ctx.offsets, ctx.norm, logits, thresholds
     )
     return grad_weights, None, None, None, grad_logits if ctx.masked else None, None
 
@@ -140,6 +134,7 @@ _weight_drift_operator = operator(
     lambda weights, previous, offsets, norm, logits, thresholds: previous.new_empty(len(weights)),
     _weight_drift_backward,
     _weight_drift_setup,
+    torch.sum,
 )
 _weight_drift_backward_operator = operator(
     "weight_drift_backward",
@@ -148,20 +143,18 @@ _weight_drift_backward_operator = operator(
         previous.new_empty(0 if logits is None else logits.shape),
     ),
 )
+weight_drift = Served(_weight_drift_operator, _weight_drift_ready)
 
 
 # -- masked_weights_drift ----------------------------------------------------------------------------------------------
 
 
-def masked_weights_drift(weights, logits, thresholds, offsets, previous, norm):
-    masked, norms = _masked_weights_drift_operator(
-        contiguous(weights),
-        logits.contiguous(),
-        _without_gradient(thresholds),
-        offsets,
-        _without_gradient(previous),
-        norm,
-    )
+def _masked_weights_drift_ready(weights, logits, thresholds, offsets, previous, norm):
+    return contiguous(weights), logits.contiguous(), constant(thresholds), offsets, constant(previous), norm
+
+
+def _with_sum(masked_and_norms):
+    masked, norms = masked_and_norms
     return masked, norms.sum()
 
 
@@ -176,7 +169,7 @@ def _masked_weights_drift_setup(ctx, inputs, output):
 
 def _masked_weights_drift_backward(ctx, grads, grad):
     norms, *weights, logits, thresholds, previous = ctx.saved_tensors
-    grad = torch.zeros_like(norms) if grad is None else grad.contiguous()
+    grad = torch.zeros_like(norms) if grad is None else grad.expand_as(norms).contiguous()
     grad_weights, grad_logits = _masked_weights_drift_backward_operator(
         _zeros_for_unused(grads, weights), grad, norms, weights, logits, thresholds, ctx.offsets, previous, ctx.norm
     )
@@ -191,6 +184,7 @@ _masked_weights_drift_operator = operator(
     ),
     _masked_weights_drift_backward,
     _masked_weights_drift_setup,
+    _with_sum,
 )
 _masked_weights_drift_backward_operator = operator(
     "masked_weights_drift_backward",
@@ -199,13 +193,14 @@ _masked_weights_drift_backward_operator = operator(
         torch.empty_like(logits),
     ),
 )
+masked_weights_drift = Served(_masked_weights_drift_operator, _masked_weights_drift_ready)
 
 
 # -- the CPU's layers: the weight is masked once, and the product is the library's own ---------------------------------
 
 
-def _masked_weight(weight, logits, threshold):
-    return _masked_weight_operator(weight.contiguous(), logits.contiguous(), _without_gradient(threshold))
+def _masked_weight_ready(weight, logits, threshold):
+    return weight.contiguous(), logits.contiguous(), constant(threshold)
 
 
 def _masked_weight_setup(ctx, inputs, output):
@@ -226,14 +221,26 @@ _masked_weight_backward_operator = operator(
     "masked_weight_backward",
     lambda grad, weight, logits, threshold: (torch.empty_like(weight), torch.empty_like(logits)),
 )
+masked_weight = Served(_masked_weight_operator, _masked_weight_ready)
 
 
-def masked_linear(x, weight, logits, threshold, bias):
-    return F.linear(x, _masked_weight(weight, logits, threshold), bias)
+class _Layer:
+    """A layer's op: `product` of x with W * m in place of W, and with the op's other arguments."""
+
+    def __init__(self, product: Callable[..., Tensor]) -> None:
+        self._product = product
+
+    def __call__(self, x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, *rest: Any) -> Tensor:
+        return self._product(x, masked_weight(weight, logits, threshold), *rest)
+
+    def of_kind(
+        self, x: Tensor, weight: Tensor, logits: Tensor, threshold: Tensor, *rest: Any
+    ) -> Callable[..., Tensor]:
+        product, masked = self._product, masked_weight.of_kind(weight, logits, threshold)
+        return lambda x, weight, logits, threshold, *rest: product(x, masked(weight, logits, threshold), *rest)
 
 
-def masked_conv2d(x, weight, logits, threshold, bias, stride, padding, dilation, groups):
-    return F.conv2d(x, _masked_weight(weight, logits, threshold), bias, stride, padding, dilation, groups)
+masked_linear, masked_conv2d = _Layer(F.linear), _Layer(F.conv2d)
 
 
 def layer_condition(x, weight, logits, threshold, *rest):

@@ -2,11 +2,7 @@
 
 import torch
 
-from . import operator
-
-
-def mask_overlap(logits, thresholds, offsets):
-    return _mask_overlap_operator(logits.detach().contiguous(), thresholds.detach().contiguous(), offsets)
+from . import Served, constant, operator
 
 
 def mask_overlap_condition(logits, thresholds, offsets):
@@ -19,3 +15,6 @@ def _shapes(logits, thresholds, offsets):
 
 
 _mask_overlap_operator = operator("mask_overlap", _shapes)
+mask_overlap = Served(
+    _mask_overlap_operator, lambda logits, thresholds, offsets: (constant(logits), constant(thresholds), offsets)
+)

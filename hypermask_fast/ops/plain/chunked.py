@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .. import reference
 from ..once import differentiable_once
+from ..signature import needs_gradient
+
+_FEW = 1 << 19  # products of the hidden vectors with the layer
 
 
 def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
@@ -21,6 +24,8 @@ def hypernet_logits(hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> 
 
     Autograd would first copy it into a zero-filled array of whole chunks.
     """
+    if not needs_gradient((hidden, weight, bias)):
+        return reference.hypernet_logits(hidden, weight, bias, size)
     return _Logits.apply(hidden, weight, bias, size)
 
 
@@ -34,6 +39,8 @@ def _gradient_of(op: str) -> Callable[[Callable], Callable]:
     def decorated(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def in_own_dtype(ctx: Any, grad: Tensor):
+            if not torch.is_autocast_enabled(grad.device.type):
+                return backward(ctx, grad)
             with torch.autocast(grad.device.type, enabled=False):
                 return backward(ctx, grad)
 
@@ -68,26 +75,92 @@ class _Logits(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None
 
 
-def output_drift(
+class _Drift:
+    """`reference.chunked_output_drift` without N-sized work, or by the residuals themselves where they are so few that
+    the number of calls decides. Both keep the digits that subtracting two large, nearly equal outputs loses."""
+
+    def __call__(self, *values: Any) -> Tensor:
+        return self.of_kind(*values)(*values)
+
+    def of_kind(self, hidden: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Callable[..., Tensor]:
+        if not _are_few(hidden, weight):
+            way = _by_gram_matrices
+        else:
+            way = _Residuals.apply if needs_gradient((hidden, weight, bias)) else _by_residuals
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return way
+
+        def in_own_dtype(*values: Any) -> Tensor:  # half precision would round away what the drift is made of
+            with torch.autocast(device, enabled=False):
+                return way(*values)
+
+        return in_own_dtype
+
+
+output_drift = _Drift()
+
+
+def _by_residuals(
     hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old_weight: Tensor, old_bias: Tensor, size: int
 ) -> Tensor:
-    """`reference.chunked_output_drift` without N-sized work: n H^2 + C H^2 operations for n = tasks * chunks rows.
+    old = _constant(old_hidden), _constant(old_weight), _constant(old_bias)
+    return _residuals(hidden, weight, bias, *old, size)[1]
 
-    It also keeps the digits that subtracting two large, nearly equal outputs loses. The last chunk, where it is cut
-    off, is done directly.
-    """
+
+def _by_gram_matrices(
+    hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old_weight: Tensor, old_bias: Tensor, size: int
+) -> Tensor:
+    """n H^2 + C H^2 operations for n = tasks * chunks rows. The last chunk, where it is cut off, is done directly."""
     rows = weight.shape[0]
     whole = size // rows
-    layer, old_layer = (weight, bias), (old_weight.detach(), old_bias.detach())
-    old_hidden = old_hidden.detach()
-    total = _GramDrift.apply(hidden[:, :whole].flatten(0, 1), *layer, old_hidden[:, :whole].flatten(0, 1), *old_layer)
+    old = old_hidden.detach(), old_weight.detach(), old_bias.detach()
+    hidden_whole, old_whole = (h[:, :whole].flatten(0, 1) for h in (hidden, old[0]))
+    total = _GramDrift.apply(hidden_whole, weight, bias, old_whole, *old[1:])
     rest = size - whole * rows
     if rest:
-        last = hidden[:, whole]
-        d, c = weight[:rest] - old_layer[0][:rest], bias[:rest] - old_layer[1][:rest]
-        change = F.linear(last, d, c) + F.linear(last - old_hidden[:, whole], old_layer[0][:rest])
-        total = total + change.square().sum()
+        last = hidden[:, whole : whole + 1], weight[:rest], bias[:rest]
+        total = total + _Residuals.apply(*last, old[0][:, whole : whole + 1], old[1][:rest], old[2][:rest], rest)
     return total
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _are_few(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the residuals themselves are the quicker way; compiled graphs have one way for all sizes."""
+    return not torch.compiler.is_compiling() and hidden.numel() * weight.shape[0] <= _FEW
+
+
+def _residuals(
+    hidden: Tensor, weight: Tensor, bias: Tensor, old_hidden: Tensor, old: Tensor, old_bias: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """r = d h + W* e + c, as `_GramDrift` has it, of whole chunks (tasks, chunks, C); and sum ||r||^2 over what is not
+    cut off."""
+    both = torch.cat([hidden, hidden - old_hidden], dim=2)
+    residuals = F.linear(both, torch.cat([weight - old, old], dim=1), bias - old_bias)
+    return residuals, residuals.flatten(1)[:, :size].square().sum()
+
+
+class _Residuals(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, old_h: Tensor, old: Tensor, old_bias: Tensor, size: int
+    ) -> Tensor:
+        residuals, value = _residuals(hidden, weight, bias, old_h, old, old_bias, size)
+        ctx.save_for_backward(hidden, weight, residuals)
+        ctx.size = size
+        return value
+
+    @staticmethod
+    @_gradient_of("chunked_output_drift")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, residuals = ctx.saved_tensors
+        scaled = (2 * grad) * residuals
+        scaled.flatten(1)[:, ctx.size :] = 0
+        rows = scaled.flatten(0, 1)
+        return scaled @ weight, rows.t() @ hidden.flatten(0, 1), rows.sum(0), None, None, None, None
 
 
 class _GramDrift(torch.autograd.Function):

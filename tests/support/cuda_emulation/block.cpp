@@ -97,20 +97,27 @@ void start_fibers(dim3 block) {
   const unsigned count = block.x * block.y * block.z;
   unsigned char* memory = stacks(count);
   if (fibers.size() != count) fibers = std::vector<Fiber>(count);
-  ucontext_t blank;
-  getcontext(&blank);
-  blank.uc_link = nullptr;
   for (unsigned t = 0; t < count; ++t) {
     Fiber& f = fibers[t];
     f.state = State::kReady;
     f.index = dim3(t % block.x, t / block.x % block.y, t / block.x / block.y);
     f.groups.assign(1, {});
     f.started = false;
-    f.start = blank;
+    // Into the very place that it is taken up from: a context points into itself, at the state of the floating-point
+    // unit. That of a copy would point at the original, and what lies there later decides which operations trap.
+    getcontext(&f.start);
+    f.start.uc_link = nullptr;
     f.start.uc_stack.ss_sp = memory + t * kStack;
     f.start.uc_stack.ss_size = kStack;
     makecontext(&f.start, thread_main, 0);
   }
+}
+
+// Zeros where start_fibers had its variables: what a thread begins with must not lie there.
+__attribute__((noinline)) void clear_stack() {
+  unsigned char memory[8192];
+  std::memset(memory, 0, sizeof memory);
+  asm volatile("" ::"r"(memory) : "memory");
 }
 
 std::string describe(unsigned t) {
@@ -183,6 +190,7 @@ void run_next_block() {
   shared.assign(16 + shared_bytes + kBeyond, kPoison);
   shared_begin = shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16;
   start_fibers(blockDim);
+  clear_stack();
   const auto warps = (static_cast<unsigned>(fibers.size()) + kWarp - 1) / kWarp;
   do {
     for (unsigned w = 0; w < warps && error.empty(); ++w) run_warp((order_descending ? warps - 1 - w : w) * kWarp);

@@ -107,4 +107,31 @@ inline void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   emulated_mma(d, a, b, {"mma fp16", "", line}, [](uint16_t bits) { return __half2float(__half{bits}); });
 }
 
+// PTX ISA, mma.m16n8k8 with .tf32: the lower 13 bits of an operand are ignored; products are exact; what the sum is
+// rounded by is not specified, and GPUs cut it off.
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  unsigned char all[emulation::kWarp][emulation::kExchanged];
+  emulation::exchange(emulation::kEveryLane, {"mma tf32", "", line}, &mine, sizeof mine, all);
+  const auto of_lane = [&](int lane) {
+    Operands o;
+    std::memcpy(&o, all[lane], sizeof o);
+    return o;
+  };
+  const auto value = [](uint32_t bits) { return static_cast<double>(__uint_as_float(bits & 0xffffe000u)); };
+  const auto a_entry = [&](int row, int k) { return value(of_lane(row % 8 * 4 + k % 4).a[row / 8 + 2 * (k / 4)]); };
+  const auto b_entry = [&](int k, int column) { return value(of_lane(column * 4 + k % 4).b[k / 4]); };
+  const int row = emulation::lane() / 4, column = emulation::lane() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k) sum += a_entry(row + i / 2 * 8, k) * b_entry(k, column + i % 2);
+    d[i] = static_cast<float>(sum);
+    if (std::fabs(static_cast<double>(d[i])) > std::fabs(sum)) d[i] = std::nextafterf(d[i], 0.0f);
+  }
+}
+
 }  // namespace hypermask

@@ -1,4 +1,5 @@
 // Kernels that show what the emulation finds, each with a mistake of its own, and its instructions against plain loops.
+#include <cfenv>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -78,6 +79,33 @@ __global__ void mma_kernel(const uint16_t* a, const uint16_t* b_transposed, floa
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
 }
 
+// The same in TF32, each lane's entries by the instruction's definition, of d that begins with 1.
+__global__ void mma_tf32_kernel(const float* a, const float* b, float* d) {
+  const int lane = threadIdx.x, row = lane / 4, column = lane % 4;
+  uint32_t fa[4], fb[2];
+  for (int i = 0; i < 4; ++i) fa[i] = __float_as_uint(a[(row + i % 2 * 8) * 8 + column + i / 2 * 4]);
+  for (int i = 0; i < 2; ++i) fb[i] = __float_as_uint(b[(column + i * 4) * 8 + row]);
+  float sum[4] = {1, 1, 1, 1};
+  mma_tf32(sum, fa, fb);
+  for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + column * 2 + i % 2] = sum[i];
+}
+
+// Which operations on floats trap: none.
+__global__ void environment_kernel(bool* traps) {
+  if (fegetexcept() != 0) *traps = true;
+  __syncthreads();
+  if (fegetexcept() != 0) *traps = true;
+}
+
+// Blocks that come in between use the host's stack while threads of another one have yet to begin.
+bool nothing_traps() {
+  bool traps = false;
+  cudaLaunchConfig_t config;
+  config.gridDim = dim3(4);
+  config.blockDim = dim3(64);
+  return cudaLaunchKernelEx(&config, environment_kernel, &traps) == cudaSuccess && !traps;
+}
+
 bool neighbours_right(bool barrier) {
   std::vector<float> out(64);
   outcome(neighbour_kernel, 64, 0, barrier, out.data());
@@ -113,6 +141,29 @@ bool mma_right() {
     }
   }
   return true;
+}
+
+// Whole numbers and, in their lower 13 bits, what is to be ignored; then a sum that does not fit, which is cut off.
+bool mma_tf32_right() {
+  std::vector<float> a(128), b(64), d(128);
+  const auto entry = [](int i) { return i % 37 - 18; };
+  const auto noisy = [](int i) { return __uint_as_float(__float_as_uint(static_cast<float>(i)) | (i ? 0x1fffu : 0)); };
+  for (int i = 0; i < 128; ++i) a[i] = noisy(entry(7 * i));
+  for (int i = 0; i < 64; ++i) b[i] = noisy(entry(11 * i + 3));
+  outcome(mma_tf32_kernel, 32, 0, a.data(), b.data(), d.data());
+  for (int r = 0; r < 16; ++r) {
+    for (int c = 0; c < 8; ++c) {
+      int sum = 1;
+      for (int k = 0; k < 8; ++k) sum += entry(7 * (r * 8 + k)) * entry(11 * (k * 8 + c) + 3);
+      if (d[r * 8 + c] != static_cast<float>(sum)) return false;
+    }
+  }
+  a.assign(128, 0);
+  b.assign(64, 0);
+  for (int i = 0; i < 16; ++i) a[i * 8] = 0x1p-12f;
+  for (int i = 0; i < 8; ++i) b[i] = 1.5f * 0x1p-12f;  // 1 + 1.5 * 2^-24 would round up
+  outcome(mma_tf32_kernel, 32, 0, a.data(), b.data(), d.data());
+  return d == std::vector<float>(128, 1.0f);
 }
 
 // What reading and writing entry `at` of a tensor of `size` floats leads to.
@@ -178,5 +229,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulation_self_tes
   expect(access(emulation::Guard::kBehind, 7, 7) == "memory beside a tensor was written", "an access just beyond");
   expect(access(emulation::Guard::kBefore, 7, 7) == "memory beside a tensor was written", "an access just beyond");
   expect(mma_right(), "mma");
+  expect(mma_tf32_right(), "mma in TF32");
+  expect(nothing_traps(), "a kernel's floating-point environment");
   return result.c_str();
 }

@@ -1,0 +1,29 @@
+"""Runs of the command line that are over in a moment."""
+
+import re
+from pathlib import Path
+
+from hypermask_fast import cli
+
+SETTINGS = {
+    "data.tasks": "2",
+    "training.iterations": "8",
+    "training.log_every": "4",
+    "training.checkpoint_every": "3",
+    "target.hidden": "[8]",
+    "hypernet.hidden": "[4]",
+    "hypernet.embedding": "3",
+}
+TINY = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def train(folder: Path, *options: str) -> int:
+    return cli.main(["train", "split-digits", "--device", "cpu", "--out", str(folder), *TINY, *options])
+
+
+def table(text: str) -> list[list[float]]:
+    return [[float(cell) for cell in re.findall(r"\d+\.\d\d", line)] for line in text.splitlines()[1:]]
