@@ -57,6 +57,10 @@ def opened(run_dir: Path, name: str, written: Written) -> Iterator[Any]:
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that PyTorch lacks
         reason = textwrap.shorten(str(error), 120)
         raise InputError(f"{path} is not a safetensors file of ours: {reason}{REMEDY}") from error
+    except RuntimeError as error:  # PyTorch's, which maps the file; also where another process has just removed it
+        if path.exists():
+            raise
+        raise _missing(run_dir, name) from error
 
 
 def check_size(run_dir: Path, name: str, written: Written) -> None:

@@ -106,19 +106,21 @@ def test_missing_tensors(run_dir):
         checkpoint.load(run_dir)
 
 
-@pytest.mark.parametrize("moment", ["read the manifest", "digest", "read", "after read"])
+@pytest.mark.parametrize("moment", ["read the manifest", "digest", "read", "map", "after read"])
 def test_a_checkpoint_replaced_while_it_is_read(run_dir, monkeypatch, moment):
     """What is read is the newer one, whole, wherever in the reading it came."""
-    owner, name = {"read the manifest": (manifests, "read"), "digest": (tensor_files, "digest")}.get(
-        moment, (tensor_files, "safe_open")
-    )
+    owner, name = {
+        "read the manifest": (manifests, "read"),
+        "digest": (tensor_files, "digest"),
+        "map": (torch.UntypedStorage, "from_file"),  # within safe_open, after it has looked at the file
+    }.get(moment, (tensor_files, "safe_open"))
     call, replaced = getattr(owner, name), []
 
     def replacing(*args, **kwargs):
         if replaced:
             return call(*args, **kwargs)
         replaced.append(1)
-        result = None if moment == "read" else call(*args, **kwargs)
+        result = None if moment in ("read", "map") else call(*args, **kwargs)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, call)
             checkpoint.save(run_dir, "000-0000002", {"a": torch.zeros(1)}, {"task": 2})

@@ -168,12 +168,12 @@ def test_killed_and_taken_up_by_two_while_another_process_evaluates(tmp_path, le
         process.communicate()
         process, told = the_one_that_goes_on(start(run_dir, "--resume"), start(run_dir, "--resume"))
         assert not told or (told.count("\n") == 1 and "is in use by process" in told), told
+        assert reader.stdout.readline() == "2\n", "it evaluates beside the run that has been taken up"
         finish(process)
         reader.stdin.close()
         reader.stdin = None
-        out, errors = reader.communicate(timeout=120)
+        _, errors = reader.communicate(timeout=120)
         assert reader.returncode == 0, errors
-        assert out.split(), "it evaluated beside the run"
     finally:
         for child in (process, reader):
             child.kill()
