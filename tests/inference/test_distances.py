@@ -9,7 +9,7 @@ from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
-from hypermask_fast.inference import FeCAM, Mahalanobis
+from hypermask_fast.inference import FeCAM, Mahalanobis, gaussians
 from hypermask_fast.inference.gaussians import inverse_root
 
 TASKS, CLASSES, WIDTH = 3, 2, 12
@@ -358,3 +358,16 @@ def test_labels_beyond_a_task_s_classes_are_refused():
     model = hmf.HyperMask(network().double(), 2, classes=[2, 1]).eval()
     with pytest.raises(InputError, match="task 1 has 1 classes, and a label 1"):
         FeCAM.fit(model, data(tasks=2))
+
+
+@pytest.mark.parametrize("room", [1, 5, 12, 31, 200])
+def test_distances_are_those_of_any_number_at_a_time(monkeypatch, room):
+    """Samples and classes are taken a few at a time, the last ones fewer than the others."""
+    generator = torch.Generator().manual_seed(0)
+    features, centres = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (7, 4))
+    roots = torch.randn(4, 5, 5, generator=generator, dtype=torch.float64)
+    signs = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0], dtype=torch.float64).expand(4, 5)
+    z = torch.einsum("cij,cbj->cbi", roots, features - centres[:, None])
+    monkeypatch.setattr(gaussians, "_IN_CACHE", room)
+    found = gaussians.squared_distances(features, centres, roots, signs)
+    torch.testing.assert_close(found, (z.square() * signs[:, None]).sum(-1), rtol=1e-12, atol=1e-12)
