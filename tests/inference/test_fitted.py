@@ -12,7 +12,7 @@ from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
-from hypermask_fast.inference import FeCAM, Mahalanobis, predict
+from hypermask_fast.inference import FeCAM, Mahalanobis, fingerprint, predict
 from hypermask_fast.inference.fingerprint import fingerprints
 from hypermask_fast.training import run
 from hypermask_fast.training.config import TrainingConfig
@@ -175,8 +175,11 @@ def test_changed_weights_are_said(change):
         predict(model, x, method="mahalanobis")
 
 
-def test_weights_that_change_places_are_others():
-    """Two neighbours of 8 bytes, rows, and a value with its negative."""
+@pytest.mark.parametrize("words_at_once", [1 << 17, 32])
+def test_weights_that_change_places_are_others(monkeypatch, words_at_once):
+    """Two neighbours of 8 bytes, rows (which are taken together or one after the other), and a value with its
+    negative."""
+    monkeypatch.setattr(fingerprint, "_AT_ONCE", words_at_once)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     model = hmf.HyperMask(net, 1, hypernetwork=hmf.HypernetConfig(6, (8,)))
