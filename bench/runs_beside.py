@@ -1,6 +1,6 @@
 """Steps of runs by the command line, alone and beside busy processes: `python -m bench.runs_beside split-mnist`.
 
-Runs alone and beside as many busy processes as there are processors take turns. Each is a process of its own that
+Runs alone and beside busy processes, as many as there are processors, take turns. Each is a process of its own that
 trains the preset from its start, so that waiting and threads are what the command line chooses by itself. Its time is
 that of the steps between two of its logged ones, for which its log is watched; loading the data is not part of it.
 """
@@ -80,9 +80,9 @@ def when_logged(log: Path, iteration: int, process: subprocess.Popen[bytes]) -> 
     return time.perf_counter()
 
 
-def measure(preset: str, data: Path, steps: int, runs: int, checkout: Path) -> dict[int, list[float]]:
+def measure(preset: str, data: Path, steps: int, runs: int, beside: int, checkout: Path) -> dict[int, list[float]]:
     """Number of busy processes -> milliseconds a step of each run; runs alone and beside take turns."""
-    times: dict[int, list[float]] = {0: [], len(os.sched_getaffinity(0)): []}
+    times: dict[int, list[float]] = {0: [], beside: []}
     for _ in range(runs):
         for count, found in times.items():
             with busy(count):
@@ -96,10 +96,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, required=True, metavar="D", help="as `hypermask-fast train` has it")
     parser.add_argument("--steps", type=int, default=100, help=f"of a run, a multiple of {LOG_EVERY} (default: 100)")
     parser.add_argument("--runs", type=int, default=5, help="alone, and beside (default: 5)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--beside", type=int, default=cores, metavar="N", help="busy processes (default: the cores)")
     parser.add_argument("--checkout", type=Path, default=HERE, help="another checkout to measure, its extension built")
     parser.add_argument("--csv", type=Path, metavar="F", help="append to F, not to the machine's file")
     asked = parser.parse_args(argv)
-    times = measure(asked.preset, asked.data_dir, asked.steps, asked.runs, asked.checkout)
+    times = measure(
+        asked.preset, asked.data_dir.resolve(), asked.steps, asked.runs, asked.beside, asked.checkout.resolve()
+    )
     about = machine.describe(torch.device("cpu"))
     same = {name: about[name] for name in ("commit", "machine", "torch")} | {"preset": asked.preset}
     same["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
