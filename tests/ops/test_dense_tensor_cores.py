@@ -78,6 +78,21 @@ def test_small_and_large_numbers_keep_their_digits(backend, size):
 
 
 @on_gpus
+@pytest.mark.parametrize("of", ["factors", "weight"])
+def test_numbers_of_22_bits_lose_nothing(backend, of):
+    """Two halves of 11 bits hold them; where one had a bit fewer, or were left out, the last digits would go."""
+    tasks = torch.arange(30)
+    rows, digits = 2 * tasks, torch.randint(2**21, 2**22, (70, 36)).float()
+    factors, weight, expected = torch.zeros(30, 70), digits, digits[rows]
+    factors[tasks, rows] = 1
+    if of == "factors":
+        factors[tasks, rows], weight = digits[rows, 0], torch.ones(70, 36)
+        expected = digits[rows, :1].expand(30, 36)
+    found, _ = backend.hidden_gradient(*sent(backend, (factors, torch.ones(30), weight)))
+    assert torch.equal(found.cpu(), expected)
+
+
+@on_gpus
 def test_many_tasks_that_have_not_moved_are_not_stepped(backend):
     """To the bit: residuals are made as `hypernet_logits` makes logits, however the gradients are."""
     weight, bias, hidden, _, _ = (x.to(backend.device) for x in (*dense_problem(203, 100, 40)[:4], ONE))
