@@ -15,6 +15,6 @@ def test_different_calls_are_told_on_all_ranks_and_the_same_ones_go_on(found, pa
     (said, output), (other_said, other_output) = (rank[pair] for rank in found)
     for words in (said, other_said):
         assert words.startswith(
-            ("ranks make different calls of a model", "ranks make backward passes of different tasks")
+            ("ranks make different calls", "ranks ask a sharded model for", "ranks make backward passes")
         )
     assert output.isfinite().all() and torch.equal(output, other_output)
