@@ -220,7 +220,7 @@ class Shards(Processes):
         tasks, count = logits.shape[0], len(self.sizes)
         self.ranks.meet(
             ("gather", tasks, len(values), self._asked),
-            "ranks ask a sharded model for masks of different tasks, or make different calls of it: all make the same ones",
+            "ranks ask a sharded model for masks of different tasks, or make other calls of it: all make the same ones",
         )
         asked = logits.new_full((1,), 0 if torch.compiler.is_compiling() else self._asked)
         own, ends = _flat([logits, *values, asked]), len(values) + 1
