@@ -1,4 +1,4 @@
-"""The library itself, used as its trainer uses it."""
+"""The library itself, in a loop as its users write one. (The trainer begins its backward pass at the parts of the loss.)"""
 
 import torch
 import torch.nn.functional as F
