@@ -119,7 +119,7 @@ HM_INLINE double sum_of_blocks(const DenseLayer& d, int64_t begin, int64_t end, 
   double total = 0;
   for (int64_t row = begin; row < end; row += Products::kRows) {
     const int rows = static_cast<int>(end - row < Products::kRows ? end - row : Products::kRows);
-    Ahead ahead = Ahead::of_block(d, row, Products::kRows, hidden);
+    AheadOfProducts ahead = AheadOfProducts::of_block(d, row, Products::kRows, hidden);
     total += f(row, rows, ahead);
   }
   return total;
@@ -138,7 +138,7 @@ HM_INLINE Products products_in(const DenseLayer& d, float* scratch) {
 template <class Products>
 double value_by(const DenseLayer& d, int64_t begin, int64_t end, float* scratch) {
   const Products products = products_in<Products>(d, scratch);
-  return sum_of_blocks<Products>(d, begin, end, false, [&](int64_t row, int rows, Ahead& ahead) HM_LAMBDA {
+  return sum_of_blocks<Products>(d, begin, end, false, [&](int64_t row, int rows, AheadOfProducts& ahead) HM_LAMBDA {
     Products::dot_products(products, d, row, rows, scratch, ahead);
     return residuals<Products::kRows>(d, row, rows, scratch);
   });
@@ -147,7 +147,7 @@ double value_by(const DenseLayer& d, int64_t begin, int64_t end, float* scratch)
 template <class Products>
 double residuals_by(const DenseLayer& d, int64_t begin, int64_t end, float* scratch, float* out) {
   const Products products = products_in<Products>(d, scratch);
-  return sum_of_blocks<Products>(d, begin, end, false, [&](int64_t row, int rows, Ahead& ahead) HM_LAMBDA {
+  return sum_of_blocks<Products>(d, begin, end, false, [&](int64_t row, int rows, AheadOfProducts& ahead) HM_LAMBDA {
     Products::dot_products(products, d, row, rows, scratch, ahead);
     return write_residuals<Products::kRows>(d, row, rows, scratch, out);
   });
@@ -156,20 +156,22 @@ double residuals_by(const DenseLayer& d, int64_t begin, int64_t end, float* scra
 // The weight's gradient of a block's rows, and what becomes of it.
 template <class Products>
 HM_INLINE void step_rows_of(const Products& products, const DenseLayer& d, int64_t row, int rows, const float* factors,
-                            float* gradients, Ahead& ahead) {
+                            float* gradients, bool hidden) {
+  const AheadOfStep ahead = AheadOfStep::of_block(d, Products::kRows, hidden);
   if (d.grad_weight) {
-    Products::weight_gradient(products, d, rows, factors, WriteGradient{d.grad_weight}, row * d.width, ahead);
+    Products::weight_gradient(products, d, rows, factors, WriteGradient{d.grad_weight}, row * d.width);
   } else if (d.weight_out && (Products::kBuffered || d.rounded_m || d.width <= kManyWidth)) {
     const int at_once = step_rows(d);
+    const bool near = next_block_in_l1(d, Products::kRows);
     for (int r = 0; r < rows; r += at_once) {
       const int now = rows - r < at_once ? rows - r : at_once;
-      Products::weight_gradient(products, d, now, factors + r, WriteGradient{gradients}, 0, ahead);
-      step_weight(d, gradients, (row + r) * d.width, now * d.width, ahead);
+      Products::weight_gradient(products, d, now, factors + r, WriteGradient{gradients}, 0);
+      step_weight(d, gradients, (row + r) * d.width, now * d.width, ahead, near);
     }
   } else if constexpr (!Products::kBuffered) {  // moments in float32 of a wide layer: the memory decides
     if (d.weight_out) {
-      const StepAdam<float> step{d.weight_out, d.weight_m, d.weight_v, d.adam, {}};
-      Products::weight_gradient(products, d, rows, factors, step, row * d.width, ahead);
+      const StepAdam<float> step{d.weight_out, d.weight_m, d.weight_v, d.adam, {}, ahead};
+      Products::weight_gradient(products, d, rows, factors, step, row * d.width);
     }
   }
 }
@@ -180,7 +182,7 @@ double pass_by(const DenseLayer& d, int64_t begin, int64_t end, float* factors, 
   const Products products = products_in<Products>(d, factors);
   float* gradients = gradients_in<Products>(d, factors);
   return sum_of_blocks<Products>(
-      d, begin, end, grad_hidden != nullptr, [&](int64_t row, int rows, Ahead& ahead) HM_LAMBDA {
+      d, begin, end, grad_hidden != nullptr, [&](int64_t row, int rows, AheadOfProducts& ahead) HM_LAMBDA {
         double drift = 0;
         if (d.factors) {
           scaled_factors<kRows>(d, row, rows, factors);
@@ -191,7 +193,7 @@ double pass_by(const DenseLayer& d, int64_t begin, int64_t end, float* factors, 
         }
         if (grad_hidden) Products::hidden_gradient(products, d, row, rows, factors, grad_hidden, ahead);
         if (d.grad_bias) bias_gradient<kRows>(d, rows, factors, d.grad_bias + row);
-        step_rows_of(products, d, row, rows, factors, gradients, ahead);
+        step_rows_of(products, d, row, rows, factors, gradients, grad_hidden != nullptr);
         if (d.bias_out) {
           bias_gradient<kRows>(d, rows, factors, gradients);
           step_bias(d, gradients, row, rows);

@@ -116,14 +116,14 @@ struct FewTasks {
 
   // factors[j][r] = W_r . h_j for the drift tasks and the rows of a block.
   HM_INLINE void dot_products(const FewTasks& p, const DenseLayer& d, int64_t row, int rows, float* factors,
-                              Ahead& ahead) {
+                              AheadOfProducts& ahead) {
     const float* w = d.weight + row * d.width;
     int r = 0;
     for (; r + 4 <= rows; r += 4) {
       for_tiles(p.dot_tasks, [&](auto tasks, int64_t j) HM_LAMBDA {
         dots<tasks.value>(w + r * d.width, d.width, d.hidden + j * d.padded, d.padded, factors + j * kBlockRows + r);
       });
-      Ahead::advance(ahead, 4 * d.width * d.drift_tasks);
+      AheadOfProducts::advance(ahead, 4 * d.width * d.drift_tasks);
     }
     for (; r < rows; ++r) {
       for (int64_t j = 0; j < d.drift_tasks; ++j) {
@@ -134,7 +134,7 @@ struct FewTasks {
 
   // grad_hidden[j] += sum_r g[j][r] W_r.
   HM_INLINE void hidden_gradient(const FewTasks& p, const DenseLayer& d, int64_t row, int rows, const float* factors,
-                                 float* grad_hidden, Ahead& ahead) {
+                                 float* grad_hidden, AheadOfProducts& ahead) {
     const float* w = d.weight + row * d.width;
     const int rest = static_cast<int>(d.width % kLanes);
     for_tiles(p.hidden_tasks, [&](auto tasks, int64_t j) HM_LAMBDA {
@@ -146,7 +146,7 @@ struct FewTasks {
         } else {
           hidden_tile<tasks.value, columns.value, false>(w + c * kLanes, d.width, rows, g, out, d.padded, rest);
         }
-        Ahead::advance(ahead, rows * tasks.value * columns.value * kLanes);
+        AheadOfProducts::advance(ahead, rows * tasks.value * columns.value * kLanes);
       });
     });
   }
@@ -154,14 +154,13 @@ struct FewTasks {
   // The gradients sum_j g[j][r] h_j of rows whose first entry is `at`, given `to`.
   template <class To>
   HM_INLINE void weight_gradient(const FewTasks& p, const DenseLayer& d, int rows, const float* factors, To to,
-                                 int64_t at, Ahead& ahead) {
+                                 int64_t at) {
     const auto tiles = [&](auto many, int r) HM_LAMBDA {
       for_tiles(p.outer_columns, [&](auto columns, int64_t c) HM_LAMBDA {
         outer_tile<many.value, columns.value>(factors + r, d.tasks, d.hidden + c * kLanes, d.padded, to,
                                               at + r * d.width + c * kLanes, d.width,
                                               d.width - (c + columns.value - 1) * kLanes);
       });
-      Ahead::advance(ahead, many.value * d.width * (d.tasks + To::kWork));
     };
     int r = 0;
     for (; r + 2 <= rows; r += 2) tiles(Size<2>{}, r);

@@ -130,20 +130,20 @@ struct ManyTasks {
 
   // As FewTasks::dot_products. Not inlined into each of its callers, as its tiles take long to compile.
   static __attribute__((noinline)) void dot_products(const ManyTasks& p, const DenseLayer& d, int64_t row, int rows,
-                                                     float* factors, Ahead& ahead) {
+                                                     float* factors, AheadOfProducts& ahead) {
     pack_columns(d.weight + row * d.width, d.width, d.padded, rows, p.by_columns);
     for_tiles(Tiles<kPanels>::of((rows + kLanes - 1) / kLanes), [&](auto panels, int64_t first) HM_LAMBDA {
       const float* panel = p.by_columns + first * kLanes * d.padded;
       for_tiles<kPanelTasks / 2 + 1>(p.dot_tasks, [&](auto tasks, int64_t j) HM_LAMBDA {
         panel_dots<tasks.value, panels.value>(panel, d.width, d.hidden + j * d.padded, d.padded,
                                               factors + j * kRows + first * kLanes);
-        Ahead::advance(ahead, panels.value * kLanes * tasks.value * d.width);
+        AheadOfProducts::advance(ahead, panels.value * kLanes * tasks.value * d.width);
       });
     });
   }
 
   HM_INLINE void hidden_gradient(const ManyTasks& p, const DenseLayer& d, int64_t row, int rows, const float* factors,
-                                 float* grad_hidden, Ahead& ahead) {
+                                 float* grad_hidden, AheadOfProducts& ahead) {
     pack_rows(d.weight + row * d.width, d.width, d.padded, rows, p.by_rows);
     for_tiles(p.columns, [&](auto columns, int64_t c) HM_LAMBDA {
       for_tiles<kLeastTasks>(p.hidden_tasks, [&](auto tasks, int64_t j) HM_LAMBDA {
@@ -156,13 +156,13 @@ struct ManyTasks {
             store(out, load(out) + sum[a][b]);
           }
         }
-        Ahead::advance(ahead, rows * tasks.value * columns.value * kLanes);
+        AheadOfProducts::advance(ahead, rows * tasks.value * columns.value * kLanes);
       });
     });
   }
 
   HM_INLINE void weight_gradient(const ManyTasks& p, const DenseLayer& d, int rows, const float* factors,
-                                 WriteGradient to, int64_t at, Ahead& ahead) {
+                                 WriteGradient to, int64_t at) {
     for_tiles(p.columns, [&](auto columns, int64_t c) HM_LAMBDA {
       for_tiles(Tiles<kTile>::of(rows), [&](auto many, int64_t r) HM_LAMBDA {
         Vec sum[many.value][columns.value];
@@ -173,7 +173,6 @@ struct ManyTasks {
             WriteGradient::take(to, sum[a][b], at + (r + a) * d.width + column, d.width - column);
           }
         }
-        Ahead::advance(ahead, many.value * columns.value * kLanes * d.tasks);
       });
     });
   }

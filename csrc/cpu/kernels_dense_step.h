@@ -11,7 +11,6 @@ constexpr int kStepVectors = 2;
 // What becomes of a gradient where it is made: written, or Adam on the entry at once. `at` counts from the layer's
 // first entry, or the buffer's.
 struct WriteGradient {
-  static constexpr int kWork = 0;
   float* grad;
   HM_INLINE void take(WriteGradient to, Vec grad, int64_t at, int64_t count) { store_up_to(to.grad + at, grad, count); }
 };
@@ -23,19 +22,25 @@ struct StepAdam {
   Moment *m, *v;
   AdamStep step;
   Draws draws;  // that moments in bfloat16 are rounded by
-  static constexpr int kWork = kAdamWork;
+  AheadOfStep ahead;
 
   HM_INLINE void take(StepAdam to, Vec grad, int64_t at, int64_t count) {
-    take_several(to, Several<Vec, 1>{{grad}}, at, count);
+    take_several<false>(to, Several<Vec, 1>{{grad}}, at, count);
   }
 
   // kCount vectors from entry `at` on, of the last one `last` entries. Side by side: one vector's root and quotient
   // take so long that the processor's queues would be full of what waits for them.
-  template <int kCount>
+  template <bool kL1, int kCount>
   HM_INLINE void take_several(StepAdam to, Several<Vec, kCount> g, int64_t at, int64_t last) {
     using Vecs = Several<Vec, kCount>;
     float* w = to.w + at;
     Moment *m = to.m + at, *v = to.v + at;
+    constexpr int kMomentLine = 64 / sizeof(Moment);
+    HM_EACH(i, kCount) ask<kL1>(w + to.ahead.weight + i * kLanes);
+    for (int i = 0; i < kCount * kLanes; i += kMomentLine) {
+      ask<kL1>(m + to.ahead.moments + i);
+      ask<kL1>(v + to.ahead.moments + i);
+    }
     const auto in = [&](int i) HM_LAMBDA { return i < kCount - 1 ? int64_t{kLanes} : last; };
     Vecs wi, mi, vi;
     HM_EACH(i, kCount) mi.part[i] = load_up_to(m + i * kLanes, in(i));
@@ -57,32 +62,40 @@ struct StepAdam {
     }
   }
 
-  static __attribute__((noinline)) void all(StepAdam to, const float* grad, int64_t at, int64_t count, Ahead& kept) {
+  template <bool kL1>
+  static __attribute__((noinline)) void all(StepAdam to, const float* grad, int64_t at, int64_t count) {
     constexpr int kCount = kStepVectors, kEntries = kCount * kLanes;
-    Ahead ahead = kept;  // in registers: the stores could change the other
     int64_t i = 0;
     for (; i + kEntries <= count; i += kEntries) {
       Several<Vec, kCount> g;
       HM_EACH(k, kCount) g.part[k] = load(grad + i + k * kLanes);
-      take_several(to, g, at + i, kLanes);
-      Ahead::advance(ahead, kEntries * kAdamWork);
+      take_several<kL1>(to, g, at + i, kLanes);
     }
-    for (; i < count; i += kLanes) take(to, load_up_to(grad + i, count - i), at + i, count - i);
-    kept = ahead;
+    for (; i < count; i += kLanes) {
+      take_several<kL1>(to, Several<Vec, 1>{{load_up_to(grad + i, count - i)}}, at + i, count - i);
+    }
   }
 };
 
+template <class Moment>
+HM_INLINE void step_all(const StepAdam<Moment>& to, const float* grad, int64_t at, int64_t count, bool near) {
+  near ? StepAdam<Moment>::template all<true>(to, grad, at, count)
+       : StepAdam<Moment>::template all<false>(to, grad, at, count);
+}
+
 // Steps `count` entries of the layer's weight from entry `at` on.
-HM_INLINE void step_weight(const DenseLayer& d, const float* grad, int64_t at, int64_t count, Ahead& ahead) {
+HM_INLINE void step_weight(const DenseLayer& d, const float* grad, int64_t at, int64_t count, AheadOfStep ahead,
+                           bool near) {
   if (d.rounded_m) {
-    StepAdam<Bfloat16>::all({d.weight_out, d.rounded_m, d.rounded_v, d.adam, d.draws}, grad, at, count, ahead);
+    const StepAdam<Bfloat16> step{d.weight_out, d.rounded_m, d.rounded_v, d.adam, d.draws, ahead};
+    step_all(step, grad, at, count, near);
   } else {
-    StepAdam<float>::all({d.weight_out, d.weight_m, d.weight_v, d.adam, {}}, grad, at, count, ahead);
+    step_all(StepAdam<float>{d.weight_out, d.weight_m, d.weight_v, d.adam, {}, ahead}, grad, at, count, near);
   }
 }
 
 HM_INLINE void step_bias(const DenseLayer& d, const float* grad, int64_t row, int rows) {
-  const StepAdam<float> step{d.bias_out, d.bias_m, d.bias_v, d.adam, {}};
+  const StepAdam<float> step{d.bias_out, d.bias_m, d.bias_v, d.adam, {}, {}};
   for (int r = 0; r < rows; r += kLanes) {
     StepAdam<float>::take(step, load_up_to(grad + r, rows - r), row + r, rows - r);
   }

@@ -11,8 +11,7 @@ namespace {
 // For lambdas in the inner loops: as calls they would cost as much as a narrow layer's whole product.
 #define HM_LAMBDA __attribute__((always_inline))
 
-constexpr int kLine = 16;      // floats in a cache line
-constexpr int kAdamWork = 12;  // Adam on an entry takes about as long as this many multiply-adds
+constexpr int kLine = 16;  // floats in a cache line
 
 template <int kN>
 struct Size {
@@ -56,53 +55,69 @@ HM_INLINE void for_tiles(const Tiles<kMax>& tiles, const F& f) {
   }
 }
 
-// Asks for a later block of W, m and v a few cache lines at a time, in step with the work on this one: so the memory is
-// busy all through the block, not only where the block itself reads and writes. Narrow layers' next block comes into
-// the L1 cache; where that can't hold it beside this one, the block after the next comes into L2, as more lines can be
-// under way there.
-class Ahead {
+// A later block of rows is asked for while this one is worked on, so that the memory is busy all the time: its weights
+// a few cache lines at a time in step with the products (AheadOfProducts), its moments by each vector of Adam's that
+// steps this one's (AheadOfStep).
+//
+// Narrow layers' next block comes into the L1 cache; where that can't hold it beside this one, a later block comes into
+// L2, as more lines can be under way there. The L1 cache has 32768 bytes and holds other things as well.
+constexpr int64_t kNear = 20480;               // bytes of two blocks
+constexpr int kFarProducts = 2, kFarStep = 3;  // blocks
+
+HM_INLINE bool next_block_in_l1(const DenseLayer& d, int rows) {
+  const int64_t bytes = d.weight_out ? (d.rounded_m ? 8 : 12) : 4;  // of an entry
+  return 2 * bytes * rows * d.width <= kNear;
+}
+
+template <bool kL1>
+HM_INLINE void ask(const void* p) {
+  __builtin_prefetch(p, 0, kL1 ? 3 : 2);
+}
+
+HM_INLINE int64_t products_of_pass(const DenseLayer& d, bool hidden) {
+  return (d.factors ? 0 : d.drift_tasks) + (hidden ? d.tasks : 0);
+}
+
+// Whether the products ask for the weights, or Adam does. One task's hidden gradient alone is over too soon.
+HM_INLINE bool products_ask(const DenseLayer& d, bool hidden) {
+  return !d.weight_out || products_of_pass(d, hidden) > 1;
+}
+
+class AheadOfProducts {
  public:
   // Of `rows` rows from `row` on. hidden: whether the hidden vectors' gradient is part of the work.
-  HM_INLINE Ahead of_block(const DenseLayer& d, int64_t row, int rows, bool hidden) {
-    Ahead a;
-    a.arrays_ = d.weight_out ? 3 : 1;
-    a.halves_ = d.rounded_m != nullptr;
-    const int64_t bytes = d.weight_out ? (a.halves_ ? 8 : 12) : 4;  // of an entry
-    a.near_ = 2 * bytes * rows * d.width <= (a.halves_ ? kNearHalves : kNear);
-    const int64_t later = (row + (a.near_ ? 1 : 2) * rows) * d.width;
-    a.array_[0] = reinterpret_cast<const char*>(d.weight + later);
-    a.array_[1] =
-        reinterpret_cast<const char*>(a.halves_ ? static_cast<const void*>(d.rounded_m + later) : d.weight_m + later);
-    a.array_[2] =
-        reinterpret_cast<const char*>(a.halves_ ? static_cast<const void*>(d.rounded_v + later) : d.weight_v + later);
-    a.lines_ = rows * d.width / kLine;
-    const int64_t products = (d.factors ? 0 : d.drift_tasks) + (hidden ? d.tasks : 0);
-    const int64_t weights = d.weight_out ? d.tasks + kAdamWork : d.grad_weight ? d.tasks : 0;
-    a.work_ = rows * d.width * (products + weights);
-    if (a.work_ == 0) a.work_ = 1;  // no tasks: there is nothing to do in the meantime
+  HM_INLINE AheadOfProducts of_block(const DenseLayer& d, int64_t row, int rows, bool hidden) {
+    AheadOfProducts a;
+    a.near_ = next_block_in_l1(d, rows);
+    a.next_ = d.weight + (row + (a.near_ ? 1 : kFarProducts) * rows) * d.width;
+    a.lines_ = products_ask(d, hidden) ? rows * d.width / kLine : 0;
+    a.work_ = rows * d.width * products_of_pass(d, hidden);
     return a;
   }
 
   // `work` more multiply-adds are done.
-  HM_INLINE void advance(Ahead& a, int64_t work) {
+  HM_INLINE void advance(AheadOfProducts& a, int64_t work) {
     a.done_ += work * a.lines_;
     for (; a.asked_ < a.lines_ && a.asked_ * a.work_ < a.done_; ++a.asked_) {
-      const int arrays = a.halves_ && a.asked_ % 2 ? 1 : a.arrays_;  // with half as many lines of the others
-      for (int i = 0; i < arrays; ++i) {
-        const char* line = a.array_[i] + (i && a.halves_ ? a.asked_ / 2 : a.asked_) * 64;
-        a.near_ ? __builtin_prefetch(line, 0, 3) : __builtin_prefetch(line, 0, 2);
-      }
+      const float* line = a.next_ + a.asked_ * kLine;
+      a.near_ ? ask<true>(line) : ask<false>(line);
     }
   }
 
  private:
-  // Bytes; the L1 cache has 32768 and holds other things as well. With moments in bfloat16 more of it pays, as less is
-  // waited for: the arithmetic is the same for fewer bytes.
-  static constexpr int64_t kNear = 20480, kNearHalves = 25600;
-  const char* array_[3];
-  int arrays_;
-  bool near_, halves_;  // halves_: the moments are in bfloat16
+  const float* next_;
+  bool near_;
   int64_t lines_, work_, done_ = 0, asked_ = 0;
+};
+
+// How many entries beyond those that Adam steps the layer's memory is asked for.
+struct AheadOfStep {
+  int64_t weight, moments;  // 0: not asked for here
+
+  HM_INLINE AheadOfStep of_block(const DenseLayer& d, int rows, bool hidden) {
+    const int64_t entries = (next_block_in_l1(d, rows) ? 1 : kFarStep) * rows * d.width;
+    return {products_ask(d, hidden) ? 0 : entries, entries};
+  }
 };
 
 }  // namespace
