@@ -127,6 +127,7 @@ class Processes:
     def mean(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors' means over all processes, in one all-reduce."""
         flat = _flat(tensors)
+        self.ranks.meet(("mean", [tensor.shape for tensor in tensors]))
         self.ranks.sum_(flat)
         return _parts(flat.div_(self.ranks.size), tensors)
 
@@ -217,6 +218,10 @@ class Shards(Processes):
 
     def gather(self, logits: Tensor, *values: Tensor) -> list[Tensor]:
         tasks, count = logits.shape[0], len(self.sizes)
+        self.ranks.meet(
+            ("gather", tasks, len(values), self._asked),
+            "ranks ask a sharded model for masks of different tasks, or make different calls of it: all make the same ones",
+        )
         asked = logits.new_full((1,), 0 if torch.compiler.is_compiling() else self._asked)
         own, ends = _flat([logits, *values, asked]), len(values) + 1
         lengths = [tasks * size + ends for size in self.sizes]
@@ -227,16 +232,12 @@ class Shards(Processes):
         return [self._of_same_tasks(whole, theirs), *(each.sum() for each in rest)]
 
     def _of_same_tasks(self, logits: Tensor, asked: Tensor) -> Tensor:
-        """The logits; where ranks have generated those of different tasks InputError, on a GPU NaN: no wait there."""
-        differ = asked != asked[0]
-        if logits.device.type != "cpu" or torch.compiler.is_compiling():
-            return logits.masked_fill(differ.any(), float("nan"))
-        if differ.any():
-            raise InputError("ranks ask a sharded model for masks of different tasks: all of them make the same calls")
-        return logits
+        """The logits; NaN on a GPU where ranks have generated those of different tasks, which it can't wait to tell."""
+        return logits if logits.device.type == "cpu" else logits.masked_fill((asked != asked[0]).any(), float("nan"))
 
     def means(self, grad: Tensor, *values: Tensor) -> list[Tensor]:
         tasks, count, scalars = grad.shape[0], len(self.sizes), [value.reshape(1) for value in values]
+        self.ranks.meet(("means", tasks, len(values), self._asked))
         parts = [piece for part in grad.split(self.sizes, 1) for piece in (part.reshape(-1), *scalars)]
         lengths = [tasks * size + len(values) for size in self.sizes]
         received = self._all_to_all(torch.cat(parts), lengths, [lengths[self.number]] * count)
@@ -255,6 +256,7 @@ class Shards(Processes):
 
     def sums(self, *tensors: Tensor) -> list[Tensor]:
         flat = _flat(tensors)
+        self.ranks.meet(("sums", [tensor.shape for tensor in tensors], self._asked))
         self._all_reduce(flat, self.owners)
         return _parts(flat, tensors)
 

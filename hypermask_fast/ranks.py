@@ -1,6 +1,7 @@
 """The processes that train or save one model together, and what they tell each other."""
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,28 @@ class Ranks:
             values = tensor.contiguous()
             dist.broadcast(values, src=source, group=self.group)
             tensor.copy_(values)
+
+    def meet(self, exchange: Any, different: str = "") -> None:
+        """Before an exchange of tensors: sees that all ranks have come to the same one.
+
+        Ranks that are not in the same call would wait for each other without end, or take what was sent for something
+        else. Only on CPUs, by a number of each rank: on GPUs it would be a wait for the device.
+
+        Args:
+            exchange: what it is and of which sizes, the same on all ranks; compared by its repr.
+            different: what is told where it is not.
+
+        Raises:
+            InputError: on all ranks, where they are about to exchange different things.
+        """
+        if not self.several or self.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        mine = torch.tensor([zlib.crc32(repr(exchange).encode())])
+        if bool((self.gathered(mine) != mine).any()):
+            raise InputError(
+                different
+                or "ranks make different calls of a model: all make the same ones, of the same tasks, in the same order"
+            )
 
     # -- words ----------------------------------------------------------------------------------------------------
 

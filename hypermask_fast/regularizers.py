@@ -69,6 +69,15 @@ class DriftConfig:
             return cross_entropy + self.loss(drifts, task)
         return cross_entropy.add(drifts.output, alpha=scales[0]).add(drifts.weight, alpha=scales[1])
 
+    def slopes(self, cross_entropy: Tensor, drifts: "Drifts", task: int) -> list[Tensor]:
+        """Derivatives of `added_to` by cross_entropy, output drift and weight drift: constants, scalars."""
+        parts = cross_entropy, *drifts
+        scales = 1.0, self.output_scale(task), self.weight_scale(task)
+        return [
+            part.new_full((), scale if scale <= torch.finfo(part.dtype).max else inf)
+            for part, scale in zip(parts, scales, strict=True)
+        ]
+
 
 class Drifts(NamedTuple):
     """Both drifts, unscaled scalars: `output` is R summed over earlier tasks, `weight` is D."""

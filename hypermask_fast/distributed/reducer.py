@@ -1,7 +1,6 @@
 """Means over the ranks of all gradients outside of the hypernetworks, at the end of every backward pass."""
 
 import weakref
-import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,6 @@ from ..model import HyperMask
 from ..ranks import Ranks
 from ..wrapping import active_ddp, is_dtensor
 
-_BITS = 32  # that stand for which tasks a pass was of
 _copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
 
@@ -157,11 +155,16 @@ class Reducer:
             self._average(kind, some, statistics, tasks)
 
     def _average(self, kind: Any, parameters: list[Tensor], statistics: list[Tensor], tasks: tuple[int, ...]) -> None:
-        """One all-reduce: gradients, running statistics, of each gradient whether there is one, and the tasks."""
+        """One all-reduce: gradients, running statistics, and of each gradient whether there is one."""
         everything = [*parameters, *statistics]
-        sizes = [*(tensor.numel() for tensor in everything), len(parameters), _BITS]
+        sizes = [*(tensor.numel() for tensor in everything), len(parameters)]
+        self.ranks.meet(
+            ("gradients", kind[0], sizes, tasks),
+            f"ranks make backward passes of different tasks, here of {', '.join(map(str, tasks)) or 'none'}: all ranks "
+            "train one task at a time together, or samples of several by model(x, tasks)",
+        )
         flat = self._buffer(kind, sum(sizes))
-        *parts, has, bits = flat.split(sizes)
+        *parts, has = flat.split(sizes)
         parts = [part.view(tensor.shape) for part, tensor in zip(parts, everything, strict=True)]
         missing = []
         for number, (part, parameter) in enumerate(zip(parts, parameters, strict=False)):
@@ -177,14 +180,7 @@ class Reducer:
         has.fill_(1)
         if missing:
             has[missing] = 0
-        code = zlib.crc32(repr(tasks).encode())
-        bits.copy_(torch.tensor([code >> number & 1 for number in range(_BITS)]), non_blocking=True)
         self.ranks.mean_(flat)
-        if not bits.is_cuda and not ((bits < 0.5 / self.ranks.size) | (bits > 1 - 0.5 / self.ranks.size)).all():
-            raise InputError(
-                f"ranks make backward passes of different tasks, here of {', '.join(map(str, tasks)) or 'none'}: all "
-                "ranks train one task at a time together, or samples of several by model(x, tasks)"
-            )
         _copy_each([*grads, *statistics], filled)
         if missing:  # only then are the flags looked at: on a GPU that is a wait
             for number, others_have in zip(missing, (has[missing] > 0).tolist(), strict=True):

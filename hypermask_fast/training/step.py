@@ -4,7 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count
 
 import torch
@@ -15,6 +15,7 @@ from ..data import Split, TensorSplit
 from ..data.splits import Batch
 from ..distributed import share
 from ..model import HyperMask
+from ..regularizers import Drifts
 from .world import ALONE, World
 
 Values = dict[str, Tensor]
@@ -34,6 +35,7 @@ class TaskWork:
             batch's.
         seed, start: of the run; the task's iteration at which the first step is. They decide the ranks' own noise.
         drift_tasks: how many earlier tasks each step draws for the output drift; None: all.
+        slopes: `DriftConfig.slopes`, once the first step has made them.
     """
 
     model: HyperMask
@@ -47,6 +49,7 @@ class TaskWork:
     seed: int = 0
     start: int = 0
     drift_tasks: int | None = None
+    slopes: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def step(self, x: Tensor, y: Tensor, ranks: Tensor, weight: float = 1.0) -> Values:
         """One step on a batch; its loss and the loss's parts, scalars on the device, as they were before it.
@@ -61,9 +64,8 @@ class TaskWork:
         if weight != 1:
             cross_entropy = weight * cross_entropy
         drifts = model.drifts(mask)
-        loss = model.drift.added_to(cross_entropy, drifts, self.task)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self._backward(cross_entropy, drifts)
         self.optimizer.step()
         with torch.no_grad():  # only now does a factored gradient know the output drift
             loss = model.drift.added_to(cross_entropy, drifts, self.task)
@@ -73,6 +75,15 @@ class TaskWork:
             "output_drift": drifts.output.detach(),
             "weight_drift": drifts.weight.detach(),
         }
+
+    def _backward(self, cross_entropy: Tensor, drifts: Drifts) -> None:
+        """The backward pass of the loss, begun at its parts: adding them up beforehand and scaling their gradients
+        would be five launches on a GPU, for numbers that are the same in every step."""
+        if not self.slopes:
+            self.slopes.extend(self.model.drift.slopes(cross_entropy, drifts, self.task))
+        roots = [(cross_entropy, self.slopes[0])]  # a first task's drifts are plain zeros
+        roots += [(drift, slope) for drift, slope in zip(drifts, self.slopes[1:], strict=True) if drift.requires_grad]
+        torch.autograd.backward([root for root, _ in roots], [slope for _, slope in roots])
 
     def _autocast(self) -> AbstractContextManager:
         if self.precision == "float32":

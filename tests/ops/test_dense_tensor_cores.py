@@ -78,6 +78,43 @@ def test_small_and_large_numbers_keep_their_digits(backend, size):
 
 
 @on_gpus
+@pytest.mark.parametrize("of", ["factors", "weight"])
+def test_numbers_of_22_bits_lose_nothing(backend, of):
+    """Two halves of 11 bits hold them; where one had a bit fewer, or were left out, the last digits would go."""
+    tasks = torch.arange(30)
+    rows, digits = 2 * tasks, torch.randint(2**21, 2**22, (70, 36)).float()
+    factors, weight, expected = torch.zeros(30, 70), digits, digits[rows]
+    factors[tasks, rows] = 1
+    if of == "factors":
+        factors[tasks, rows], weight = digits[rows, 0], torch.ones(70, 36)
+        expected = digits[rows, :1].expand(30, 36)
+    found, _ = backend.hidden_gradient(*sent(backend, (factors, torch.ones(30), weight)))
+    assert torch.equal(found.cpu(), expected)
+
+
+@on_gpus
+@pytest.mark.parametrize("tasks", [23, 24])
+def test_tensor_cores_begin_at_24_tasks(backend, tasks):
+    """Multiply-adds keep all 24 bits of a number, two halves of 11 bits do not: so each shows that it was there."""
+    rows = torch.arange(tasks)
+    weight, factors = torch.randint(2**23, 2**24, (70, 36)).float(), torch.zeros(tasks, 70)
+    factors[rows, rows] = 1
+    found, _ = backend.hidden_gradient(*sent(backend, (factors, torch.ones(tasks), weight)))
+    assert torch.equal(found.cpu(), weight[:tasks]) == (tasks < 24)
+    assert_close(found, weight[:tasks].double(), backend.kind("dense"))
+
+
+@on_gpus
+def test_many_tasks_of_a_layer_that_begins_between_16_bytes(backend):
+    """Fragments and copies of 16 bytes would not be aligned: multiply-adds serve it."""
+    weight, _, _, targets, _ = dense_problem(70, 36, 30)
+    (memory,) = sent(backend, (torch.zeros(70 * 36 + 1),))
+    shifted = memory[1:].view(70, 36).copy_(weight)
+    found, _ = backend.hidden_gradient(*sent(backend, (targets, torch.ones(30))), shifted)
+    assert_close(found, targets.double() @ weight.double(), backend.kind("dense"))
+
+
+@on_gpus
 def test_many_tasks_that_have_not_moved_are_not_stepped(backend):
     """To the bit: residuals are made as `hypernet_logits` makes logits, however the gradients are."""
     weight, bias, hidden, _, _ = (x.to(backend.device) for x in (*dense_problem(203, 100, 40)[:4], ONE))
