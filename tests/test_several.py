@@ -123,6 +123,20 @@ def test_what_all_runs_would_be_refused_is_told_once_and_starts_none(tmp_path, r
         assert not out.parent.exists()
 
 
+def test_runs_that_go_on_have_the_folder_of_their_data(tmp_path, monkeypatch):
+    """It is in each run's own configuration, and need not be given again."""
+    own, out, started = tmp_path / "mine.py", tmp_path / "out", []
+    own.write_text(DATA + "def in_folder(data_dir):\n    return tasks() if data_dir.is_dir() else None\n")
+    words = ["--scenario", f"{own}:in_folder"]
+    assert train(out / "seed-0", *words, "--seed", "0", "--data-dir", str(tmp_path)) == 0
+    for path in (out / "seed-0").iterdir():
+        if path.name != "config.toml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.setattr(several, "_trained", lambda arguments, out, runs, *_: started.extend(runs) or {})
+    assert train(out, *words, "--seeds", "0", "--resume") == 0
+    assert [run.name for run in started] == ["seed-0"]
+
+
 FOUND_LATE = """
 from hypermask_fast.data import DatasetSplit
 
