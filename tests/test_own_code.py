@@ -221,6 +221,14 @@ class Files(torch.utils.data.Dataset):
     def __len__(self): return 2
     def __getitem__(self, i): raise FileNotFoundError("gone")
 
+def later(label=1, size=6):
+    items = DatasetSplit([(torch.zeros(6), 0), (torch.zeros(size), label)])
+    return Scenario("s", (TaskData("", items, None, split()), TaskData("", split(), None, items)), (6,), 2)
+
+def later_label(): return later(label=2)
+def later_shape(): return later(size=7)
+def arrays(): return made(TensorSplit(torch.zeros(2, 6).numpy(), torch.tensor([0, 1])))
+def less_validated(): return Scenario("s", (TaskData("", split(), split(labels=(0, 0)), split()),) * 2, (6,), 2)
 def unread(): return Scenario("s", (TaskData("", DatasetSplit(Files()), None, split()),), (6,), 2)
 """
 
@@ -253,6 +261,9 @@ def unread(): return Scenario("s", (TaskData("", DatasetSplit(Files()), None, sp
         ("mine.py:untested", "task 1, test set: class 1 has no samples"),
         ("mine.py:untrained", "task 0, training set: class 0 has no samples"),
         ("mine.py:unread", "scenario mine.py:unread raised FileNotFoundError: gone (mine.py, line "),
+        ("mine.py:later_label", "labels must be 0 .. 1, found 2"),
+        ("mine.py:later_shape", "inputs of a dataset must share shape and dtype"),
+        ("mine.py:arrays", "mine.py:arrays: inputs must be (n, ...) uint8 or float32, not ndarray, which is no tensor"),
         ("mine.py:shapeless", "input_shape of s must list positive sizes, such as (1, 28, 28), not '6'"),
         ("mine.py:classless", "num_classes of s must be a whole number, 1 or more, not 2.0"),
         ("mine.py:pairs", "mine.py:pairs: the training data of task '' must be a split, "),
@@ -272,6 +283,13 @@ def test_scenarios_that_are_none(mine, refused, scenario, message):
     line = refused("train", "split-digits", "--out", "run", "--scenario", scenario, *TINY)
     assert message in line
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("scenario", ["later", "less_validated"])
+def test_scenarios_that_are_some(mine, scenario):
+    """Data that are read later; a validation set, which is only looked at, without samples of a class."""
+    mine.write_text(MINE + WRONG_SAMPLES)
+    assert cli.main(["train", "split-digits", "--out", "run", "--scenario", f"mine.py:{scenario}", *TINY]) == 0
 
 
 @pytest.mark.parametrize(

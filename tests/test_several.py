@@ -87,13 +87,63 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path, capsys):
 
 
 def test_runs_that_all_fail_leave_nothing(tmp_path, capsys):
-    assert cli.main(["train", "split-mnist", "--seeds", "0-1", "--jobs", "2", "--out", str(tmp_path / "out")]) == 2
+    own = tmp_path / "mine.py"
+    own.write_text(DATA + FOUND_LATE)
+    assert train(tmp_path / "out", "--scenario", f"{own}:found_late", "--seeds", "0-1", "--jobs", "2") == 2
     *each, last = capsys.readouterr().err.splitlines()
-    why = "split-mnist needs its data: give the folder (--data-dir)"
+    why = "inputs of a dataset must share shape and dtype"
     assert [line.startswith(f"seed-{seed}: error: {why}") for seed, line in enumerate(sorted(each))] == [True, True]
     assert last.startswith("hypermask-fast: error: 2 of 2 runs failed: seed-") and f" ({why}" in last
     assert last.count(why) == 1, "what is the same is told once"
-    assert "--resume" not in last and list(tmp_path.iterdir()) == []
+    assert "--resume" not in last and not any((tmp_path / "out").glob("*"))
+
+
+def test_what_all_runs_would_be_refused_is_told_once_and_starts_none(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(several.subprocess, "Popen", None)
+    own = tmp_path / "mine.py"
+    own.write_text(DATA + "def none(**settings): pass\n")
+    digits, out = ["split-digits", *TINY], tmp_path / "deep" / "out"
+    for words, why in [
+        (["split-mnist", "--seeds", "0-999"], "none of the 1000 runs can begin: split-mnist needs its data: give the"),
+        (
+            [*digits, "--seeds", "0-2", "--scenario", f"{own}:none"],
+            "none of the 3 runs can begin: scenario mine.py:none must return",
+        ),
+        (
+            [*digits, "--grid", "method.beta=0,1", "--network", f"{own}:none"],
+            "none of the 2 runs can begin: network mine.py:none must return",
+        ),
+        (
+            [*digits, "--grid", "target.name=zenkenet,resnet20", "--scenario", f"{own}:tasks"],
+            "none of the 2 runs can begin: target.name=zenkenet (target zenkenet takes images",
+        ),
+        ([*digits, "--grid", "target.name=mlp,vgg"], "unknown target network 'vgg'; there are mlp, resnet20, zenkenet"),
+    ]:
+        assert why in refused(*words, "--out", out)
+        assert not out.parent.exists()
+
+
+def test_runs_that_go_on_have_the_folder_of_their_data(tmp_path, monkeypatch):
+    """It is in each run's own configuration, and need not be given again."""
+    own, out, started = tmp_path / "mine.py", tmp_path / "out", []
+    own.write_text(DATA + "def in_folder(data_dir):\n    return tasks() if data_dir.is_dir() else None\n")
+    words = ["--scenario", f"{own}:in_folder"]
+    assert train(out / "seed-0", *words, "--seed", "0", "--data-dir", str(tmp_path)) == 0
+    for path in (out / "seed-0").iterdir():
+        if path.name != "config.toml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.setattr(several, "_trained", lambda arguments, out, runs, *_: started.extend(runs) or {})
+    assert train(out, *words, "--seeds", "0", "--resume") == 0
+    assert [run.name for run in started] == ["seed-0"]
+
+
+FOUND_LATE = """
+from hypermask_fast.data import DatasetSplit
+
+def found_late():
+    split = DatasetSplit([(torch.zeros(8 if i < 30 else 9), i % 2) for i in range(40)])
+    return Scenario("mine", (TaskData("0", split, None, split), TaskData("1", split, None, split)), (8,), 2)
+"""
 
 
 DATA = """

@@ -18,7 +18,7 @@ from ..training import comparison, own, plan, resume, study
 from ..training.config import CONFIG, LENGTHS, RunConfig, stored_config
 from ..training.interrupt import StopSignals
 from ..training.plan import Planned
-from ..training.run import check_free
+from ..training.run import build_model, check_free, read_scenario, with_data_dir
 from .command import EXIT_INPUT, PROGRAM, interrupted, tell
 
 SUMMARY = "summary.json"
@@ -74,6 +74,8 @@ def train(arguments: argparse.Namespace, preset: RunConfig, out: Path, settings:
     unfinished = _unfinished(arguments, preset, out, settings, runs)
     if len(unfinished) < len(runs):
         tell(f"{len(runs) - len(unfinished)} of {len(runs)} runs are finished already")
+    if not arguments.resume:
+        _check_any_can_begin(arguments, runs)
     with StopSignals() as signals:
         signals()  # from now on they are remembered
         try:
@@ -140,6 +142,24 @@ def _unfinished(
     for run in begun:
         resume.resumed_config(out / run.name, preset, {**settings, **run.settings})
     return [run for run in runs if not _is_finished(out, run)]
+
+
+def _check_any_can_begin(arguments: argparse.Namespace, runs: list[Planned]) -> None:
+    """Raises InputError where all of them would be refused their data or network, each in a process of its own.
+
+    One that can begin is enough: what stops another one is told when its turn comes, after which the others go on.
+    """
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        config, folder = run.config, arguments.data_dir or arguments.images
+        try:
+            config = config if folder is None else with_data_dir(config, folder)
+            build_model(config, read_scenario(config))
+            return
+        except InputError as error:
+            names.setdefault(str(error), []).append(run.name)
+    told = "; ".join(why if len(names) == 1 else f"{', '.join(each)} ({why})" for why, each in names.items())
+    raise InputError(f"none of the {len(runs)} runs can begin: {told}")
 
 
 def _is_finished(out: Path, run: Planned) -> bool:
@@ -236,4 +256,5 @@ def _sum_up(out: Path, runs: list[Planned]) -> None:
     groups = study.grouped(study.read_runs(finished))
     print(comparison.tables(groups))
     files = comparison.write(out, SUMMARY, groups)
-    print(f"\n{len(finished)} runs in {out}, summed up in {', '.join(file.name for file in files)}")
+    count = "1 run" if len(finished) == 1 else f"{len(finished)} runs"
+    print(f"\n{count} in {out}, summed up in {', '.join(file.name for file in files)}")

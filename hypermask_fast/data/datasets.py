@@ -66,13 +66,11 @@ def from_datasets(
             raise InputError(f"num_classes must be one number, or one per task: {len(tasks)}, not {len(num_classes)}")
         for t, classes in enumerate(num_classes):
             check_whole(f"num_classes of task {t}", classes, 1)
-        each, most = list(num_classes), max(num_classes)
-        tasks = [replace(task, num_classes=classes) for task, classes in zip(tasks, each, strict=True)]
+        most = max(num_classes)
+        tasks = [replace(task, num_classes=classes) for task, classes in zip(tasks, num_classes, strict=True)]
     else:
         most = _common_classes(tasks, num_classes)
-        each = [most] * len(tasks)
-    restricted = (_restricted(task, classes) for task, classes in zip(tasks, each, strict=True))
-    return Scenario(name, tuple(restricted), shape, most)
+    return Scenario(name, tuple(tasks), shape, most)
 
 
 def _split(dataset: Any, in_memory: bool, num_workers: int) -> Split:
@@ -123,11 +121,6 @@ def _common_classes(tasks: list[TaskData], num_classes: int | None) -> int:
                 " map each task's classes to 0, 1, ..., the same number in every task"
             )
     return classes
-
-
-def _restricted(task: TaskData, classes: int) -> TaskData:
-    """The task with labels checked as they are read to be 0 .. classes - 1; `Scenario` checks those in memory."""
-    return task.map(lambda split: replace(split, num_classes=classes) if isinstance(split, DatasetSplit) else split)
 
 
 def _labels(split: Split) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .checks import check_whole
-from .splits import Split, TensorSplit, empty_split
+from .splits import DatasetSplit, Split, TensorSplit, empty_split
 from .transforms import UNIT_SCALE, Transform
 
 PARTS = ("training", "validation", "test")
@@ -62,7 +62,7 @@ class Scenario:
 
     Args:
         name: for reports and checkpoints.
-        tasks: in the order they are learnt; at least one.
+        tasks: in the order they are learnt; at least one. The labels of a `DatasetSplit` are checked as they are read.
         input_shape: of one sample as the model gets it, without the batch.
         num_classes: outputs of the network: classes per task, or of the task that has most. A task's are labelled
             0 .. its number - 1.
@@ -92,6 +92,8 @@ class Scenario:
             for part, split in zip(PARTS, task.splits, strict=True):
                 if isinstance(split, TensorSplit) and split.device.type == "cpu" and len(split):
                     _check_labels(f"{self.label(t)}, {part} set", split.labels, classes)
+        restricted = (_restricted(task, classes) for task, classes in zip(self.tasks, self.classes, strict=True))
+        object.__setattr__(self, "tasks", tuple(restricted))
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -127,6 +129,17 @@ def check_filled(name: str, tasks: Sequence[TaskData]) -> None:
         for part, split in zip(PARTS, task.splits, strict=True):
             if len(split) == 0 and part != "validation":
                 raise InputError(f"{task_label(t, task.name)} of {name} has no {part} samples; it needs some")
+
+
+def _restricted(task: TaskData, classes: int) -> TaskData:
+    """The task with labels that are read later checked to be 0 .. classes - 1 as they are read."""
+
+    def restrict(split: Split) -> Split:
+        if not isinstance(split, DatasetSplit) or (split.num_classes or classes + 1) <= classes:
+            return split
+        return replace(split, num_classes=classes)
+
+    return task.map(restrict) if any(isinstance(split, DatasetSplit) for split in task.splits) else task
 
 
 def _check_labels(where: str, labels: Tensor, classes: int) -> None:

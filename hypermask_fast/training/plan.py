@@ -8,6 +8,7 @@ from itertools import product
 from ..errors import InputError
 from ..settings import LARGEST
 from .config import LENGTHS, RunConfig
+from .targets import check_name
 
 MOST = 1000  # runs of one command
 _SEEDS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
@@ -108,6 +109,7 @@ def planned(base: RunConfig, numbers: Sequence[int] | None, values: dict[str, li
     for combination in product(*values.values()):
         settings = dict(zip(values, combination, strict=True))
         config = base.with_values(settings)
+        check_name(config.target)
         folder = _NOT_IN_A_NAME.sub("_", ",".join(f"{key}={value}" for key, value in settings.items()))
         for seed in [None] if numbers is None else numbers:
             name = "/".join(part for part in (folder, "" if seed is None else f"seed-{seed}") if part)

@@ -202,17 +202,21 @@ def build_target(config: TargetConfig, input_shape: Sequence[int], num_classes: 
         InputError: an unknown name, an input shape the network cannot take, or a width or number below 1.
     """
     shape = tuple(input_shape)
-    own = own_code.is_own(config.name)
-    if config.name not in TARGETS and not own:
-        raise InputError(f"unknown target network {config.name!r}; there are {', '.join(TARGETS)}")
+    check_name(config)
     if not shape or min(shape) < 1:
         raise InputError(f"an input shape lists one or more positive sizes, not {shape}")
     if num_classes < 1:
         raise InputError(f"a target network needs at least 1 class, not {num_classes}")
     check_fields(config, "target")
-    if own:
+    if own_code.is_own(config.name):
         return _own(config, shape, num_classes)
     return TARGETS[config.name](config, shape, num_classes)
+
+
+def check_name(config: TargetConfig) -> None:
+    """Raises InputError unless `config` names a network of `TARGETS`, or has the form of a function of one's own."""
+    if config.name not in TARGETS and not own_code.is_own(config.name):
+        raise InputError(f"unknown target network {config.name!r}; there are {', '.join(TARGETS)}")
 
 
 def _own(config: TargetConfig, shape: tuple[int, ...], classes: int) -> nn.Module:

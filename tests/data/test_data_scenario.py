@@ -120,6 +120,21 @@ def test_a_tasks_labels_are_its_own_classes():
             Scenario("s", (TaskData("a", split, split, split, num_classes=wrong),), (1,), 5)
 
 
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_labels_that_are_read_later_are_checked_as_they_are_read(part):
+    """A label beyond the classes of its task would count as a sample that is never told right."""
+    fits, wrong = relabelled([0, 1, 0]), relabelled([0, 1, 2])
+    for own in (None, 3):
+        splits = {each: DatasetSplit(fits, num_classes=own) for each in ("train", "validation", "test")}
+        splits[part] = DatasetSplit(wrong, num_classes=own)
+        made = Scenario("s", [TaskData("a", **splits, num_classes=2)], (1, 2, 3), 4)
+        with pytest.raises(InputError, match="labels must be 0 .. 1, found 2"):
+            list(getattr(made.to("cpu").tasks[0], part).chunks(2))
+    stricter = Scenario("s", (TaskData("a", *[DatasetSplit(wrong, num_classes=2)] * 3),), (1, 2, 3), 4)
+    with pytest.raises(InputError, match="labels must be 0 .. 1, found 2"):
+        list(stricter.tasks[0].train.chunks(2))
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_datasets_of_several_sizes(in_memory):
     datasets = [(GOOD, None, GOOD), (relabelled([0, 1, 2]), None, relabelled([2, 0]))]

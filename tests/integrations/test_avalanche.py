@@ -1,17 +1,13 @@
 """HyperMask as a model and a strategy of Avalanche: `make test-integrations` has an environment for it."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.datasets import idx_bytes
-from torch import nn
 from torch.utils.data import DataLoader
 
 import hypermask_fast as hmf
@@ -19,20 +15,11 @@ from hypermask_fast import InputError
 
 pytest.importorskip("avalanche", reason="avalanche-lib is not installed: make test-integrations")
 
-from avalanche.benchmarks import (
-    benchmark_from_datasets,
-    class_incremental_benchmark,
-    split_online_stream,
-    with_task_labels,
-)
-from avalanche.benchmarks.utils.utils import concat_datasets
+from avalanche.benchmarks import split_online_stream, with_task_labels
 from avalanche.core import SupervisedPlugin
-from avalanche.models import IncrementalClassifier, MTSimpleMLP
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.supervised import Naive
 from support.avalanche_runs import TASKS, WIDTH, accuracies, benchmark, module, strategy
-
-from hypermask_fast.integrations.avalanche import HyperMaskModule, HyperMaskStrategy
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:No loggers specified")
@@ -243,160 +230,3 @@ def test_without_task_labels_experiences_are_tasks_and_evaluation_finds_them(met
     *_, (batch, _, _) = DataLoader(stream.test_stream[2].dataset, 16)
     expected = hmf.predict(model.hypermask, batch, method=method).task
     assert torch.equal(chosen[-1].task, expected)
-
-
-# -- what is refused ----------------------------------------------------------------------------------------------
-
-
-def sgd_of(module):
-    return torch.optim.SGD(module.parameters(), lr=1.0)
-
-
-def removed_task():
-    model = module()
-    model.hypermask.remove_task(1)
-    strategy(model).eval(benchmark().test_stream)
-
-
-def without_task_labels():
-    """An experience of one of Avalanche's newer benchmarks, which have none."""
-    whole = benchmark(False, False).train_stream
-    data = concat_datasets([experience.dataset for experience in whole])
-    return class_incremental_benchmark({"train": data}, num_experiences=TASKS).train_stream[0]
-
-
-def of_two_tasks():
-    data = concat_datasets([experience.dataset for experience in benchmark().train_stream[:2]])
-    return with_task_labels(benchmark_from_datasets(train=[data])).train_stream[0]
-
-
-def labels_leave_some_out():
-    stream = benchmark()
-    strategy(module(1)).train(stream.train_stream[2])
-
-
-REFUSED = {
-    "no HyperMask": (lambda: HyperMaskModule(nn.Linear(2, 2)), "HyperMaskModule takes a model, .*, not Linear"),
-    "a network of many heads": (
-        lambda: HyperMaskModule(hmf.HyperMask(MTSimpleMLP(WIDTH), 2)),
-        r"Avalanche changes the network \(MTSimpleMLP\) from task to task: .* plain network with one head",
-    ),
-    "a head that grows": (
-        lambda: HyperMaskModule(hmf.HyperMask(nn.Sequential(nn.Linear(2, 2), IncrementalClassifier(2)), 2)),
-        r"Avalanche changes 1 \(IncrementalClassifier\) from task to task",
-    ),
-    "a model that is not wrapped": (
-        lambda: HyperMaskStrategy(model=module().hypermask, optimizer=None),
-        r"model=HyperMaskModule\(model\)",
-    ),
-    "another model": (
-        lambda: HyperMaskStrategy(model=nn.Linear(2, 2), optimizer=None),
-        "takes a HyperMaskModule, not Linear",
-    ),
-    "an optimizer of another model": (
-        lambda: HyperMaskStrategy(model=module(), optimizer=sgd_of(nn.Linear(2, 2))),
-        r"trains Parameters that are not this model's: make it hmf.optim.Adam\(model\)",
-    ),
-    "no optimizer": (
-        lambda: HyperMaskStrategy(model=module(), optimizer=torch.optim.SGD),
-        r"optimizer must be one of this model, such as hmf.optim.Adam\(model\), not <class",
-    ),
-    "no such method": (lambda: strategy(task_inference="guess"), "task_inference must be one of entropy, .*'guess'"),
-    "a method that is not fitted": (
-        lambda: strategy(module(outputs=6), task_inference="fecam").eval(benchmark(False, False).test_stream),
-        "method fecam needs training data first",
-    ),
-    "a label in evaluation that has no task": (
-        lambda: strategy(module(1)).eval(benchmark().test_stream),
-        r"no task for task label 1: this model has tasks 0; HyperMask\(net, num_tasks=...\)",
-    ),
-    "labels that leave some out": (labels_leave_some_out, "label 2: .* tasks 0, and the next label in training is 1"),
-    "a label of a removed task": (removed_task, "task 1 was removed: this model has tasks 0, 2"),
-    "a label in a batch that has no task": (
-        lambda: module()(torch.randn(2, WIDTH), torch.tensor([0, 5])),
-        "task 5 does not exist: this model has tasks 0 to 2",
-    ),
-    "no task labels": (
-        lambda: strategy().train(without_task_labels()),
-        "experience 0 has no task labels: give the benchmark task labels .*entropy",
-    ),
-    "the same task label for all": (
-        lambda: strategy(module(outputs=6)).train(benchmark(False, False).train_stream),
-        "experience 1 has task label 0, which experience 0 had",
-    ),
-    "several tasks in one experience": (
-        lambda: strategy().train(of_two_tasks()),
-        "experience 0 has task labels 0, 1: .* one per experience",
-    ),
-    "classes that are no outputs": (
-        lambda: strategy().train(benchmark(from_zero=False).train_stream),
-        "experience 1 has class 3, and the network 2 outputs: .*class_ids_from_zero_in_each_exp=True",
-    ),
-    "classes that are no outputs, in evaluation": (
-        lambda: strategy().eval(benchmark(from_zero=False).test_stream),
-        "experience 1 has class 3, and the network 2 outputs",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_can_not_be_honoured_is_refused_in_one_line(name):
-    use, message = REFUSED[name]
-    with pytest.raises(InputError, match=message) as caught:
-        use()
-    assert "\n" not in str(caught.value)
-
-
-# -- the page and the example ---------------------------------------------------------------------------------------
-
-
-SMALL_MNIST = """
-import avalanche.benchmarks, torch
-from torch.utils.data import TensorDataset
-
-def small(n, return_task_id=False, **settings):
-    parts = []
-    for count in (200, 100):
-        y = torch.arange(count) % 10
-        x = torch.randn(count, 1, 28, 28)
-        x[torch.arange(count), 0, 2 * y] += 3
-        parts.append(TensorDataset(x, y))
-        parts[-1].targets = y.tolist()
-    return avalanche.benchmarks.nc_benchmark(*parts, n, task_labels=return_task_id, **settings)
-
-avalanche.benchmarks.SplitMNIST = small
-"""
-
-
-def test_the_blocks_of_the_page_run(tmp_path):
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "docs/avalanche.md").read_text(encoding="utf-8"), re.M | re.S
-    )
-    assert len(blocks) == 2
-    (tmp_path / "page.py").write_text("\n".join([SMALL_MNIST, *blocks]), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-W", "ignore", "page.py"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^\{'Top1_Acc", done.stdout, re.M)) == 10
-
-
-def test_the_example_compares_four_strategies(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 400), ("t10k", 100)):
-        labels = np.arange(count, dtype=np.uint8) % 10
-        images = rng.integers(0, 30, (count, 28, 28), dtype=np.uint8)
-        images[np.arange(count), 2 * labels + 4] += 200  # a bright row for each digit
-        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(images))
-        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
-    words = [sys.executable, "-W", "ignore", str(ROOT / "examples/with_avalanche.py"), "--iterations", "12"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words += ["--data-dir", str(tmp_path)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    _, header, *rows = done.stdout[done.stdout.index("accuracy in percent") :].splitlines()
-    assert header.split()[-2:] == ["average", "forgetting"]
-    table = {row[:14].strip(): [float(word) for word in row[14:].split()] for row in rows}
-    assert list(table) == ["HyperMask", "EWC", "replay of 200", "naive"]
-    assert all(len(numbers) == 7 for numbers in table.values())
-    assert table["HyperMask"][5] > 80

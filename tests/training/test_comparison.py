@@ -100,6 +100,8 @@ def test_the_pictures_say_what_they_show(tmp_path, groups):
     titles = [axes.get_title() for axes in matrices.axes if axes.axison and axes.get_title()]
     assert len(titles) == groups and all("seeds 0 to 1" in title for title in titles)
     assert all("interval)" in title for title in titles), "what follows the sign"
+    alone = study_pictures.matrices_figure(study.grouped(study.read_runs([tmp_path / "0-0"]))).axes[0].get_title()
+    assert "interval" not in alone and "+-" not in alone, "one run has none"
     assert "".join(text.get_text() for text in matrices.axes[0].texts).count(".") == 9, "a number in every cell"
     axes = study_pictures.accuracy_figure(found).axes[0]
     assert len(axes.containers) == groups and "95" in axes.get_ylabel() and axes.get_xlabel() == "after training task"

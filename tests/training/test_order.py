@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from hypermask_fast.data import TensorSplit
+from hypermask_fast.data import DatasetSplit, TensorSplit
 from hypermask_fast.masking.layout import MaskLayout
 from hypermask_fast.training import order
 from hypermask_fast.training.order import batch_rows, with_ranks
@@ -66,3 +66,12 @@ def test_every_block_has_the_ranks_of_its_own_iterations():
     assert torch.equal(found[1][1][-1], layout.ranks(80.0, cpu)) and torch.equal(found[0][0], blocks[0])
     (_, ranks), *_ = with_ranks(blocks, split, 4, layout, None, 50.0, cpu)
     assert torch.equal(ranks, layout.ranks(50.0, cpu)[None])
+
+
+def test_rows_are_where_the_split_reads_them():
+    layout, meta = MaskLayout.of(torch.nn.Linear(10, 10)), torch.device("meta")
+    tensors = TensorSplit(torch.zeros(4, 10), torch.zeros(4).long()).to(meta)
+    items = DatasetSplit([(torch.zeros(10), 0)], device=meta)  # which reads by numbers, whose batches go to the device
+    for split, place in ((tensors, "meta"), (items, "cpu")):
+        ((rows, ranks),) = with_ranks([torch.zeros(2, 3).long()], split, 0, layout, None, 50.0, meta)
+        assert (rows.device.type, ranks.device.type) == (place, "meta")

@@ -1,15 +1,11 @@
-"""The C++ extension (csrc/): loaded here, its operators by family in the files beside, named as those of csrc.
+"""The C++ extension (csrc/): its operators by family in the files beside, named as those of csrc.
 
 The extension registers schemas and kernels for CPU and CUDA in the namespace hypermask_native. Each family's file gives
 its operators what torch.compile, autograd and opcheck need, and calls them with the reference's arguments.
 """
 
 import functools
-import json
-import struct
 from collections.abc import Callable, Sequence
-from importlib import util
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,44 +15,9 @@ from ...errors import InputError
 from .. import arguments, registry
 from ..once import differentiable_once
 from ..registry import Offer
-from . import gradient
+from . import extension, gradient
 
-PACKAGE = Path(__file__).parents[2]
-
-
-def _recorded(part: str) -> str:
-    """What setup.py noted about a part that it left out."""
-    record = PACKAGE / "_build.json"
-    return json.loads(record.read_text()).get(part, "") if record.exists() else ""
-
-
-def _is_whole(library: Path) -> bool:
-    """Whether the file reaches to its ELF section headers, which come last. To load one that was cut off, where a build
-    or a copy was interrupted, would end the process."""
-    with library.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
-        return False
-    (begin,) = struct.unpack_from("<Q", header, 40)
-    size, count = struct.unpack_from("<HH", header, 58)
-    return library.stat().st_size >= begin + size * count
-
-
-def _load() -> str:
-    """Loads the extension; "" or why it is not there."""
-    spec = util.find_spec("hypermask_fast._native")
-    if spec is None or spec.origin is None:
-        return _recorded("native") or "the extension is not built: pip install --no-build-isolation ."
-    if not _is_whole(Path(spec.origin)):
-        return f"{spec.origin} is no whole library: build it again by pip install --no-build-isolation ."
-    try:
-        torch.ops.load_library(spec.origin)
-    except OSError as error:
-        return f"the extension does not load: {error}"
-    return ""
-
-
-PROBLEM = _load()
+PROBLEM = extension.load()
 
 
 def _cuda_problem() -> str:
@@ -64,7 +25,7 @@ def _cuda_problem() -> str:
         return PROBLEM
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # pyright: ignore[reportPrivateUsage]  # no public way
     if not has_kernel("hypermask_native::mask_thresholds", "CUDA"):
-        return _recorded("cuda") or "the extension was built without CUDA"
+        return extension.recorded("cuda") or "the extension was built without CUDA"
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
