@@ -1,4 +1,4 @@
-"""The library itself, in a loop as its users write one. (The trainer begins its backward pass at the parts of the loss.)"""
+"""The library itself, in a loop as its users write one. (Its trainer begins the backward pass at the loss's parts.)"""
 
 import torch
 import torch.nn.functional as F
