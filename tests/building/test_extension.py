@@ -15,7 +15,7 @@ from hypermask_fast.ops.native import extension
 
 PACKAGE = Path(hypermask_fast.__file__).parent
 LIBRARY = PACKAGE / "_native.abi3.so"
-BUILD = "build it again: pip install --no-build-isolation ."
+BUILD = "build it again by pip install --no-build-isolation ."
 pytestmark = pytest.mark.skipif(bool(native.PROBLEM), reason="needs the extension")
 
 
@@ -63,7 +63,7 @@ def installed(request, tmp_path):
     left_out = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "hypermask_fast", ignore=left_out)
     (tmp_path / "hypermask_fast" / LIBRARY.name).write_bytes(library())
-    return tmp_path, f"{re.escape(str(tmp_path))}\\S*{re.escape(LIBRARY.name)} {told}; {re.escape(BUILD)}"
+    return tmp_path, f"{re.escape(str(tmp_path))}\\S*{re.escape(LIBRARY.name)} {told}[;:] {re.escape(BUILD)}"
 
 
 USE = """

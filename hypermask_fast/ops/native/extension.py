@@ -10,7 +10,7 @@ import torch
 from .schemas import SCHEMAS
 
 PACKAGE = Path(__file__).parents[2]
-BUILD = "build it again: pip install --no-build-isolation ."
+BUILD = "build it again by pip install --no-build-isolation ."
 
 
 def recorded(part: str) -> str:
@@ -33,7 +33,7 @@ def load() -> str:
 def _problem(library: Path) -> str:
     try:
         if not _is_whole(library):
-            return f"{library} is no whole library; {BUILD}"
+            return f"{library} is no whole library: {BUILD}"
         torch.ops.load_library(library)
     except (OSError, RuntimeError) as error:  # of another PyTorch, of another processor, not readable, ...
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__).removeprefix(
