@@ -3,6 +3,7 @@
 import functools
 from abc import abstractmethod
 from collections.abc import Callable
+from operator import is_not
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from . import ops, regularizers
 from .errors import InputError
 from .life import TaskLife
 from .masking.masks import TaskMask
+from .output_layer import Pending
 from .regularizers import Anchor, DriftConfig, Drifts
 
 
@@ -42,18 +44,25 @@ class Anchored(TaskLife):
     def mask(self, task: int | Tensor) -> TaskMask:
         """The mask of one task."""
 
+    def _check_mask(self, mask: TaskMask) -> None:
+        """Raises InputError for a mask that is another model's, or of a task that has been removed meanwhile."""
+        if torch.compiler.is_compiling():
+            return
+        weights = self.weights()
+        if len(weights) != len(mask.weights) or any(map(is_not, weights, mask.weights)):
+            raise InputError(
+                "the mask was made by another model, or of other weights than this model's now: make it anew, "
+                "mask = model.mask(task)"
+            )
+        if not isinstance(mask.task, Tensor) and mask.task in self.hypernet.removed:
+            self._check_task(mask.task)
+
     def _anchor_in_training(self, task: int) -> Anchor | None:
         """The anchor of the task that is being trained; None of any other."""
         anchor = self.anchor
         if anchor is None or anchor.task != task:
             return None
         return anchor if torch.is_grad_enabled() else None
-
-    def _anchor_of_mask(self, task: int) -> Anchor | None:
-        """The anchor of the task that is being trained, which begins here if it is the next; None of an earlier one."""
-        if self.anchor is not None and task < self.anchor.task:
-            return None
-        return self._anchor_of(task)
 
     def begin_task(self, task: int) -> None:
         """Captures what the regularisers of task t compare with: output of tasks 0..t-1 and the weights, as of now.
@@ -98,7 +107,9 @@ class Anchored(TaskLife):
             InputError: `tasks` is no positive integer, or the mask's R is over another number of tasks.
         """
         mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
-        anchor = self._anchor_of(number)
+        if mask is not None:
+            self._check_mask(mask)
+        before, anchor = self.anchor, self._anchor_of(number)
         drawn = self._drawn_for(mask, number, tasks)
         if mask is None and self.drift.masked:
             mask = self.mask(number)
@@ -115,7 +126,20 @@ class Anchored(TaskLife):
         if mask is not None and mask.output_drift is not None:
             return Drifts(mask.output_drift, weight)
         earlier = None if mask is None else mask.earlier
-        return Drifts(regularizers.output_drift(self.hypernet, anchor, earlier, drawn), weight)
+        stepper = self.hypernet.stepper
+        if anchor is not before and stepper is not None:
+            return Drifts(self._nothing_yet(anchor), weight)
+        output = regularizers.output_drift(self.hypernet, anchor, earlier, drawn)
+        if stepper is not None and output.requires_grad:
+            pending = Pending()  # held by the graph: it gives the output layer a gradient of its own
+            output.register_hook(lambda grad, _held=pending: None)
+            stepper.announce(pending)
+        return Drifts(output, weight)
+
+    def _nothing_yet(self, anchor: Anchor) -> Tensor:
+        """R as a task begins: 0, with gradients of 0 but for the output layer's, which would be all of N x H."""
+        earlier = [self.hypernet.embeddings[task] for task in self.hypernet.tasks(anchor.task)[:-1]]
+        return sum((0 * embedding.sum() for embedding in earlier), anchor.weights.new_zeros(()))
 
     def _drawn_for(self, mask: TaskMask | None, task: int, tasks: int | None) -> Tensor | None:
         """Which earlier tasks R is over: those that the mask's own is, or else as many as are asked for."""

@@ -12,6 +12,7 @@ from . import ops
 from .dense import HyperNetwork, Layer, after_first
 from .few_rows import linear
 from .processes import local
+from .transforming import transforming
 
 
 class _WithoutRest(torch.autograd.Function):
@@ -21,8 +22,7 @@ class _WithoutRest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, tensors: Sequence[int], padded: list[int]) -> Tensor:
         ctx.tensors, ctx.padded = list(tensors), padded
-        parts = zip(whole.split(padded, 1), tensors, strict=True)
-        return torch.cat([part[:, :entries] for part, entries in parts], 1)
+        return _without_rest(whole, tensors, padded)
 
     @staticmethod
     @once_differentiable
@@ -33,6 +33,11 @@ class _WithoutRest(torch.autograd.Function):
         for part, given in zip(whole.split(ctx.padded, 1), grad.split(ctx.tensors, 1), strict=True):
             part[:, : given.shape[1]] = given
         return whole, None, None
+
+
+def _without_rest(whole: Tensor, tensors: Sequence[int], padded: Sequence[int]) -> Tensor:
+    parts = zip(whole.split(list(padded), 1), tensors, strict=True)
+    return torch.cat([part[:, :entries] for part, entries in parts], 1)
 
 
 class ChunkedHyperNetwork(HyperNetwork):
@@ -141,7 +146,10 @@ class ChunkedHyperNetwork(HyperNetwork):
             return ops.hypernet_logits(hidden, weight, bias, self.held[0][0])
         rows = len(weight)
         whole = ops.hypernet_logits(hidden, weight, bias, rows * hidden.shape[1])
-        return _WithoutRest.apply(whole, [entries for entries, _ in self.held], [rows * n for _, n in self.held])
+        tensors, padded = [entries for entries, _ in self.held], [rows * n for _, n in self.held]
+        if not torch.compiler.is_compiling() and transforming():
+            return _without_rest(whole, tensors, padded)
+        return _WithoutRest.apply(whole, tensors, padded)
 
     @torch.no_grad()
     def drift_targets(self, task: int) -> tuple[Tensor, ...]:

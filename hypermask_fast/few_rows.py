@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transforming import transforming
+
 _FEW_ROWS, _FEW_PRODUCTS = 64, 1 << 22
 
 
@@ -29,7 +31,9 @@ def mlp(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _are_few(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cpu" and are_few(x.numel() // max(x.shape[-1], 1), weight)
+    if x.device.type != "cpu" or (not torch.compiler.is_compiling() and transforming()):
+        return False
+    return are_few(x.numel() // max(x.shape[-1], 1), weight)
 
 
 def are_few(rows: int, weight: Tensor) -> bool:

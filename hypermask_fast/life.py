@@ -167,11 +167,11 @@ class TaskLife(MaskedNetwork):
     def _mark(self, removed: Sequence[int], frozen: Sequence[int]) -> None:
         """Makes these the removed and the frozen tasks."""
         plain = [parameter.requires_grad for parameter, _ in self.own_values()]
-        for task in range(self.num_tasks):
-            still = task in removed or task in frozen
+        before, still = {*self.hypernet.removed, *self.frozen}, {*removed, *frozen}
+        for task in before | still:  # of all others the user says what is trained
             for parameter, trained in zip(self._parameters_of(task), (True, *plain), strict=True):
-                parameter.requires_grad_(trained and not still)
-                if still:
+                parameter.requires_grad_(trained and task not in still)
+                if task in still:
                     parameter.grad = None
         self.hypernet.removed, self.frozen = tuple(removed), tuple(frozen)
         for module in self.statistics():
@@ -224,6 +224,8 @@ class TaskLife(MaskedNetwork):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         found = model_state.taken(state_dict, prefix)
+        model_state.check(found, self.layout, self.sparsity, self.num_tasks, self.classes)
+        model_state.check_shapes(self, state_dict, prefix)
         if found:
             self._restore(found)
         super()._load_from_state_dict(
@@ -232,23 +234,38 @@ class TaskLife(MaskedNetwork):
 
     def _restore(self, found: dict[str, Tensor]) -> None:
         """Takes `model_state.entries` over. Raises InputError, before anything changes, where they don't fit."""
-        model_state.check(found, self.layout, self.sparsity, self.num_tasks, self.classes)
         layout = self._layout_of(model_state.output_biases(found, self.layout))
-        anchor = model_state.anchor(found, self.layout.size)
-        fitted = inference.restored(model_state.fitted(found), range(self.num_tasks))
         marks = found["tasks"].tolist() if "tasks" in found else None
+        removed = self.hypernet.removed if marks is None else [t for t, m in enumerate(marks) if m == 1]
+        anchor = model_state.anchor(found, self.layout.size)
+        if anchor is not None:
+            self._check_anchor(anchor, removed)
+        fitted = inference.restored(model_state.fitted(found), range(self.num_tasks))
         self.layout, self._heads_known = (self.layout, self._heads_known) if layout is None else (layout, True)
         if marks is not None:
-            self._mark([t for t, m in enumerate(marks) if m == 1], [t for t, m in enumerate(marks) if m == 2])
-        device = self.weights()[0].device
+            self._mark(removed, [t for t, m in enumerate(marks) if m == 2])
+        device, dtype = self.weights()[0].device, self.hypernet.output.weight.dtype
         if fitted or "sparsity" in found:
             for one in fitted.values():
                 one.to(device)
             self.fitted = fitted
         if "sparsity" in found:  # a whole state: without an anchor there was none
-            self.anchor = None if anchor is None else anchor.map(lambda tensor: tensor.to(device, copy=True))
+            self.anchor = None if anchor is None else anchor.map(lambda tensor: tensor.to(device, dtype, copy=True))
             if self.anchor is not None:
                 self.anchor = self.anchor._replace(targets=self.hypernet.held_targets(self.anchor.targets))
+
+    def _check_anchor(self, anchor: Anchor, removed: Sequence[int]) -> None:
+        """Raises InputError where it can't be one of this model's tasks, with these removed."""
+        if anchor.task not in range(self.num_tasks) or anchor.task in removed:
+            raise InputError(f"the state is of another model: task {anchor.task}, which began last, does not exist")
+        earlier = sum(task not in removed for task in range(anchor.task))
+        shapes = self.hypernet.drift_target_shapes(earlier) if earlier else ()
+        found = tuple(tuple(target.shape) for target in anchor.targets)
+        if found != shapes:
+            raise InputError(
+                f"the state is of another model: what task {anchor.task} compares with has the shapes {found}, "
+                f"this model's {shapes}"
+            )
 
     def _layout_of(self, biases: list[str] | None) -> MaskLayout | None:
         """The layout with these output layers' biases; None where they are not told."""

@@ -16,6 +16,7 @@ from .masking.task_batch import TaskMasks
 from .ops import registry
 from .output_layer import OutputStepper
 from .ranks import in_a_group
+from .transforming import stands_for_others, transforming
 from .wrapping import active_ddp, check_whole
 
 
@@ -82,7 +83,7 @@ class MaskMaking(Anchored):
             return self._mask_by_tensor(task, sparsity, ranks, **for_drifts)
         task = int(task) if isinstance(task, Tensor) else task
         self._check_task(task)
-        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
+        anchor = self._anchor_in_training(task)
         if anchor is None:
             if stepper is None:
                 logits = self.hypernet.logits(*self.hypernet.generating([task])).squeeze(0)
@@ -134,8 +135,8 @@ class MaskMaking(Anchored):
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
 
     def _stepper_in_training(self) -> OutputStepper | None:
-        """Who takes the output layer's gradient in factors; in a compiled graph it is an ordinary one."""
-        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Who takes the output layer's gradient in factors; in a compiled or transformed graph it is an ordinary one."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming():
             return None
         return self.hypernet.stepper
 
@@ -208,4 +209,6 @@ def is_id(task: Tensor) -> bool:
 
 def values_at_hand(tensor: Tensor) -> bool:
     """Whether its values may be looked at: on the CPU without a wait; on a GPU with HYPERMASK_DEBUG=1 only."""
-    return (tensor.device.type == "cpu" or registry.debug()) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or stands_for_others(tensor):
+        return False
+    return tensor.device.type == "cpu" or registry.debug()

@@ -166,8 +166,7 @@ class HyperMask(Serving):
     def _mask_for(self, task: Any) -> TaskMask:
         if not isinstance(task, TaskMask):
             return self.mask(task)
-        if not isinstance(task.task, Tensor) and task.task in self.hypernet.removed:  # since the mask was made
-            self._check_task(task.task)
+        self._check_mask(task)
         return task
 
     @contextmanager
@@ -267,8 +266,8 @@ class HyperMask(Serving):
             kept = None if together else self._kept(self.tasks)
             outputs = self._all(kept or self.all_masks(), tuple(inputs), kwargs, for_one_use=True)
             return mixed.spread(outputs, self.tasks, self.num_tasks) if self.hypernet.removed else outputs
-        for mask in masks if self.hypernet.removed else ():
-            self._mask_for(mask)
+        for mask in masks:
+            self._check_mask(mask)
         return self._all(masks, tuple(inputs), kwargs)
 
     def _all(

@@ -7,6 +7,7 @@ them. A state_dict without them, from an earlier version, still loads.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .masking.layout import MaskLayout
+from .masking.norms import STATISTICS
 from .processes import local
 from .regularizers import Anchor
 
@@ -95,6 +97,21 @@ def check(
     mine = None if classes is None else list(classes)
     if "sparsity" in found and counts != mine:
         raise InputError(f"the state is of a model with classes {counts}, this one has {mine}")
+
+
+def check_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raises InputError where a state_dict has a tensor of another shape than the model's. PyTorch says so, too, after
+    it has loaded all others. (Running statistics of a plain network serve every task.)"""
+    named = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    for name, tensor in chain(*named):
+        value = state_dict.get(prefix + name)
+        if not isinstance(value, Tensor) or value.shape == tensor.shape or (tensor.dim() == 0 and value.numel() == 1):
+            continue
+        if name.rpartition(".")[2] in STATISTICS and value.shape == tensor.shape[1:]:
+            continue
+        raise InputError(
+            f"the state is of another model: {name} is {tuple(value.shape)} there and {tuple(tensor.shape)} here"
+        )
 
 
 def output_biases(found: Mapping[str, Tensor], layout: MaskLayout) -> list[str] | None:

@@ -37,6 +37,18 @@ def stored_dtype(state_dict: dict[str, Any], parameters: Iterable[Tensor], param
     return None if moment is None else moment.dtype
 
 
+def check_shapes(state_dict: dict[str, Any], parameters: Iterable[Tensor]) -> None:
+    """Raises InputError where a state_dict has moments of other shapes than the parameters of its places."""
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=False):  # how many there are PyTorch looks at
+        for name, value in state_dict["state"].get(number, {}).items():
+            if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise InputError(
+                    f"the state is of another model: parameter {number} is {tuple(parameter.shape)} here, and its "
+                    f"{name} is {tuple(value.shape)}"
+                )
+
+
 def convert(state: dict[str, Any], dtype: torch.dtype, stored: torch.dtype | None) -> None:
     """Makes a loaded layer's moments those of its optimiser; a warning says so where they were stored in another dtype.
 

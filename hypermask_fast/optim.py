@@ -6,6 +6,7 @@ from backward to step(), which forms each row of it while it steps the row.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -118,8 +119,11 @@ class Adam(torch.optim.Adam):
         self._pending: weakref.WeakSet[Pending] = weakref.WeakSet()
         self._one_count = False  # whether weight and bias are known to have been stepped as often
         self._step_supports_amp_scaling = False  # a GradScaler is to unscale the gradients before step()
-        net = self._net
-        net.step_with(self if net.factored and self._group_of(net.output.weight) is not None else None)
+        net, before = self._net, self._net.stepper
+        if net.factored and self._group_of(net.output.weight) is not None:
+            net.step_with(self)
+        elif isinstance(before, Adam) and self._trains_some_of(before):  # an older one, whose place this one takes
+            net.step_with(None)
 
     def __getstate__(self) -> dict[str, Any]:
         """The model goes along: a copy steps the copied model."""
@@ -273,54 +277,43 @@ class Adam(torch.optim.Adam):
         with torch.no_grad():
             if grad is not None and isinstance(local(grad), SteppedGradient):
                 weight.grad = grad = None  # it has served: nobody is to stumble over it between two steps
-            else:
-                self._one_count = False
-                if self._step_on_factors(weight, grad) or self._step_rounding(weight, grad):
-                    weight.grad = None
-            plain_step(self)
-            weight.grad = grad
+                plain_step(self)
+                return loss
+            self._one_count = False
+            step_layer = self._step_of_layer(weight, grad)
+            if step_layer is None:
+                plain_step(self)
+                return loss
+            weight.grad = None
+            try:
+                plain_step(self)  # first, for it may refuse what it finds
+            finally:
+                weight.grad = grad
+            step_layer()
         return loss
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
 
-    def _step_on_factors(self, weight: Tensor, grad: Tensor | None) -> bool:
-        """Steps the layer on its gradient's factors, where that can be done; whether it has."""
+    def _step_of_layer(self, weight: Tensor, grad: Tensor | None) -> Callable[[], None] | None:
+        """What steps the output layer's weight; None where that is torch.optim.Adam's, or it has no gradient."""
         group = self._group_of(weight)
-        own = None if grad is None else local(grad)
-        factors: Factors | None = own.factors if isinstance(own, FactoredGradient) else None
-        if factors is None or group is None or group["amsgrad"]:
-            return False
-        if not steps_on_factors(weight, self.state.get(weight, {})):
-            return False
-        state = self._state_of(weight)
-        state["step"].add_(1)
-        layer = local(weight)
-        ops.factored_adam(
-            *factors,
-            layer,
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            *self._settings(group, state["step"], layer),
-        )
-        return True
-
-    def _step_rounding(self, weight: Tensor, grad: Tensor | None) -> bool:
-        """Steps a layer whose moments are rounded on an ordinary gradient, which torch.optim.Adam can't; whether it
-        has."""
-        group = self._group_of(weight)
-        if grad is None or group is None or self.moments == "float32":
-            return False
+        if grad is None or group is None:
+            return None
         own = local(grad)
+        factors: Factors | None = own.factors if isinstance(own, FactoredGradient) else None
+        if factors is not None and not group["amsgrad"] and steps_on_factors(weight, self.state.get(weight, {})):
+            return partial(self._step_layer, weight, group, partial(ops.factored_adam, *factors))
+        if self.moments == "float32":
+            return None
+        dense = own.dense() if isinstance(own, FactoredGradient) else own
+        # Moments that are rounded, which torch.optim.Adam can't.
+        return partial(self._step_layer, weight, group, lambda w, m, v, *settings: adam(w, m, v, dense, *settings))
+
+    def _step_layer(self, weight: Tensor, group: dict[str, Any], step: Callable[..., Any]) -> None:
         state, layer = self._state_of(weight), local(weight)
         state["step"].add_(1)
-        adam(
-            layer,
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            own.dense() if isinstance(own, FactoredGradient) else own,
-            *self._settings(group, state["step"], layer),
-        )
-        return True
+        moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        step(layer, *moments, *self._settings(group, state["step"], layer))
 
     def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]  # called by position
         self, group: dict[str, Any], *lists: list[Any]
@@ -335,7 +328,11 @@ class Adam(torch.optim.Adam):
         """torch.optim.Adam's. Moments may be whole or in parts, wherever the model is sharded or not.
 
         Moments of the output layer that are kept in another dtype than here are converted, and a warning says so.
+
+        Raises:
+            InputError: moments of other shapes than the Parameters'.
         """
+        kept.check_shapes(state_dict, self._all_parameters())
         super().load_state_dict(state_dict)
         weight = self._net.output.weight
         stored = kept.stored_dtype(state_dict, self._all_parameters(), weight)
@@ -351,6 +348,10 @@ class Adam(torch.optim.Adam):
     def _all_parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             yield from group["params"]
+
+    def _trains_some_of(self, other: "Adam") -> bool:
+        mine = {id(parameter) for parameter in self._all_parameters()}
+        return any(id(parameter) in mine for group in other.param_groups for parameter in group["params"])
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any] | None:
         for group in self.param_groups:

@@ -22,6 +22,7 @@ from .ops import registry
 from .ops.checksum import is_fast
 from .packed_model import rest_of
 from .packing import Packed
+from .transforming import transforming
 
 
 class _Source(NamedTuple):
@@ -284,15 +285,15 @@ class Serving(MaskMaking):
             return "its weights are no ordinary tensors"
         if len({tensor.device for tensor in source.tensors}) != 1:
             return "its weights are on several devices"
-        if _is_transformed():
+        if transforming() or _is_dispatched():
             return "a transformation of torch.func, or a dispatch mode, is under way"
         return ""
 
 
-def _is_transformed() -> bool:
-    """Whether torch.func, or a dispatch mode, handles tensors in its own way. There is no public way to ask."""
+def _is_dispatched() -> bool:
+    """Whether a dispatch mode handles tensors in its own way. There is no public way to ask."""
     private: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-    return private._functorch.peek_interpreter_stack() is not None or private._len_torch_dispatch_stack() > 0  # noqa: SLF001
+    return private._len_torch_dispatch_stack() > 0  # noqa: SLF001
 
 
 def _count_step(optimizer: Optimizer, *arguments: Any) -> None:

@@ -49,8 +49,10 @@ def hooks_of(parameter: Tensor) -> Any:
 
 
 def fusible(parameters: Iterable[Tensor]) -> bool:
-    """Whether PyTorch's fused Adam, which walks through memory, meets the same entry in all of a parameter's arrays."""
+    """Whether PyTorch's fused Adam can step them: real numbers, and the same entry at the same place of all arrays."""
     for p in parameters:
+        if p.grad is not None and not p.is_floating_point():
+            return False
         other = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
         if not (p.is_contiguous() or other) or (p.grad is not None and p.grad.stride() != p.stride()):
             return False
@@ -99,12 +101,33 @@ def plain_step(optimizer: torch.optim.Adam) -> None:
             operators.fused_adam(*call)
         return
     for group in optimizer.param_groups:
+        check_moments(optimizer, group["params"])
         if group["fused"] and not fusible(group["params"]):
             group["fused"] = False
     step = torch.optim.Adam.step
     if getattr(step, "hooked", False):
         step = step.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
     step(optimizer)
+
+
+def check_moments(optimizer: torch.optim.Adam, parameters: Iterable[Tensor]) -> None:
+    """Raises InputError where a parameter that is to be stepped has changed since its moments were made: PyTorch's
+    fused Adam does not look at shapes before it writes."""
+    for p in parameters:
+        if p.grad is None:
+            continue
+        state = optimizer.state.get(p, {})
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            moment = state.get(name)
+            if moment is not None and (moment.shape != p.shape or moment.dtype != p.dtype):
+                raise InputError(
+                    f"a parameter is {_described(p)}, and its {name} is {_described(moment)}: it has changed since "
+                    "(.to(dtype), another shape), make a new optimizer"
+                )
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of {tuple(tensor.shape)}"
 
 
 def _fused_call(optimizer: torch.optim.Adam, group: dict[str, Any]) -> tuple | None:

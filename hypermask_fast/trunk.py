@@ -14,13 +14,19 @@ from torch import Tensor
 from . import few_rows
 from .ops import native, registry
 from .ops.native import trunk as operators
+from .transforming import transforming
 
 Layers = Sequence[tuple[Tensor, Tensor]]  # weight and bias of each
 
 
 def served(rows: Sequence[Tensor], layers: Sequence[Tensor]) -> bool:
     """Whether the extension serves it, by `run` and `gradients`; layers: weight and bias of each in turn."""
-    if native.PROBLEM or torch.compiler.is_compiling() or registry.requested() not in (registry.AUTO, "cpu"):
+    if (
+        native.PROBLEM
+        or torch.compiler.is_compiling()
+        or transforming()
+        or registry.requested() not in (registry.AUTO, "cpu")
+    ):
         return False
     if not all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in (*rows, *layers)):
         return False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..transforming import transforming
 from . import mixed, network, output
 from .access import parameter_of
 from .cache import KeptMask
@@ -206,6 +207,11 @@ class MaskedNetwork(nn.Module):
         self._links.check()
         if self._heads_known:
             return
+        if transforming():
+            raise InputError(
+                "which layer is the output layer is found in the first ordinary pass: run one batch outside of "
+                "torch.func's transforms before, or name it: HyperMask(net, ..., heads='...')"
+            )
         with self._scope.use(PLAIN):
             found = output.biases_found(self.net, self.layout.rows, inputs, kwargs)
         self._heads_known, before = True, self.layout

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map  # noqa: PLC2701
 
 from ..errors import InputError
@@ -72,7 +73,8 @@ def independent(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], count: in
 
     def run(rows_of: Tensor) -> list[Tensor]:
         args, named = rows((inputs, kwargs), rows_of, count)
-        return tensors_of(net(*args, **named))
+        copied = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        return tensors_of(functional_call(net, copied, args, named))
 
     try:
         net.eval()

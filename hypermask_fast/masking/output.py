@@ -75,7 +75,8 @@ def parameters_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: 
         # A compiled network would be a single node of the graph.
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-            output = _run(lambda a, k: functional_call(net, leaves, a, k), args, kwargs)
+            copied = {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
+            output = _run(lambda a, k: functional_call(net, {**leaves, **copied}, a, k), args, kwargs)
     finally:
         for module, mode in modes.items():
             module.training = mode

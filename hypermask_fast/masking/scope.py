@@ -10,6 +10,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves  # noqa: PLC2701
 
 from ..errors import InputError
@@ -112,12 +113,14 @@ class Scope:
         local.running = running
         if counted:
             self._threads.append(thread)
+            _forget_parametrised()
         try:
             yield
         finally:
             local.running = before
             if counted:
                 self._threads.remove(thread)
+                _forget_parametrised()
 
     # -- the backward pass ----------------------------------------------------------------------------------------
 
@@ -151,6 +154,12 @@ class Scope:
                 "run the network by model(x, task), whose output the backward pass begins at"
             )
         return one.again
+
+
+def _forget_parametrised() -> None:
+    """Within `torch.nn.utils.parametrize.cached()` weights are kept that may be computed from another task's W * m."""
+    if parametrize._cache_enabled:  # noqa: SLF001
+        parametrize._cache.clear()  # noqa: SLF001
 
 
 def _has_saved_tensor_hooks() -> bool:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase  # noqa: PLC2701 # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.conv import _ConvNd  # noqa: PLC2701 # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import is_lazy
 
@@ -250,6 +251,19 @@ def check_modules(net: nn.Module, masked: set[int]) -> None:
     for path, module in net.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and id(module.weight) in masked:
             raise InputError(f"{path or 'the network'} has sparse gradients, which can't be masked: exclude it")
+    _check_statistics(net)
+
+
+def _check_statistics(net: nn.Module) -> None:
+    owner: dict[int, str] = {}
+    for path, module in net.named_modules():
+        if isinstance(module, _NormBase):
+            for name, buffer in module.named_buffers(recurse=False):
+                if (other := owner.setdefault(id(buffer), path)) != path:
+                    raise InputError(
+                        f"{path} has its {name} together with {other}: running statistics are per task, which such "
+                        "modules would no longer share (use one module in both places)"
+                    )
 
 
 def _nothing(chosen: set[str], include: object, exclude: object) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..transforming import transforming
 from . import arguments, paths, signature
 from .paths import FUSED_BACKENDS, constant_in_graphs
 
@@ -50,9 +51,6 @@ _finders: dict[str, Callable[[], str]] = {REFERENCE: lambda: "", PLAIN: lambda: 
 _problems: dict[str, str] = {}
 _choices: dict[tuple, Callable[..., Any]] = {}  # kind of call, as `Op._kind` has it -> what serves such calls
 _MOST_CHOICES = 4096
-
-# Whether within torch.func.vmap, grad and the like, whose own tensors pass for ordinary ones: such calls have no kind.
-_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001
 
 
 def serves(*values: Any) -> str:
@@ -142,7 +140,7 @@ class Op(Generic[P, R]):
     def _kind(self, values: tuple[Any, ...], backend: str | None) -> tuple | None:
         """All that decides whether the arguments fit and who serves the call; None where the call has to be looked at
         anew each time."""
-        about = None if _transforming() else signature.of(values)
+        about = None if transforming() else signature.of(values)
         if about is None:
             return None
         around = paths.surroundings(self.layer)
@@ -212,6 +210,8 @@ class Op(Generic[P, R]):
         return AUTO if offer is None or offer.form(*values) else wanted
 
     def _automatic(self, values: tuple[Any, ...], first: Tensor) -> Chosen:
+        if _is_followed():
+            return Chosen(REFERENCE, self.definition)
         names, why = self._order(values, first)
         for name in names:
             if not self.refusal(name, *values):
@@ -229,7 +229,11 @@ class Op(Generic[P, R]):
 
     def refusal(self, backend: str, *values: Any) -> str:
         """Why `backend` can't serve a call with all these arguments, "" if it can."""
-        return "" if backend == REFERENCE else problem(backend) or self._mismatch(backend, values)
+        if backend == REFERENCE:
+            return ""
+        if _is_followed():
+            return "within torch.func's transforms and forward-mode differentiation only the reference can"
+        return problem(backend) or self._mismatch(backend, values)
 
     def _mismatch(self, backend: str, values: tuple[Any, ...]) -> str:
         """Why `backend` would not serve this call even where it is to be had, "" if it would."""
@@ -252,6 +256,8 @@ class Op(Generic[P, R]):
         does, in the order that `paths` gives, where it says so.
         """
         wanted = self._wanted(None, values)
+        if wanted == AUTO and _is_followed():
+            return None
         if wanted == AUTO:
             choice = self.layer.choose(self.name, values) if self.layer else None
             names = choice.order if choice and choice.path == paths.FUSED else ()
@@ -317,6 +323,11 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _scope.backend = before
+
+
+def _is_followed() -> bool:
+    """Whether a call must be one that PyTorch can look into. (A compiled graph has looked into it already.)"""
+    return not torch.compiler.is_compiling() and transforming()
 
 
 def _check_name(backend: str) -> None:
