@@ -3,7 +3,6 @@
 import functools
 from abc import abstractmethod
 from collections.abc import Callable
-from operator import is_not
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from .life import TaskLife
 from .masking.masks import TaskMask
 from .output_layer import Pending
 from .regularizers import Anchor, DriftConfig, Drifts
+from .transforming import transforming
 
 
 def without_autocast(method: Callable) -> Callable:
@@ -29,6 +29,11 @@ def without_autocast(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return in_own_dtype
+
+
+def _is_another(weight: Tensor, other: Tensor) -> bool:
+    """Whether they are different tensors, and not two views of one."""
+    return weight is not other and (transforming() or weight.data_ptr() != other.data_ptr())
 
 
 class Anchored(TaskLife):
@@ -49,7 +54,7 @@ class Anchored(TaskLife):
         if torch.compiler.is_compiling():
             return
         weights = self.weights()
-        if len(weights) != len(mask.weights) or any(map(is_not, weights, mask.weights)):
+        if len(weights) != len(mask.weights) or any(map(_is_another, weights, mask.weights)):
             raise InputError(
                 "the mask was made by another model, or of other weights than this model's now: make it anew, "
                 "mask = model.mask(task)"

@@ -135,7 +135,7 @@ class MaskMaking(Anchored):
         return TaskMask(task, self.layout, logits, thresholds, tuple(self.weights()), **for_drifts)
 
     def _stepper_in_training(self) -> OutputStepper | None:
-        """Who takes the output layer's gradient in factors; in a compiled or transformed graph it is an ordinary one."""
+        """Who takes the output layer's gradient in factors; compiled or transformed it is an ordinary one."""
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming():
             return None
         return self.hypernet.stepper

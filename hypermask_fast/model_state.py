@@ -110,7 +110,8 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -
         if name.rpartition(".")[2] in STATISTICS and value.shape == tensor.shape[1:]:
             continue
         raise InputError(
-            f"the state is of another model: {name} is {tuple(value.shape)} there and {tuple(tensor.shape)} here"
+            f"the state is of another model: size mismatch for {name}, {tuple(value.shape)} there and "
+            f"{tuple(tensor.shape)} here"
         )
 
 

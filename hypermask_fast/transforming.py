@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 # There is no public way to ask.
 _in_torch_func: Any = torch._C._are_functorch_transforms_active  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001  # pyright: ignore
 
 
 def transforming() -> bool:

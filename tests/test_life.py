@@ -121,6 +121,24 @@ def test_thawing_leaves_what_the_user_has_frozen():
     assert model.own["1/weight"][0].requires_grad and not model.own["1/bias"][0].requires_grad
 
 
+@pytest.mark.parametrize("do", ["freeze", "thaw", "remove", "load"])
+def test_a_task_that_the_user_has_frozen_stays_so(do):
+    """By requires_grad, which says nothing to the model: whatever happens to other tasks."""
+    model = model_of(4)
+    kept = [model.hypernet.embeddings[0], model.own["0/bias"][0]]
+    for parameter in kept:
+        parameter.requires_grad_(False)
+    if do == "load":
+        model.load_state_dict(model_of(4).state_dict())
+    elif do == "remove":
+        model.remove_task(2)
+    else:
+        model.freeze_task(1)
+        model.freeze_task(1, frozen=do == "freeze")
+    assert not any(parameter.requires_grad for parameter in kept)
+    assert model.hypernet.embeddings[1].requires_grad == (do != "freeze")
+
+
 # -- the plain network ------------------------------------------------------------------------------------------------
 
 

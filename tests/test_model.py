@@ -299,6 +299,32 @@ def test_a_mask_answers_for_its_own_anchor_only():
     assert model.drifts(mask).weight == 0
 
 
+@pytest.mark.parametrize("how", ["another", "a copy", "before an exchange"])
+def test_a_mask_of_other_weights_is_refused(how):
+    """It would have this model's network run with the other's weights."""
+    model = blob_model(2)
+    mask, masks = model.mask(1), model.all_masks()
+    if how == "another":
+        model = blob_model(2)
+    elif how == "a copy":
+        model = copy.deepcopy(model)
+    else:
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    x = torch.randn(4, 8)
+    calls = [
+        lambda: model(x, mask),
+        lambda: model.use_task(mask).__enter__(),
+        lambda: model.regularizer(mask),
+        lambda: model.drifts(mask),
+        lambda: model.forward_all_tasks(x, masks=masks),
+        lambda: model.forward_all_tasks(x, [model.mask(0), mask]),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match="made by another model, or of other weights"):
+            call()
+    assert model.anchor is None
+
+
 @pytest.mark.parametrize("task", [-1, 3])
 @pytest.mark.parametrize("chunk_size", [None, 30])
 def test_a_task_tensor_that_is_not_looked_at(task, chunk_size, monkeypatch):

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.optimising import X, Y, small_model, train
+from support.optimising import X, Y, ours, plain, refused_unchanged, small_model, train
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
@@ -120,3 +120,138 @@ def test_groups_as_torch_takes_them():
     optimizer.step()
     assert torch.equal(model.hypernet.output.weight, before) and optimizer.param_groups[0]["lr"] == 1e-3
     assert type(model.hypernet.output.weight.grad) is torch.Tensor
+
+
+@pytest.mark.parametrize("settings", [{}, {"step_in_backward": True}], ids=str)
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_optimisers_share_a_model(first, settings):
+    """One for the hypernetwork and one for the network, made in either order: torch.optim.Adam's numbers."""
+    own, theirs = small_model(2), small_model(2)
+    kinds = lambda model: [model.hypernet.parameters(), model.net.parameters()]  # noqa: E731
+    both = [None, None]
+    for i in (first, 1 - first):
+        both[i] = hmf.optim.Adam(own, 1e-2, params=kinds(own)[i], **settings)
+    separate = [torch.optim.Adam(parameters, 1e-2) for parameters in kinds(theirs)]
+    for model, optimizers in ((own, both), (theirs, separate)):
+        for task in (0, 0, 1, 1):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            mask = model.mask(task)
+            (F.cross_entropy(model(X, mask), Y) + model.regularizer(mask)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_an_optimiser_of_a_part_takes_the_place_of_an_older_one_of_all():
+    model = small_model(2)
+    older = hmf.optim.Adam(model, step_in_backward=True)
+    optimizer = hmf.optim.Adam(model, params=[*model.net.parameters(), *model.hypernet.embeddings])
+    before = model.hypernet.output.weight.detach().clone()
+    F.cross_entropy(model(X, 0), Y).backward()
+    optimizer.step()
+    assert torch.equal(model.hypernet.output.weight, before)
+    with pytest.raises(InputError, match="a newer hmf.optim.Adam has taken over"):
+        older.step()
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"step_in_backward": True}], ids=str)
+def test_a_look_at_a_later_task_begins_nothing(settings):
+    """In training mode too: it moves no anchor, whichever optimiser there is."""
+    looking, other = small_model(4, beta=0.5), small_model(4, beta=0.5)
+    losses = []
+    for model in (looking, other):
+        optimizer = (plain if settings is None else ours(**settings))(model)
+        for task in (0, 0, 1, 1, 2):
+            if model is looking:
+                model(X, 3), model(X, task + 1), model.mask(task + 1)
+            optimizer.zero_grad()
+            mask = model.mask(task)
+            loss = F.cross_entropy(model(X, mask), Y) + model.regularizer(mask)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert model.anchor.task == 2
+    assert losses[:5] == losses[5:]
+
+
+@pytest.mark.parametrize("drift_masked", [True, False])
+def test_a_drift_beside_the_mask_is_refused_where_backward_steps(drift_masked):
+    """R by itself gives the output layer a gradient that a step within backward would miss."""
+    model = small_model(2, beta=0.5, drift_masked=drift_masked)
+    model.begin_task(1)
+    optimizer = hmf.optim.Adam(model, step_in_backward=True)
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(X, 1), Y) + model.regularizer(1)
+    refused_unchanged(model, "make one mask per step", loss.backward)
+
+
+class Sparse(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(6, 8, sparse=True), torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(x + self.table((10 * x[:, 0].abs()).long() % 6))
+
+
+def test_what_torchs_adam_refuses_leaves_the_output_layer_as_it_was():
+    model = hmf.HyperMask(Sparse(), 2, exclude="table.*", heads="head")
+    optimizer = hmf.optim.Adam(model)
+    F.cross_entropy(model(X, 0), Y).backward()
+    before, grad = copy.deepcopy(model.state_dict()), model.hypernet.output.weight.grad
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.hypernet.output.weight.grad is grad is not None
+
+
+class Complex(torch.nn.Module):
+    """A parameter that PyTorch's fused Adam can't step, and one that nobody steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = torch.nn.Parameter(torch.randn(8, dtype=torch.complex64))
+        self.steps = torch.nn.Parameter(torch.arange(8), requires_grad=False)
+        self.head = torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head((x * self.turn).abs() + self.steps)
+
+
+def test_parameters_of_any_kind_beside_the_masked_ones():
+    torch.manual_seed(0)
+    theirs = hmf.HyperMask(Complex(), 2, hypernetwork=hmf.HypernetConfig(4, (6,)), heads="head")
+    own = copy.deepcopy(theirs)
+    train(theirs, plain, 3, tasks=2)
+    train(own, ours(), 3, tasks=2)
+    for (name, a), b in zip(own.named_parameters(), theirs.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b[1], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"foreach": True}, {"amsgrad": True}], ids=str)
+def test_parameters_of_another_dtype_than_their_moments(settings):
+    model = small_model(1)
+    optimizer = hmf.optim.Adam(model, **settings)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        optimizer.zero_grad()
+        F.cross_entropy(model(X.to(dtype), 0), Y).backward()
+        if dtype is torch.float32:
+            optimizer.step()
+    refused_unchanged(model, "is float64 of .*its exp_avg is float32 of", optimizer.step)
+
+
+def test_a_state_of_another_models_optimiser():
+    """PyTorch's fused Adam would write beyond the moments."""
+    model, other = small_model(1), hmf.HyperMask(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)), 1)
+    optimizers = [hmf.optim.Adam(each) for each in (model, other)]
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        F.cross_entropy(each(X, 0), Y).backward()
+        optimizer.step()
+    before = optimizers[0].state_dict()
+    with pytest.raises(InputError, match=r"another model: parameter 0 is \(16, 8\) here, and its exp_avg is \(4, 8\)"):
+        optimizers[0].load_state_dict(optimizers[1].state_dict())
+    assert str(optimizers[0].state_dict()) == str(before)

@@ -150,6 +150,52 @@ def test_another_model_is_refused_before_anything_changes(make, message, inside)
     )
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("make", [DENSE, CHUNKED, hmf.HypernetConfig(9, (12,)), hmf.HypernetConfig(8, (13,))], ids=str)
+def test_another_hypernetwork_is_refused_before_anything_changes(make, strict):
+    model = trained(1, hypernetwork=BY_TENSOR if make is not CHUNKED else DENSE)
+    before, anchor = copy.deepcopy(model.state_dict()), model.anchor
+    with pytest.raises(InputError, match="another model: size mismatch for hypernet") as caught:
+        model.load_state_dict(trained(hypernetwork=make).state_dict(), strict=strict)
+    assert "\n" not in str(caught.value) and model.anchor is anchor
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def cut(state):
+    state["state.anchor.targets.0"] = state["state.anchor.targets.0"][:1]
+
+
+def without(state):
+    del state["state.anchor.targets.0"]
+
+
+def of_no_task(state):
+    state["state.anchor.task"] = torch.tensor(3)
+
+
+@pytest.mark.parametrize("hypernetwork", [DENSE, CHUNKED, BY_TENSOR])
+@pytest.mark.parametrize("change", [cut, without, of_no_task])
+def test_an_anchor_that_can_t_be_the_models_is_refused(change, hypernetwork):
+    model, state = trained(1, hypernetwork=hypernetwork), trained(hypernetwork=hypernetwork).state_dict()
+    anchor = model.anchor
+    change(state)
+    with pytest.raises(InputError, match="the state is of another model: .*task"):
+        model.load_state_dict(state)
+    assert model.anchor is anchor
+
+
+@pytest.mark.parametrize("hypernetwork", [DENSE, CHUNKED])
+@pytest.mark.parametrize(("saved", "loaded"), [("double", "float"), ("float", "double")])
+def test_a_state_in_another_dtype(saved, loaded, hypernetwork):
+    """The anchor is converted as Parameters are."""
+    model, other = (
+        getattr(trained(hypernetwork=hypernetwork), saved)(),
+        getattr(trained(1, hypernetwork=hypernetwork), loaded)(),
+    )
+    other.load_state_dict(model.state_dict())
+    assert other.regularizer(2).item() == pytest.approx(model.regularizer(2).item(), rel=1e-4)
+
+
 class TwoWays(nn.Module):
     """Its head is defined first, so that only a run shows which layer is the last."""
 

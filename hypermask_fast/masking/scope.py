@@ -158,8 +158,8 @@ class Scope:
 
 def _forget_parametrised() -> None:
     """Within `torch.nn.utils.parametrize.cached()` weights are kept that may be computed from another task's W * m."""
-    if parametrize._cache_enabled:  # noqa: SLF001
-        parametrize._cache.clear()  # noqa: SLF001
+    if parametrize._cache_enabled:  # noqa: SLF001 # pyright: ignore
+        parametrize._cache.clear()  # noqa: SLF001 # pyright: ignore
 
 
 def _has_saved_tensor_hooks() -> bool:

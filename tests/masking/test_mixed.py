@@ -182,3 +182,28 @@ def test_another_error_of_the_network_stays_what_it_is():
     with pytest.raises(ValueError, match="the network's own"):
         model_of(nn.Sequential(Fails(4, 4)), heads="0").train()(torch.randn(1, 4), 0)
     assert blob_model().train()(torch.randn(2, 8), 0).shape == (2, 2)
+
+
+class Counting(nn.Module):
+    """Counts its passes, and keeps a mean of its inputs, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(8, 3), nn.Linear(16, 8)
+        self.register_buffer("passes", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.mean.lerp_(x.mean(0), 0.5)
+        return self.head(self.body(x))
+
+
+def test_trials_leave_buffers_as_they_were():
+    """To find the output layer, and whether rows are samples."""
+    model, x = model_of(Counting()), torch.randn(4, 16)
+    model(x, 1)
+    assert model.net.passes == 1
+    assert_close(model.net.mean, 0.5 * x.mean(0), "network")
+    model(x, torch.tensor([1, 1, 0, 0]))
+    assert model.net.passes == 3

@@ -9,6 +9,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 import hypermask_fast as hmf
+from hypermask_fast import InputError
 from hypermask_fast.masking.norms import TaskStatistics
 
 
@@ -195,3 +196,16 @@ def test_a_plain_networks_state_serves_every_task():
     nn.init.constant_(plain.norm.running_mean, 5.0)
     model.net.load_state_dict(plain.state_dict())
     assert (model.net.norm.running_mean == 5).all() and model.net.norm.running_mean.shape == (3, 4)
+
+
+@pytest.mark.parametrize("names", [["running_mean", "running_var", "num_batches_tracked"], ["running_var"]])
+def test_statistics_that_two_modules_share_are_refused(names):
+    """Each would have its own from then on."""
+    first, second = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    for name in names:
+        setattr(second, name, getattr(first, name))
+    net = nn.Sequential(nn.Linear(8, 4), first, second, nn.Linear(4, 2))
+    with pytest.raises(InputError, match=f"2 has its {names[0]} together with 1"):
+        hmf.HyperMask(net, 2)
+    assert type(first) is nn.BatchNorm1d and first.running_var is second.running_var
+    hmf.HyperMask(nn.Sequential(nn.Linear(8, 4), first, first, nn.Linear(4, 2)), 2)

@@ -15,6 +15,7 @@ from support.tolerances import assert_close
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
@@ -66,6 +67,29 @@ def test_an_instance_forward_keeps_the_mask(when):
     grads = [torch.autograd.grad(value.square().sum(), model.weights()) for value in (y, expected)]
     for ours, theirs in zip(*grads, strict=True):
         assert_close(ours, theirs, "network")
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_parametrised_weights_that_are_kept_are_the_tasks(where):
+    """`parametrize.cached` keeps a weight until its block ends, which here is a weight of W * m."""
+
+    class Twice(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "around":
+                return super().forward(x)
+            with parametrize.cached():
+                return super().forward(x) + super().forward(2 * x)
+
+    net = Twice(parametrizations.weight_norm(nn.Linear(16, 8)), nn.Linear(8, 3))
+    model, x = model_of(net, include=["0.*", "1.*"], heads="1"), batch()
+    expected = [model(x, task) for task in range(3)]
+    with parametrize.cached():
+        for task in (0, 1, 2, 0):
+            assert_close(model(x, task), expected[task], "network")
+        with model.disabled():
+            net(x)
+        assert_close(model(x, 1), expected[1], "network")
+    assert not torch.equal(expected[0], expected[1])
 
 
 def test_hooks_see_the_masked_weight():
