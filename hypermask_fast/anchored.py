@@ -10,10 +10,9 @@ from torch import Tensor
 from . import ops, regularizers
 from .errors import InputError
 from .life import TaskLife
-from .masking.masks import TaskMask
+from .masking.masks import TaskMask, is_another
 from .output_layer import Pending
 from .regularizers import Anchor, DriftConfig, Drifts
-from .transforming import transforming
 
 
 def without_autocast(method: Callable) -> Callable:
@@ -29,11 +28,6 @@ def without_autocast(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return in_own_dtype
-
-
-def _is_another(weight: Tensor, other: Tensor) -> bool:
-    """Whether they are different tensors, and not two views of one."""
-    return weight is not other and (transforming() or weight.data_ptr() != other.data_ptr())
 
 
 class Anchored(TaskLife):
@@ -54,7 +48,7 @@ class Anchored(TaskLife):
         if torch.compiler.is_compiling():
             return
         weights = self.weights()
-        if len(weights) != len(mask.weights) or any(map(_is_another, weights, mask.weights)):
+        if len(weights) != len(mask.weights) or any(map(is_another, weights, mask.weights)):
             raise InputError(
                 "the mask was made by another model, or of other weights than this model's now: make it anew, "
                 "mask = model.mask(task)"

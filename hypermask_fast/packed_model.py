@@ -131,7 +131,7 @@ class PackedModel(MaskedNetwork):
                 else:
                     self.cache.hits += 1
                 effective = [own if kept is None else kept for kept, own in zip(entry.weights, plain, strict=True)]
-                masks.append(KeptMask(self.tasks.index(task), tuple(effective)))
+                masks.append(KeptMask(self.tasks.index(task), self.layout, tuple(plain), tuple(effective)))
         return masks
 
     def _made(self, task: int, plain: list[nn.Parameter], counted: Counted) -> Entry:

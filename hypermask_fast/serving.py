@@ -226,8 +226,8 @@ class Serving(MaskMaking):
             cache.hits += len(found)
             if missing:
                 found |= self._made(missing, source, shared, beside=set(tasks))
-        plain = self.weights()
-        return [KeptMask(task, tuple(map(_first, found[task], plain))) for task in tasks]
+        plain = tuple(self.weights())
+        return [KeptMask(task, self.layout, plain, tuple(map(_first, found[task], plain))) for task in tasks]
 
     def _holds(self, entry: Entry, source: _Source, shared: Hashable, task: int) -> bool:
         """Whether an entry is W * m of the weights as they are; shared: `contents` of the source, None: by counters."""

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.checksum import checksum
+from .layout import MaskLayout
 
 DEFAULT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class KeptMask:
-    """What a pass needs of a `TaskMask`, without its logits: W * m of a task."""
+    """What a pass needs of a `TaskMask`, without its logits: W * m of a task, made of these weights."""
 
     task: int
+    layout: MaskLayout
+    weights: tuple[Tensor, ...]
     effective: tuple[Tensor, ...]
     may_fuse = False
 

@@ -1,13 +1,14 @@
 """MaskedNetwork: any network, run under the masks that it is given."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves  # noqa: PLC2701
 
 from ..errors import InputError
 from ..transforming import transforming
@@ -55,6 +56,7 @@ class MaskedNetwork(nn.Module):
         if self._classes is not None:
             self._hook = net.register_forward_hook(self._classes).id
         self._owners = self._assigned()
+        self.register_load_state_dict_post_hook(_tie_again)
         self._looks_at_task = bool(own) or bool(self.statistics())
         self._ids: dict[tuple[int, torch.device], Tensor] = {}  # as `_row` has made them
         self._independent: dict[Any, bool] = {}  # kind of inputs -> whether rows of a batch are independent samples
@@ -123,6 +125,8 @@ class MaskedNetwork(nn.Module):
                     y = self.net(*inputs, **kwargs)
             else:
                 y = self.net(*inputs, **kwargs)
+        if not compiling and not isinstance(y, Tensor):
+            _refuse_later(y)
         if read is not None:
             self._report_unread(read)
         if torch.is_grad_enabled() and not compiling:
@@ -267,3 +271,22 @@ class MaskedNetwork(nn.Module):
             net._forward_hooks.pop(self._hook)
         del self.net
         return net
+
+
+def _refuse_later(output: Any) -> None:
+    """Raises InputError for outputs that are computed when the pass is over, and with it the mask."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, (Iterator, Coroutine)):
+            raise InputError(
+                f"the network returns a {type(leaf).__name__}, which would run after the pass, unmasked: use it inside "
+                "`with model.use_task(task):`, as model.net(...)"
+            )
+
+
+def _tie_again(model: MaskedNetwork, incompatible_keys: Any) -> None:
+    """A hook of load_state_dict, whose assign=True gives each module of tied parameters one of its own."""
+    weights = model.weights()
+    modules: Any = model.net.modules()
+    for module in modules:
+        for name, segment in getattr(module, "mask_segments", {}).items():
+            module._parameters[name] = weights[segment]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import InputError
+from ..transforming import transforming
 from .access import parameter_of
 from .layout import MaskLayout
 
@@ -38,6 +40,20 @@ class Convolution(Layer, Protocol):
     def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]: ...
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+def is_another(weight: Tensor, other: Tensor) -> bool:
+    """Whether they are different tensors, and not two views of one."""
+    return weight is not other and (transforming() or weight.data_ptr() != other.data_ptr())
+
+
+def check_exchanged(mask: Any, segment: int, plain: Tensor) -> None:
+    """Raises InputError where a module has another tensor in the place of the weight that a mask was made of."""
+    if is_another(plain, mask.weights[segment]):
+        raise InputError(
+            f"{mask.layout.segments[segment].name} has been exchanged for another tensor within a pass (such as by "
+            "torch.func.functional_call of a part of the network), where it would not be masked"
+        )
 
 
 class Made:

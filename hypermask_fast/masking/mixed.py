@@ -25,6 +25,8 @@ _AGREE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest entry, in 
 def samples(inputs: tuple, kwargs: dict[str, Any]) -> int:
     """The number of samples: the first dimension of the first tensor among the inputs."""
     for leaf in tree_leaves((inputs, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.is_nested:
+            raise InputError("a nested tensor can't be cut into the samples of each task: it needs one task per batch")
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
     raise InputError("one task per sample needs a tensor (batch, ...) among the network's inputs")

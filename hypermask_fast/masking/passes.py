@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only  # noqa: PLC2701
 
 from .. import ops
+from .access import parameter_of
 from .cache import KeptMask
-from .masks import Convolution, Layer, TaskMask
+from .masks import Convolution, Layer, TaskMask, check_exchanged
 from .norms import TaskNorm
 from .scope import tensors_of
 
@@ -34,6 +35,7 @@ class Pass:
         self._leaves: dict[int, Tensor] = {}
         self._gathered: dict[tuple[object, str], Tensor] = {}
         self._effective = None if mask.may_fuse else mask.effective
+        self._weights = None if torch.compiler.is_compiling() else mask.weights
 
     @property
     def effective(self) -> tuple[Tensor, ...]:
@@ -44,8 +46,10 @@ class Pass:
 
     # -- what modules read ----------------------------------------------------------------------------------------
 
-    def parameter(self, segment: int, plain: Tensor | None = None) -> Tensor:
+    def parameter(self, segment: int, plain: Tensor) -> Tensor:
         """W * m of the task; the output layer's bias as it is."""
+        if self._weights is not None and plain is not self._weights[segment]:
+            check_exchanged(self.mask, segment, plain)
         if self.read is not None:
             self.read.add(segment)
         if self._with_grad and not torch.is_grad_enabled():
@@ -88,8 +92,8 @@ class Pass:
         segments = layer.mask_segments
         weight, bias = segments.get("weight"), segments.get("bias")
         return (
-            layer.weight if weight is None else self.parameter(weight),
-            layer.bias if bias is None else self.parameter(bias),
+            layer.weight if weight is None else self.parameter(weight, parameter_of(layer, "weight")),
+            layer.bias if bias is None else self.parameter(bias, parameter_of(layer, "bias")),
         )
 
     def batch_norm(self, layer: TaskNorm, x: Tensor, *args: Any) -> Tensor:
@@ -120,6 +124,8 @@ class Pass:
         """
         if self._effective is not None or (self._with_grad and not torch.is_grad_enabled()):
             return None
+        for name, segment in layer.mask_segments.items() if self._weights is not None else ():
+            check_exchanged(self.mask, segment, parameter_of(layer, name))
         y = self.mask.fused(op, layer, x, *geometry)
         if y is not None and self.read is not None:
             self.read.update(s for s in (layer.segment("weight"), layer.segment("bias")) if s is not None)

@@ -17,7 +17,7 @@ from ..ops.task_rows import TaskRows
 from .access import is_attached, parameter_of, scope_of
 from .layers import MaskedConv2d, MaskedLinear
 from .layout import MaskLayout
-from .masks import Convolution, Layer, Made, TaskMask
+from .masks import Convolution, Layer, Made, TaskMask, check_exchanged
 from .norms import TaskNorm, TaskStatistics, TrackingNorm
 
 # Samples up to which all tasks go through together, counted once per task where there are convolutions: more fill a
@@ -127,6 +127,7 @@ class TaskBatch:
         segment, weight = layer.segment("weight"), parameter_of(layer, "weight")
         if segment is None:
             return F.linear(x, weight, parameter_of(layer, "bias"))
+        self._check_weights(layer)
         logits, thresholds = self.masks.of(segment)
         if self.shared is not None and x is self.shared[1] and x.dim() == 2:  # the first layer: x is read once
             call = (self.shared[0], weight, logits, thresholds, None, self.masks.bias(layer))
@@ -142,6 +143,7 @@ class TaskBatch:
         segment, weight = layer.segment("weight"), parameter_of(layer, "weight")
         if segment is None:
             return layer.convolve(x, weight, parameter_of(layer, "bias"))
+        self._check_weights(layer)
         x, padding = layer.padded(x)
         logits, thresholds = self.masks.of(segment)
         if layer.groups > 1:
@@ -208,6 +210,10 @@ class TaskBatch:
         if bias.dim() == 2:
             bias = bias.index_select(0, self._of_rows(1))
         return y + bias.to(y.dtype)[..., None, None]
+
+    def _check_weights(self, layer: Layer) -> None:
+        for name, segment in () if torch.compiler.is_compiling() else layer.mask_segments.items():
+            check_exchanged(self.masks, segment, parameter_of(layer, name))
 
     def _check(self, x: Tensor, layer: Layer | TaskNorm) -> None:
         if x.shape[0] != self.count:
