@@ -89,17 +89,19 @@ class TaskLife(MaskedNetwork):
             classes: how many it has, for a model with `classes`; by default as many as the task `like`.
 
         Raises:
-            InputError: `like` does not exist, or classes are missing or not to be given.
+            InputError: `like` does not exist, classes are missing or not to be given, or no optimiser of this model.
         """
         if like is not None:
             self._check_task(like)
+        if optimizer is not None and not self._is_trained_by(optimizer):
+            raise InputError(f"add_task(optimizer) takes this model's optimizer, not {type(optimizer).__name__}")
         counts = self._counts_with(like, classes)
-        embedding = self.hypernet.add_task()
-        added = [embedding]
-        for plain, values in self.own_values():
+        own, norms = self.own_values(), self.statistics()
+        added = [self.hypernet.add_task()]
+        for plain, values in own:
             values.append(nn.Parameter(plain.detach().clone(), plain.requires_grad))
             added.append(values[-1])
-        for module in self.statistics():
+        for module in norms:
             module.add_task(like)
         if like is not None:
             with torch.no_grad():
@@ -111,6 +113,10 @@ class TaskLife(MaskedNetwork):
             for before, new in zip(self._parameters_of(self.num_tasks - 2), added, strict=True):
                 _enter(optimizer, before, new)
         return self.num_tasks - 1
+
+    def _is_trained_by(self, optimizer: Any) -> bool:
+        mine = set(map(id, self.parameters()))
+        return any(id(p) in mine for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
 
     def _counts_with(self, like: int | None, classes: int | None) -> tuple[int, ...] | None:
         """The numbers of classes with one more task."""

@@ -99,7 +99,11 @@ class HyperMask(Serving):
         classes = None if classes is None else numbers.check(classes, num_tasks)
         hypernetwork.check_memory(layout, next(net.parameters()).device)
         sizes = [segment.size for segment in layout.segments]
-        hypernet = hypernetwork.build(layout.size, num_tasks, sizes)  # the last to be refused: then the network changes
+        parameters = dict(net.named_parameters())
+        like = [parameters[name] for name in layout.names]
+        dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in like) else torch.float32
+        # The last to be refused, also by the device's memory: then the network changes.
+        hypernet = hypernetwork.build(layout.size, num_tasks, sizes).to(like[0].device, dtype)
         super().__init__(
             net,
             layout,
@@ -108,9 +112,7 @@ class HyperMask(Serving):
             heads_named=heads is not None,
             classes=classes,
         )
-        like = self.weights()
-        dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in like) else torch.float32
-        self.hypernet = hypernet.to(like[0].device, dtype)
+        self.hypernet = hypernet
         self.sparsity, self.drift, self.hypernetwork = sparsity, drift, hypernetwork
         self.fitted = {}
         self.anchor = None  # assigned to when a run resumes within a task

@@ -213,10 +213,17 @@ class Saved:
                 raise InputError(
                     f"{name} is not in {'the model' if name in state else self.folder}: it is another model"
                 )
-        for name, value in (*model.named_parameters(), *model.named_buffers()):
-            if name in state and value.is_floating_point():
+        mine = {name: value for name, value in (*model.named_parameters(), *model.named_buffers()) if name in state}
+        before = {name: value.data for name, value in mine.items()}
+        for name, value in mine.items():
+            if value.is_floating_point():
                 value.data = value.data.to(state[name].dtype)
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except InputError:
+            for name, value in mine.items():
+                value.data = before[name]
+            raise
         buffers = dict(model.named_buffers())
         for name, tensor in self.tensors.items():
             if name.startswith(_PLAIN):

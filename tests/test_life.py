@@ -52,6 +52,16 @@ def test_a_new_task_begins_with_what_the_network_came_with():
     assert (model.own["1/weight"][new] == 2).all() and not (model.own["1/weight"][0] == 2).all()
 
 
+@pytest.mark.parametrize("optimizer", [2, "foreign"])
+def test_an_optimiser_that_is_none_of_the_models(optimizer):
+    model = model_of(2)
+    if optimizer == "foreign":
+        optimizer = torch.optim.Adam(model_of(2).parameters())
+    with pytest.raises(InputError, match="takes this model's optimizer, not"):
+        model.add_task(optimizer)
+    assert model.num_tasks == 2 and model.net[1].running_mean.shape[0] == 2
+
+
 @pytest.mark.parametrize(
     ("like", "message"), [(2, "task 2 does not exist"), (0, "task 0 was removed"), (True, "integer")]
 )
@@ -199,3 +209,12 @@ def test_print_trainable_parameters(capsys):
         ["8", "16", "embeddings of 2 tasks"],
         [f"{masked + 32 + hypernetwork + 8:,}", f"{masked + 96 + hypernetwork + 16:,}", "all of them"],
     ]
+
+
+def test_a_model_whose_network_has_been_given_back():
+    model = blob_model(2)
+    model.unconvert()
+    for call in (lambda: model(torch.randn(2, 8), 0), lambda: model.export(0), model.add_task, lambda: model.net):
+        with pytest.raises(InputError, match="has given this model's network back"):
+            call()
+    assert model.num_tasks == 2

@@ -243,6 +243,19 @@ def test_a_damaged_folder(damage, message, tmp_path):
     assert "\n" not in str(caught.value) and type(net[0]) is nn.Linear
 
 
+def test_a_refused_folder_leaves_the_dtypes_of_the_network(tmp_path):
+    model = blob_model(3)
+    model.net.bfloat16()
+    model.save_pretrained(tmp_path)
+    change(tmp_path, "sparsity", 31)
+    net = blob_model(1).unconvert()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(InputError, match="this one has 31 %"):
+        hmf.HyperMask.from_pretrained(tmp_path, net)
+    for name, tensor in net.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+
 def change(folder, key, value):
     path = folder / "hypermask.json"
     manifest = json.loads(path.read_text())

@@ -133,11 +133,12 @@ def _new(*parts: Any) -> Any:
     return made.__new__(made)
 
 
-def exchange_class(module: nn.Module, name: str, kind: type) -> None:
-    """Gives the module another class. Raises InputError where Python can't."""
+def exchange_class(module: nn.Module, name: str, base: type, names: frozenset[str], *mixins: type) -> None:
+    """Gives the module the class `class_with(base, names, *mixins)`. Raises InputError where Python can't, or the class
+    allows no subclass."""
     try:
-        module.__class__ = kind
-    except TypeError as error:
+        module.__class__ = class_with(base, names, *mixins)
+    except Exception as error:
         raise InputError(f"module {name!r} ({type(module).__name__}) can't be masked: {error}") from error
 
 

@@ -44,6 +44,8 @@ class MaskedNetwork(nn.Module):
         classes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if left := summary(layout.rows):
+            warnings.warn(left + " (print(model.layout) shows all)", stacklevel=3)
         self.layout = layout
         self._heads_known = heads_named or output.is_plain_to_see(net)
         self._scope, self._unread = Scope(), set(range(len(layout.segments)))
@@ -60,8 +62,6 @@ class MaskedNetwork(nn.Module):
         self._looks_at_task = bool(own) or bool(self.statistics())
         self._ids: dict[tuple[int, torch.device], Tensor] = {}  # as `_row` has made them
         self._independent: dict[Any, bool] = {}  # kind of inputs -> whether rows of a batch are independent samples
-        if left := summary(layout.rows):
-            warnings.warn(left + " (print(model.layout) shows all)", stacklevel=3)
 
     def _assigned(self) -> list[tuple[nn.Module, str]]:
         """Who owns each segment's Parameter, by module and attribute."""
@@ -76,6 +76,8 @@ class MaskedNetwork(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "net" and "own" in modules:
+                raise InputError("unconvert() has given this model's network back: make a new model of it") from None
             if name.startswith("_") or "net" not in modules:
                 raise
             return getattr(self.net, name)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..wrapping import refuse_ddp_of_network
-from .access import MaskedModule, class_with, exchange_class, is_attached
+from .access import MaskedModule, exchange_class, is_attached
 from .layers import CALLED
 from .layout import MaskLayout
 from .norms import TaskStatistics, tracks
@@ -27,7 +27,7 @@ def attach(
         Of each parameter that is per task, by name, every task's value; they begin as copies of the network's own.
 
     Raises:
-        InputError: a module that can't be masked; the network is as it was.
+        InputError: a module that can't be masked. Whatever is raised, the network is as it was.
     """
     parameters = dict(net.named_parameters())
     segments = {id(parameters[name]): number for number, name in enumerate(layout.names)}
@@ -45,15 +45,14 @@ def attach(
             if not (masked or apart or norm or type(module) in CALLED):
                 continue
             base, mixins = CALLED.get(type(module), type(module)), (TaskStatistics,) if norm else ()
-            kind = class_with(base, frozenset(masked | apart), *mixins)
             plain = type(module)
-            exchange_class(module, path, kind)
+            exchange_class(module, path, base, frozenset(masked | apart), *mixins)
             one = cast(MaskedModule, module)
             one.mask_plain = plain
             one.mask_scope, one.mask_segments, one.mask_own = scope, masked, apart
             if norm:
                 cast(TaskStatistics, module).begin(num_tasks, batch_statistics)
-    except InputError:
+    except BaseException:
         detach(net)
         raise
     return own

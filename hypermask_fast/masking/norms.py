@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase  # noqa: PLC2701 # 
 
 from ..errors import InputError
 from ..ranks import Ranks
-from .access import MaskedModule, class_with, exchange_class, is_attached
+from .access import MaskedModule, exchange_class, is_attached
 from .scope import PLAIN, Scope
 from .synchronised import Synchronised
 
@@ -112,7 +112,7 @@ def synchronise(net: nn.Module, scope: Scope, ranks: Ranks, evaluation: bool) ->
             if not is_attached(one):
                 one.mask_scope, one.mask_segments, one.mask_own, one.mask_plain = scope, {}, {}, type(one)
             parts = getattr(type(one), "mask_parts", (type(one), frozenset()))
-            exchange_class(one, path, class_with(*parts[:2], BatchStatistics))
+            exchange_class(one, path, *parts[:2], BatchStatistics)
         one.ranks, one.ranks_in_evaluation = ranks, evaluation
         count += 1
     return count
@@ -170,16 +170,17 @@ class TaskStatistics(BatchStatistics):
     def begin(self, num_tasks: int, batch_statistics: bool) -> None:
         """Every task begins with the network's own statistics, which stay beside them."""
         module: Any = self
-        for name in STATISTICS:
-            own = module._buffers[name]
+        plain = {name: module._buffers[name] for name in STATISTICS}
+        of_tasks = {name: own.expand(num_tasks, *own.shape).clone() for name, own in plain.items()}
+        for name, own in plain.items():
             module.register_buffer(OWN + name, own, persistent=False)
-            module._buffers[name] = own.expand(num_tasks, *own.shape).clone()
+            module._buffers[name] = of_tasks[name]
         self.batch_statistics = batch_statistics
 
     def end(self, task: int | None) -> None:
         """Leaves one task's statistics (None: the network's own) in a module of its own class."""
         module: Any = self
-        for name in STATISTICS:
+        for name in STATISTICS if OWN + STATISTICS[0] in module._buffers else ():  # it has begun
             stacked, own = module._buffers[name], module._buffers.pop(OWN + name)
             module._non_persistent_buffers_set.discard(OWN + name)
             module._buffers[name] = own if task is None else stacked[task].clone()
