@@ -111,8 +111,8 @@ def synchronise(net: nn.Module, scope: Scope, ranks: Ranks, evaluation: bool) ->
         if not isinstance(module, BatchStatistics):
             if not is_attached(one):
                 one.mask_scope, one.mask_segments, one.mask_own, one.mask_plain = scope, {}, {}, type(one)
-            parts = getattr(type(one), "mask_parts", (type(one), frozenset()))
-            exchange_class(one, path, *parts[:2], BatchStatistics)
+            parts: Any = getattr(type(one), "mask_parts", (type(one), frozenset()))
+            exchange_class(one, path, parts[0], parts[1], BatchStatistics)
         one.ranks, one.ranks_in_evaluation = ranks, evaluation
         count += 1
     return count
