@@ -6,11 +6,12 @@ their names, hooks, state_dict, optimisers, `setattr` and whoever holds the modu
 
 import copyreg
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..errors import InputError
 from .scope import PLAIN, Scope
@@ -89,6 +90,27 @@ def _masks(module: Any) -> bool:
     return module.mask_scope is not None and module.mask_scope.running not in (None, PLAIN)
 
 
+def check_called(module: Any) -> None:
+    """Raises InputError where a module with masked parameters is called and no pass is under way: a part of a network
+    that is called on its own, whose parameters nobody would mask."""
+    if (module.mask_segments or module.mask_own) and not _running(module):
+        raise InputError(
+            f"{type(module).__name__} is masked and is called outside of a forward pass: call model(x, task), or work "
+            "inside `with model.use_task(task):` or `with model.disabled():`"
+        )
+
+
+def _checked(base: Any) -> Callable:
+    """The class's forward, after `check_called`."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_called(self)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
 def _exchanged(module: Any, name: str) -> InputError:
     return InputError(
         f"{name} of {type(module).__name__} has been exchanged for a tensor within a pass, where it would not be masked"
@@ -115,6 +137,9 @@ def class_with(base: type, names: frozenset[str], *mixins: type) -> type:
     attributes: dict[str, Any] = {name: masked_parameter(name) for name in names}
     attributes |= {"__module__": base.__module__, "__doc__": base.__doc__, "__reduce_ex__": _reduced}
     attributes["_replicate_for_data_parallel"] = replicate
+    # Others have a forward of their own, and a parametrisation is called by whoever reads its weight.
+    if not mixins and not issubclass(base, (MaskedModule, parametrize.ParametrizationList)):
+        attributes["forward"] = _checked(base)
     attributes["mask_parts"] = (base, names, *mixins)
     metaclass: Any = type(base)
     return metaclass(f"Masked{base.__name__}", (*mixins, *recurrent, base, MaskedModule), attributes)

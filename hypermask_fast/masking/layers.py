@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
-from .access import MaskedModule, masked_parameter, parameter_of, replicate
+from .access import MaskedModule, check_called, masked_parameter, parameter_of, replicate
 from .scope import PLAIN
 
 
@@ -36,7 +36,11 @@ class _Masked(MaskedModule):
 
     def _running(self) -> Any:
         """The pass that this call is within; None where the layer is an ordinary one."""
-        running = None if self.mask_scope is None else self.mask_scope.running
+        if self.mask_scope is None:
+            return None
+        running = self.mask_scope.running
+        if running is None:
+            check_called(self)
         return None if running is PLAIN else running
 
     def _check_mask(self, mask: LayerMask, weight: Tensor, bias: Tensor | None) -> None:

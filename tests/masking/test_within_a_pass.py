@@ -124,3 +124,48 @@ def test_tied_parameters_stay_tied_when_a_state_is_assigned():
     torch.optim.SGD(model.parameters(), 0.1).zero_grad()
     model(batch(), 1).square().sum().backward()
     assert sum(name.startswith("net.") for name, _ in model.named_parameters()) == 5
+
+
+class Parts(nn.Module):
+    """A network whose parts are called by its other methods too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv, self.rnn = nn.Embedding(9, 8), nn.Conv1d(8, 8, 1), nn.GRU(8, 8, batch_first=True)
+        self.attention, self.hidden, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def encode(self, x: Tensor) -> Tensor:
+        hidden = self.conv(self.table(x).transpose(1, 2)).transpose(1, 2)
+        hidden = self.rnn(hidden)[0]
+        return self.hidden(self.attention(hidden, hidden, hidden)[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encode(x).mean(1))
+
+
+def test_a_part_called_outside_of_a_pass_is_refused():
+    """Also by a method of the network that is reached through the model."""
+    model, x = model_of(Parts(), exclude="head.*"), torch.arange(8).view(2, 4) % 9
+    hidden = torch.randn(2, 4, 8)
+    calls = [
+        lambda: model.encode(x),
+        lambda: model.table(x),
+        lambda: model.net.conv(hidden.transpose(1, 2)),
+        lambda: model.net.rnn(hidden),
+        lambda: model.net.attention(hidden, hidden, hidden),
+        lambda: model.net.hidden(hidden),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match="is masked and is called outside of a forward pass"):
+            call()
+    assert model.head(hidden).shape == (2, 4, 3)  # it is not masked
+    with model.use_task(1):
+        within = model.encode(x)
+    y = model.head(within.mean(1))
+    assert_close(y, model(x, 1), "network")
+    with model.disabled():
+        assert not torch.equal(model.encode(x), within)
+    assert model.net.table.weight is dict(model.net.named_parameters())["table.weight"]
+    state = {**masked_state(model, 1), **{n: p for n, p in model.net.named_parameters() if n.startswith("head")}}
+    assert_close(y, functional_call(Parts(), state, (x,)), "network")
+    assert type(model.unconvert().table) is nn.Embedding and model.num_tasks == 3
