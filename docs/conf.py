@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import hypermask_fast
 
 project = "hypermask_fast"
-author = "the hypermask_fast developers"
+author = copyright = "the hypermask_fast developers"
 version = release = hypermask_fast.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
