@@ -290,10 +290,10 @@ def row(name: str, checks: list[str] | None = None) -> dict[str, str]:
 _HEADER = """# Networks that were checked
 
 This page says which kinds of network can be masked, and what was checked of each. The table is made by
-`python -m bench.networks`, on the CPU, with random weights and small configurations. The networks are in `bench/zoo.py`.
-Those of Hugging Face come from `transformers`; GPT-2, Llama and T5 have `use_cache=False`, because PyTorch exports no cache
-of keys and values. "Passes" means that the numbers are, to rounding, those that `torch.func.functional_call` gives with
-W * m in place of W.
+`python -m bench.networks`, on the CPU, with random weights and small configurations. The networks are in
+`bench/zoo.py`. Those of Hugging Face come from `transformers`; GPT-2, Llama and T5 have `use_cache=False`, because
+PyTorch exports no cache of keys and values. "Passes" means that the numbers are, to rounding, those that
+`torch.func.functional_call` gives with W * m in place of W.
 
 | check | what is compared |
 |---|---|
@@ -304,7 +304,7 @@ W * m in place of W.
 | mixed batch | a batch of several tasks, and every task over one batch |
 | state_dict | a model that has loaded it, and a copy of the model |
 | one-pass Adam | four steps over two tasks with `optim.Adam`, against the same steps on an ordinary gradient |
-| torch.compile | with `fullgraph=True` (the task as a tensor), and compiled before it is masked; no task compiles anew |
+| torch.compile | with `fullgraph=True` (the task a tensor), and compiled before it is masked; no task compiles anew |
 | .pt2, ONNX | the file, loaded without this library, for two sizes of batch |
 
 """
