@@ -190,6 +190,16 @@ def test_a_task_that_was_not_looked_at_yet_is_still_said():
         predict(model, x, method="fecam")
 
 
+def test_a_model_made_in_inference_mode_has_statistics_too():
+    """Its tensors have no version counters."""
+    with torch.inference_mode():
+        model, x = fitted_model()
+        same(model, model, x)
+        model.net[0].weight.mul_(1.5)
+        with pytest.warns(UserWarning, match=STALE.format("FeCAM", "0, 1, 2")):
+            predict(model, x, method="fecam")
+
+
 @pytest.mark.parametrize("words_at_once", [1 << 17, 32])
 def test_weights_that_change_places_are_others(monkeypatch, words_at_once):
     """Two neighbours of 8 bytes, rows (which are taken together or one after the other), and a value with its
