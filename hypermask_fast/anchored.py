@@ -49,11 +49,19 @@ class Anchored(TaskLife):
             return None
         return anchor if torch.is_grad_enabled() else None
 
-    def _anchor_of_mask(self, task: int) -> Anchor | None:
-        """The anchor of the task that is being trained, which begins here if it is the next; None of an earlier one."""
-        if self.anchor is not None and task < self.anchor.task:
-            return None
-        return self._anchor_of(task)
+    def _anchor_of_mask(self, task: int, in_backward: bool) -> Anchor | None:
+        """The anchor of the task that is being trained, which begins here if it is the next; None of an earlier one.
+
+        None, too, where nobody has begun a task or asked for drifts yet: a loop without the regulariser is not to pay
+        for them, and gives the embeddings of earlier tasks no gradient.
+
+        in_backward: whether the backward pass is to step the output layer. Then drifts have to come with the mask, for
+            there is no other gradient that could be added later.
+        """
+        anchor = self.anchor
+        if anchor is None:
+            return self._anchor_of(task) if in_backward else None
+        return None if task < anchor.task else self._anchor_of(task)
 
     def begin_task(self, task: int) -> None:
         """Captures what the regularisers of task t compare with: output of tasks 0..t-1 and the weights, as of now.

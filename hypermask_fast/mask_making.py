@@ -82,7 +82,10 @@ class MaskMaking(Anchored):
             return self._mask_by_tensor(task, sparsity, ranks, **for_drifts)
         task = int(task) if isinstance(task, Tensor) else task
         self._check_task(task)
-        anchor = self._anchor_in_training(task) if stepper is None else self._anchor_of_mask(task)
+        if stepper is None:
+            anchor = self._anchor_in_training(task)
+        else:
+            anchor = self._anchor_of_mask(task, stepper.step_in_backward)
         if anchor is None:
             if stepper is None:
                 logits = self.hypernet.logits(*self.hypernet.generating([task])).squeeze(0)
