@@ -161,7 +161,7 @@ class MaskMaking(Anchored):
                 logits[begin : begin + size] = self._logits_of(tasks[begin : begin + size])
             return logits
         made = [net.generating([task]) for task in tasks]
-        return net.logits(torch.cat([hidden for hidden, _ in made]), made[0][1]) if made else net(tasks)
+        return net.logits(torch.cat([hidden for hidden, _ in made]), made[0][1])
 
     def _thresholds(self, logits: Tensor, sparsity: float | None = None, ranks: Tensor | None = None) -> Tensor:
         if ranks is None:

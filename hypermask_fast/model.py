@@ -235,8 +235,12 @@ class HyperMask(Serving):
         """All tasks' masks, from one pass over the hypernetwork; made once, they serve many batches.
 
         tasks: of which, in this order; None: `model.tasks`. Each mask says whose it is (`mask.task`).
+
+        Raises InputError: a task that does not exist, or none at all.
         """
         chosen = self.tasks if tasks is None else tuple(tasks)
+        if not chosen:
+            raise InputError("no task to make a mask of: all_masks() makes all, all_masks([0, 2]) these")
         for task in chosen:
             self._check_task(task)
         return self._masks_of(chosen)
@@ -252,6 +256,9 @@ class HyperMask(Serving):
         Returns:
             Of a network that returns several tensors (a tuple, a dict, a dataclass) the same with each tensor stacked.
             The row of a removed task is NaN (-1 where outputs are integers).
+
+        Raises:
+            InputError: there are no masks, or one is a removed task's.
         """
         if (
             masks is None
@@ -260,6 +267,8 @@ class HyperMask(Serving):
             and all(isinstance(m, TaskMask) for m in inputs[-1])
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
+        if masks is not None and not len(masks):
+            raise InputError("masks must be those of a task or more, and there are none")
         self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
         if self._records_in_serving():

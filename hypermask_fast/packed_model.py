@@ -89,7 +89,7 @@ class PackedModel(MaskedNetwork):
             task: an int or 0-dim int64 tensor, or an int64 tensor (batch,) with one task per sample.
 
         Raises:
-            InputError: a task that is not there.
+            InputError: a task that is not there; a tensor that can be no task, or whose length is not the batch's.
         """
         if task is None:
             if not inputs:
@@ -98,12 +98,20 @@ class PackedModel(MaskedNetwork):
         self._check_network(tuple(inputs), kwargs)
         if isinstance(task, Tensor) and task.dim() == 1:
             count = mixed.samples(tuple(inputs), kwargs)
-            if task.dtype != torch.int64 or len(task) != count or not count:
+            if task.dtype != torch.int64 or len(task) != count:
                 raise InputError(
                     f"one task per sample is an int64 tensor ({count},), not {task.dtype} of {tuple(task.shape)}"
                 )
-            return self._group_by_group(tuple(inputs), kwargs, task, self._masks)
-        (mask,) = self._masks([int(task) if isinstance(task, Tensor) else task])  # pyright: ignore[reportArgumentType]
+            if count:
+                return self._group_by_group(tuple(inputs), kwargs, task, self._masks)
+            task = self.tasks[0]  # an empty batch has outputs of the same form under every mask
+        elif isinstance(task, Tensor):
+            if task.dtype != torch.int64 or task.dim():
+                raise InputError(
+                    f"a task tensor is int64, 0-dim or one id per sample, not {task.dtype} of {tuple(task.shape)}"
+                )
+            task = int(task)
+        (mask,) = self._masks([task])  # pyright: ignore[reportArgumentType]
         return self._through(mask, tuple(inputs), kwargs)
 
     def forward_all_tasks(self, *inputs: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class Packed:
 
     def check_task(self, task: object) -> None:
         """Raises InputError where a task is not among them."""
-        if isinstance(task, bool) or task not in self.tasks:
+        if isinstance(task, bool) or not isinstance(task, Integral) or task not in self.tasks:
             raise InputError(f"task {task} is not packed here: there are {', '.join(map(str, self.tasks))}")
 
     def weights(self) -> dict[str, Tensor]:

@@ -369,6 +369,13 @@ def test_tasks_that_do_not_exist(convnet_model, task, message):
         convnet_model(images(), task)
 
 
+def test_no_task_at_all_is_refused(convnet_model):
+    with pytest.raises(InputError, match=r"no task to make a mask of: all_masks\(\) makes all"):
+        convnet_model.all_masks([])
+    with pytest.raises(InputError, match="masks must be those of a task or more, and there are none"):
+        convnet_model.forward_all_tasks(torch.randn(2, 2, 8, 8), masks=[])
+
+
 def test_numpy_integers_are_tasks(convnet_model):
     model = convnet_model.eval()
     torch.testing.assert_close(model(images(), np.int64(1)), model(images(), 1))

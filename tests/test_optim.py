@@ -55,6 +55,20 @@ def test_a_loss_of_the_logits_alone(task):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_without_the_regulariser_earlier_embeddings_stay():
+    """A gradient of 0 in place of none would have them go on by their moments. And nothing is captured for drifts."""
+    theirs, own = small_model(2), small_model(2)
+    for model, optimizer in ((theirs, plain(theirs)), (own, hmf.optim.Adam(own, 1e-2))):
+        for task in (0, 0, 0, 1, 1):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X, model.mask(task)), Y).backward()
+            assert task == 0 or model.hypernet.embeddings[0].grad is None
+            optimizer.step()
+        assert model.anchor is None
+    for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_drift_is_exactly_zero_as_a_task_begins():
     """Rounding in its place would be a full step of Adam for every earlier embedding."""
     for chunk_size in (None, 50):

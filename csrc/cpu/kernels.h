@@ -1,7 +1,7 @@
 // The table of CPU kernels: plain functions over raw pointers, compiled once per instruction set.
 //
-// They are serial; the ops around them (csrc/cpu/thresholds.cpp, masks.cpp, dense.cpp) check arguments, split the work
-// into parts that do not depend on the number of threads, and run the parts in parallel.
+// They are serial. The ops around them, in the other files of csrc/cpu, check arguments, split the work into parts that
+// do not depend on the number of threads, and run the parts in parallel.
 #pragma once
 
 #include <cstdint>

@@ -102,7 +102,7 @@ HM_INLINE void outer_tile(const float* factors, int64_t tasks, const float* h, i
 
 struct FewTasks {
   static constexpr int kRows = kBlockRows;
-  static constexpr bool kBuffered = false;  // gradients are always written first
+  static constexpr bool kBuffered = false;  // a wide layer's gradients go from the registers straight into its step
   int64_t vectors;                          // of a row
   Tiles<kDotTasks> dot_tasks;
   Tiles<kHiddenTasks> hidden_tasks;

@@ -111,7 +111,7 @@ HM_INLINE void product_tile(const float* f, int64_t count, const float* x, int64
 
 struct ManyTasks {
   static constexpr int kRows = kManyRows;
-  static constexpr bool kBuffered = true;  // gradients are always written first
+  static constexpr bool kBuffered = true;  // gradients are always written to memory before they are stepped
   int64_t vectors;                         // of a row
   Tiles<kPanelTasks> dot_tasks;
   Tiles<kTile> hidden_tasks;

@@ -14,7 +14,7 @@ namespace {
 constexpr const char* kOp = "mask_overlap";
 constexpr int64_t kBits = 64;
 
-#if defined(HYPERMASK_X86) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HM_FOR_MACHINES __attribute__((target_clones("avx2", "popcnt", "default")))
 #else
 #define HM_FOR_MACHINES

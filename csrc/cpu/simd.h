@@ -214,8 +214,6 @@ HM_INLINE void store_up_to(float* p, Vec v, int64_t count) {
   }
 }
 
-HM_INLINE Vec widened(HalfVec v) { return (Vec)(__builtin_convertvector(v, UnsignedVec) << 16); }
-
 // The first count lanes, 0 < count < kLanes; the others are 0 and their memory is not touched.
 HM_INLINE HalfVec load_part(const Bfloat16* p, int count) {
 #if HM_LANES == 16

@@ -69,9 +69,8 @@ class Scenario:
 
     Raises:
         InputError: no tasks, or something else among them; an input shape that is none; a task without training or
-            test samples; labels of a `TensorSplit` on the CPU outside of
-            0 .. num_classes - 1 (on a GPU looking at them would mean to wait for it); a task of more classes than
-            num_classes.
+            test samples; labels of a `TensorSplit` on the CPU outside of 0 .. num_classes - 1 (on a GPU looking at them
+            would mean to wait for it); a task of more classes than num_classes.
     """
 
     name: str

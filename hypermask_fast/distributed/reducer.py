@@ -39,9 +39,8 @@ class Reducer:
     def __init__(self, modules: Sequence[nn.Module], ranks: Ranks) -> None:
         self.ranks = ranks
         self.modules = tuple(modules)
-        self.shares: set[bool] = (
-            set()
-        )  # in training mode (True) or evaluation, batch norm takes all ranks' batches as one
+        # The modes, training (True) and evaluation (False), in which batch norm takes all ranks' batches as one.
+        self.shares: set[bool] = set()
         self._begin()
         self.watch()
 

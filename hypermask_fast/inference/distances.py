@@ -150,6 +150,8 @@ class Mahalanobis(ClassGaussians):
         masks = model.all_masks(list(self.of_task))
         with evaluating(model):
             for task, data in by_task(model, validation, "validation").items():
+                if task not in self.of_task:
+                    raise InputError(f"validation data of task {task}, which is not among the tasks fitted")
                 seen = 0
                 for inputs, kwargs, labels in batches(data, batch_size, f"validation of task {task}"):
                     each = [

@@ -37,7 +37,7 @@ def glance(model: TaskModel) -> tuple:
     """What differs once a weight was changed: in place (version counters), exchanged, or through `.data` as a whole
     (a few entries of each tensor are looked at, those of a view are not worth a pass over all weights)."""
     tensors = [tensor.detach() for _, tensor, _ in _parts(model)]
-    places = tuple((t.data_ptr(), t._version) for t in tensors)  # noqa: SLF001
+    places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)  # noqa: SLF001
     few = [t.flatten()[:: max(1, t.numel() // _SAMPLE)].double() for t in tensors if t.numel()]
     sums = torch.stack([f.mean() for f in few] + [f.square().mean() for f in few]).tolist()
     return places, tuple(map(repr, sums))

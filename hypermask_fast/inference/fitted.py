@@ -60,7 +60,7 @@ class ClassGaussians(ABC):
     """A method that takes the nearest class of all tasks' classes, by a distance of its own in feature space.
 
     `model.fitted[name]` is what was fitted last. It is saved with the model, and a removed task's statistics go with
-    the task. Where weights have changed since a task was fitted, the first use afterwards warns.
+    the task. Where weights have changed since a task was fitted, the first use of that task afterwards warns.
 
     Attributes:
         name: the method's.
@@ -75,7 +75,7 @@ class ClassGaussians(ABC):
     def __init__(self) -> None:
         self.layer, self.of_task = "", {}
         self._roots: dict[tuple[int, torch.dtype], tuple[Tensor, ...]] = {}
-        self._seen: tuple = ()
+        self._seen: tuple[tuple, frozenset[int]] = (), frozenset()  # a glance, and the tasks looked at under it
 
     # -- what a method is -----------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class ClassGaussians(ABC):
 
     def _replace(self, of_task: dict[int, TaskGaussians]) -> None:
         self.of_task = dict(sorted(of_task.items()))
-        self._roots, self._seen = {}, ()
+        self._roots, self._seen = {}, ((), frozenset())
 
     # -- use ------------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,9 @@ class ClassGaussians(ABC):
         return self._roots[key]
 
     def check(self, model: TaskModel, tasks: Iterable[int]) -> None:
-        """Raises InputError where a task is not fitted; warns, once per change, where weights are no longer those."""
+        """Raises InputError where a task is not fitted; warns where weights are no longer those, of each task once per
+        change."""
+        tasks = list(tasks)
         missing = [task for task in tasks if task not in self.of_task]
         if missing:
             kind = type(self).__name__
@@ -191,10 +193,12 @@ class ClassGaussians(ABC):
                 f"model.fitted[{self.name!r}].update(model, {{{missing[0]}: its training data}})"
             )
         now = glance(model)
-        if now == self._seen:
+        looked_at = self._seen[1] if self._seen[0] == now else frozenset()
+        new = [task for task in tasks if task not in looked_at]
+        if not new:
             return
-        self._seen = now
-        if stale := [str(task) for task in self._stale(model, tasks)]:
+        self._seen = now, looked_at | set(new)
+        if stale := [str(task) for task in self._stale(model, new)]:
             warnings.warn(
                 f"weights have changed since {type(self).__name__} was fitted for task {', '.join(stale)}: distances "
                 "are from the features as they were then; where the training data are at hand, fit again",

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map  # noqa: PLC2701
 
 from ..masking import mixed
 from ..masking.masks import TaskMask
@@ -58,14 +59,16 @@ def _one_shot(
     with torch.no_grad():
         each = [mask.effective for mask in masks]
         weights = list(_superposed(masks, each, masked))
-    leaves = [weights[s].detach().requires_grad_() for s in masked]
-    for s, leaf in zip(masked, leaves, strict=True):
-        weights[s] = leaf
-    with torch.enable_grad(), model.pass_under(Superposition(weights, [int(mask.task) for mask in masks])):
-        logits = mixed.logits(model.net(*inputs, **kwargs), select)
-        log_p = logits.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1).mean()
-    grads = torch.autograd.grad(entropy, leaves, allow_unused=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs, kwargs, weights = tree_map(_recordable, (inputs, kwargs, weights))
+        leaves = [weights[s].detach().requires_grad_() for s in masked]
+        for s, leaf in zip(masked, leaves, strict=True):
+            weights[s] = leaf
+        with model.pass_under(Superposition(weights, [int(mask.task) for mask in masks])):
+            logits = mixed.logits(model.net(*inputs, **kwargs), select)
+            log_p = logits.log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1).mean()
+        grads = torch.autograd.grad(entropy, leaves, allow_unused=True)
     with torch.no_grad():
         found = torch.zeros(len(masks), device=entropy.device)
         for s, grad in zip(masked, grads, strict=True):
@@ -73,6 +76,11 @@ def _one_shot(
                 flat = grad.flatten()
                 found -= torch.stack([torch.dot(made[s].flatten(), flat) for made in each])
         return found
+
+
+def _recordable(leaf: Any) -> Any:
+    """A copy of what was made in inference mode, which autograd refuses to record; anything else as it is."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def _superposed(masks: Sequence[TaskMask], each: list[tuple[Tensor, ...]], masked: list[int]) -> tuple[Tensor, ...]:

@@ -61,9 +61,9 @@ def independent(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], count: in
 
     Not so where the first dimension is the sequence, or where samples see each other. The network runs in evaluation
     mode, on a few rows, then on every other one of them, and leaves nothing behind. That is spared where the layers
-    tell, for it waits for the device. Batch norm without running
-    statistics is left out: there samples are meant to meet, those of one task. A network that draws random numbers in
-    evaluation mode can't be judged and is taken at its word.
+    tell, for it waits for the device. Batch norm without running statistics is left out: there samples are meant to
+    meet, those of one task. A network that draws random numbers in evaluation mode can't be judged and is taken at its
+    word.
     """
     if all(_is_by_rows(module) for module in net.modules()):
         return True

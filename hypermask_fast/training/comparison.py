@@ -14,7 +14,7 @@ from ..files import write_atomic, writing
 from ..text import text_table
 from . import describe, study_pictures
 from .config import CONFIG
-from .study import LEVEL, METRIC_UNITS, Estimate, Group, differences
+from .study import LEVEL, METRIC_UNITS, Estimate, Group, differences, known_metrics
 
 FIGURES = {
     "matrices.png": study_pictures.matrices_figure,
@@ -42,12 +42,6 @@ def find_runs(folder: Path | str) -> list[Path]:
             f"{folder} holds no run (no {CONFIG} in it or below it): give folders that `hypermask-fast train` has made"
         )
     return found
-
-
-def known_metrics(groups: Sequence[Group]) -> list[str]:
-    """The metrics that all runs of all groups have."""
-    runs = [run for group in groups for run in group.runs]
-    return [name for name in METRIC_UNITS if all(getattr(run.summary, name) is not None for run in runs)]
 
 
 def tables(groups: Sequence[Group]) -> str:

@@ -1,6 +1,5 @@
 """What an evaluation with unknown tasks leaves in a folder: numbers, a table, a picture."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -10,10 +9,11 @@ import numpy as np
 import torch
 
 from ..data import Scenario
+from ..drawing import figure_class, png
 from ..errors import InputError
 from ..files import write_atomic, writing
 from .evaluation import Inferred
-from .report import device_name, figure_class, versions
+from .report import device_name, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,11 +74,7 @@ def write(
         percents = ("" if row[kind] is None else repr(row[kind]) for kind in ("task_percent", "class_percent"))
         lines.append([str(t), str(row["samples"]), *percents, *map(str, taken)])
     write_atomic(as_csv, "".join(",".join(line) + "\n" for line in lines))
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    drawn = io.BytesIO()
-    FigureCanvasAgg(confusion_figure(result, about)).print_png(drawn)
-    write_atomic(picture, drawn.getvalue())
+    write_atomic(picture, png(confusion_figure(result, about)))
 
 
 def confusion_figure(result: Inferred, about: dict[str, Any]) -> "Figure":

@@ -73,9 +73,9 @@ def accuracy(
 ) -> float:
     """Percent of the split's samples whose argmax is their label, under task's mask; one host sync in all.
 
-    Where batch norm uses the batch's own statistics (the official fidelity), the whole split is one batch. Several
-    processes share the split, or one of them has all of it where a sample's output depends on its batch. Their counts
-    are added up: the percentage is that of one process.
+    Where batch norm uses the batch's own statistics (the official fidelity, or no running statistics), the whole split
+    is one batch, which one process takes; otherwise several processes share the split. Their counts are added up: the
+    percentage is that of one process.
 
     Args:
         sparsity: percent, in place of the model's own (validation during the ramp).
@@ -235,17 +235,12 @@ def gives_away(model: HyperMask, method: str, shuffled: bool) -> str | None:
     """What makes batches of one task easier than single samples; None where nothing does."""
     if shuffled or method == "known":
         return None
-    if _meets(model):
+    if uses_batches(model.net):
         return "batch norm uses the batch's own statistics, and every batch is of one task: that gives the task away"
     if method.startswith("gradient"):
         return f"{method} looks at a batch as a whole, and every batch is of one task: that helps it"
     return None
 
 
-def _meets(model: HyperMask) -> bool:
-    """Whether samples of a batch meet in batch norm, in evaluation too."""
-    return any(getattr(module, "batch_statistics", False) for module in model.net.modules())
-
-
 def _batch_size(model: HyperMask, split: Split, batch_size: int) -> int:
-    return max(len(split), 1) if _meets(model) else batch_size
+    return max(len(split), 1) if uses_batches(model.net) else batch_size

@@ -13,6 +13,14 @@ import numpy.typing as npt
 
 from ..errors import InputError
 
+METRIC_UNITS = {  # fields of `Summary`, in the order in which they are shown
+    "average_accuracy": "%",
+    "learning_accuracy": "%",
+    "forgetting": "points",
+    "backward_transfer": "points",
+    "forward_transfer": "points",
+}
+
 
 @dataclass(frozen=True)
 class Summary:

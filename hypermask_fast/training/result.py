@@ -8,7 +8,7 @@ from torch import Tensor
 from ..data import Scenario
 from ..errors import InputError
 from ..text import text_table
-from .metrics import Summary, summarize, tasks_learned
+from .metrics import METRIC_UNITS, Summary, summarize, tasks_learned
 
 WIDE = 10  # tasks up to which accuracies are shown with a decimal
 
@@ -70,12 +70,5 @@ def learned_rows(result: Result, untrained: str) -> list[tuple[str, list[float]]
 
 def summary_lines(summary: Summary) -> list[str]:
     """One line per metric that is known, with its unit."""
-    units = {
-        "average_accuracy": "%",
-        "learning_accuracy": "%",
-        "forgetting": "points",
-        "backward_transfer": "points",
-        "forward_transfer": "points",
-    }
-    known = ((name, unit, getattr(summary, name)) for name, unit in units.items())
+    known = ((name, unit, getattr(summary, name)) for name, unit in METRIC_UNITS.items())
     return [f"{name.replace('_', ' '):<18}{value:8.2f} {unit}" for name, unit, value in known if value is not None]

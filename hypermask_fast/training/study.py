@@ -9,7 +9,7 @@ Runs that differ in their seed alone are one group.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,10 @@ from ..settings import shown
 from ..text import text_table
 from . import describe
 from .config import RunConfig, stored_config
-from .metrics import Summary, summarize, tasks_learned
+from .metrics import METRIC_UNITS, Summary, summarize, tasks_learned
 from .report import METRICS
 
 LEVEL = 0.95  # of confidence intervals
-METRIC_UNITS = {
-    "average_accuracy": "%",
-    "learning_accuracy": "%",
-    "forgetting": "points",
-    "backward_transfer": "points",
-    "forward_transfer": "points",
-}
 
 
 @dataclass(frozen=True)
@@ -320,10 +313,15 @@ def differences(groups: Sequence[Group], metric: str) -> list[tuple[Group, Paire
     return [(group, paired(first, group, metric)) for group in others if set(group.seeds) & set(first.seeds)]
 
 
+def known_metrics(groups: Sequence[Group]) -> list[str]:
+    """Those of `METRIC_UNITS` that all runs of these groups have: some need two tasks, or a measured baseline."""
+    runs = [run for group in groups for run in group.runs]
+    return [name for name in METRIC_UNITS if all(getattr(run.summary, name) is not None for run in runs)]
+
+
 def metrics_table(groups: Sequence[Group]) -> str:
     """A line per group: number of seeds, then mean -+ half width of the interval of each metric, as text."""
-    known = [field.name for field in fields(Summary) if field.name in METRIC_UNITS]
-    known = [name for name in known if all(getattr(run.summary, name) is not None for g in groups for run in g.runs)]
+    known = known_metrics(groups)
     rows = [["", "seeds", *(f"{name.replace('_', ' ')} ({METRIC_UNITS[name]})" for name in known)]]
     for group in groups:
         label = group.label or describe.title(group.config)

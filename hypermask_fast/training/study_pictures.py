@@ -10,7 +10,7 @@ from ..drawing import figure_class, wrapped
 from ..errors import InputError
 from . import describe
 from .report import matrix_heat_map
-from .study import LEVEL, METRIC_UNITS, Group, differences, estimate, estimate_text
+from .study import LEVEL, METRIC_UNITS, Group, differences, estimate, estimate_text, known_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -193,8 +193,7 @@ def _task_names(axes: "Axes", group: Group) -> None:
 
 def mean_matrix_figure(group: Group) -> "Figure":
     """The accuracy matrix, mean over the group's seeds, with the metrics and their 95 % intervals above it."""
-    known = [name for name in METRIC_UNITS if all(getattr(run.summary, name) is not None for run in group.runs)]
-    shown = [name for name in ("average_accuracy", "forgetting") if name in known]
+    shown = [name for name in ("average_accuracy", "forgetting") if name in known_metrics([group])]
     words = [f"{n.replace('_', ' ')} {estimate_text(group.estimate(n))} {METRIC_UNITS[n]}" for n in shown]
     count = len(group.runs)
     interval = f" ({_PERCENT} interval over {count} seeds)" if count > 1 else ""

@@ -93,7 +93,8 @@ class TrainingConfig:
         validate_every: how often validation accuracy is measured, where keep or schedule asks for it.
         log_every: how often the loss and its parts are logged; the only moments at which the loop waits for a GPU.
         checkpoint_every: how often a checkpoint is saved within a task; 0 for one at each task's end only.
-        evaluation_batch: samples that are evaluated at once; it decides memory, and on some devices the last bits.
+        evaluation_batch: samples that are evaluated at once; it decides memory, and on some devices the last bits. A
+            network whose batch norm uses the batch's own statistics has each split whole.
         precision: "float32", or "bf16" to train the target network under autocast.
         gradient: of the hypernetwork's output layer: "factored" steps it within the backward pass (`optim.Adam` with
             step_in_backward), "dense" by torch.optim.Adam; "auto": factored where the layer is dense.

@@ -191,7 +191,7 @@ TARGETS = {"mlp": _mlp, "resnet20": _resnet20, "zenkenet": _zenkenet}
 
 
 def build_target(config: TargetConfig, input_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """The plain target network that `config` names; a function of the user's own is called, see `own.build_network`.
+    """The plain target network that `config` names; where it names a function of the user's own, what that returns.
 
     Args:
         config: name, and the widths that its kind of network has.

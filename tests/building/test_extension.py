@@ -92,6 +92,17 @@ def test_the_operators_of_the_sources_are_those_that_the_package_calls():
     assert extension._other_operator() == ""
 
 
+def test_every_macro_of_ours_that_the_sources_ask_for_is_set_by_somebody():
+    """One that nobody sets leaves out what it guards, and no test of the values sees that."""
+    root = PACKAGE.parent
+    sources = [path.read_text() for path in (root / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    asked = {name for text in sources for name in re.findall(r"#.*defined\(?\s*\(?(HYPERMASK_\w+)", text)}
+    asked |= {name for text in sources for name in re.findall(r"#ifn?def\s+(HYPERMASK_\w+)", text)}
+    setting = "\n".join([*sources, (root / "setup.py").read_text(), (root / "tests/support/emulation.py").read_text()])
+    set_by_somebody = {*re.findall(r"-D(HYPERMASK_\w+)", setting), *re.findall(r"#define (HYPERMASK_\w+)", setting)}
+    assert "HYPERMASK_EMULATED" in asked and asked <= set_by_somebody
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"native": "no compiler"}'])
 def test_a_record_of_the_build_that_can_not_be_read_is_none(text, tmp_path, monkeypatch):
     monkeypatch.setattr(extension, "PACKAGE", tmp_path)

@@ -322,6 +322,13 @@ def test_data_that_can_t_be_fitted(kind, given, message):
     assert model.fitted == {kind.name: before} and set(before.of_task) == {0, 1, 2}
 
 
+def test_validation_data_of_a_task_that_was_not_fitted_are_refused():
+    model, everything = float64_model(), data()
+    with pytest.raises(InputError, match="validation data of task 2, which is not among the tasks fitted"):
+        Mahalanobis.fit(model, {0: everything[0], 1: everything[1]}, validation={2: everything[2]})
+    assert model.fitted == {}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from support.networks import blob_model, blob_scenario
+from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, cli
@@ -134,6 +135,19 @@ def test_without_such_batch_norm_neither_order_nor_size_of_batches_matter(batch)
     for shuffled in (False, True):
         again = evaluation.inferred(model, scenario, "max_softmax", batch, shuffled)
         assert torch.equal(again.confusion, once.confusion) and torch.equal(again.right, once.right)
+
+
+@pytest.mark.parametrize("batch", [13, 40])
+def test_batch_norm_without_running_statistics_is_given_each_split_whole(batch):
+    """Otherwise accuracy would depend on the size of the batches, whose last one can be a single sample, too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, track_running_stats=False), nn.ReLU(), nn.Linear(16, 2))
+    model, scenario, seen = hmf.HyperMask(net, 2, 30, hmf.HypernetConfig(6, (8,))).eval(), _meeting(), []
+    net.register_forward_pre_hook(lambda net, args: seen.append(len(args[0])))
+    assert "gives the task away" in evaluation.gives_away(model, "entropy", False)
+    evaluation.accuracy(model, scenario.tasks[0].test, 0, batch)
+    evaluation.inferred(model, scenario, "entropy", batch)
+    assert set(seen) == {40}
 
 
 def test_statistics_that_are_there_are_used_unless_they_are_stale():

@@ -175,6 +175,31 @@ def test_changed_weights_are_said(change):
         predict(model, x, method="mahalanobis")
 
 
+def test_a_task_that_was_not_looked_at_yet_is_still_said():
+    """A use of a task that was fitted again says nothing about the others, whose warning is still to come."""
+    model, x = fitted_model()
+    with torch.no_grad():
+        model.net[0].weight.add_(0.01)
+    model.fitted["fecam"].update(model, {2: blob_scenario().tasks[2].train})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(model, x, model.all_masks([2]), method="fecam")
+    with pytest.warns(UserWarning, match=STALE.format("FeCAM", "1:")):
+        predict(model, x, model.all_masks([1, 2]), method="fecam")
+    with pytest.warns(UserWarning, match=STALE.format("FeCAM", "0:")):
+        predict(model, x, method="fecam")
+
+
+def test_a_model_made_in_inference_mode_has_statistics_too():
+    """Its tensors have no version counters."""
+    with torch.inference_mode():
+        model, x = fitted_model()
+        same(model, model, x)
+        model.net[0].weight.mul_(1.5)
+        with pytest.warns(UserWarning, match=STALE.format("FeCAM", "0, 1, 2")):
+            predict(model, x, method="fecam")
+
+
 @pytest.mark.parametrize("words_at_once", [1 << 17, 32])
 def test_weights_that_change_places_are_others(monkeypatch, words_at_once):
     """Two neighbours of 8 bytes, rows (which are taken together or one after the other), and a value with its

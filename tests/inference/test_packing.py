@@ -327,6 +327,33 @@ def test_metadata_that_was_altered_is_refused(change, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (torch.tensor(1.7), "a task tensor is int64, 0-dim or one id per sample, not torch.float32 of ()"),
+        (torch.tensor(True), "not torch.bool of ()"),
+        (torch.tensor([[1]]), r"not torch.int64 of \(1, 1\)"),
+        (torch.zeros(2, 2), r"not torch.float32 of \(2, 2\)"),
+        (torch.tensor([0, 1]), r"one task per sample is an int64 tensor \(6,\), not torch.int64 of \(2,\)"),
+        (1.0, "task 1.0 is not packed here: there are 0, 1, 2"),
+        (True, "task True is not packed here"),
+    ],
+)
+def test_what_is_no_task_is_refused(task, said):
+    packed = PackedModel(model_of().pack(), small_convnet())
+    with pytest.raises(InputError, match=said):
+        packed(images(), task)
+    if not isinstance(task, torch.Tensor):
+        with pytest.raises(InputError, match=said):
+            packed.packed.unpack(task)
+
+
+def test_an_empty_batch_has_an_empty_output():
+    model, none = model_of(), images()[:0]
+    packed, ids = PackedModel(model.pack(), small_convnet()), torch.zeros(0, dtype=torch.int64)
+    assert packed(none, ids).shape == packed(none, 1).shape == model.eval()(none, ids).shape == (0, 5)
+
+
 def test_a_cache_too_small_for_one_task_and_training_are_refused(tmp_path):
     model = model_of()
     file, net = written(model, tmp_path), small_convnet()

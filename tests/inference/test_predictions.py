@@ -125,6 +125,20 @@ def fit_all(model, scenario):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_every_method_serves_in_inference_mode(method):
+    model, scenario = trained()
+    fit_all(model, scenario)
+    x = scenario.tasks[1].test.inputs
+    expected = predict(model, x, method=method)
+    with torch.inference_mode():
+        found = predict(model, x.clone(), method=method)
+        masks = model.all_masks()
+        predict(model, x, masks, method=method)
+    assert torch.equal(found.task, expected.task) and torch.equal(found.score, expected.score)
+    assert predict(model, x, masks, method=method).score.shape == (100, 4), "outside, under masks made inside"
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_removed_tasks_are_never_chosen_and_parts_can_be_asked(method):
     model, scenario = trained()
     fit_all(model, scenario)

@@ -109,7 +109,7 @@ class _Lists:
         return tuple(results) if self._alone else (*results[0], results[1])
 
     def results(self, flat: Sequence[Tensor | None]) -> Sequence[Any]:
-        """One for each that the operator returns, of what there is one by one."""
+        """Gradients as the operator returns results, a list where that is one, from a Function's, one by one."""
         if not self._returned:
             return flat
         return ([*flat],) if self._alone else ([*flat[:-1]], flat[-1])
