@@ -237,7 +237,7 @@ class DatasetSplit:
 
 def empty_split() -> TensorSplit:
     """A split without samples, as where nothing is held out to validate."""
-    return TensorSplit(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    return TensorSplit(torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.int64))
 
 
 def _chunk_starts(n: int, size: int) -> range:
