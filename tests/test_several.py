@@ -115,6 +115,30 @@ def test_runs_that_ended_before_their_first_checkpoint_can_be_begun_again(tmp_pa
     assert "is not empty" in refused("split-digits", "--out", tmp_path, *TINY, "--seeds", "2-3")
 
 
+def test_a_run_that_was_killed_before_its_last_report_writes_it(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(out, "--seeds", "0-2") == 0
+    before = (out / "summary.json").read_bytes()
+    part = json.loads((out / "seed-0" / "metrics.json").read_text())
+    part["matrix"][1] = [None, None]
+    (out / "seed-0" / "metrics.json").write_text(json.dumps(part))
+    (out / "seed-1" / "metrics.json").unlink()
+    capsys.readouterr()
+    assert train(out, "--seeds", "0-2", "--resume") == 0
+    assert "1 of 3 runs are finished already\n" in capsys.readouterr().err
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_what_can_t_be_a_runs_folder_is_found_before_any_run_begins(tmp_path, monkeypatch, refused, capsys):
+    assert train(tmp_path / "seed-0", "--seed", "0") == 0
+    capsys.readouterr()
+    (tmp_path / "seed-2").mkdir()
+    (tmp_path / "seed-2" / "notes.txt").touch()
+    monkeypatch.setattr(several.subprocess, "Popen", None)
+    words = ["split-digits", "--out", tmp_path, *TINY, "--seeds", "0-2", "--resume"]
+    assert "seed-2 is not empty" in refused(*words)
+
+
 def test_what_all_runs_would_be_refused_is_told_once_and_starts_none(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(several.subprocess, "Popen", None)
     own = tmp_path / "mine.py"

@@ -142,8 +142,11 @@ def _unfinished(
         return runs
     if not begun:
         raise InputError(f"{out} holds none of these runs: leave --resume out, or give their folder (--out)")
-    for run in begun:
-        resume.resumed_config(out / run.name, preset, {**settings, **run.settings})
+    for run in runs:
+        if run in begun:
+            resume.resumed_config(out / run.name, preset, {**settings, **run.settings})
+        else:
+            check_free(out / run.name)
     return [run for run in runs if not _is_finished(out, run)]
 
 
@@ -166,8 +169,14 @@ def _check_any_can_begin(arguments: argparse.Namespace, runs: list[Planned]) -> 
 
 
 def _is_finished(out: Path, run: Planned) -> bool:
+    """Whether it has learned its last task, and its reports say so: a kill may come between the two."""
     folder = out / run.name
-    return (folder / CONFIG).is_file() and resume.is_finished(folder, stored_config(folder))
+    if not ((folder / CONFIG).is_file() and resume.is_finished(folder, stored_config(folder))):
+        return False
+    try:
+        return study.read_run(folder).is_finished
+    except InputError:
+        return False
 
 
 def _trained(

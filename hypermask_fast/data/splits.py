@@ -146,7 +146,10 @@ class TensorSplit:
             InputError: size < 1.
         """
         for start in _chunk_starts(len(self), size):
-            yield self.prepare(self.inputs[start : start + size]), self.labels[start : start + size]
+            x = self.prepare(self.inputs[start : start + size])
+            if x.untyped_storage().data_ptr() == self.inputs.untyped_storage().data_ptr():
+                x = x.clone()  # a network may change its input in place, which is not to change the data
+            yield x, self.labels[start : start + size]
 
 
 @dataclass(frozen=True, eq=False)

@@ -329,6 +329,15 @@ def test_tasks_that_can_be_read_once_are_refused():
         Scenario("mine", (task for task in tasks), (4,), 2)  # pyright: ignore[reportArgumentType]
 
 
+def test_a_network_that_changes_its_input_changes_no_data():
+    split = TensorSplit(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
+    for x, _ in split.chunks(3):
+        x.mul_(2)
+    x, _ = split.batch(torch.arange(4))
+    x.mul_(2)
+    assert torch.equal(split.inputs, torch.ones(4, 2))
+
+
 def test_the_default_dtype_decides_nothing():
     task = scenario().tasks[0]
     torch.set_default_dtype(torch.float64)
