@@ -287,25 +287,25 @@ def row(name: str, checks: list[str] | None = None) -> dict[str, str]:
     return {check: cell(ZOO[name], CHECKS[check]) for check in checks or CHECKS}
 
 
-_HEADER = """# Networks
+_HEADER = """# Networks that were checked
 
-Which networks can be masked, and what was checked of each. The table is made by `python -m bench.networks`, on the CPU,
-with random weights and small configurations of each kind; the networks are in `bench/zoo.py`, those of Hugging Face
-come from `transformers` (GPT-2, Llama and T5 with `use_cache=False`, for PyTorch exports no cache of keys and values).
-"passes" means: the same numbers as `torch.func.functional_call` with W * m in place of W, to
-rounding.
+This page says which kinds of network can be masked, and what was checked of each. The table is made by
+`python -m bench.networks`, on the CPU, with random weights and small configurations. The networks are in
+`bench/zoo.py`. Those of Hugging Face come from `transformers`; GPT-2, Llama and T5 have `use_cache=False`, because
+PyTorch exports no cache of keys and values. "Passes" means that the numbers are, to rounding, those that
+`torch.func.functional_call` gives with W * m in place of W.
 
-| check | what passes |
+| check | what is compared |
 |---|---|
-| masked parameters | how many entries have a mask by default; the others are shared by all tasks |
+| masked parameters | no check: how many entries have a mask by default; all tasks share the others |
 | forward | the output in evaluation mode, with and without gradients |
-| every gradient | of all masked parameters and of the hypernetwork |
+| every gradient | those of all masked parameters and of the hypernetwork |
 | export | the exported network, and its state_dict in a fresh network |
 | mixed batch | a batch of several tasks, and every task over one batch |
-| state_dict | into another model, and a copy of the model |
+| state_dict | a model that has loaded it, and a copy of the model |
 | one-pass Adam | four steps over two tasks with `optim.Adam`, against the same steps on an ordinary gradient |
-| torch.compile | with `fullgraph=True` (the task a tensor), and compiled before wrapping; no task is compiled anew |
-| .pt2, ONNX | the file loaded without this library, for two sizes of batch |
+| torch.compile | with `fullgraph=True` (the task a tensor), and compiled before it is masked; no task compiles anew |
+| .pt2, ONNX | the file, loaded without this library, for two sizes of batch |
 
 """
 

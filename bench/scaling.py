@@ -18,6 +18,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
 from . import results
 
@@ -132,11 +135,11 @@ def memory(network: Network, earlier: int, ranks: int) -> float:
 H200 = Node("H200, 400 Gbit/s each", 4.3e12, 60e12, 50e9, 5e-6, 0.3e-3)
 NVLINK = replace(H200, name="H200, NVLink", link_rate=450e9, latency=3e-6)
 NETWORKS = (
-    Network("permuted-mnist, N = 2.0 M", 2_036_010),
-    Network("ResNet-18, N = 11 M", 11.2e6),
-    Network("ViT-Base, N = 86 M", 86e6),
-    Network("N = 1 G", 1e9),
-    Network("N = 10 G", 1e10),
+    Network("permuted-mnist, N = 2.0 million", 2_036_010),
+    Network("ResNet-18, N = 11 million", 11.2e6),
+    Network("ViT-Base, N = 86 million", 86e6),
+    Network("N = 1 billion", 1e9),
+    Network("N = 10 billion", 1e10),
 )
 
 
@@ -159,23 +162,30 @@ def measured_node(rows: pd.DataFrame, mbit: int) -> Node:
 
 def draw_measured(rows: pd.DataFrame, file: Path) -> None:
     """What was measured, and the model with the rates of one process, the ranks sharing its cores and memory."""
-    links = sorted(rows.mbit.unique())
-    figure, axes = plt.subplots(1, len(links), figsize=(4.2 * len(links), 3.6), squeeze=False, layout="constrained")
-    for axis, mbit in zip(axes[0], links, strict=True):
-        here = rows[(rows.mbit == mbit) & (rows.ranks > 1)]
-        for way, each in here.groupby("way", sort=False):
-            axis.plot(each.ranks, each.median_ms, "o-", label=f"{way}, measured")
-        node = measured_node(rows, mbit)
-        network = Network("", float(rows.entries.iloc[0]), int(rows.width.iloc[0]))
-        counts = sorted(here.ranks.unique())
-        model = [1e3 * step(node.shared_by(k), network, int(rows.task.iloc[0]), k).step_s for k in counts]
-        axis.plot(counts, model, "k--", label="sharded, the model")
-        axis.set_title("memory of one machine" if mbit == 0 else f"links of {mbit / 1000:g} Gbit/s")
-        axis.set_xlabel("ranks, on the same two cores")
-        axis.set_ylabel("milliseconds a step")
-        axis.set_yscale("log")
-        axis.set_xticks(counts)
-        axis.legend(fontsize=7)
+    colours = dict(zip(rows[rows.ranks > 1].way.unique(), ("#0072b2", "#e69f00", "#d55e00"), strict=False))
+    cases = list(rows[rows.ranks > 1][["mbit", "ranks"]].drop_duplicates().itertuples(index=False, name=None))
+    network = Network("", float(rows.entries.iloc[0]), int(rows.width.iloc[0]))
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for place, (mbit, ranks) in enumerate(cases):
+        here = rows[(rows.mbit == mbit) & (rows.ranks == ranks)].set_index("way").median_ms
+        at = [place + 0.27 * (i - 1) for i, way in enumerate(colours) if way in here]
+        ways = [way for way in colours if way in here]
+        bars = axis.bar(at, [here[way] for way in ways], 0.25, color=[colours[way] for way in ways])
+        axis.bar_label(bars, [f"{here[way]:,.0f}" for way in ways], fontsize=8, padding=2)
+        node = measured_node(rows, mbit).shared_by(ranks)
+        model = 1e3 * step(node, network, int(rows.task.iloc[0]), ranks).step_s
+        axis.plot([at[0] - 0.14, at[0] + 0.14], [model, model], "k-", linewidth=2)
+    marks = [Patch(color=colour, label=f"{way}, measured") for way, colour in colours.items()]
+    model_mark = Line2D([], [], color="k", linewidth=2, label="sharded, the model")
+    axis.legend(handles=[*marks, model_mark], loc="upper left", frameon=False)
+    links = {0: "through memory"}
+    names = [f"{ranks} ranks, {links.get(mbit, f'links of {mbit / 1000:g} Gbit/s')}" for mbit, ranks in cases]
+    axis.set_xticks(range(len(cases)), names)
+    axis.set(ylabel="milliseconds per step", yscale="log", ylim=(100, 60_000))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_title("A step of permuted-mnist, all ranks on the same two cores")
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
@@ -185,26 +195,32 @@ def draw_measured(rows: pd.DataFrame, file: Path) -> None:
 
 def draw(frame: pd.DataFrame, file: Path, earlier: int = 10) -> None:
     """Time, memory and bytes sent of a step against the number of ranks."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 6.4), layout="constrained")
+    time, memory_of_one, sent, legend = axes.flat
     chosen = frame[(frame.earlier == earlier) & (frame.node == H200.name)]
-    for name, rows in chosen.groupby("network", sort=False):
-        axes[0].plot(rows.ranks, 1e3 * rows.step_s, "o-", markersize=3, label=name)
-        axes[1].plot(rows.ranks, rows.memory / 1e9, "o-", markersize=3, label=name)
-        (line,) = axes[2].plot(rows.ranks[1:], rows.sent[1:] / 1e9, "o-", markersize=3, label=name)
-        axes[2].plot(rows.ranks[1:], rows.sent_by_ddp[1:] / 1e9, ":", color=line.get_color())
-    axes[1].axhline(141, color="grey", linestyle="--", linewidth=1)
-    axes[1].text(1, 160, "an H200's memory", fontsize=7, color="grey")
-    _label(axes[0], "a step takes", "milliseconds")
-    _label(axes[1], "memory of a rank", "GB")
-    _label(axes[2], "a rank sends in a step (dotted: DDP alone)", "GB")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NETWORKS), fontsize=8)
-    figure.suptitle(f"Model of the sharded step, {earlier} earlier tasks, H = 100, {H200.name}")
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")
+    for (name, rows), colour in zip(chosen.groupby("network", sort=False), colours, strict=True):
+        style = {"color": colour, "markersize": 3, "label": name}
+        time.plot(rows.ranks, 1e3 * rows.step_s, "o-", **style)
+        memory_of_one.plot(rows.ranks, rows.memory / 1e9, "o-", **style)
+        sent.plot(rows.ranks[1:], rows.sent[1:] / 1e9, "o-", **style)
+        sent.plot(rows.ranks[1:], rows.sent_by_ddp[1:] / 1e9, ":", color=colour)
+    memory_of_one.axhline(141, color="grey", linestyle="--", linewidth=1)
+    memory_of_one.text(1024, 160, "an H200's memory", fontsize=8, color="grey", ha="right")
+    _label(time, "Time of a step", "milliseconds")
+    _label(memory_of_one, "Memory of a rank", "GB")
+    _label(sent, "Sent by a rank in a step", "GB")
+    legend.set_axis_off()
+    handles, labels = time.get_legend_handles_labels()
+    handles.append(Line2D([], [], color="grey", linestyle=":"))
+    legend.legend(handles, [*labels, "DistributedDataParallel alone"], loc="center", frameon=False)
+    figure.suptitle(f"Model of the sharded step: {earlier} earlier tasks, H = 100, {H200.name}", fontsize=10)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
 
 def _label(axis: Axes, title: str, unit: str) -> None:
-    axis.set(title=title, xlabel="ranks", ylabel=unit, xscale="log", yscale="log")
+    axis.set(title=title, xlabel="number of ranks", ylabel=unit, xscale="log", yscale="log")
     axis.set_xticks(RANKS[::2], [str(k) for k in RANKS[::2]])
     axis.minorticks_off()
     axis.grid(alpha=0.3)

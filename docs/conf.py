@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import hypermask_fast
 
 project = "hypermask_fast"
-author = "the hypermask_fast developers"
+author = copyright = "the hypermask_fast developers"
 version = release = hypermask_fast.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
@@ -32,17 +32,33 @@ _ITEM = re.compile(r"\s*- ")
 
 
 def _as_plain_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text with code in backticks: |a| and W * m mean nothing more in them, and a list may follow
-    its sentence at once."""
+    """Docstrings are plain text with code in backticks: |a| and W * m mean nothing more in them, a list may follow its
+    sentence at once, and what is indented below "...:" and an empty line is a program."""
     plain: list[str] = []
+    program = False
     for line in lines:
         before = plain[-1] if plain else ""
-        inside = len(before) - len(before.lstrip()) > len(line) - len(line.lstrip())
-        if _ITEM.match(line) and before.strip() and not _ITEM.match(before) and not inside:
+        sentence = next((each for each in reversed(plain) if each.strip()), "")
+        deeper = _indent(line) > _indent(sentence)
+        if line.strip() and not program and not before.strip() and sentence.endswith(":") and deeper:
+            plain[len(plain) - 1 - plain[::-1].index(sentence)] = f"{sentence}:"
+            program, around = True, _indent(sentence)
+        elif program and line.strip() and _indent(line) <= around:
+            program = False
+        if program:
+            plain.append(line)
+            continue
+        if _ITEM.match(line) and before.strip() and not _ITEM.match(before) and _indent(before) <= _indent(line):
             plain.append("")
         parts = _CODE.split(line)
         plain.append("".join(p if i % 2 else re.sub(r"(\*|\||_\b)", r"\\\1", p) for i, p in enumerate(parts)))
+    if what in ("attribute", "property") and plain:
+        plain[0] = plain[0].replace(": ", "; ")  # napoleon takes what is before a colon for its type
     lines[:] = plain
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def setup(app: Any) -> None:

@@ -133,7 +133,10 @@ class Anchored(TaskLife):
         return mask.drawn
 
     def regularizer(self, task: int | TaskMask, tasks: int | None = None) -> Tensor:
-        """beta R / t + lam D, what task t > 0 adds to its cross-entropy; see `DriftConfig` for the official fidelity.
+        """beta R / t + lam D, what task t > 0 adds to its cross-entropy; 0 for the first task.
+
+        R = sum_{j<t} ||h*(e*_j) - h(e_j)||^2 is the output drift of the earlier tasks' logits and D = ||(W - W*) m||
+        the weight drift, both since the task began (the stars). The official fidelity divides R by t^2.
 
         Args:
             task: the task being trained, or its mask, which spares generating it again.

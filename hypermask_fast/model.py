@@ -42,13 +42,15 @@ class HyperMask(Serving):
         num_tasks: task embeddings to begin with; `add_task` adds more.
         sparsity: p, percent (0 to 100) of each tensor's entries that the mask sets to 0.
         hypernetwork: its shape.
-        beta, lam: weights of the output drift and of the weight drift in `regularizer`, both from the second task on.
-        drift_norm: 1 or 2, the weight drift's norm; drift_masked: whether it is weighed with the mask.
+        beta: weight of the output drift in `regularizer`, from the second task on.
+        lam: weight of the weight drift in `regularizer`, from the second task on.
+        drift_norm: 1 or 2, the weight drift's norm.
+        drift_masked: whether the weight drift counts each weight as much as the running task's mask lets it through.
         include: what to mask in place of the default: patterns of parameter names ("blocks.*.weight"), types of
             modules, or predicates (name, parameter) -> bool. Parameters of normalisations are never masked.
-        exclude: what to leave out, in the same words.
-        per_task: what every task gets a value of its own of, in the same words; "norm" for the affine parameters of all
-            normalisations. (Running statistics are per task in any case.)
+        exclude: what not to mask, by the same kinds of rules.
+        per_task: parameters of which every task has its own, by the same kinds of rules; "norm" stands for the affine
+            parameters of all normalisations. (Running statistics are per task in any case.)
         heads: patterns of the paths of the output layers ("head", "heads.*"), whose bias is used as it is; None: found
             by the definition where it is plain to see, or else by the first forward pass.
         classes: how many classes each task has, such as [2, 3, 5], where tasks differ in it: a task's outputs beyond

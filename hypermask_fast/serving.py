@@ -47,8 +47,9 @@ class Serving(MaskMaking):
 
         W * m is kept by passes that record no gradient, `model(x, task)` with any task and `forward_all_tasks`, in
         evaluation mode, from a task's second such pass on. Each pass first sees whether everything that W * m was made
-        from still holds the same: on a CPU with the extension by a checksum over all of it, which no change escapes and
-        which takes one read of it. Elsewhere that would take longer, and W * m is kept within `serving` only.
+        from still holds the same: on a CPU with the extension by a checksum over all of it, which takes one read of it
+        and misses a change with a probability of about 2^-64. Elsewhere that would take longer, and W * m is kept
+        within `serving` only.
 
         Raises:
             InputError: when it is set to a number below 0, or too small for one task.

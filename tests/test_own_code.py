@@ -316,7 +316,8 @@ def test_networks_that_are_none(mine, refused, network, message):
         "class Pair(nn.Linear):\n    def forward(self, x): return x, x\ndef pair(): return Pair(2, 2)\n"
         "def asks(depth): pass\nfrom hypermask_fast import HyperMask\n"
         "import warnings\ndef scripted():\n    with warnings.catch_warnings():\n"
-        "        warnings.simplefilter('ignore')\n        return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))\n"
+        "        warnings.simplefilter('ignore')\n"
+        "        return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))\n"
         "def masked(): return HyperMask(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), 5)\n"
     )
     assert message in refused("train", "split-digits", "--out", "run", "--network", network, *TINY)

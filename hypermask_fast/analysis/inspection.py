@@ -56,7 +56,8 @@ class Inspection:
     Attributes:
         tasks: ids, in the order of every row and column here.
         sparsity: percent, of the model.
-        whole, tensors: the masks over all masked entries, and over each masked tensor. The bias of an output layer, on
+        whole: the masks over all masked entries.
+        tensors: the masks over each masked tensor. The bias of an output layer, on
             which no mask acts, is not among them.
         embeddings: (T, T) cosine of the tasks' embeddings, -1 to 1.
         drift: of those tasks that there was a record of.

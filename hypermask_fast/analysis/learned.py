@@ -57,7 +57,8 @@ class Drift:
 
     Attributes:
         task: its id.
-        whole, tensors: of all masked entries, and of each masked tensor.
+        whole: of all masked entries.
+        tensors: of each masked tensor.
         samples: how many the outputs were compared on; 0: none, and then the next two are None.
         predictions_changed: percent of them with another argmax than then.
         probability_change: mean over them of (1/2) sum_c |p_c - p_then_c|, in points from 0 to 100.
@@ -77,7 +78,8 @@ class Learned:
 
     Attributes:
         task: its id.
-        names, sizes: of the masked tensors, without the output layers' biases.
+        names: of the masked tensors, without the output layers' biases.
+        sizes: entries of each of them.
         kept: of each tensor, (ceil(n / 8),) uint8, a bit for each entry, the first one the highest.
         logits: of each tensor, those at `positions(n)`.
         thresholds: (tensors,), on |a|.

@@ -27,7 +27,7 @@ def add_own_code(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             f"--{what}",
             metavar="FILE:FUNCTION",
-            help=f"of a run that was trained with --{what}: the same once more, which lets it run",
+            help=f"of a run that was trained with --{what}: name the same function again, which allows its code to run",
         )
 
 

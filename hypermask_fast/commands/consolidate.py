@@ -9,7 +9,7 @@ from .command import command
 
 
 def add(commands: Any) -> None:
-    summary = "make a checkpoint that several processes have saved one of a single process"
+    summary = "turn a checkpoint that several processes saved into one file, as a single process saves it"
     parser = command(commands, "consolidate", _run, summary)
     parser.add_argument("dir", type=Path, metavar="DIR", help="the run's folder")
 

@@ -13,7 +13,11 @@ from .command import command
 
 def add(commands: Any) -> None:
     parser = command(commands, "data", _run, "download a data set, with checksums")
-    parser.add_argument("dataset", metavar="DATASET", help=f"{', '.join(DOWNLOADS)}, or what is trained on it")
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help=f"{', '.join(DOWNLOADS)}, or the name of a scenario, whose data set it then is",
+    )
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where it goes: for train's --data-dir")
     parser.add_argument("--mirror", metavar="URL", help="download from here, files of the same names and checksums")
 

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         "--out", type=Path, metavar="DIR", help="new or empty folder for the run (default: runs/PRESET)"
     )
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="of weights, batches, augmentation and tasks that are drawn"
+        "--seed", type=int, metavar="N", help="seed of weights, batches, augmentation and tasks that are drawn"
     )
     parser.add_argument(
         "--seeds", metavar="LIST", help="several runs, each in a folder of its own below --out: such as 0-4 or 0,3,7"
@@ -60,7 +60,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="of several runs: how many at once, which share the threads (default: 1)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, or with all of them")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in the folder, or with all runs of --seeds and --grid"
+    )
     group = parser.add_argument_group("data and a network of your own (docs/your-own.md), in place of the preset's")
     group.add_argument(
         "--scenario", metavar="FILE:FUNCTION", help="a function in a Python file, or module:function, that returns data"

@@ -102,7 +102,7 @@ class Mahalanobis(ClassGaussians):
     d the mean of S_c's diagonal.
 
     Args:
-        shrinkage: a. `fit(..., validation=...)` chooses it.
+        shrinkage: the factor a, which `fit(..., validation=...)` chooses.
     """
 
     name = "mahalanobis"

@@ -101,8 +101,8 @@ def predict(
     Raises:
         InputError: no such method, one that is not fitted, k out of range, an empty batch.
 
-    Source: HyperMask (arXiv 2310.00113) for entropy and FeCAM; Liu et al. 2020 for energy; SupSup (Wortsman et al.
-        2020) for the gradient.
+    Source: HyperMask (arXiv 2310.00113) for entropy and FeCAM; Liu et al. (2020) for energy; SupSup, Wortsman et al.
+        (2020), for the gradient.
     """
     return infer(model, (x,), kwargs, masks, method, select, k, halving)
 

@@ -16,8 +16,10 @@ class LayerMask(NamedTuple):
     """A mask for one layer called on its own, outside of a HyperMask model.
 
     Attributes:
-        logits: weight's shape; threshold: one entry.
-        bias_logits: bias's shape, bias_threshold: one entry; None leaves the bias as it is.
+        logits: the weight's mask logits, of its shape.
+        threshold: of the weight's |logits|, one entry.
+        bias_logits: the bias's mask logits, of its shape; None leaves the bias as it is.
+        bias_threshold: of the bias's |logits|, one entry; None with them.
     """
 
     logits: Tensor

@@ -29,7 +29,8 @@ class Exported:
 
     Attributes:
         scenario: its name.
-        task: the task's number, from 0; task_name: its name in the scenario.
+        task: the task's number, from 0.
+        task_name: its name in the scenario.
         class_names: of output 0, 1, ...
         input_shape: of one sample as the network takes it, without the batch.
         prepare: (B, ...) images as the data set stores them, uint8 of 0 to 255 with channels first, to (B,

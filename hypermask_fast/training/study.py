@@ -1,8 +1,10 @@
-"""Several runs together: read from their folders, grouped by settings, and what holds over the seeds of a group.
+"""Several runs together: read from their folders, grouped by settings, and what holds over the seeds of a group, as in:
 
-groups = grouped(read_runs(["runs/seed-0", "runs/seed-1", "runs/other-0", "runs/other-1"]))
-groups[0].estimate("average_accuracy")                       # mean, standard deviation, 95 % interval
-paired(groups[0], groups[1], "average_accuracy").estimate    # of the differences, seed by seed
+    groups = grouped(read_runs(["runs/seed-0", "runs/seed-1", "runs/other-0", "runs/other-1"]))
+    groups[0].estimate("average_accuracy")                       # mean, standard deviation, 95 % interval
+    paired(groups[0], groups[1], "average_accuracy").estimate    # of the differences, seed by seed
+
+Runs that differ in their seed alone are one group.
 """
 
 import json
@@ -39,7 +41,8 @@ class Run:
     """What a run's folder says of it.
 
     Attributes:
-        matrix: (T, T) float64 percent; baseline: (T,) percent; NaN: not measured. See `metrics`.
+        matrix: (T, T) float64, percent; NaN: not measured. See `metrics`.
+        baseline: (T,) percent, of the untrained model; NaN: not measured.
         learned: tasks that it has learned so far.
     """
 
@@ -65,7 +68,8 @@ class Estimate:
     Attributes:
         mean: of the values.
         std: their standard deviation, with n - 1; None for one value.
-        low, high: the 95 % confidence interval of the mean, mean -+ t(0.975, n - 1) std / sqrt(n), Student's t; None
+        low: lower end of the mean's 95 % confidence interval.
+        high: its upper end. The interval is mean -+ t(0.975, n - 1) std / sqrt(n), with Student's t; None
             for one value.
         count: n.
     """
@@ -146,7 +150,8 @@ class Paired:
     """Differences of two groups on the seeds that both have: second minus first.
 
     Attributes:
-        seeds, differences: of each common seed.
+        seeds: those that both groups have.
+        differences: second minus first, of each of these seeds.
         estimate: over them.
     """
 

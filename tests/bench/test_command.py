@@ -13,7 +13,7 @@ import bench.__main__
 from bench import machine, registry, results
 from bench import table as table_module
 from bench.case import OURS
-from bench.plots import plot
+from bench.plots import of_one_run, plot
 from bench.steps import ANY_LOOP
 from bench.table import growth, table
 
@@ -145,6 +145,19 @@ def test_latest_table_and_plots(tmp_path):
     kinds = ("step-time", "step-ratios", "op-ratios")
     assert [picture.name for picture in pictures] == [f"m-tuned-{kind}.svg" for kind in kinds]
     assert all(picture.stat().st_size > 1000 for picture in pictures)
+
+
+def test_pictures_hold_what_was_measured_in_the_run_of_the_library_alone():
+    """Times of two runs on a shared machine can't be compared, nor be under one commit's name."""
+    ours, same = a_row(commit="new"), a_row(commit="new", contender="peer", date="2026-01-02")
+    others = a_row(commit="old", contender="older"), a_row(commit="new", contender="another", command="another run")
+    apart = a_row(commit="old", contender="peer", case="without the library")
+    kept = of_one_run(results.frame([ours, *others, same, apart]))
+    assert list(zip(kept.case, kept.contender, strict=True)) == [
+        ("e/task0", OURS),
+        ("e/task0", "peer"),
+        ("without the library", "peer"),
+    ]
 
 
 def test_table_of_files_and_of_what_is_none(tmp_path, capsys):

@@ -4,6 +4,7 @@ A page may begin with code that prepares what its blocks use, in a comment `<!--
 here has a comment before it, `<!-- not run: the reason -->`.
 """
 
+import importlib
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.launching import output_of_script
 
+import hypermask_fast as hmf
 from hypermask_fast import cli, commands
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,19 @@ def test_files_that_are_named_are_there(page):
     """`bench/results/...` and so on; capitals stand for names of one's own."""
     for path in NAMED_FILE.findall(text(page)):
         assert re.search("[A-Z]", path) or (ROOT / path).exists(), path
+
+
+def test_the_api_reference_has_every_op_and_no_module_without_members():
+    """A module's own functions and classes are listed, and those that it passes on where the page asks for them."""
+    page = text(ROOT / "docs" / "api.md")
+    found = re.findall(r"^\.\. automodule:: (\S+)\n   :members:\n(   :imported-members:\n)?", page, re.M)
+    listed = {}
+    for module, imported in found:
+        names = vars(importlib.import_module(module)).items()
+        public = {name: what for name, what in names if not name.startswith("_") and callable(what)}
+        listed[module] = {name for name, what in public.items() if imported or what.__module__ == module}
+    assert len(found) >= 5 and all(listed.values()), listed
+    assert set(hmf.functional.OPS) <= listed["hypermask_fast.ops.reference"]
 
 
 def anchors(page: Path) -> set[str]:

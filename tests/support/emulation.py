@@ -22,6 +22,9 @@ FLAGS = [
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-DHYPERMASK_EMULATED"),
     *(f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include")),
 ]
+# A variable that is read before it was written has any value on a device. Here it has a pattern that no test takes for
+# a right answer (GCC from 12 on).
+PATTERN = "-ftrivial-auto-var-init=pattern"
 # Symbolic: this library's answers about devices, not libtorch's, are the ones its own calls get.
 LINK = ["-shared", "-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
@@ -29,6 +32,11 @@ LINK = ["-shared", "-Wl,-Bsymbolic", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_c
 # The environment's own programs need not be on PATH.
 NINJA = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
 PROBLEM = "" if shutil.which("g++") and NINJA else "no g++ or no ninja"
+
+
+def flags() -> list[str]:
+    probe = subprocess.run(["g++", PATTERN, "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True)
+    return FLAGS if probe.returncode else [*FLAGS, PATTERN]
 
 
 def rules() -> str:
@@ -39,7 +47,7 @@ def rules() -> str:
     objects = {f"{s.parent.name}_{s.name}.o": s for s in [*sources, *schemas, *sorted(HERE.glob("*.cpp"))]}
     lines = [
         "rule compile",
-        f"  command = g++ {shlex.join(FLAGS)} -MD -MF $out.d -x c++ -c $in -o $out",
+        f"  command = g++ {shlex.join(flags())} -MD -MF $out.d -x c++ -c $in -o $out",
         "  deps = gcc",
         "  depfile = $out.d",
         "rule link",
