@@ -9,7 +9,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from . import __version__, startup
+from . import __version__, own_code, startup
 from .commands import COMMANDS, env
 from .commands.command import EXIT_INPUT, EXIT_LOST, EXIT_UNREAD, PROGRAM, interrupted, tell
 from .commands.launched import rank_alone
@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
 
     0: done. 2: what was given is wrong, said in one line on standard error. 3: another process of those that train
     together has ended or does not answer. 130: interrupted (by another signal than Control-C: 128 and its number). 141:
-    nobody reads the output any more. Any other failure is a bug and keeps its traceback.
+    nobody reads the output any more. What code of the user's raises is said in one line too. Any other failure is a
+    bug and keeps its traceback.
 
     Of several processes, as torchrun starts them, one speaks; all of them train, and one does any other command.
     """
@@ -46,7 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     except ProcessLost as error:
         tell(f"error: {error}")
         return EXIT_LOST
-    except OSError as error:
+    except Exception as error:
+        if (told := own_code.blamed(error)) is not None:
+            return _refuse(told)
+        if not isinstance(error, OSError):
+            raise
         if error.filename is not None:
             return _refuse(f"{error.filename}: {error.strerror}")  # a folder without permission, ...
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):

@@ -1,8 +1,9 @@
 """Writing files: whole or not at all, and what can't be written is said in one line."""
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,6 +22,35 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # safetensors hides the system's own error in its text
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"cannot write {path}: {reason}; nothing on disk was lost") from error
+
+
+def check_writable(folder: Path, flag: str = "") -> None:
+    """Before the work whose results are to go to a folder, which is there or will be made.
+
+    flag: of the command line that names the folder, for the message.
+
+    Raises:
+        InputError: it can't be made, or nothing can be written to it.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    hint = f" ({flag})" if flag else ""
+    if there == folder and not there.is_dir():
+        raise InputError(f"{folder} is a file: give a folder{hint}")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = f"{there} can't be written to" if there.is_dir() else os.strerror(errno.ENOTDIR)
+        raise InputError(f"cannot write {folder}: {reason}; give another folder{hint}")
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """What making the folder makes: it and those above it that are not there, from the innermost on."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes those of the folders, in order, that are there and empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

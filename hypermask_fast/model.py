@@ -88,6 +88,8 @@ class HyperMask(Serving):
             warnings.warn(f"sparsity is in percent: {sparsity} keeps almost everything", stacklevel=2)
         drift = DriftConfig(beta, lam, drift_norm, drift_masked, fidelity)
         layout = MaskLayout.of(net, include, exclude, per_task=per_task, heads=heads)
+        if isinstance(net, nn.DataParallel):
+            raise InputError("HyperMask(nn.DataParallel(net)) can't be masked: give it the net without the wrapper")
         if any(isinstance(module, DistributedDataParallel) for module in net.modules()):
             raise InputError(
                 "HyperMask(DistributedDataParallel(net)) leaves the hypernetwork to each rank: wrap the other way, "

@@ -21,6 +21,8 @@ from typing import Any
 from .errors import InputError
 
 _DIGITS = 16  # of a fingerprint: a change by chance of the same 64 bits does not happen
+_LIBRARY = Path(__file__).parent
+_called: set[str] = set()  # files of the user's, whose functions were called
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _REQUIRED = (*_NAMED, inspect.Parameter.POSITIONAL_ONLY)
 
@@ -94,6 +96,20 @@ def call(name: str, what: str, arguments: dict[str, Any], needed: Iterable[str] 
     return guarded(name, what, lambda: function(**{each: arguments[each] for each in arguments if each in takes}))
 
 
+def blamed(error: BaseException) -> str | None:
+    """What there is to say of an error that code of the user's has raised, such as a Dataset's; None where it was not
+    raised there, or by a call of this library."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in _called:
+            return f"{Path(frame.filename).name}, line {frame.lineno}, raised {_said(error)}"
+        if Path(frame.filename).is_relative_to(_LIBRARY):
+            break
+    for source in _called:  # of a DataLoader's own process the traceback is text
+        if f'File "{source}", line' in (text := str(error)):
+            return f"{Path(source).name} raised {text.rstrip().splitlines()[-1]}"
+    return None
+
+
 def guarded(name: str, what: str, action: Callable[[], Any]) -> Any:
     """`action()`, code of the user's. Raises InputError, one line with the place, where it raises anything."""
     return _guarded(name, what, _source(name, what), action)
@@ -105,10 +121,13 @@ def _guarded(name: str, what: str, source: Path | None, action: Callable[[], Any
     except InputError as error:
         raise InputError(f"{_told(name, what)}: {error}") from error
     except (Exception, SystemExit) as error:
-        said = error.msg if isinstance(error, SyntaxError) else str(error)  # the place comes behind it
-        said = textwrap.shorten(said, 300, placeholder=" ...")
-        kind = type(error).__name__ + (f": {said}" if said else "")
-        raise InputError(f"{_told(name, what)} raised {kind}{_place(error, source)}") from error
+        raise InputError(f"{_told(name, what)} raised {_said(error)}{_place(error, source)}") from error
+
+
+def _said(error: BaseException) -> str:
+    said = error.msg if isinstance(error, SyntaxError) else str(error)  # the place comes behind it
+    said = textwrap.shorten(said, 300, placeholder=" ...")
+    return type(error).__name__ + (f": {said}" if said else "")
 
 
 def _told(name: str, what: str) -> str:
@@ -126,6 +145,7 @@ def _place(error: BaseException, source: Path | None) -> str:
 def _function(name: str, what: str) -> Callable[..., Any]:
     place, _, attribute = name.rpartition(":")
     source = _source(name, what)
+    _called.add(str(source))
     if is_file(name):
         content = _content(source, name, what)
         module = _guarded(name, what, source, lambda: _module_of_file(source, content))

@@ -305,6 +305,7 @@ def test_scenarios_that_are_some(mine, scenario):
         ("mine.py:pair", "must give outputs of shape (2, 2) for inputs of shape (2, 1, 8, 8), not tuple"),
         ("mine.py:misfits", "network mine.py:misfits raised RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         ("mine.py:masked", "must return the network that is to be masked, without the HyperMask around it"),
+        ("mine.py:scripted", "is scripted or quantised: it reads a copy of its weight"),
         ("mine.py:asks", "asks for an argument 'depth': what it may take is input_shape, num_classes, hidden, width"),
     ],
 )
@@ -314,6 +315,9 @@ def test_networks_that_are_none(mine, refused, network, message):
         "def narrow(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))\ndef misfits(): return nn.Linear(3, 2)\n"
         "class Pair(nn.Linear):\n    def forward(self, x): return x, x\ndef pair(): return Pair(2, 2)\n"
         "def asks(depth): pass\nfrom hypermask_fast import HyperMask\n"
+        "import warnings\ndef scripted():\n    with warnings.catch_warnings():\n"
+        "        warnings.simplefilter('ignore')\n"
+        "        return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)))\n"
         "def masked(): return HyperMask(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), 5)\n"
     )
     assert message in refused("train", "split-digits", "--out", "run", "--network", network, *TINY)

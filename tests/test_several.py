@@ -89,13 +89,54 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path, capsys):
 def test_runs_that_all_fail_leave_nothing(tmp_path, capsys):
     own = tmp_path / "mine.py"
     own.write_text(DATA + FOUND_LATE)
-    assert train(tmp_path / "out", "--scenario", f"{own}:found_late", "--seeds", "0-1", "--jobs", "2") == 2
+    words = ["--scenario", f"{own}:found_late", "--seeds", "0-1", "--grid", "method.beta=1", "--jobs", "2"]
+    assert train(tmp_path / "out", *words) == 2
     *each, last = capsys.readouterr().err.splitlines()
     why = "inputs of a dataset must share shape and dtype"
-    assert [line.startswith(f"seed-{seed}: error: {why}") for seed, line in enumerate(sorted(each))] == [True, True]
-    assert last.startswith("hypermask-fast: error: 2 of 2 runs failed: seed-") and f" ({why}" in last
+    assert len(each) == 2
+    for seed, line in enumerate(sorted(each)):
+        assert line.startswith(f"method.beta=1/seed-{seed}: error: {why}")
+    assert last.startswith("hypermask-fast: error: 2 of 2 runs failed: method.beta=1/seed-") and f" ({why}" in last
     assert last.count(why) == 1, "what is the same is told once"
-    assert "--resume" not in last and not any((tmp_path / "out").glob("*"))
+    assert "--resume" not in last and not (tmp_path / "out").exists()
+
+
+def test_runs_that_ended_before_their_first_checkpoint_can_be_begun_again(tmp_path, monkeypatch, refused, capsys):
+    for seed in (0, 1):
+        assert train(tmp_path / f"seed-{seed}", "--seed", str(seed)) == 0
+        for path in (tmp_path / f"seed-{seed}").iterdir():
+            if path.name not in ("config.toml", "log.csv"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    started = []
+    monkeypatch.setattr(several, "_trained", lambda arguments, out, runs, *_: started.extend(runs) or {})
+    capsys.readouterr()
+    assert train(tmp_path, "--seeds", "0-1", "--set", "method.beta=5") == 0
+    assert [run.name for run in started] == ["seed-0", "seed-1"]
+    assert "is not empty" in refused("split-digits", "--out", tmp_path, *TINY, "--seeds", "2-3")
+
+
+def test_a_run_that_was_killed_before_its_last_report_writes_it(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(out, "--seeds", "0-2") == 0
+    before = (out / "summary.json").read_bytes()
+    part = json.loads((out / "seed-0" / "metrics.json").read_text())
+    part["matrix"][1] = [None, None]
+    (out / "seed-0" / "metrics.json").write_text(json.dumps(part))
+    (out / "seed-1" / "metrics.json").unlink()
+    capsys.readouterr()
+    assert train(out, "--seeds", "0-2", "--resume") == 0
+    assert "1 of 3 runs are finished already\n" in capsys.readouterr().err
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_what_can_t_be_a_runs_folder_is_found_before_any_run_begins(tmp_path, monkeypatch, refused, capsys):
+    assert train(tmp_path / "seed-0", "--seed", "0") == 0
+    capsys.readouterr()
+    (tmp_path / "seed-2").mkdir()
+    (tmp_path / "seed-2" / "notes.txt").touch()
+    monkeypatch.setattr(several.subprocess, "Popen", None)
+    words = ["split-digits", "--out", tmp_path, *TINY, "--seeds", "0-2", "--resume"]
+    assert "seed-2 is not empty" in refused(*words)
 
 
 def test_what_all_runs_would_be_refused_is_told_once_and_starts_none(tmp_path, refused, monkeypatch):
@@ -217,8 +258,8 @@ def test_bad_input_starts_nothing(tmp_path, refused):
         (["--grid", "method.beta=1,1"], "1 is named twice"),
         (["--grid", "method.beta=1,1.0"], "give the same numbers"),
         (["--grid", "method.sparsity=0,500"], "from 0 to 100, not 500"),
-        (["--grid", "target.hidden=[4],[8]"], "give one of them"),
-        (["--grid", "training.epochs=1,2"], "give one of them"),
+        (["--grid", "training.epochs=1,2"], "--grid training.epochs and --set training.iterations: give one of them"),
+        (["--grid", "target.hidden=[4],[8]"], "--grid target.hidden and --set target.hidden: give one of them"),
         (["--seeds", "0-1", "--resume"], "holds none of these runs"),
         (["--seeds", "0-1", "--scenario", "not-there.py:f"], "there is no file"),
     ]:

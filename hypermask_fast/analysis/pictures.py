@@ -9,7 +9,7 @@ import numpy as np
 
 from ..drawing import figure_class, png, wrapped
 from ..errors import InputError
-from ..files import write_atomic, writing
+from ..files import check_writable, write_atomic, writing
 from .inspection import Inspection, Masks
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ _NARROWEST = 0.1  # span of a colour scale: smaller differences should look smal
 
 
 def check_free(folder: Path | str) -> None:
-    """Raises InputError where `write` would replace a file, or matplotlib is missing."""
+    """Raises InputError where `write` would replace a file or can't write, or matplotlib is missing."""
+    check_writable(Path(folder), "--to")
     for name in FILES:
         if (Path(folder) / name).exists():
             raise InputError(f"{Path(folder) / name} exists: choose another folder")

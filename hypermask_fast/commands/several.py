@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..files import missing_folders, remove_empty
 from ..training import comparison, own, plan, resume, study
 from ..training.config import CONFIG, LENGTHS, RunConfig, stored_config
 from ..training.interrupt import StopSignals
 from ..training.plan import Planned
-from ..training.run import build_model, check_free, read_scenario, with_data_dir
+from ..training.run import build_model, check_free, holds_run, read_scenario, with_data_dir
 from .command import EXIT_INPUT, PROGRAM, interrupted, tell
 
 SUMMARY = "summary.json"
@@ -78,10 +79,13 @@ def train(arguments: argparse.Namespace, preset: RunConfig, out: Path, settings:
         _check_any_can_begin(arguments, runs)
     with StopSignals() as signals:
         signals()  # from now on they are remembered
+        made = missing_folders(out)
         try:
             failed = _trained(arguments, out, unfinished, jobs, signals)
         except KeyboardInterrupt:  # a second one: the runs have been stopped at once
             failed = {}
+        remove_empty(folder for run in runs for folder in (out / run.name).parents if out in folder.parents)
+        remove_empty(made)
         if signals.number:
             finished = sum(_is_finished(out, run) for run in runs)
             detail = f": {finished} of {len(runs)} runs are finished{_resumable(out, runs, 'goes on')}"
@@ -112,10 +116,9 @@ def _planned(arguments: argparse.Namespace, preset: RunConfig, settings: dict[st
         raise InputError("--seeds says all seeds: leave --seed out")
     values = plan.grid(arguments.grid)
     for key in values:
-        if key in settings or (key in LENGTHS and LENGTHS & settings.keys()):
-            raise InputError(
-                f"--grid {key} and --set {', '.join(LENGTHS & settings.keys() or [key])}: give one of them"
-            )
+        for other in LENGTHS if key in LENGTHS else (key,):
+            if other in settings:
+                raise InputError(f"--grid {key} and --set {other}: give one of them")
     return plan.planned(own.fingerprinted(preset.with_values(settings)), seeds, values)
 
 
@@ -131,16 +134,19 @@ def _unfinished(
     """The runs that are to be trained. Raises InputError unless all of them can be begun, or gone on with."""
     begun = [run for run in runs if (out / run.name / CONFIG).is_file()]
     if not arguments.resume:
-        if begun:
+        if any(holds_run(out / run.name) for run in begun):
             raise InputError(
                 f"{out} already holds such runs: go on with them by --resume, or choose another folder (--out)"
             )
-        check_free(out)
+        check_free(out, {run.name.partition("/")[0] for run in begun})
         return runs
     if not begun:
         raise InputError(f"{out} holds none of these runs: leave --resume out, or give their folder (--out)")
-    for run in begun:
-        resume.resumed_config(out / run.name, preset, {**settings, **run.settings})
+    for run in runs:
+        if run in begun:
+            resume.resumed_config(out / run.name, preset, {**settings, **run.settings})
+        else:
+            check_free(out / run.name)
     return [run for run in runs if not _is_finished(out, run)]
 
 
@@ -163,8 +169,14 @@ def _check_any_can_begin(arguments: argparse.Namespace, runs: list[Planned]) -> 
 
 
 def _is_finished(out: Path, run: Planned) -> bool:
+    """Whether it has learned its last task, and its reports say so: a kill may come between the two."""
     folder = out / run.name
-    return (folder / CONFIG).is_file() and resume.is_finished(folder, stored_config(folder))
+    if not ((folder / CONFIG).is_file() and resume.is_finished(folder, stored_config(folder))):
+        return False
+    try:
+        return study.read_run(folder).is_finished
+    except InputError:
+        return False
 
 
 def _trained(
@@ -204,7 +216,7 @@ def _begin(arguments: argparse.Namespace, out: Path, run: Planned, jobs: int) ->
             words += [f"--{name.replace('_', '-')}", str(value)]
     for assignment in [*arguments.set, *(f"{key}={value}" for key, value in run.settings.items())]:
         words += ["--set", assignment]
-    if (folder / CONFIG).is_file():
+    if arguments.resume and (folder / CONFIG).is_file():
         words.append("--resume")
     environment = os.environ.copy()
     if jobs > 1 and "OMP_NUM_THREADS" not in environment:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import missing_folders, remove_empty
 from .checks import one_line
 from .sources import MissingFiles, read_cifar10, read_cifar100, read_mnist, read_tiny_imagenet
 from .unpack import unpack
@@ -174,13 +175,16 @@ def _is_there(wanted: Download, folder: Path) -> bool:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turns a failure to write into an InputError that names the file."""
+    """Turns a failure to write into an InputError that names the file; a folder made in vain does not stay."""
+    made = missing_folders(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         where = error.filename2 or error.filename or folder
         raise InputError(f"cannot write {where}: {error.strerror or error}; {_AGAIN}") from error
+    finally:
+        remove_empty(made)
 
 
 @contextmanager

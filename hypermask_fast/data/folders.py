@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -111,8 +111,7 @@ def folder_fingerprint(folder: str | Path) -> str:
     """
     root, found = Path(folder), hashlib.sha256()
     for part in ("train", "test"):
-        _entries(root / part)
-        files = (path for path in (root / part).rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = (path for path in _below(root / part) if path.suffix.lower() in SUFFIXES)
         for name, size in sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in files):
             found.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
     return found.hexdigest()[:16]
@@ -190,6 +189,8 @@ def _images(folder: Path) -> list[Path]:
     for entry in entries:
         if entry.is_dir():
             raise InputError(f"{entry} is a folder among images: classes have no folders in them")
+        if not entry.is_file():
+            raise InputError(f"{entry} is no file that can be read: take it out")
         if entry.suffix.lower() not in SUFFIXES:
             raise InputError(f"{entry} is no image of a known kind ({', '.join(SUFFIXES)}): take it out")
     if not entries:
@@ -209,6 +210,15 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(
         (each for each in found if each.name.lower() not in _SYSTEM_FILES), key=lambda each: _order(each.name)
     )
+
+
+def _below(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """Files in a folder and in the folders in it, as deep as images lie: links are followed, and may lead back."""
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            yield entry
+        elif depth > 1:
+            yield from _below(entry, depth - 1)
 
 
 def _order(name: str) -> tuple[list[Any], str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .checks import check_whole
+from .checks import check_whole, one_line
 from .splits import DatasetSplit, Split, TensorSplit, empty_split
 from .transforms import UNIT_SCALE, Transform
 
@@ -79,6 +79,8 @@ class Scenario:
     num_classes: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tasks, Sequence):  # a generator would be empty when it is read the second time
+            raise InputError(f"tasks of {self.name} must be a tuple of TaskData, not {type(self.tasks).__name__}")
         check_filled(self.name, self.tasks)
         shape = self.input_shape
         sized = isinstance(shape, Sequence) and shape and all(type(size) is int and size > 0 for size in shape)
@@ -115,7 +117,7 @@ class Scenario:
 
 def task_label(number: int, name: str) -> str:
     """ "task 1 (digits 2, 3)"; "task 1" where the name says no more."""
-    return f"task {number}" if name in ("", str(number)) else f"task {number} ({name})"
+    return f"task {number}" if name in ("", str(number)) else f"task {number} ({one_line(name)})"
 
 
 def check_filled(name: str, tasks: Sequence[TaskData]) -> None:

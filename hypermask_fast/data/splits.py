@@ -146,7 +146,10 @@ class TensorSplit:
             InputError: size < 1.
         """
         for start in _chunk_starts(len(self), size):
-            yield self.prepare(self.inputs[start : start + size]), self.labels[start : start + size]
+            x = self.prepare(self.inputs[start : start + size])
+            if x.untyped_storage().data_ptr() == self.inputs.untyped_storage().data_ptr():
+                x = x.clone()  # a network may change its input in place, which is not to change the data
+            yield x, self.labels[start : start + size]
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +240,7 @@ class DatasetSplit:
 
 def empty_split() -> TensorSplit:
     """A split without samples, as where nothing is held out to validate."""
-    return TensorSplit(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    return TensorSplit(torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.int64))
 
 
 def _chunk_starts(n: int, size: int) -> range:

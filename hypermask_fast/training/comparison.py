@@ -10,7 +10,7 @@ import numpy as np
 
 from ..drawing import png
 from ..errors import InputError
-from ..files import write_atomic, writing
+from ..files import check_writable, write_atomic, writing
 from ..text import text_table
 from . import describe, study_pictures
 from .config import CONFIG
@@ -123,9 +123,8 @@ def write(folder: Path, name: str, groups: Sequence[Group]) -> list[Path]:
 
 
 def check_free(folder: Path, name: str) -> None:
-    """Raises InputError where `write` would replace a file, or `folder` is none."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: give a folder (--to)")
+    """Raises InputError where `write` would replace a file, or `folder` can't be written to."""
+    check_writable(folder, "--to")
     for taken in (name, *FIGURES):
         if (folder / taken).exists():
             raise InputError(f"{folder / taken} exists: choose another folder (--to)")

@@ -11,7 +11,7 @@ import torch
 from ..data import Scenario
 from ..drawing import figure_class, png
 from ..errors import InputError
-from ..files import write_atomic, writing
+from ..files import check_writable, write_atomic, writing
 from .evaluation import Inferred
 from .report import device_name, versions
 
@@ -25,9 +25,10 @@ def paths(folder: Path, name: str) -> tuple[Path, Path, Path]:
     """NAME.json, NAME.csv and NAME.png in the folder.
 
     Raises:
-        InputError: one is there already, or matplotlib is missing.
+        InputError: one is there already, the folder can't be written to, or matplotlib is missing.
     """
     figure_class()
+    check_writable(folder, "--to")
     found = folder / f"{name}.json", folder / f"{name}.csv", folder / f"{name}.png"
     for path in found:
         if path.exists():

@@ -120,7 +120,7 @@ def _read_history(folder: Path) -> list[dict[str, Any]]:
         reason = "it is no list of inspections"
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
     raise InputError(f"{path} is damaged ({reason}): restore it, or remove it to go on without what it held")
 

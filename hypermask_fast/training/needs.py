@@ -137,6 +137,8 @@ def _measured(config: TargetConfig, input_shape: tuple[int, ...], num_classes: i
     with torch.device("cpu" if is_own(config.name) else "meta"):
         net = build_target(config, input_shape, num_classes).eval()
         layers = [module for module in net.modules() if next(module.children(), None) is None]
+        # A scripted layer takes no hook; HyperMask refuses it.
+        layers = [layer for layer in layers if not isinstance(layer, torch.jit.ScriptModule)]
         hooks = [layer.register_forward_hook(count) for layer in layers if next(layer.parameters(), None) is not None]
         with torch.no_grad():
             net(torch.empty(1, *input_shape))

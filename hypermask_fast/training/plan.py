@@ -13,7 +13,10 @@ from .targets import check_name
 MOST = 1000  # runs of one command
 _SEEDS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._=,+\[\]-]+")
-_OF_THE_TASKS = ("data.scenario", "data.tasks", "data.classes_per_task")
+_OF_THE_TASKS = (
+    *("data.scenario", "data.tasks", "data.classes_per_task"),
+    *("data.dir", "data.edition", "data.fingerprint", "target.fingerprint"),  # what data and code are, not a choice
+)
 _PAIRS = {"[": "]", "{": "}"}
 
 

@@ -6,7 +6,8 @@ reports of `report`. Nothing here replaces a run's files but the run itself, res
 
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from ..data import Scenario
 from ..errors import InputError
-from ..files import remove_partial, write_atomic, writing
+from ..files import check_writable, missing_folders, remove_empty, remove_partial, write_atomic, writing
 from ..model import HyperMask
 from ..own_code import is_own
 from . import checkpoint, describe, own, report, stored
@@ -31,6 +32,7 @@ from .trainer import Trainer
 from .world import World
 
 LOG, TENSORBOARD = "log.csv", "tensorboard"
+_EARLY = {CONFIG, LOG, TENSORBOARD}  # what a run has written before its first checkpoint
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -139,8 +141,7 @@ def train(
                 return trainer.fit(resume=resume)
         # All that can be checked has been: from here on the folder is a run.
         if not resume:
-            if not run_dir.exists():
-                lock.callback(_remove_empty, run_dir)
+            lock.callback(remove_empty, missing_folders(run_dir))
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
             lock.enter_context(taken(run_dir))
@@ -150,6 +151,7 @@ def train(
         try:
             remove_partial(run_dir, (CONFIG, LOG, *report.FILES))
             if not resume:
+                _forget(run_dir)
                 write_atomic(run_dir / CONFIG, config.to_toml())
             else:
                 before = stored_config(run_dir)
@@ -158,7 +160,7 @@ def train(
             loggers.loggers = tuple(_loggers(run_dir, resume, logger))
             with lack_of_memory_told(config, trainer.scenario):
                 return trainer.fit(resume=resume)
-        except InputError:
+        except Exception:
             if not resume and trainer.result.steps == 0:
                 loggers.close()
                 _forget(run_dir)
@@ -168,15 +170,11 @@ def train(
 
 
 def _forget(run_dir: Path) -> None:
-    """Takes away what a run has written that has not done its first step: its folder is free again."""
-    for name in (CONFIG, LOG):
-        (run_dir / name).unlink(missing_ok=True)
+    """Takes away what a run has written that has no checkpoint: its folder is free again."""
+    with writing(run_dir):
+        for name in (CONFIG, LOG):
+            (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
-
-
-def _remove_empty(run_dir: Path) -> None:
-    with suppress(OSError):  # a run is in it
-        run_dir.rmdir()
 
 
 def _trainer(
@@ -210,17 +208,28 @@ def _trainer(
     )
 
 
-def check_free(run_dir: Path) -> None:
-    """Raises InputError unless `run_dir` can become a new run's folder: not there, or empty (hidden files apart)."""
+def holds_run(run_dir: Path) -> bool:
+    """Whether the folder is a run's that has saved something: one that ended before has left nothing to go on with."""
+    return (run_dir / CONFIG).exists() and not _visible(run_dir) <= _EARLY
+
+
+def check_free(run_dir: Path, but: AbstractSet[str] = frozenset()) -> None:
+    """Raises InputError unless `run_dir` can become a new run's folder: not there, or empty (hidden files apart, `but`,
+    and what a run has left that ended before its first checkpoint)."""
+    check_writable(run_dir, "--out")
     if (run_dir / CONFIG).exists():
         if (run_dir / LOCK).exists():
             with taken(run_dir):  # or by whom
                 pass
+        if not holds_run(run_dir):
+            return
         raise InputError(f"{run_dir} already holds a run: go on with it by --resume, or choose another folder (--out)")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"{run_dir} is a file: a run needs a new or empty folder (--out)")
-    if run_dir.is_dir() and any(not entry.name.startswith(".") for entry in run_dir.iterdir()):
+    if run_dir.is_dir() and not _visible(run_dir) <= but:
         raise InputError(f"{run_dir} is not empty: a run needs a new or empty folder (--out)")
+
+
+def _visible(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
 
 
 def load_run(

@@ -170,14 +170,26 @@ def read_run(folder: Path | str) -> Run:
         baseline = np.array(stored["baseline"], dtype=np.float64)
         learned = tasks_learned(matrix)
         summarize(matrix, baseline)
+        _check_percentages(matrix, baseline, learned)
     except FileNotFoundError as error:
         raise InputError(f"the run in {folder} has not learned its first task yet (no {METRICS})") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:  # InputError is a ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # InputError is a ValueError
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(f"{path} is damaged or no run's: {reason}") from error
     if learned == 0:
         raise InputError(f"the run in {folder} has not learned its first task yet")
     return Run(folder, config, matrix, baseline, learned)
+
+
+def _check_percentages(matrix: np.ndarray, baseline: np.ndarray, learned: int) -> None:
+    """Raises InputError for an accuracy that is none, or one that every run has measured and this one lacks."""
+    found = np.concatenate([matrix.ravel(), baseline])
+    wrong = found[(found < 0) | (found > 100)]
+    if len(wrong):
+        raise InputError(f"an accuracy is 0 to 100 %, not {wrong[0]}")
+    for i, j in np.argwhere(np.isnan(matrix[:learned])).tolist():
+        if j <= i:
+            raise InputError(f"the accuracy on task {j} after task {i} is missing")
 
 
 def read_runs(folders: Iterable[Path | str]) -> list[Run]:

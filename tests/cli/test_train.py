@@ -42,6 +42,20 @@ def test_a_folder_with_a_run_is_refused_and_left_alone(finished, refused):
     assert contents(finished) == before
 
 
+def test_a_run_without_a_checkpoint_is_in_nobodys_way(tmp_path, finished, refused, capsys):
+    """One that diverges in its first steps can be typed again, with other settings; what else is there stays."""
+    words = ["train", "split-digits", "--out", str(tmp_path), *TINY, "--seed", "3"]
+    assert cli.main([*words, "--set", "training.lr=1e30"]) == 2
+    assert "is not finite" in (said := capsys.readouterr().err) or "the loss is" in said
+    assert set(contents(tmp_path)) == {"config.toml", "log.csv"}
+    (tmp_path / "notes.txt").touch()
+    assert "already holds a run" in refused(*words)
+    (tmp_path / "notes.txt").unlink()
+    assert cli.main(words) == 0
+    for name in ("metrics.json", "log.csv", "config.toml"):
+        assert contents(tmp_path)[name] == contents(finished)[name], name
+
+
 def test_folders_in_other_use_are_refused(tmp_path, refused):
     (tmp_path / "mine.txt").write_text("mine")
     assert "is not empty" in refused("train", "split-digits", "--out", tmp_path, *TINY)

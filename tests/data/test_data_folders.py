@@ -1,5 +1,6 @@
 """Images in folders: layouts, how they are read, and every way in which a folder can be wrong."""
 
+import os
 import shutil
 import zlib
 
@@ -283,3 +284,22 @@ def test_files_beside_folders_and_folders_beside_files(by_class):
 )
 def test_settings_that_are_wrong(by_class, settings, message):
     assert message in refused(by_class, 2, **settings)
+
+
+def test_the_fingerprint_follows_links_and_leaves_hidden_files_out(by_class):
+    """As the images themselves are read."""
+    elsewhere = by_class / "elsewhere"
+    (by_class / "train" / "ant").rename(elsewhere)
+    (by_class / "train" / "ant").symlink_to(elsewhere)
+    first = folder_fingerprint(by_class)
+    picture(by_class / "train" / "bee" / ".0.png", 3)
+    assert folder_fingerprint(by_class) == first
+    picture(elsewhere / "9.png", 3)
+    assert folder_fingerprint(by_class) != first
+    (by_class / "train" / "bee" / "loop").symlink_to(by_class / "train")
+    folder_fingerprint(by_class)
+
+
+def test_what_is_no_file_is_not_waited_for(by_class):
+    os.mkfifo(by_class / "train" / "ant" / "9.png")
+    assert "9.png is no file that can be read: take it out" in refused(by_class, 2)

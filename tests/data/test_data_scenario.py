@@ -14,7 +14,7 @@ from hypermask_fast.data import (
     from_datasets,
     split_by_class,
 )
-from hypermask_fast.data.scenario import PARTS
+from hypermask_fast.data.scenario import PARTS, task_label
 from hypermask_fast.errors import InputError
 
 
@@ -320,3 +320,32 @@ def test_given_num_classes_is_taken():
 
 def test_scale_is_the_default():
     assert isinstance(scenario().tasks[0].train.prepare, Scale)
+
+
+def test_tasks_that_can_be_read_once_are_refused():
+    """A generator would leave a scenario without tasks, once its tasks have been checked."""
+    tasks = scenario().tasks
+    with pytest.raises(InputError, match="tasks of mine must be a tuple of TaskData, not generator"):
+        Scenario("mine", (task for task in tasks), (4,), 2)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_network_that_changes_its_input_changes_no_data():
+    split = TensorSplit(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
+    for x, _ in split.chunks(3):
+        x.mul_(2)
+    x, _ = split.batch(torch.arange(4))
+    x.mul_(2)
+    assert torch.equal(split.inputs, torch.ones(4, 2))
+
+
+def test_the_default_dtype_decides_nothing():
+    task = scenario().tasks[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert len(TaskData("", task.train, None, task.test).validation) == 0  # pyright: ignore[reportArgumentType]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_tasks_name_stays_within_its_line():
+    assert task_label(1, "a\nb\x1b[31m") == "task 1 (a b\\x1b[31m)"

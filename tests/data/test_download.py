@@ -386,3 +386,9 @@ def test_what_is_published():
     assert len({file.md5 for file in files}) == len(files) == 7
     assert all(len(bytes.fromhex(file.md5)) == 16 and file.size > 4000 for file in files)
     assert all(file.name.endswith((".gz", ".zip")) for file in files)
+
+
+def test_a_folder_that_nothing_comes_to_is_not_left(tmp_path, mirror):
+    with pytest.raises(InputError, match="cannot download"):
+        download("mnist", tmp_path / "new" / "data", mirror.url)
+    assert list(tmp_path.iterdir()) == []

@@ -169,3 +169,17 @@ def test_a_picture_of_many_tasks_has_no_numbers():
         figure = confusion_figure(result, {"title": "costs $5"})
         assert len(figure.axes[0].texts) == texts
         assert figure.axes[0].get_title() == "costs \\$5\nentropy: task found 100.0 %, class found 100.0 %"
+
+
+def test_one_task_is_found_by_every_method(finished, capsys):
+    assert cli.main(["evaluate", str(finished), "--task-id", "gradient+entropy", "--after", "1"]) == 0
+    assert "100.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "compare"])
+def test_where_nothing_can_be_written_nothing_is_computed(command, finished, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder, why in (("file", "is a file: give a folder (--to)"), ("file/below", "Not a directory")):
+        assert cli.main([command, str(finished), "--to", str(tmp_path / folder)]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and why in said.err and said.err.count("\n") == 1

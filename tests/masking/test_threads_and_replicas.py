@@ -111,6 +111,8 @@ def test_a_masked_layer_on_its_own_is_replicated_as_any_other():
 
 def test_a_whole_model_in_data_parallel():
     model = model_of(perceptron())
+    with pytest.raises(InputError, match="give it the net without the wrapper"):
+        hmf.HyperMask(nn.DataParallel(nn.Linear(2, 2)), 2)
     assert torch.equal(nn.DataParallel(model)(batch(), 1), model(batch(), 1))  # no GPU: the model itself
     with pytest.raises(InputError, match="nn.DataParallel can't make replicas of a HyperMask model"):
         replica(model)

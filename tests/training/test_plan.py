@@ -62,6 +62,9 @@ def test_a_grid_is_split_at_commas_outside_of_brackets():
         (["seed=1,2"], "several seeds are asked for by --seeds"),
         (["data.tasks=2,3"], "runs of different tasks can't be summed up"),
         (["data.scenario=split-digits,split-mnist"], "runs of different tasks can't be summed up"),
+        (["data.dir=a,b"], "runs of different tasks can't be summed up"),
+        (["data.edition=1,2"], "runs of different tasks can't be summed up"),
+        (["target.fingerprint=a,b"], "runs of different tasks can't be summed up"),
     ],
 )
 def test_grids_that_are_none(words, message):

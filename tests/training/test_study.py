@@ -144,6 +144,11 @@ def test_folders_that_hold_no_finished_run(tmp_path):
     damaged = ["", "{}", "[]", "null", content[:-9], json.dumps(values | {"matrix": [[1.0], [1.0, 2.0]]})]
     damaged += [json.dumps(values | {"matrix": "x"}), json.dumps(values | {"baseline": [1.0]})]
     damaged += [json.dumps(values | {"matrix": [[None] * 3, [1.0] * 3, [1.0] * 3]})]
+    of_learned = [[None if (i, j) == (2, 0) else 50.0 for j in range(3)] for i in range(3)]
+    for wrong in (-1.0, 101.0, float("inf"), 1e308):
+        damaged.append(json.dumps(values | {"matrix": [[50.0, 50.0, wrong], *values["matrix"][1:]]}))
+        damaged.append(json.dumps(values | {"baseline": [wrong, 50.0, 50.0]}))
+    damaged += [json.dumps(values | {"matrix": of_learned}), "[" * 100_000]
     for text in damaged:
         (run / "metrics.json").write_text(text)
         assert "metrics.json is damaged or no run's: " in refusal(lambda: read_run(run)), text
