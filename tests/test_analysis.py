@@ -243,8 +243,9 @@ def test_files(tmp_path):
         hmf.analysis.write(found, tmp_path / "new" / "folder")
     assert before == {path: path.read_bytes() for path in written}
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        hmf.analysis.write(found, tmp_path / "file")
+    for folder, why in (("file", "is a file: give a folder$"), ("file/below", "cannot write")):
+        with pytest.raises(InputError, match=why):
+            hmf.analysis.write(found, tmp_path / folder)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -25,9 +25,12 @@ _CHANCE = "if the masks were unrelated"
 _NARROWEST = 0.1  # span of a colour scale: smaller differences should look small
 
 
-def check_free(folder: Path | str) -> None:
-    """Raises InputError where `write` would replace a file or can't write, or matplotlib is missing."""
-    check_writable(Path(folder), "--to")
+def check_free(folder: Path | str, flag: str = "") -> None:
+    """Raises InputError where `write` would replace a file or can't write, or matplotlib is missing.
+
+    flag: see `check_writable`.
+    """
+    check_writable(Path(folder), flag)
     for name in FILES:
         if (Path(folder) / name).exists():
             raise InputError(f"{Path(folder) / name} exists: choose another folder")

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.to is not None:
-        pictures.check_free(arguments.to)
+        pictures.check_free(arguments.to, "--to")
     device = run.pick_device(arguments.device)
     config, model, scenario = run.load_run(
         arguments.dir, arguments.data_dir, device, arguments.scenario, arguments.network

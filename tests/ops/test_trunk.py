@@ -107,6 +107,7 @@ def test_who_is_served_otherwise(what):
 def test_a_steps_output_layer_is_one_node_with_the_trunk():
     """The output layer's node is given the embeddings and the trunk's parameters themselves."""
     model = hmf.HyperMask(torch.nn.Linear(6, 2), 3, 30, hmf.HypernetConfig(4, (5,)))
+    model.begin_task(2)
     for settings in ({}, {"step_in_backward": True}):
         optimizer = hmf.optim.Adam(model, **settings)
         optimizer.zero_grad()
