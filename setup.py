@@ -49,8 +49,9 @@ try:
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 except ImportError:
     torch, BuildExtension = None, build_ext
-# Ninja may be among the environment's programs, which pip leaves out of PATH.
-os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+# The environment's own ninja, where it has one: pip leaves its programs out of PATH. Everything that looks at the build
+# later goes by the same one, for another version throws away the log of what has been compiled.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 os.environ["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"  # the stable ABI is C's, the same for every compiler
 
 
