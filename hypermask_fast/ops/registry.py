@@ -256,8 +256,6 @@ class Op(Generic[P, R]):
         does, in the order that `paths` gives, where it says so.
         """
         wanted = self._wanted(None, values)
-        if wanted == AUTO and _is_followed():
-            return None
         if wanted == AUTO:
             choice = self.layer.choose(self.name, values) if self.layer else None
             names = choice.order if choice and choice.path == paths.FUSED else ()
