@@ -4,6 +4,7 @@ That takes a second or two less than a program of its own, which is left to the 
 """
 
 import builtins
+import gc
 import multiprocessing
 import os
 import pickle
@@ -184,6 +185,7 @@ def _rank(
 
 def _be_a_program(files: str, variables: dict[str, str]) -> None:
     """Output in files, variables (one that is "" is not set), one thread, and signals as at a program's beginning."""
+    gc.freeze()  # else each collection, and each look at all objects, would copy what the forked process has
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ |= variables
