@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from support.loops import in_processes
-from support.shards import CASES, DRAWN, OF_MESH, small_model, steps_of, train, work
+from support.shards import CASES, DRAWING, DRAWN, OF_MESH, small_model, steps_of, train, work
 
 import hypermask_fast as hmf
 
@@ -44,7 +44,7 @@ def test_shards_are_one_model(ranks, case):
     check([rank[case] for rank in found(ranks)], case)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", DRAWING)
 @pytest.mark.parametrize("case", DRAWN, ids=str)
 def test_shards_draw_the_same_tasks_for_the_output_drift(ranks, case):
     """Those of the first rank, whatever the others' generators would have drawn."""
