@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.command_line import InThisProcess
 
 from hypermask_fast import cli
 from hypermask_fast.commands import several
@@ -42,7 +43,13 @@ def train(out: Path, *words: str) -> int:
     return cli.main(["train", "split-digits", "--out", str(out), *TINY, *words])
 
 
-def test_seeds_are_runs_that_are_summed_up_and_gone_on_with(tmp_path, capsys):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs train here; in processes of their own the first two tests and that of Control-C have them."""
+    monkeypatch.setattr(several.subprocess, "Popen", InThisProcess)
+
+
+def test_seeds_are_runs_that_are_summed_up_and_gone_on_with(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert train(out, "--seeds", "3,5", "--jobs", "2") == 0
     shown = capsys.readouterr()
@@ -63,6 +70,7 @@ def test_seeds_are_runs_that_are_summed_up_and_gone_on_with(tmp_path, capsys):
     for path in (out / "seed-5").iterdir():
         if path.name != "config.toml":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.setattr(several.subprocess, "Popen", InThisProcess)
     assert train(out, "--seeds", "3,5,6", "--resume") == 0
     shown = capsys.readouterr()
     assert "1 of 3 runs are finished already\n" in shown.err
@@ -86,7 +94,7 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path, capsys):
     assert len(json.loads((out / "summary.json").read_text())["groups"]) == 1
 
 
-def test_runs_that_all_fail_leave_nothing(tmp_path, capsys):
+def test_runs_that_all_fail_leave_nothing(tmp_path, capsys, in_this_process):
     own = tmp_path / "mine.py"
     own.write_text(DATA + FOUND_LATE)
     words = ["--scenario", f"{own}:found_late", "--seeds", "0-1", "--grid", "method.beta=1", "--jobs", "2"]
@@ -115,7 +123,7 @@ def test_runs_that_ended_before_their_first_checkpoint_can_be_begun_again(tmp_pa
     assert "is not empty" in refused("split-digits", "--out", tmp_path, *TINY, "--seeds", "2-3")
 
 
-def test_a_run_that_was_killed_before_its_last_report_writes_it(tmp_path, capsys):
+def test_a_run_that_was_killed_before_its_last_report_writes_it(tmp_path, capsys, in_this_process):
     out = tmp_path / "out"
     assert train(out, "--seeds", "0-2") == 0
     before = (out / "summary.json").read_bytes()

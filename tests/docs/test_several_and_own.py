@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.command_line import InThisProcess
 
 from hypermask_fast import cli
 from hypermask_fast.commands import several
@@ -25,18 +26,6 @@ def typed(page: str, first: str = "", last: str = "") -> None:
     end = max(i for i, line in enumerate(lines) if last in line)
     for line in lines[begin : end + 1]:
         assert cli.main(shlex.split(line)) == 0, line
-
-
-class InThisProcess:
-    """Stands for the process of one of several runs, which would load PyTorch anew; tests/test_several.py has those."""
-
-    stderr = ()
-
-    def __init__(self, words, **_):
-        self.returncode = cli.main(words[words.index("train") :])
-
-    def poll(self) -> int:
-        return self.returncode
 
 
 @pytest.fixture

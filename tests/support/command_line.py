@@ -1,5 +1,7 @@
 """Runs of the command line that are over in a moment."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -27,3 +29,18 @@ def train(folder: Path, *options: str) -> int:
 
 def table(text: str) -> list[list[float]]:
     return [[float(cell) for cell in re.findall(r"\d+\.\d\d", line)] for line in text.splitlines()[1:]]
+
+
+class InThisProcess:
+    """Stands for subprocess.Popen of one of several runs: the command line, without loading PyTorch anew.
+
+    What a run says to standard error is read as from its process; it ends before another one begins.
+    """
+
+    def __init__(self, words: list[str], **_: object) -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            self.returncode = cli.main(words[words.index("train") :])
+        self.stderr = io.StringIO(said.getvalue())
+
+    def poll(self) -> int:
+        return self.returncode
