@@ -44,10 +44,7 @@ OTHERS = {
         lambda: LIBRARY.read_bytes()[:18] + b"\xb7" + LIBRARY.read_bytes()[19:],
         r"does not load \(.*\)",
     ),
-    "a part of one": (lambda: LIBRARY.read_bytes()[:-5000], "is no whole library"),
-    "the beginning of one": (lambda: LIBRARY.read_bytes()[:40], "is no whole library"),
-    "an empty file": (lambda: b"", "is no whole library"),
-    "a page of text": (lambda: b"<html>not found</html>" * 100, "is no whole library"),
+    "a part of one": (lambda: LIBRARY.read_bytes()[:-5000], "is no whole library"),  # loaded, it would end the process
 }
 
 
@@ -67,19 +64,46 @@ def installed(request, tmp_path):
 
 
 USE = """
+import sys
 import torch, hypermask_fast as hmf
+from hypermask_fast import cli
+assert cli.main(["env"]) == 0
+print("then an op", file=sys.stderr)
 print(hmf.functional.semi_binary_mask(torch.tensor([-2.0, 0.5, 1.0]), torch.tensor(0.7)).tolist()[1])
 """
 
 
 def test_a_library_that_can_not_serve_is_told_in_one_line(installed):
+    """By `env` where it is asked, and once by the first op."""
     folder, told = installed
     done = python(folder, "-c", USE)
-    assert done.returncode == 0 and done.stdout == "0.0\n", done.stderr
-    assert len(re.findall(told, done.stderr)) == 1 and "Traceback" not in done.stderr, done.stderr
-    done = python(folder, "-m", "hypermask_fast", "env")
-    assert done.returncode == 0 and done.stderr == ""
-    assert re.search(f"^backend cpu: +{told}$", done.stdout, re.M)
+    assert done.returncode == 0, done.stderr
+    *report, result = done.stdout.splitlines()
+    assert result == "0.0"
+    assert re.search(f"^backend cpu: +{told}$", "\n".join(report), re.M)
+    before, _, then = done.stderr.partition("then an op\n")
+    assert before == ""
+    assert len(re.findall(told, then)) == 1 and "Traceback" not in then, then
+    assert then.count("hypermask_fast runs its reference ops on cpu") == 1
+
+
+NO_WHOLE_LIBRARIES = {
+    "an empty file": lambda whole: b"",
+    "the beginning of one": lambda whole: whole[:40],
+    "all of its header but a byte": lambda whole: whole[:63],
+    "half of one": lambda whole: whole[: len(whole) // 2],
+    "all but the last byte": lambda whole: whole[:-1],
+    "a page of text": lambda whole: b"<html>not found</html>" * 100,
+}
+
+
+@pytest.mark.parametrize("kind", NO_WHOLE_LIBRARIES)
+def test_what_is_no_whole_library_is_not_loaded(tmp_path, monkeypatch, kind):
+    """Loading it would end the process, where a build or a copy was interrupted."""
+    library = tmp_path / "library.so"
+    library.write_bytes(NO_WHOLE_LIBRARIES[kind](LIBRARY.read_bytes()))
+    monkeypatch.setattr(extension.torch.ops, "load_library", None)
+    assert extension._problem(library) == f"{library} is no whole library: {BUILD}"
 
 
 def test_the_operators_of_the_sources_are_those_that_the_package_calls():
