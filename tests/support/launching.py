@@ -25,7 +25,7 @@ import torch
 
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of the process that is forked, as startup.py has it for a command
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["support.launched"])
+_context.set_forkserver_preload(["support.launched", "support.sharding"])  # and with that DTensor and DCP of torch
 
 
 class Ended(NamedTuple):
