@@ -27,15 +27,18 @@ registry.problem("triton")  # found out once in a process: now, before a test ta
 # Files that take longest, longest first: a worker takes a file at a time (`make test`), and none should be left with
 # one of these when the others are done.
 LONGEST = (
-    "offline/test_offline.py", "test_program.py", "training/test_resume.py", "test_loops.py",
-    "ops/test_factored_step.py", "training/test_sharded_checkpoint.py", "distributed/test_shards.py",
-    "building/test_cuda_compile.py", "docs/test_pages.py", "ops/test_layer_ops.py", "bench/test_contenders.py",
-    "training/test_real_data.py", "bench/test_command.py", "ops/test_backends.py", "building/test_setup.py",
-    "distributed/test_faults.py", "test_several.py", "test_processors.py", "examples/test_examples.py",
-    "ops/test_compile.py", "masking/test_task_batch.py", "training/test_settings_sweep.py", "training/test_lock.py",
-    "training/test_forged_checkpoints.py", "distributed/test_shards_life.py", "distributed/test_command_line.py",
-    "training/test_divergence.py", "test_threads.py", "training/test_report.py", "test_exporting.py",
-    "data/test_data_damaged.py", "ops/test_masked_linear.py", "docs/test_several_and_own.py",
+    "test_program.py", "offline/test_offline.py", "training/test_sharded_checkpoint.py", "training/test_real_data.py",
+    "test_loops.py", "training/test_resume.py", "ops/test_factored_step.py", "bench/test_command.py",
+    "building/test_cuda_compile.py", "distributed/test_shards.py", "test_several.py", "docs/test_pages.py",
+    "ops/test_layer_ops.py", "bench/test_contenders.py", "ops/test_backends.py", "building/test_setup.py",
+    "distributed/test_faults.py", "test_threads.py", "test_processors.py", "examples/test_examples.py",
+    "ops/test_compile.py", "masking/test_task_batch.py", "masking/test_fused_layers.py", "bench/test_gpu_script.py",
+    "training/test_settings_sweep.py", "training/test_lock.py", "training/test_forged_checkpoints.py",
+    "distributed/test_command_line.py", "docs/test_several_and_own.py", "building/test_extension.py",
+    "training/test_world.py", "distributed/test_reducer.py", "distributed/test_shards_life.py",
+    "training/test_divergence.py", "training/test_report.py", "training/test_interrupt.py", "test_exporting.py",
+    "data/test_data_damaged.py", "bench/test_micro.py", "bench/test_bench.py", "integrations/test_mammoth.py",
+    "distributed/test_batch_norm.py", "ops/test_masked_linear.py",
 )  # fmt: skip
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
