@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= 3.6.0
 BIN = $(VENV)/bin
+# Python compiles a package's modules when they are imported first; most of them never are.
+PIP = $(BIN)/pip install --quiet --no-compile
 # One more than there are processors: some tests mostly wait, for processes of their own.
 WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 
@@ -87,23 +89,26 @@ $(VENV)/.torch:
 	{ echo "Python 3.10 or newer is needed; name one by: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch; pip is silent while it downloads gigabytes (README.md: a smaller one), which can take many minutes"
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja
+	$(PIP) $(TORCH)
+	$(PIP) "setuptools>=77" wheel ninja
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	touch $@
 
 # Without isolation the build sees that PyTorch and compiles the extension; without a compiler it leaves it out.
-PIP_EDITABLE = $(BIN)/pip install --quiet --no-build-isolation --constraint $(VENV)/constraints.txt --editable
+PIP_EDITABLE = $(PIP) --no-build-isolation --constraint $(VENV)/constraints.txt --editable
 
-$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	@echo "installing what training needs and compiling csrc/; silent for a minute or two, some more where nvcc is there"
 	$(PIP_EDITABLE) ".[train]"
 	touch $@
 
-$(VENV)/.test: $(VENV)/.package
-	@echo "installing what the tests need; silent for a minute or so"
+# What training needs is among it: one installation, not two.
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	@echo "installing what the tests need and compiling csrc/; silent for some minutes"
 	$(PIP_EDITABLE) ".[test]"
-	touch $@
+	touch $(VENV)/.package $@
 
 $(VENV)/.bench: $(VENV)/.package
 	@echo "installing what the benchmarks need; silent for a minute or so"
