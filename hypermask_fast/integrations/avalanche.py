@@ -9,9 +9,11 @@
 Needs avalanche-lib: pip install "hypermask-fast[avalanche]".
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -167,6 +169,7 @@ class HyperMaskStrategy(SupervisedTemplate):
         self._mask: TaskMask | None = None  # of the step that is under way
         self._label: int | None = None  # of a batch of one task
         self._candidates: Sequence[TaskMask] = ()  # of the tasks to find a sample's among
+        self._outputs: int | None = None  # of the network, as its last pass in training showed
 
     # -- where an experience begins -------------------------------------------------------------------------------
 
@@ -176,6 +179,7 @@ class HyperMaskStrategy(SupervisedTemplate):
         reset_optimizer_state: whether the optimizer forgets its moments; None: where a new task begins.
         """
         task, number = self._task_to_train(), _number(self.experience)
+        self._check_classes(task, self._outputs)
         begins = (task, number) != (self._task, self._begun_by)
         fresh = begins if reset_optimizer_state is None else reset_optimizer_state
         super().check_model_and_optimizer(reset_optimizer_state=fresh, **kwargs)
@@ -226,12 +230,15 @@ class HyperMaskStrategy(SupervisedTemplate):
         labels = self.mbatch[-1] if self.task_inference is None and len(self.mbatch) > 2 else None
         if labels is not None:  # looked at before they are on the GPU: no wait for it
             self._label = int(labels[0]) if bool((labels == labels[0]).all()) else None
+            self._check_labels(self.mbatch[1], labels)
         super()._unpack_minibatch()
 
     def forward(self) -> Any:
         """The outputs on the current batch: in training under one mask, which the regulariser then takes as well."""
         output = self._trained_outputs() if self.is_training else self._evaluated_outputs()
-        self._check_classes(output)
+        self._check_classes(self._task if self.is_training else None, output.shape[1])
+        if self.is_training:
+            self._outputs = output.shape[1]
         return output
 
     def _trained_outputs(self) -> Any:
@@ -257,14 +264,32 @@ class HyperMaskStrategy(SupervisedTemplate):
         if self.model.hypermask.heads() is None:
             self.model.hypermask.output_layers((self.mb_x,), {})
 
-    def _check_classes(self, output: Any) -> None:
-        """Raises InputError where a class of the experience is no output of the network's."""
+    def _check_classes(self, task: int | None, outputs: int | None) -> None:
+        """Raises InputError where a class of the experience is none of the network's outputs, or not of the task's.
+
+        task: that is trained; None in evaluation. outputs: None where they are not known yet.
+        """
         needed, counts = _classes_of(self.experience), self.model.hypermask.classes
-        outputs = counts[self._task] if counts is not None and self.is_training else output.shape[1]
-        if needed is not None and needed > outputs:
+        if counts is not None and task is not None and task < len(counts):
+            outputs = counts[task]
+        if needed is not None and outputs is not None and needed > outputs:
             raise InputError(
                 f"experience {_number(self.experience)} has class {needed - 1}, and the network {outputs} outputs: "
                 "count classes from 0 in each experience (class_ids_from_zero_in_each_exp=True), or give each an output"
+            )
+
+    def _check_labels(self, y: Any, tasks: Tensor) -> None:
+        """Raises InputError where a sample's class is not one of its task's, in a model that was given `classes`."""
+        counts = self.model.hypermask.classes
+        if counts is None or not isinstance(y, Tensor) or y.shape != tasks.shape or y.is_floating_point():
+            return
+        beyond = y >= torch.tensor(counts, device=tasks.device)[tasks]
+        if bool(beyond.any()):
+            task = int(tasks[beyond][0])
+            raise InputError(
+                f"experience {_number(self.experience)} has class {int(y[beyond][0])} in task {task}, which has "
+                f"{counts[task]}: count classes from 0 in each experience (class_ids_from_zero_in_each_exp=True), or "
+                "give the task more, HyperMask(..., classes=[...])"
             )
 
     def criterion(self) -> Tensor:
@@ -279,6 +304,10 @@ class HyperMaskStrategy(SupervisedTemplate):
     def _train_cleanup(self) -> None:
         super()._train_cleanup()
         self._mask = None  # its graph is not for a checkpoint
+
+    def _before_eval(self, **kwargs: Any) -> None:
+        self._candidates = ()  # an evaluation that was interrupted has left its own
+        super()._before_eval(**kwargs)
 
     def _eval_cleanup(self) -> None:
         super()._eval_cleanup()
@@ -305,6 +334,12 @@ def _number(experience: Any) -> int:
 def _check_optimizer(optimizer: Any, model: HyperMaskModule) -> None:
     if not isinstance(optimizer, Optimizer):
         raise InputError(f"optimizer must be one of this model, such as hmf.optim.Adam(model), not {optimizer!r:.80}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise InputError(
+            f"{type(optimizer).__name__} needs a closure for each step, and Avalanche gives none: take an optimizer "
+            "such as hmf.optim.Adam(model)"
+        )
     own = {id(parameter) for parameter in model.parameters()}
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not trained <= own:

@@ -230,3 +230,28 @@ def test_without_task_labels_experiences_are_tasks_and_evaluation_finds_them(met
     *_, (batch, _, _) = DataLoader(stream.test_stream[2].dataset, 16)
     expected = hmf.predict(model.hypermask, batch, method=method).task
     assert torch.equal(chosen[-1].task, expected)
+
+
+def test_an_evaluation_after_an_interrupted_one_uses_the_masks_of_now():
+    stream, model = benchmark(False, False), module(1, outputs=6)
+
+    class Interrupts(SupervisedPlugin):
+        def after_eval_iteration(self, strategy, **kwargs):
+            raise KeyboardInterrupt
+
+    training = strategy(model, epochs=1, task_inference="entropy")
+    training.train(stream.train_stream[0], eval_streams=[])
+    training.plugins.append(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        training.eval(stream.test_stream)
+    training.plugins.pop()
+    training.train(stream.train_stream[1], eval_streams=[])
+    given = []
+    training.plugins.append(seen := SupervisedPlugin())
+    seen.after_eval_forward = lambda strategy, **kwargs: given.append((strategy.mb_x, strategy.mb_output))
+    training.eval(stream.test_stream)
+    masks = model.hypermask.all_masks()
+    assert len(masks) == 2
+    for x, y in given:
+        task = hmf.predict(model.hypermask, x, masks, method="entropy").task
+        torch.testing.assert_close(y, model.hypermask(x, task))

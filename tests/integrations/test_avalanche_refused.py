@@ -72,6 +72,10 @@ REFUSED = {
         lambda: HyperMaskStrategy(model=module(), optimizer=torch.optim.SGD),
         r"optimizer must be one of this model, such as hmf.optim.Adam\(model\), not <class",
     ),
+    "an optimizer that needs a closure": (
+        lambda: HyperMaskStrategy(model=(model := module()), optimizer=torch.optim.LBFGS(model.parameters())),
+        r"LBFGS needs a closure for each step, and Avalanche gives none: .* hmf.optim.Adam\(model\)",
+    ),
     "no such method": (lambda: strategy(task_inference="guess"), "task_inference must be one of entropy, .*'guess'"),
     "a method that is not fitted": (
         lambda: strategy(module(outputs=6), task_inference="fecam").eval(benchmark(False, False).test_stream),
@@ -103,6 +107,14 @@ REFUSED = {
         lambda: strategy().train(benchmark(from_zero=False).train_stream),
         "experience 1 has class 3, and the network 2 outputs: .*class_ids_from_zero_in_each_exp=True",
     ),
+    "a class that its task has not, in evaluation": (
+        lambda: strategy(module(classes=(2, 1, 2))).eval(benchmark().test_stream),
+        "experience 1 has class 1 in task 1, which has 1: count classes from 0 .*classes=",
+    ),
+    "a class that its task has not, in an experience of several": (
+        lambda: strategy(module(classes=(2, 1, 2))).eval(of_two_tasks()),
+        "experience 0 has class 1 in task 1, which has 1: ",
+    ),
     "classes that are no outputs, in evaluation": (
         lambda: strategy().eval(benchmark(from_zero=False).test_stream),
         "experience 1 has class 3, and the network 2 outputs",
@@ -116,3 +128,18 @@ def test_what_can_not_be_honoured_is_refused_in_one_line(name):
     with pytest.raises(InputError, match=message) as caught:
         use()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [None, (2,)])
+def test_an_experience_whose_classes_are_no_outputs_begins_no_task(classes):
+    wrong = benchmark(from_zero=False)
+    model = module(1, classes=classes)
+    training = strategy(model, epochs=1)
+    training.train(benchmark().train_stream[0])
+    moments = len(training.optimizer.state)
+    with pytest.raises(InputError, match="experience 1 has class 3, and the network 2 outputs"):
+        training.train(wrong.train_stream[1])
+    assert model.hypermask.num_tasks == 1 and model.hypermask.anchor.task == 0
+    assert len(training.optimizer.state) == moments > 0
+    training.train(benchmark().train_stream[1])
+    assert model.hypermask.anchor.task == 1
