@@ -283,6 +283,8 @@ class HyperMaskStrategy(SupervisedTemplate):
         counts = self.model.hypermask.classes
         if counts is None or not isinstance(y, Tensor) or y.shape != tasks.shape or y.is_floating_point():
             return
+        if int(tasks.min()) < 0 or int(tasks.max()) >= len(counts):
+            return  # the pass refuses them
         beyond = y >= torch.tensor(counts, device=tasks.device)[tasks]
         if bool(beyond.any()):
             task = int(tasks[beyond][0])
