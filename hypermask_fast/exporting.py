@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map  # noqa: PLC2701
 
 from .errors import InputError
 from .extras import needed_for
-from .files import write_atomic
+from .files import check_tensors, write_atomic
 
 FILES = ("safetensors", "pt2", "onnx")
 FORMATS = ("module", *FILES)
@@ -77,7 +77,9 @@ def write(
     net, path, noted = net.eval(), Path(path), dict(metadata or {})
     if format == "safetensors":
         # Tied tensors are written once under each name, so that any network of this kind loads them.
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in net.state_dict().items()}
+        state = net.state_dict()
+        check_tensors(state)
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
         write_atomic(path, save(tensors, {"format": "pt", **noted}))
         return path
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)

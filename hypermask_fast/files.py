@@ -2,11 +2,13 @@
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from .errors import InputError
 
@@ -41,6 +43,17 @@ def check_writable(folder: Path, flag: str = "") -> None:
         raise InputError(f"cannot write {folder}: {reason}; give another folder{hint}")
 
 
+def check_tensors(state: Mapping[str, Any]) -> None:
+    """Raises InputError where a state_dict has an entry that is no tensor, such as a module's get_extra_state may
+    return."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"files hold tensors alone, and {name} in the network's state_dict is of type {type(value).__name__}: "
+                "make it a tensor, or leave it out (get_extra_state of that module returns it)"
+            )
+
+
 def missing_folders(folder: Path) -> list[Path]:
     """What making the folder makes: it and those above it that are not there, from the innermost on."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
@@ -57,8 +70,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Replaces `path` by a file of that content; a reader, or a kill, at any moment sees the old one or the new one.
 
     Raises:
-        InputError: the file can't be written.
+        InputError: the path names no file, or the file can't be written.
     """
+    if not path.name:  # as of Path("")
+        raise InputError(f"{str(path)!r} names no file: give the path of the file to write")
     data = content.encode() if isinstance(content, str) else content
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .files import check_tensors
 from .masking.layout import MaskLayout
 from .masking.norms import STATISTICS
 from .processes import local
@@ -161,7 +162,12 @@ def load_network_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of each name, the first one of the same tensor: its own, or that of the one that it is tied to."""
+    """Of each name, the first one of the same tensor: its own, or that of the one that it is tied to.
+
+    Raises:
+        InputError: an entry is no tensor.
+    """
+    check_tensors(tensors)
     first: dict[tuple, str] = {}
     names = {}
     for name, value in tensors.items():

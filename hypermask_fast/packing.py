@@ -53,6 +53,7 @@ class Network:
         """Raises InputError where `net` is another network; the line names the first difference."""
         if not isinstance(net, nn.Module):
             raise InputError(f"the network to run {where} on must be an nn.Module, not {type(net).__name__}")
+        check_no_state_of_modules(net)
         mine = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
         packed = {row["name"]: tuple(row["shape"]) for row in self.parameters}
         for name in [*packed, *mine]:
@@ -225,6 +226,16 @@ def check(tasks: Sequence[int], dtype: object) -> None:
         raise InputError("no task to pack: pack() packs all, pack([0, 2]) these")
     if len(set(tasks)) != len(tasks):
         raise InputError(f"each task is packed once: {', '.join(map(str, tasks))}")
+
+
+def check_no_state_of_modules(net: nn.Module) -> None:
+    """Raises InputError where a module has a state besides parameters and buffers, which packed tasks can't hold."""
+    for name, module in net.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise InputError(
+                f"packed tasks hold parameters and buffers alone, and {name or 'the network'} "
+                f"({type(module).__name__}) has another state, from get_extra_state: make it a buffer"
+            )
 
 
 def packed_mask(task: int, masks: Sequence[Tensor], dtype: str) -> dict[str, Tensor]:

@@ -138,8 +138,8 @@ class Serving(MaskMaking):
                 "int8": masks in 255 steps of a scale per tensor, and bfloat16 for the weights.
 
         Raises:
-            InputError: a task or a dtype that does not exist, masks that are not finite, or a network whose output
-                layer is not known yet.
+            InputError: a task or a dtype that does not exist, masks that are not finite, a network whose output
+                layer is not known yet, or one with a module whose get_extra_state says more than a buffer can.
         """
         chosen = self.tasks if tasks is None else tuple(tasks)
         packing.check(chosen, dtype)
@@ -147,6 +147,7 @@ class Serving(MaskMaking):
             self._check_task(task)
         if self.heads() is None:
             raise InputError("which layer is the output layer is found in the first pass: run one batch before pack()")
+        packing.check_no_state_of_modules(self.net)
         tensors = packing.packed_rest(rest_of(self, chosen))
         rows = zip(self.layout.segments, self.weights(), strict=True)
         tensors |= dict(packing.packed_weight(s.name, weight, dtype) for s, weight in rows if s.selected)

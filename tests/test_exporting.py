@@ -141,6 +141,7 @@ X = torch.zeros(2, 16)
         ({"format": "pt2", "path": "net"}, r"give inputs=\(x,\), an example"),
         ({"format": "pt2", "path": "net", "inputs": X[:1]}, "two samples or more"),
         ({"format": "pt2", "path": "none/net", "inputs": X}, "cannot write none/net: No such file or directory"),
+        ({"format": "safetensors", "path": ""}, r"'\.' names no file: give the path of the file to write"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, monkeypatch):

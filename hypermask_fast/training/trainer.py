@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..data import Scenario
 from ..errors import InputError
-from ..files import writing
+from ..files import check_tensors, writing
 from ..model import HyperMask
 from ..model_state import load_network_state, network_state
 from ..moments import check as check_moments
@@ -66,8 +66,9 @@ class Trainer:
 
     Raises:
         InputError: more tasks in the scenario than in the model, a network that does not take its inputs or has fewer
-            outputs than classes, no validation data where they are needed, or a package missing that `report` or
-            `progress` needs. In several processes: ranks that differ in what they were given.
+            outputs than classes, no validation data where they are needed, a module whose get_extra_state gives no
+            tensor where weights are saved, or a package missing that `report` or `progress` needs. In several
+            processes: ranks that differ in what they were given.
         ProcessLost: another process is gone, or does not answer; `fit` raises it too.
     """
 
@@ -97,6 +98,8 @@ class Trainer:
             raise InputError(f"the scenario has {len(scenario.tasks)} tasks, the model only {model.num_tasks}")
         if config.validates and any(len(task.validation) == 0 for task in scenario.tasks):
             raise InputError("keep = best and schedule = plateau need validation data: set data.validation")
+        if run_dir is not None or config.keep == "best":
+            check_tensors(model.state_dict())
         check_moments(config.moments, model.hypernet, amsgrad=False)
         self.device = torch.device(device)
         self.world = World.here()
