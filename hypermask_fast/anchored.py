@@ -71,7 +71,7 @@ class Anchored(TaskLife):
         self.anchor = self._captured(task)
 
     def _captured(self, task: int) -> Anchor:
-        self._check_task(task)
+        task = self._check_task(task)
         return regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
 
     def _anchor_of(self, task: int) -> Anchor:
@@ -105,9 +105,11 @@ class Anchored(TaskLife):
         Raises:
             InputError: `tasks` is no positive integer, or the mask's R is over another number of tasks.
         """
-        mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
-        if mask is not None:
+        if isinstance(task, TaskMask):
+            mask, number = task, int(task.task)
             self._check_mask(mask)
+        else:
+            mask, number = None, self._check_task(task)
         before, anchor = self.anchor, self._anchor_of(number)
         drawn = self._drawn_for(mask, number, tasks)
         if mask is None and self.drift.masked:

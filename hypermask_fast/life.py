@@ -1,6 +1,6 @@
 """The life of a task: added, copied, frozen, removed; and what a state_dict says of all tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -61,15 +61,33 @@ class TaskLife(MaskedNetwork):
             known = known & (tasks != removed)
         return known
 
-    def _check_task(self, task: int) -> None:
+    def task_ids(self, tasks: Iterable[int] | Tensor | None = None) -> tuple[int, ...]:
+        """Ids, in the order given, of tasks that there are; None: of all, `tasks`.
+
+        Raises:
+            InputError: it is no sequence of ids, or there is no such task.
+        """
+        if tasks is None:
+            return self.tasks
+        many = tasks.dim() == 1 if isinstance(tasks, Tensor) else isinstance(tasks, Iterable)
+        if not many:
+            raise InputError(f"tasks are ids, such as [0, 1], not {tasks!r}")
+        return tuple(map(self._check_task, tasks))
+
+    def _check_task(self, task: int | Tensor) -> int:
+        """The id as an int. Raises InputError where there is no such task."""
         hypernet = self.hypernet
-        if type(task) is not int and (isinstance(task, bool) or not isinstance(task, Integral)):
-            raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
+        if type(task) is not int:
+            number = isinstance(task, Integral) and not isinstance(task, bool)
+            if not (is_id(task) if isinstance(task, Tensor) else number):
+                raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
+            task = int(task)
         if not 0 <= task < hypernet.num_tasks:
             ids = f"0 to {self.num_tasks - 1}"
             raise InputError(f"task {task} does not exist: this model has tasks {ids} (add_task adds one)")
         if task in hypernet.removed:
             raise InputError(f"task {task} was removed: this model has tasks {', '.join(map(str, self.tasks))}")
+        return task
 
     # -- the life of a task ---------------------------------------------------------------------------------------
 
@@ -91,8 +109,7 @@ class TaskLife(MaskedNetwork):
         Raises:
             InputError: `like` does not exist, classes are missing or not to be given, or no optimiser of this model.
         """
-        if like is not None:
-            self._check_task(like)
+        like = None if like is None else self._check_task(like)
         if optimizer is not None and not self._is_trained_by(optimizer):
             raise InputError(f"add_task(optimizer) takes this model's optimizer, not {type(optimizer).__name__}")
         counts = self._counts_with(like, classes)
@@ -141,7 +158,7 @@ class TaskLife(MaskedNetwork):
         Raises:
             InputError: it does not exist, or is the last one.
         """
-        self._check_task(task)
+        task = self._check_task(task)
         if len(self.tasks) == 1:
             raise InputError(f"task {task} is the only one left: a model needs a task")
         anchor = self.anchor
@@ -167,7 +184,7 @@ class TaskLife(MaskedNetwork):
         Raises:
             InputError: it does not exist.
         """
-        self._check_task(task)
+        task = self._check_task(task)
         self._mark(self.hypernet.removed, sorted({*self.frozen, task} if frozen else {*self.frozen} - {task}))
 
     def _mark(self, removed: Sequence[int], frozen: Sequence[int]) -> None:
@@ -285,6 +302,11 @@ class TaskLife(MaskedNetwork):
                 f"model's is {', '.join(mine) or 'none'}"
             )
         return self.layout if self._heads_known else layout
+
+
+def is_id(task: Tensor) -> bool:
+    """Whether it can be one task's id."""
+    return task.dtype == torch.int64 and task.dim() <= 1 and task.numel() == 1
 
 
 def _sizes(parameters: Sequence[nn.Parameter]) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import ops, regularizers
 from .anchored import Anchored, without_autocast
 from .errors import InputError
+from .life import is_id
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask
 from .masking.task_batch import TaskMasks
@@ -81,8 +82,7 @@ class MaskMaking(Anchored):
         for_drifts: dict[str, Any] = {"drift_tasks": drift_tasks}
         if isinstance(task, Tensor) and (stepper is None or not values_at_hand(task) or not is_id(task)):
             return self._mask_by_tensor(task, sparsity, ranks, **for_drifts)
-        task = int(task) if isinstance(task, Tensor) else task
-        self._check_task(task)
+        task = self._check_task(task)
         anchor = self._anchor_in_training(task)
         if anchor is None:
             if stepper is None:
@@ -114,8 +114,7 @@ class MaskMaking(Anchored):
             )
         ids = task.reshape(1)
         if values_at_hand(task):  # then only this task's own get a gradient
-            number = int(task)
-            self._check_task(number)
+            number = self._check_task(task)
             return self._mask_of(number, self.hypernet([number]).squeeze(0), sparsity, ranks, **for_drifts)
         known = self._known(ids)
         ids = ids.where(known, 0)
@@ -200,11 +199,6 @@ class MaskMaking(Anchored):
         if key not in self._ranks:
             self._ranks[key] = self.layout.ranks(sparsity, device)
         return self._ranks[key]
-
-
-def is_id(task: Tensor) -> bool:
-    """Whether it can be one task's id."""
-    return task.dtype == torch.int64 and task.dim() <= 1 and task.numel() == 1
 
 
 def values_at_hand(tensor: Tensor) -> bool:

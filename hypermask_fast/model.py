@@ -233,18 +233,16 @@ class HyperMask(Serving):
         unknown = ~known.view(-1, *(1,) * (y.dim() - 1))
         return y.masked_fill(unknown, float("nan") if y.is_floating_point() else -1)
 
-    def all_masks(self, tasks: Iterable[int] | None = None) -> TaskMasks:
+    def all_masks(self, tasks: Iterable[int] | Tensor | None = None) -> TaskMasks:
         """All tasks' masks, from one pass over the hypernetwork; made once, they serve many batches.
 
         tasks: of which, in this order; None: `model.tasks`. Each mask says whose it is (`mask.task`).
 
         Raises InputError: a task that does not exist, or none at all.
         """
-        chosen = self.tasks if tasks is None else tuple(tasks)
+        chosen = self.task_ids(tasks)
         if not chosen:
             raise InputError("no task to make a mask of: all_masks() makes all, all_masks([0, 2]) these")
-        for task in chosen:
-            self._check_task(task)
         return self._masks_of(chosen)
 
     def forward_all_tasks(self, *inputs: Any, masks: Sequence[TaskMask] | None = None, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Serving: passes in evaluation under W * m that was made before."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ from . import packing
 from .anchored import without_autocast
 from .errors import InputError
 from .hypernet import ChunkedHyperNetwork, HyperNetwork
-from .mask_making import MaskMaking, is_id, values_at_hand
+from .life import is_id
+from .mask_making import MaskMaking, values_at_hand
 from .masking.cache import Counted, Entry, KeptMask, WeightCache, contents, is_plain, version
 from .masking.masks import TaskMask
 from .masking.selection import MASKED
@@ -128,7 +129,7 @@ class Serving(MaskMaking):
         return self
 
     @torch.no_grad()
-    def pack(self, tasks: Sequence[int] | None = None, dtype: str = "float32") -> Packed:
+    def pack(self, tasks: Iterable[int] | Tensor | None = None, dtype: str = "float32") -> Packed:
         """The masks of tasks as they are now, with all that is needed to run them: see `packing.Packed`, and
         `inference.load_packed` for a network that needs no hypernetwork. `print(model.pack())` says how large it is.
 
@@ -141,10 +142,8 @@ class Serving(MaskMaking):
             InputError: a task or a dtype that does not exist, masks that are not finite, a network whose output
                 layer is not known yet, or one with a module whose get_extra_state says more than a buffer can.
         """
-        chosen = self.tasks if tasks is None else tuple(tasks)
+        chosen = self.task_ids(tasks)
         packing.check(chosen, dtype)
-        for task in chosen:
-            self._check_task(task)
         if self.heads() is None:
             raise InputError("which layer is the output layer is found in the first pass: run one batch before pack()")
         packing.check_no_state_of_modules(self.net)
