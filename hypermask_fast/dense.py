@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from . import trunk as trunks
+from .checks import check_whole
 from .errors import InputError
 from .few_rows import linear
 from .output_layer import FactoredOutput, OutputStepper, SteppedOutput, Work
@@ -48,8 +49,7 @@ class HyperNetwork(nn.Module):
     def _build(
         self, size: int, num_tasks: int, embedding: int, inputs: int, hidden: tuple[int, ...], rows: int
     ) -> None:
-        if not isinstance(num_tasks, int) or isinstance(num_tasks, bool) or num_tasks < 1:
-            raise InputError(f"num_tasks must be a positive integer, not {num_tasks!r}")
+        num_tasks = check_whole("num_tasks", num_tasks, 1)
         self.size = size
         self.embeddings = nn.ParameterList(nn.Parameter(torch.randn(embedding)) for _ in range(num_tasks))
         widths = (inputs, *hidden)

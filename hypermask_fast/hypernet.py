@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 
 from . import sizing
+from .checks import check_whole
 from .chunked import ChunkedHyperNetwork
 from .dense import HyperNetwork
 from .errors import InputError
@@ -59,8 +60,7 @@ class HypernetConfig:
         Raises:
             InputError: not even the smallest one fits.
         """
-        if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes < 1:
-            raise InputError(f"budget_bytes must be a positive whole number of bytes, not {budget_bytes!r}")
+        budget_bytes = check_whole("budget_bytes", budget_bytes, 1)
         dense = cls(**{**settings, "by_tensor": False, "chunk_size": None})
         if sizing.TRAINED * dense.num_parameters(layout) <= budget_bytes:
             return dense

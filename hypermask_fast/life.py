@@ -1,7 +1,6 @@
 """The life of a task: added, copied, frozen, removed; and what a state_dict says of all tasks."""
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import inference, model_state
+from .checks import is_whole, shown
 from .dense import HyperNetwork
 from .errors import InputError
 from .inference.fitted import ClassGaussians
@@ -71,16 +71,15 @@ class TaskLife(MaskedNetwork):
             return self.tasks
         many = tasks.dim() == 1 if isinstance(tasks, Tensor) else isinstance(tasks, Iterable)
         if not many:
-            raise InputError(f"tasks are ids, such as [0, 1], not {tasks!r}")
+            raise InputError(f"tasks are ids, such as [0, 1], not {shown(tasks)}")
         return tuple(map(self._check_task, tasks))
 
     def _check_task(self, task: int | Tensor) -> int:
         """The id as an int. Raises InputError where there is no such task."""
         hypernet = self.hypernet
         if type(task) is not int:
-            number = isinstance(task, Integral) and not isinstance(task, bool)
-            if not (is_id(task) if isinstance(task, Tensor) else number):
-                raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
+            if not (is_id(task) if isinstance(task, Tensor) else is_whole(task)):
+                raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {shown(task)}")
             task = int(task)
         if not 0 <= task < hypernet.num_tasks:
             ids = f"0 to {self.num_tasks - 1}"

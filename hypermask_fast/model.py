@@ -20,7 +20,7 @@ from .masking import classes as numbers
 from .masking import mixed
 from .masking.cache import KeptMask, WeightCache
 from .masking.layout import MaskLayout
-from .masking.masks import TaskMask
+from .masking.masks import TaskMask, check_masks
 from .masking.selection import Rule, check_values
 from .masking.task_batch import TaskBatch, TaskMasks, serves
 from .ops import registry
@@ -267,8 +267,8 @@ class HyperMask(Serving):
             and all(isinstance(m, TaskMask) for m in inputs[-1])
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
-        if masks is not None and not len(masks):
-            raise InputError("masks must be those of a task or more, and there are none")
+        if masks is not None:
+            check_masks(masks)
         self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
         if self._records_in_serving():

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .checks import is_whole, shown
 from .errors import InputError
 from .files import write_atomic
 from .masking.layout import MaskLayout
@@ -138,8 +138,8 @@ class Packed:
 
     def check_task(self, task: object) -> None:
         """Raises InputError where a task is not among them."""
-        if isinstance(task, bool) or not isinstance(task, Integral) or task not in self.tasks:
-            raise InputError(f"task {task} is not packed here: there are {', '.join(map(str, self.tasks))}")
+        if not is_whole(task) or task not in self.tasks:
+            raise InputError(f"task {shown(task)} is not packed here: there are {', '.join(map(str, self.tasks))}")
 
     def weights(self) -> dict[str, Tensor]:
         """Parameter name -> W, in the dtype that the network has."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import is_whole, shown
 from .dense import HyperNetwork, Layer
 from .errors import InputError
 from .masking.layout import MaskLayout
@@ -142,8 +143,8 @@ def output_drift(
 
 def check_drift_tasks(tasks: int | None) -> None:
     """Raises InputError where that can't be how many earlier tasks are drawn."""
-    if tasks is not None and (not isinstance(tasks, int) or isinstance(tasks, bool) or tasks < 1):
-        raise InputError(f"the output drift is over a positive number of tasks, or None for all, not {tasks!r}")
+    if tasks is not None and (not is_whole(tasks) or tasks < 1):
+        raise InputError(f"the output drift is over a positive number of tasks, or None for all, not {shown(tasks)}")
 
 
 def draw(hypernet: HyperNetwork, task: int, tasks: int | None) -> Tensor | None:

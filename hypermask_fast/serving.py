@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import packing
 from .anchored import without_autocast
+from .checks import is_whole
 from .errors import InputError
 from .hypernet import ChunkedHyperNetwork, HyperNetwork
 from .life import is_id
@@ -187,7 +187,7 @@ class Serving(MaskMaking):
             return None
         if isinstance(task, Tensor) and is_id(task) and values_at_hand(task):
             task = int(task)
-        if not isinstance(task, Integral) or isinstance(task, bool):
+        if not is_whole(task):
             return None
         kept = self._kept([int(task)])
         return None if kept is None else kept[0]

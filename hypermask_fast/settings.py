@@ -23,12 +23,12 @@ from math import inf, isfinite
 from numbers import Real
 from typing import Any
 
+from .checks import shown
 from .errors import InputError
 
 LARGEST = 2**63 - 1  # of TOML's integers and PyTorch's
 WIDEST = 10**7  # units of a layer: two such layers have fewer weights than an int64 counts
 DEEPEST = 100  # layers
-_LONGEST = 100  # characters of a wrong value that a message shows
 
 
 @dataclass(frozen=True)
@@ -165,15 +165,6 @@ def meanings(owner: type) -> dict[str, str]:
 def default(field: Field) -> Any:
     """A field's default; dataclasses.MISSING where it has none."""
     return field.default if field.default_factory is MISSING else field.default_factory()
-
-
-def shown(value: object) -> str:
-    """A value in a message, cut where it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists
-        return f"so large {'a number' if isinstance(value, int) else 'a value'}"
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _between(limits: Range) -> str:

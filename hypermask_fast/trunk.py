@@ -66,8 +66,9 @@ class _Trunk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         count, (grad,) = ctx.count, grads
-        layers = (len(ctx.saved_tensors) - count) // 2
-        tensors, kept = ctx.saved_tensors[: count + layers], ctx.saved_tensors[count + layers :]
+        saved = ctx.saved_tensors  # read once: a checkpoint gives it no second time
+        layers = (len(saved) - count) // 2
+        tensors, kept = saved[: count + layers], saved[count + layers :]
         if not torch.is_grad_enabled():
             return None, *gradients(grad, kept, tensors[:count], tensors[count:])
         pairs = list(zip(tensors[count::2], tensors[count + 1 :: 2], strict=True))  # differentiated again: with a graph

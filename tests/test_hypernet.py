@@ -54,7 +54,7 @@ def test_bad_shapes(settings):
 
 
 def test_bad_number_of_tasks():
-    with pytest.raises(InputError, match="num_tasks must be a positive integer, not 0"):
+    with pytest.raises(InputError, match="num_tasks must be a whole number, 1 or more, not 0"):
         HypernetConfig().build(10, 0)
 
 

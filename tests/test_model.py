@@ -392,7 +392,7 @@ def test_numpy_integers_are_tasks(convnet_model):
         ({"hypernetwork": {"embedding": 3}}, "a HypernetConfig, not dict"),
         ({"drift_norm": 3}, "norm must be 1 or 2, not 3"),
         ({"fidelity": "exact"}, "fidelity must be one of default, official, not 'exact'"),
-        ({"num_tasks": 0}, "num_tasks must be a positive integer"),
+        ({"num_tasks": 0}, "num_tasks must be a whole number, 1 or more, not 0"),
     ],
 )
 def test_bad_arguments(settings, message):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import hypermask_fast as hmf
 
@@ -161,6 +162,32 @@ def no_mask(loop: Loop) -> None:
     loop.optimizer.zero_grad()
     loss = F.cross_entropy(loop.model(loop.x[loop.step], loop.task), loop.y[loop.step])
     (loss + loop.model.regularizer(loop.task)).backward()
+    loop.optimizer.step()
+
+
+@feature("a backward pass of the cross-entropy, and one of the regulariser", waits=True)
+def apart(loop: Loop) -> None:
+    loop.optimizer.zero_grad()
+    mask = loop.model.mask(loop.task)
+    F.cross_entropy(loop.model(loop.x[loop.step], mask), loop.y[loop.step]).backward(retain_graph=True)
+    loop.model.regularizer(mask).backward()
+    loop.optimizer.step()
+
+
+@feature("torch.utils.checkpoint around the model")
+def checkpointed(loop: Loop) -> None:
+    loop.optimizer.zero_grad()
+    mask = loop.model.mask(loop.task)
+    output = checkpoint(loop.model, loop.x[loop.step], mask, use_reentrant=False)
+    (F.cross_entropy(output, loop.y[loop.step]) + loop.model.regularizer(mask)).backward()
+    loop.optimizer.step()
+
+
+@feature("torch.utils.checkpoint around the model, the mask made in it", waits=True)
+def checkpointed_by_task(loop: Loop) -> None:
+    loop.optimizer.zero_grad()
+    output = checkpoint(loop.model, loop.x[loop.step], loop.task, use_reentrant=False)
+    (F.cross_entropy(output, loop.y[loop.step]) + loop.model.regularizer(loop.task)).backward()
     loop.optimizer.step()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import InputError
-from .checks import check_whole
 from .items import stack_items
 from .scenario import PARTS, Scenario, TaskData, check_filled
 from .splits import DatasetSplit, Split, TensorSplit, empty_split

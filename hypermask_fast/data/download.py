@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checks import one_line
 from ..errors import InputError
 from ..files import missing_folders, remove_empty
-from .checks import one_line
 from .sources import MissingFiles, read_cifar10, read_cifar100, read_mnist, read_tiny_imagenet
 from .unpack import unpack
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_whole, one_line
 from ..errors import InputError
 from ..extras import needed_for
-from .checks import check_whole, one_line
 from .scenario import Scenario, TaskData
 from .splits import DatasetSplit, Split, TensorSplit
 from .transforms import UNIT_SCALE, Normalize, Transform

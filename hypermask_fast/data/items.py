@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import is_whole
 from ..errors import InputError
 from .transforms import unit_range
 
@@ -93,7 +94,7 @@ def _label(label: Any, label_map: Mapping[int, int] | None, num_classes: int | N
     """The label as an int, mapped and checked."""
     single = isinstance(label, (Tensor, np.ndarray, np.generic)) and label.shape == ()
     value = label.item() if single else label
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise InputError(f"labels must be integers, not {_kind(label)}")
     if label_map is not None:
         if value not in label_map:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checks import check_whole
 from ..errors import InputError
 from .autoaugment import AutoAugment
-from .checks import check_whole
 from .scenario import HoldOut, Scenario, TaskData, sample_shape, split_by_class
 from .sources import MissingFiles, RawImages, read_cifar10, read_cifar100, read_digits, read_mnist, read_tiny_imagenet
 from .splits import TensorSplit

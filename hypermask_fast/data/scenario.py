@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..checks import check_whole, one_line
 from ..errors import InputError
-from .checks import check_whole, one_line
 from .splits import DatasetSplit, Split, TensorSplit, empty_split
 from .transforms import UNIT_SCALE, Transform
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
+from ..checks import one_line
 from ..errors import InputError
-from .checks import one_line
 
 _DAMAGE = (
     tarfile.TarError,

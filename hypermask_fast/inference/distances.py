@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import InputError
 from .features import TaskModel, features_of
 from .fitted import ClassGaussians
@@ -39,9 +40,7 @@ class FeCAM(ClassGaussians):
     ) -> None:
         super().__init__()
         a, b = (_number("shrinkage", each) for each in shrinkage)
-        if isinstance(times, bool) or not isinstance(times, int) or times < 0:
-            raise InputError(f"times must be a whole number of 0 or more, not {times!r}")
-        self.shrinkage, self.times = (a, b), times
+        self.shrinkage, self.times = (a, b), check_whole("times", times, 0)
         self.tukey = None if tukey is None else _number("tukey", tukey)
 
     @classmethod

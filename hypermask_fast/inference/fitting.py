@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..data import Scenario, Split
 from ..errors import InputError
 from .features import TaskModel
@@ -60,8 +61,7 @@ def batches(data: Data, size: int, where: str) -> Iterator[tuple[tuple, dict[str
     Raises:
         InputError: it is none of these, or labels are not (B,) int64 of 0 or more.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InputError(f"batch_size must be a whole number of 1 or more, not {size!r}")
+    size = check_whole("batch_size", size, 1)
     if isinstance(data, Split):
         pairs: Iterable[Any] = data.chunks(size)
     elif isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):

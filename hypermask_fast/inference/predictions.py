@@ -1,15 +1,16 @@
 """Which task is this? The task and the class of samples whose task is unknown, by one of several methods."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import is_whole, shown
 from ..errors import InputError
 from ..masking import mixed
-from ..masking.masks import TaskMask
+from ..masking.masks import TaskMask, check_masks
 from ..masking.task_batch import TaskMasks
 from . import gradient
 from .distances import FeCAM, Mahalanobis
@@ -57,9 +58,10 @@ class Prediction(NamedTuple):
 
         classes_per_task: or the number of classes of each task, removed ones included, where tasks differ in it.
         """
-        if isinstance(classes_per_task, int):
-            return classes_per_task * self.task + self.label
-        before = torch.tensor([0, *classes_per_task], device=self.task.device).cumsum(0)
+        if is_whole(classes_per_task):
+            return int(classes_per_task) * self.task + self.label
+        counts = cast("Sequence[int]", classes_per_task)
+        before = torch.tensor([0, *counts], device=self.task.device).cumsum(0)
         return before[self.task] + self.label
 
 
@@ -123,6 +125,8 @@ def infer(
         method = "mahalanobis" if "mahalanobis" in model.fitted else "entropy"
     if halving and method != "gradient":
         raise InputError(f"halving is for the gradient, not for {method}")
+    if masks is not None:
+        check_masks(masks)
     _check(model, inputs, kwargs, method, k, len(model.tasks if masks is None else masks))
     if masks is None and model.heads() is None:
         model.output_layers(inputs, kwargs)  # a mask that was made before the first pass would not do
@@ -139,10 +143,8 @@ def _check(model: TaskModel, inputs: tuple, kwargs: dict[str, Any], method: str,
     if method in FITTED and FITTED[method].name not in model.fitted:
         kind = FITTED[method].__name__
         raise InputError(f"method {method} needs training data first: hmf.inference.{kind}.fit(model, data)")
-    if method == "gradient+entropy" and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= tasks):
-        raise InputError(f"k must be a whole number from 1 to the number of tasks, {tasks}, not {k!r}")
-    if tasks == 0:
-        raise InputError("masks must be those of a task or more, and there are none")
+    if method == "gradient+entropy" and not (is_whole(k) and 1 <= k <= tasks):
+        raise InputError(f"k must be a whole number from 1 to the number of tasks, {tasks}, not {shown(k)}")
     if mixed.samples(inputs, kwargs) == 0:
         raise InputError("an empty batch has no task to infer: give it a sample or more")
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
 from ..errors import InputError
 from ..ops.checksum import checksum
 from .layout import MaskLayout
@@ -162,8 +163,7 @@ class WeightCache:
 
     def resize(self, limit: int, least: int) -> None:
         """Another limit. Raises InputError where it is no number of bytes, or holds not even one task of `least`."""
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-            raise InputError(f"cache_bytes is a whole number of bytes, 0 or more, not {limit!r}")
+        limit = check_whole("cache_bytes", limit, 0)
         if 0 < limit < least:
             raise InputError(
                 f"cache_bytes={limit} is too small for one task, whose W * m takes {least} bytes (0 keeps nothing)"

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import is_whole, shown
 from ..errors import InputError
 from .access import parameter_of
 from .scope import Scope
@@ -81,9 +83,10 @@ class Classes:
 
 def check(classes: Sequence[int], num_tasks: int) -> tuple[int, ...]:
     """The numbers of classes of all tasks, if they are that. Raises InputError otherwise."""
-    counts = tuple(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else None
-    if counts is None or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
-        raise InputError(f"classes must be one whole number >= 1 per task, such as [2, 3, 5], not {classes!r}")
+    values = classes.tolist() if isinstance(classes, Tensor | np.ndarray) else classes
+    if not isinstance(values, Sequence) or not all(is_whole(n) and n >= 1 for n in values):
+        raise InputError(f"classes must be one whole number >= 1 per task, such as [2, 3, 5], not {shown(classes)}")
+    counts = tuple(map(int, values))
     if len(counts) != num_tasks:
         raise InputError(f"classes must be one number per task: {num_tasks}, not {len(counts)}")
     return counts

@@ -1,17 +1,21 @@
 """TaskMask: one task's mask over a whole network."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from .. import ops
+from ..checks import shown
 from ..errors import InputError
 from ..transforming import transforming
 from .access import parameter_of
 from .layout import MaskLayout
+from .scope import has_saved_tensor_hooks
 
 _T = TypeVar("_T")
 
@@ -56,6 +60,10 @@ def check_exchanged(mask: Any, segment: int, plain: Tensor) -> None:
         )
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class Made:
     """What is made of a mask at first need, once for passes with gradients and once for those without."""
 
@@ -64,7 +72,10 @@ class Made:
     def _once(self, name: str, make: Callable[[], _T]) -> _T:
         key = name, torch.is_grad_enabled()
         if key not in self._made:
-            self._made[key] = make()
+            again = not torch.compiler.is_compiling() and has_saved_tensor_hooks()
+            # A checkpoint around the pass runs it again and finds this made: it must not count on it the first time.
+            with saved_tensors_hooks(_itself, _itself) if again else nullcontext():
+                self._made[key] = make()
         return self._made[key]
 
     def _has(self, name: str) -> bool:
@@ -196,3 +207,12 @@ class TaskMask(Made):
         applied = [masks[segment.name] for segment in self.layout.segments if segment.selected]
         zeros: Any = sum((mask == 0).sum() for mask in applied)
         return 100.0 * zeros / sum(mask.numel() for mask in applied)
+
+
+def check_masks(masks: object) -> None:
+    """Raises InputError where it is no sequence of masks, or an empty one."""
+    made_together = isinstance(masks, Made)  # then none has to be made to be looked at
+    if not isinstance(masks, Sequence) or not (made_together or all(isinstance(mask, TaskMask) for mask in masks)):
+        raise InputError(f"masks are those of model.all_masks(), or [model.mask(task), ...], not {shown(masks)}")
+    if not masks:
+        raise InputError("masks must be those of a task or more, and there are none")

@@ -92,7 +92,7 @@ class Scope:
         if torch.compiler.is_compiling():
             return running
         if running is not None:
-            if not local.again and (not torch.is_grad_enabled() or _has_saved_tensor_hooks()):
+            if not local.again and (not torch.is_grad_enabled() or has_saved_tensor_hooks()):
                 local.again = True
             return running
         if _graph_task() != -1:
@@ -162,7 +162,7 @@ def _forget_parametrised() -> None:
         parametrize._cache.clear()  # noqa: SLF001 # pyright: ignore
 
 
-def _has_saved_tensor_hooks() -> bool:
+def has_saved_tensor_hooks() -> bool:
     """Whether somebody keeps in a way of its own what the backward pass needs, as torch.utils.checkpoint does."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # noqa: SLF001 # pyright: ignore
 

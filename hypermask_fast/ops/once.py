@@ -28,9 +28,10 @@ def differentiable_once(name: str, backward: Callable, instead: str = _REFERENCE
     def recorded(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
-        origins = [t for t in _tensors((*grads, *ctx.saved_tensors)) if t.requires_grad]
+        read = _Read(ctx)
+        origins = [t for t in _tensors((*grads, *read.saved_tensors)) if t.requires_grad]
         with torch.no_grad():
-            results = backward(ctx, *grads)
+            results = backward(read, *grads)
         if not origins:
             return results
         message = f"{name} has no second derivative here: {instead}"
@@ -39,6 +40,16 @@ def differentiable_once(name: str, backward: Callable, instead: str = _REFERENCE
         return tuple(marked) if several else marked[0]
 
     return recorded
+
+
+class _Read:
+    """A ctx whose saved tensors have been read: a checkpoint gives them no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def _marked(message: str, results: list, origins: list[Tensor]) -> list:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .. import own_code
+from ..checks import shown
 from ..data import SCENARIOS
 from ..errors import InputError
 from ..extras import needed_for
 from ..hypernet import HypernetConfig
 from ..regularizers import FIDELITIES
-from ..settings import LARGEST, Kind, OneOf, Range, Text, check_fields, kinds, shown
+from ..settings import LARGEST, Kind, OneOf, Range, Text, check_fields, kinds
 from .checkpoint import MANIFEST
 from .tables import DataConfig, MethodConfig, TrainingConfig
 from .targets import TargetConfig

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import exporting
+from ..checks import is_whole, shown
 from ..data import Compose, Normalize, PermutePixels, Scale, Scenario, TensorSplit, Transform
 from ..errors import InputError
 from ..files import write_atomic
@@ -73,8 +74,8 @@ def export_model(
         InputError: there is no such task, or `path` exists.
     """
     path = check_new_file(path)
-    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < len(scenario.tasks):
-        raise InputError(f"task {task!r} is not one of {scenario.name}'s: 0 to {len(scenario.tasks) - 1}")
+    if not is_whole(task) or not 0 <= task < len(scenario.tasks):
+        raise InputError(f"task {shown(task)} is not one of {scenario.name}'s: 0 to {len(scenario.tasks) - 1}")
     data = scenario.tasks[task]
     metadata = {
         "scenario": scenario.name,

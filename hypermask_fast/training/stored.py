@@ -5,7 +5,6 @@ shapes, dtypes and ranges.
 """
 
 import math
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..checks import is_whole, shown
 from ..errors import InputError
 from ..inference import restored
 from ..model import HyperMask
@@ -151,7 +151,7 @@ class _Check:
         then = self.state.get("length", now)
         same = isinstance(then, dict) and then.keys() == now.keys()
         for unit, value in now.items():
-            fits = same and (then[unit] is None if value is None else _is_whole(then[unit]) and 0 < then[unit] <= value)
+            fits = same and (then[unit] is None if value is None else is_whole(then[unit]) and 0 < then[unit] <= value)
             if not fits:
                 self._bad_entry("length", f"{unit} {'null' if value is None else f'1 to {value}'}")
 
@@ -203,8 +203,8 @@ class _Check:
             there = model.get(name) if isinstance(model, dict) else None
             if there != value:
                 raise InputError(
-                    f"the checkpoint in {self.file.parent} is of another model: {name} is {_shown(there)} there, "
-                    f"{_shown(value)} here"
+                    f"the checkpoint in {self.file.parent} is of another model: {name} is {shown(there)} there, "
+                    f"{shown(value)} here"
                 )
 
     def learned(self) -> int:
@@ -225,11 +225,11 @@ class _Check:
     def nothing_else(self) -> None:
         for name in self.tensors:
             if name not in self.seen:
-                raise InputError(f"{self.file} has a tensor that does not belong there: {_shown(name)}{REMEDY}")
+                raise InputError(f"{self.file} has a tensor that does not belong there: {shown(name)}{REMEDY}")
         for name in self.state:
             if name != "settings" and f"state.{name}" not in self.seen:
                 manifest = self.file.parent / MANIFEST
-                raise InputError(f"{manifest} has an entry that does not belong there: {_shown(name)}{REMEDY}")
+                raise InputError(f"{manifest} has an entry that does not belong there: {shown(name)}{REMEDY}")
 
     # -- within a task ------------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class _Check:
         if not (none_yet or some):
             self._bad_entry("plateau", "best to be a percentage, or -Infinity in the first epoch")
         most = PLATEAU_PATIENCE if epochs is None else min(PLATEAU_PATIENCE, epochs)
-        if not (_is_whole(bad) and 0 <= bad <= most):
+        if not (is_whole(bad) and 0 <= bad <= most):
             self._bad_entry("plateau", f"num_bad_epochs to be a whole number, 0 to {most}")
 
     def _moments(self) -> None:
@@ -293,7 +293,7 @@ class _Check:
             self._bad_entry(MOMENTS, "names of parameters")
         for name in sorted(held.symmetric_difference(named)):
             has = "has" if name in held else "lacks"
-            raise InputError(f"{self.file} {has} moments of {_shown(name)}, otherwise than {MANIFEST} says{REMEDY}")
+            raise InputError(f"{self.file} {has} moments of {shown(name)}, otherwise than {MANIFEST} says{REMEDY}")
 
     def _anchor(self) -> None:
         task, hypernet = self.state["task"], self.model.hypernet
@@ -328,7 +328,7 @@ class _Check:
     def _whole(self, key: str, low: int, high: int | None) -> int:
         self.seen.add(f"state.{key}")
         value: Any = self.state.get(key)
-        if not _is_whole(value) or value < low or (high is not None and value > high):
+        if not is_whole(value) or value < low or (high is not None and value > high):
             limits = f"{low} or more" if high is None else f"{low} to {high}"
             self._bad_entry(key, f"a whole number, {limits}")
         return value
@@ -364,7 +364,7 @@ class _Check:
         return values
 
     def _bad_entry(self, key: str, expected: str) -> NoReturn:
-        found = f"is {_shown(self.state[key])}" if key in self.state else "is missing"
+        found = f"is {shown(self.state[key])}" if key in self.state else "is missing"
         manifest = self.file.parent / MANIFEST
         raise InputError(f"{manifest} does not fit this run: {key} {found}, expected {expected}{REMEDY}")
 
@@ -372,22 +372,13 @@ class _Check:
         raise InputError(f"{self.file} does not fit this run: {name} {what}{REMEDY}")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _shown(value: object) -> str:
-    """At most a few dozen characters, in one line."""
-    return reprlib.repr(value)
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _named(name: str) -> str:
     """A tensor's name, which a file may have made up."""
-    return name if name.isprintable() and len(name) < 100 else _shown(name)
+    return name if name.isprintable() and len(name) < 100 else shown(name)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import own_code
+from ..checks import shown
 from ..errors import InputError
 from ..extras import needed_for
-from ..settings import shown
 from ..text import text_table
 from . import describe
 from .config import RunConfig, stored_config

@@ -144,9 +144,9 @@ def test_a_pass_under_more_tasks_than_there_is_room_for_does_not_drop_its_own():
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (-1, "cache_bytes is a whole number of bytes, 0 or more, not -1"),
-        (1.5, "cache_bytes is a whole number of bytes, 0 or more, not 1.5"),
-        (True, "cache_bytes is a whole number of bytes, 0 or more, not True"),
+        (-1, "cache_bytes must be a whole number, 0 or more, not -1"),
+        (1.5, "cache_bytes must be a whole number, 0 or more, not 1.5"),
+        (True, "cache_bytes must be a whole number, 0 or more, not True"),
         (100, "cache_bytes=100 is too small for one task, whose W * m takes 200 bytes (0 keeps nothing)"),
     ],
 )

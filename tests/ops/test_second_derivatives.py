@@ -7,6 +7,7 @@ from support.comparing import DEVICE
 from support.networks import blob_model
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, ops
@@ -103,6 +104,19 @@ def test_first_derivatives_are_the_same_where_a_graph_of_them_is_made():
         gradients[backend] = torch.autograd.grad(loss(*leaves, backend), leaves, create_graph=True)
     for a, b in zip(*gradients.values(), strict=True):
         assert torch.allclose(a, b)
+
+
+@pytest.mark.native
+def test_a_checkpoint_gives_saved_tensors_once():
+    weight, logits = torch.randn(3, 4, requires_grad=True), torch.randn(12, requires_grad=True)
+
+    def op(w, a):
+        return ops.masked_weights([w], a, torch.tensor([0.1]), [0, 12], backend="cpu")[0]
+
+    kept = torch.autograd.grad(op(weight, logits).square().sum(), (weight, logits), create_graph=True)
+    y = checkpoint(op, weight, logits, use_reentrant=False)
+    again = torch.autograd.grad(y.square().sum(), (weight, logits), create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 @pytest.mark.native

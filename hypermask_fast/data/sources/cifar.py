@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import one_line
 from ...errors import InputError
-from ..checks import one_line
 from .images import RawImages, decode_jpegs, find, is_file, read_bytes
 from .safe_pickle import read_pickle
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import one_line
 from ...errors import InputError
 from ...extras import needed_for
-from ..checks import one_line
 
 
 class MissingFiles(InputError):

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import one_line
 from ...errors import InputError
-from ..checks import one_line
 from .images import RawImages, find
 
 _FOLDERS = ("mnist", "MNIST/raw")

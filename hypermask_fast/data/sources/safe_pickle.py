@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ...checks import one_line
 from ...errors import InputError
-from ..checks import one_line
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:
