@@ -83,6 +83,8 @@ def write(
         write_atomic(path, save(tensors, {"format": "pt", **noted}))
         return path
     inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    # PyTorch would take one tensor in two places for one input.
+    inputs, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (inputs, kwargs))
     with _said_in_one_line(net, format):
         program = _program(net, inputs, dict(kwargs or {}), dynamic)
         data = _pt2(program, noted) if format == "pt2" else _as_onnx(program, noted)
@@ -99,12 +101,19 @@ def _program(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], dynamic: boo
             batch = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
             return {0: torch.export.Dim.AUTO} if batch else None
 
-        shapes = inspect.signature(net.forward).bind(*tree_map(sizes, inputs), **tree_map(sizes, kwargs)).arguments
+        signature = inspect.signature(net.forward)
+        shapes = signature.bind(*tree_map(sizes, inputs), **tree_map(sizes, kwargs)).arguments
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD and name in shapes:
+                raise InputError(
+                    f"{type(net).__name__}.forward takes {', '.join(shapes[name])} in **{name}, and PyTorch leaves the "
+                    "batch's size open for inputs that forward names: dynamic=False writes a file for one size alone"
+                )
     program = torch.export.export(net, inputs, kwargs, dynamic_shapes=shapes, strict=False)
     if dynamic and _is_of_one_size(program, count):
         raise InputError(
-            f"{type(net).__name__} makes a constant of the batch's size {count} (such as by len(x), where x.shape[0] "
-            "leaves it open): dynamic=False writes a file for that size alone"
+            f"{type(net).__name__} makes a constant of {count}, the size of the first dimension, which is taken to be "
+            "the batch (such as by len(x), where x.shape[0] leaves it open): dynamic=False writes a file for it alone"
         )
     return program
 

@@ -187,7 +187,28 @@ class OfOneSize(nn.Module):
 def test_a_network_that_fixes_the_batch_s_size(tmp_path):
     model = model_of(OfOneSize())
     model(X, 0)
-    with pytest.raises(InputError, match="OfOneSize makes a constant of the batch's size 2") as caught:
+    with pytest.raises(InputError, match="OfOneSize makes a constant of 2, the size of the first dimension") as caught:
         model.export(TASK, "pt2", tmp_path / "net.pt2", X)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     model.export(TASK, "pt2", tmp_path / "net.pt2", X, dynamic=False)
+
+
+class Named(nn.Module):
+    """Takes what it adds up by any name, beside the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor, **others: Tensor) -> Tensor:
+        return self.layer(x - 2 * sum(others.values(), torch.zeros(())))
+
+
+def test_inputs_that_only_the_caller_names(tmp_path):
+    model, x = model_of(Named()).eval(), torch.randn(2, 16)
+    model(x, task=TASK, scale=x)
+    with pytest.raises(InputError, match=r"Named.forward takes scale in \*\*others, .*: dynamic=False writes a file"):
+        model.export(TASK, "pt2", tmp_path / "net.pt2", x, {"scale": x})
+    path = model.export(TASK, "pt2", tmp_path / "net.pt2", x, {"scale": x}, dynamic=False)
+    # The example's inputs were one and the same tensor; these are not.
+    assert_close(torch.export.load(path).module()(x, scale=-x), model(x, task=TASK, scale=-x), "network")
