@@ -82,11 +82,11 @@ def write(
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
         write_atomic(path, save(tensors, {"format": "pt", **noted}))
         return path
-    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    example = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), dict(kwargs or {})
     # PyTorch would take one tensor in two places for one input.
-    inputs, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (inputs, kwargs))
+    example = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
     with _said_in_one_line(net, format):
-        program = _program(net, inputs, dict(kwargs or {}), dynamic)
+        program = _program(net, *example, dynamic)
         data = _pt2(program, noted) if format == "pt2" else _as_onnx(program, noted)
     write_atomic(path, data)
     return path
