@@ -84,9 +84,9 @@ def write(
         return path
     example = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), dict(kwargs or {})
     # PyTorch would take one tensor in two places for one input.
-    example = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
+    args, named = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
     with _said_in_one_line(net, format):
-        program = _program(net, *example, dynamic)
+        program = _program(net, args, named, dynamic)
         data = _pt2(program, noted) if format == "pt2" else _as_onnx(program, noted)
     write_atomic(path, data)
     return path
