@@ -23,7 +23,7 @@ from .factored import FactoredGradient, Factors, SteppedGradient
 from .ops.stepping import adam
 from .output_layer import Pending
 from .processes import Shards, local, placed_like
-from .steppable import LayerNumbers, count, hooks_of, hypermask_in, plain_step, steps_on_factors
+from .steppable import LayerNumbers, check_dense, count, hooks_of, hypermask_in, plain_step, steps_on_factors
 
 __all__ = ["Adam", "AdamW", "FactoredGradient", "clip_grad_norm_"]
 
@@ -67,7 +67,8 @@ class Adam(torch.optim.Adam):
 
     Raises:
         InputError: no HyperMask model, float16 Parameters (in which Adam's eps is 0), differentiable=True, moments of
-            another name, or moments in bfloat16 with amsgrad or of a layer that is chunked or not float32.
+            another name, moments in bfloat16 with amsgrad or of a layer that is chunked or not float32, or an
+            embedding whose gradients are sparse.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Adam(torch.optim.Adam):
             fused=not foreach if fused is None else fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        check_dense(model, self.param_groups)
         self._begin()
 
     def _begin(self) -> None:

@@ -28,6 +28,19 @@ def hypermask_in(module: Any, taker: str) -> HyperMask:
     return found[0]
 
 
+def check_dense(module: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
+    """Raises InputError where Adam is to train an embedding whose gradients are sparse. Replicas' become dense."""
+    if hypermask_in(module, "Adam").reducer is not None:
+        return
+    trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and id(part.weight) in trained:
+            raise InputError(
+                f"{name} has sparse gradients, which Adam can't take: make it with sparse=False, or leave its weight "
+                "out of params and give it to torch.optim.SparseAdam"
+            )
+
+
 def steps_on_factors(weight: Tensor, state: dict[str, Any]) -> bool:
     """Whether the kernels can step this layer where it lies. In bfloat16 torch.optim.Adam rounds elsewhere."""
     like = local(weight)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.optimising import X, Y, ours, plain, refused_unchanged, small_model, train
+from torch import nn
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError
@@ -229,6 +230,30 @@ def test_adamw_is_torchs():
         train(model, lambda _, o=optimizer: o, 5, tasks=1)
     for (name, a), b in zip(own.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_sparse_gradients_are_refused(step_in_backward):
+    net = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 2))
+    model, words = hmf.HyperMask(net, 2, exclude="0.*"), torch.tensor([[1, 2], [0, 1]])
+    with pytest.raises(InputError, match="net.0 has sparse gradients, which Adam can't take"):
+        hmf.optim.Adam(model, step_in_backward=step_in_backward)
+    assert model.hypernet.stepper is None
+    table = net.get_submodule("0").weight
+    others = [p for p in model.parameters() if p is not table]
+    optimizers = [
+        hmf.optim.Adam(model, params=others, step_in_backward=step_in_backward),
+        torch.optim.SparseAdam([table]),
+    ]
+    before = [p.clone() for p in (table, model.hypernet.output.weight)]
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    F.cross_entropy(model(words, model.mask(0)), torch.tensor([0, 1])).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not torch.equal(table, before[0]) and not torch.equal(model.hypernet.output.weight, before[1])
+    table.requires_grad_(False)
+    hmf.optim.Adam(model)
 
 
 def test_differentiable_is_refused():
