@@ -252,7 +252,8 @@ def _check_left(name: str, held_out: int, there: int, whom: str) -> None:
 
 def sample_shape(split: TensorSplit) -> tuple[int, ...]:
     """Shape of one sample as the model gets it."""
-    return tuple(split.prepare(split.inputs[:1]).shape[1:])
+    x, _ = split.batch(torch.arange(min(1, len(split))))
+    return tuple(x.shape[1:])
 
 
 def _of_classes(split: TensorSplit, group: Sequence[int], part: str) -> TensorSplit:

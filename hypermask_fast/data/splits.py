@@ -127,12 +127,15 @@ class TensorSplit:
 
         Returns:
             x (B, ...) float32 and y (B,) int64.
+
+        Raises:
+            InputError: `augment` or `prepare` has given no tensor, another dtype, or another number of samples.
         """
         index = index.to(self.device)
         x = self.inputs.index_select(0, index)
         if train and self.augment is not None:
-            x = self.augment(x)
-        return self.prepare(x), self.labels.index_select(0, index)
+            x = _transformed("augment", self.augment, x, x.dtype)
+        return _transformed("prepare", self.prepare, x, torch.float32), self.labels.index_select(0, index)
 
     def batches(self, rows: Tensor | Iterable[Tensor], train: bool = False) -> Iterator[Batch]:
         """`batch(row, train)` for each row; a (steps, B) tensor moves to the device once, at the start."""
@@ -143,10 +146,10 @@ class TensorSplit:
         """All samples in order, `size` at a time, never augmented; an empty split yields nothing.
 
         Raises:
-            InputError: size < 1.
+            InputError: size < 1, or what `batch` raises.
         """
         for start in _chunk_starts(len(self), size):
-            x = self.prepare(self.inputs[start : start + size])
+            x = _transformed("prepare", self.prepare, self.inputs[start : start + size], torch.float32)
             if x.untyped_storage().data_ptr() == self.inputs.untyped_storage().data_ptr():
                 x = x.clone()  # a network may change its input in place, which is not to change the data
             yield x, self.labels[start : start + size]
@@ -247,6 +250,17 @@ def _chunk_starts(n: int, size: int) -> range:
     if size < 1:
         raise InputError(f"the size of a chunk must be 1 or more, not {size}")
     return range(0, n, size)
+
+
+def _transformed(name: str, transform: Transform, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """transform(x). Raises InputError unless it is a tensor of that dtype with as many samples as x."""
+    found = transform(x)
+    if not isinstance(found, Tensor) or found.dim() < 1 or len(found) != len(x) or found.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name} must make {wanted} of {len(x)} samples of a batch of {len(x)}, not {_describe(found)}"
+        )
+    return found
 
 
 def _describe(tensor: object) -> str:

@@ -257,3 +257,25 @@ def test_batch_waits_for_nothing_and_is_captured():
     index.copy_(torch.arange(8, 16))
     graph.replay()
     assert torch.equal(got.cpu(), y[8:16])
+
+
+WRONG = {
+    "fewer": (lambda x: x[1:], r"float32 of 3 samples of a batch of 3, not \(2, 4\) float32"),
+    "one for all": (lambda x: x.sum(), r"not \(\) float32"),
+    "float64": (lambda x: x.double(), r"not \(3, 4\) float64"),
+    "no tensor": (lambda x: x.numpy(), "not ndarray, which is no tensor"),
+    "nothing": (lambda x: None, "not NoneType, which is no tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_transforms_that_make_something_else_are_refused(kind):
+    wrong, said = WRONG[kind]
+    inputs, labels, index = torch.rand(3, 4), torch.arange(3), torch.tensor([2, 0, 1])
+    prepared, augmented = TensorSplit(inputs, labels, wrong), TensorSplit(inputs, labels, augment=wrong)
+    for read in (lambda: prepared.batch(index), lambda: next(prepared.chunks(3))):
+        with pytest.raises(InputError, match="prepare must make .*" + said):
+            read()
+    with pytest.raises(InputError, match="augment must make .*" + said):
+        augmented.batch(index, train=True)
+    assert torch.equal(augmented.batch(index)[0], inputs[index])
