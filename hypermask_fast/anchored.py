@@ -13,6 +13,7 @@ from .life import TaskLife
 from .masking.masks import TaskMask, is_another
 from .output_layer import Pending
 from .regularizers import Anchor, DriftConfig, Drifts
+from .transforming import transforming
 
 
 def without_autocast(method: Callable) -> Callable:
@@ -71,7 +72,7 @@ class Anchored(TaskLife):
         self.anchor = self._captured(task)
 
     def _captured(self, task: int) -> Anchor:
-        self._check_task(task)
+        task = self._check_task(task)
         return regularizers.anchor(self.hypernet, self.layout, self.weights(), task)
 
     def _anchor_of(self, task: int) -> Anchor:
@@ -105,7 +106,7 @@ class Anchored(TaskLife):
         Raises:
             InputError: `tasks` is no positive integer, or the mask's R is over another number of tasks.
         """
-        mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, task)
+        mask, number = (task, int(task.task)) if isinstance(task, TaskMask) else (None, self._check_task(task))
         if mask is not None:
             self._check_mask(mask)
         before, anchor = self.anchor, self._anchor_of(number)
@@ -169,11 +170,16 @@ class Anchored(TaskLife):
                 with the same number: `model.mask(task, drift_tasks=K)`.
 
         Returns:
-            Scalar with gradient to both networks and all embeddings of tasks 0..t (0 of those that were not drawn).
+            Scalar with gradient to both networks and all embeddings of tasks 0..t (0 of those that were not drawn). The
+            first task's has none to give; `backward()` may be called on it all the same.
 
         Raises:
             InputError: `tasks` is no positive integer, or the mask's R is over another number of tasks.
         """
         drifts = self.drifts(task, tasks)
         assert self.anchor is not None, "drifts made it"
-        return self.drift.loss(drifts, self.position(self.anchor.task))
+        position = self.position(self.anchor.task)
+        loss = self.drift.loss(drifts, position) if position else drifts.weight.new_zeros(())
+        if torch.is_grad_enabled() and not (loss.requires_grad or torch.compiler.is_compiling() or transforming()):
+            loss.requires_grad_()  # backward() from it alone finds nothing to do, and does not fail
+        return loss

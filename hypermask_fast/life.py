@@ -1,6 +1,7 @@
 """The life of a task: added, copied, frozen, removed; and what a state_dict says of all tasks."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -52,7 +53,7 @@ class TaskLife(MaskedNetwork):
 
     def position(self, task: int) -> int:
         """How many of the tasks that are there come before `task`: what t is in beta R / t."""
-        return len(self.hypernet.tasks(task)) - 1
+        return len(self.hypernet.tasks(self._check_task(task))) - 1
 
     def _known(self, tasks: Tensor) -> Tensor:
         """Which task ids exist, without a wait for the device."""
@@ -61,15 +62,38 @@ class TaskLife(MaskedNetwork):
             known = known & (tasks != removed)
         return known
 
-    def _check_task(self, task: int) -> None:
+    def _check_task(self, task: int | Tensor) -> int:
+        """The task's id as a plain integer.
+
+        Raises:
+            InputError: it is no integer, nor a 0-dim int64 tensor, or there is no such task.
+        """
         hypernet = self.hypernet
-        if type(task) is not int and (isinstance(task, bool) or not isinstance(task, Integral)):
-            raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {task!r}")
+        if type(task) is not int:
+            is_id = isinstance(task, Tensor) and task.dtype == torch.int64 and not task.dim()
+            if isinstance(task, bool) or not (is_id or isinstance(task, Integral)):
+                raise InputError(f"a task is an integer from 0 to {self.num_tasks - 1}, not {_short(task)}")
+            task = int(task)
         if not 0 <= task < hypernet.num_tasks:
             ids = f"0 to {self.num_tasks - 1}"
             raise InputError(f"task {task} does not exist: this model has tasks {ids} (add_task adds one)")
         if task in hypernet.removed:
             raise InputError(f"task {task} was removed: this model has tasks {', '.join(map(str, self.tasks))}")
+        return task
+
+    def check_tasks(self, tasks: Iterable[int | Tensor] | None) -> tuple[int, ...]:
+        """The tasks' ids as plain integers; None: `tasks`.
+
+        Raises:
+            InputError: it is no list of ids, or there is no such task.
+        """
+        if tasks is None:
+            return self.tasks
+        try:
+            each = iter(tasks)
+        except TypeError:  # a tensor or array of no dimension looks as if one could go through it
+            raise InputError(f"tasks are ids, such as [0, 1], not {_short(tasks)}") from None
+        return tuple(self._check_task(task) for task in each)
 
     # -- the life of a task ---------------------------------------------------------------------------------------
 
@@ -92,7 +116,7 @@ class TaskLife(MaskedNetwork):
             InputError: `like` does not exist, classes are missing or not to be given, or no optimiser of this model.
         """
         if like is not None:
-            self._check_task(like)
+            like = self._check_task(like)
         if optimizer is not None and not self._is_trained_by(optimizer):
             raise InputError(f"add_task(optimizer) takes this model's optimizer, not {type(optimizer).__name__}")
         counts = self._counts_with(like, classes)
@@ -141,7 +165,7 @@ class TaskLife(MaskedNetwork):
         Raises:
             InputError: it does not exist, or is the last one.
         """
-        self._check_task(task)
+        task = self._check_task(task)
         if len(self.tasks) == 1:
             raise InputError(f"task {task} is the only one left: a model needs a task")
         anchor = self.anchor
@@ -167,7 +191,7 @@ class TaskLife(MaskedNetwork):
         Raises:
             InputError: it does not exist.
         """
-        self._check_task(task)
+        task = self._check_task(task)
         self._mark(self.hypernet.removed, sorted({*self.frozen, task} if frozen else {*self.frozen} - {task}))
 
     def _mark(self, removed: Sequence[int], frozen: Sequence[int]) -> None:
@@ -285,6 +309,10 @@ class TaskLife(MaskedNetwork):
                 f"model's is {', '.join(mine) or 'none'}"
             )
         return self.layout if self._heads_known else layout
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 60)
 
 
 def _sizes(parameters: Sequence[nn.Parameter]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from .anchored import Anchored, without_autocast
 from .errors import InputError
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask
+from .masking.scope import unhooked
 from .masking.task_batch import TaskMasks
 from .ops import registry
 from .output_layer import OutputStepper
@@ -69,7 +71,7 @@ class MaskMaking(Anchored):
         """
         self._look_around()
         regularizers.check_drift_tasks(drift_tasks)
-        made = self._mask(task, sparsity, ranks, drift_tasks)
+        made = unhooked(partial(self._mask, task, sparsity, ranks, drift_tasks))
         if self.reducer is not None and not torch.compiler.is_compiling():
             self.reducer.follow(made)
         return made
@@ -81,8 +83,7 @@ class MaskMaking(Anchored):
         for_drifts: dict[str, Any] = {"drift_tasks": drift_tasks}
         if isinstance(task, Tensor) and (stepper is None or not values_at_hand(task) or not is_id(task)):
             return self._mask_by_tensor(task, sparsity, ranks, **for_drifts)
-        task = int(task) if isinstance(task, Tensor) else task
-        self._check_task(task)
+        task = self._check_task(int(task) if isinstance(task, Tensor) else task)
         anchor = self._anchor_in_training(task)
         if anchor is None:
             if stepper is None:
@@ -153,7 +154,7 @@ class MaskMaking(Anchored):
         net = self.hypernet
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if isinstance(tasks, Tensor) or recorded or net.processes is not None or net.output.weight.device.type != "cpu":
-            return net(tasks)
+            return unhooked(partial(net, tasks))
         size = _TOGETHER if net.factored else 1
         if len(tasks) > size:
             logits = net.output.weight.new_empty(len(tasks), net.size)

@@ -22,7 +22,7 @@ from .masking.cache import KeptMask, WeightCache
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask
 from .masking.selection import Rule, check_values
-from .masking.task_batch import TaskBatch, TaskMasks, serves
+from .masking.task_batch import TaskBatch, TaskMasks, masks_given, serves
 from .ops import registry
 from .regularizers import DriftConfig
 from .serving import Serving
@@ -233,18 +233,16 @@ class HyperMask(Serving):
         unknown = ~known.view(-1, *(1,) * (y.dim() - 1))
         return y.masked_fill(unknown, float("nan") if y.is_floating_point() else -1)
 
-    def all_masks(self, tasks: Iterable[int] | None = None) -> TaskMasks:
+    def all_masks(self, tasks: Iterable[int | Tensor] | None = None) -> TaskMasks:
         """All tasks' masks, from one pass over the hypernetwork; made once, they serve many batches.
 
         tasks: of which, in this order; None: `model.tasks`. Each mask says whose it is (`mask.task`).
 
         Raises InputError: a task that does not exist, or none at all.
         """
-        chosen = self.tasks if tasks is None else tuple(tasks)
+        chosen = self.check_tasks(tasks)
         if not chosen:
             raise InputError("no task to make a mask of: all_masks() makes all, all_masks([0, 2]) these")
-        for task in chosen:
-            self._check_task(task)
         return self._masks_of(chosen)
 
     def forward_all_tasks(self, *inputs: Any, masks: Sequence[TaskMask] | None = None, **kwargs: Any) -> Any:
@@ -260,7 +258,7 @@ class HyperMask(Serving):
             The row of a removed task is NaN (-1 where outputs are integers).
 
         Raises:
-            InputError: there are no masks, or one is a removed task's.
+            InputError: there are no masks, what is given is none, or one is a removed task's.
         """
         if (
             masks is None
@@ -269,8 +267,7 @@ class HyperMask(Serving):
             and all(isinstance(m, TaskMask) for m in inputs[-1])
         ):
             *inputs, masks = inputs  # pyright: ignore[reportAssignmentType]
-        if masks is not None and not len(masks):
-            raise InputError("masks must be those of a task or more, and there are none")
+        masks = None if masks is None else masks_given(masks)
         self._look_around(passes=True)
         self._check_network(tuple(inputs), kwargs, masks and masks[0])
         if self._records_in_serving():
@@ -385,7 +382,7 @@ class HyperMask(Serving):
             format: "module", the copy itself; or a file at `path`, of the copy in evaluation mode: "safetensors", its
                 state_dict; "pt2", for torch.export.load; "onnx" (needs onnx and onnxscript).
             inputs, kwargs: for pt2 and onnx, an example of what the network takes, of two samples or more.
-            dynamic: whether the file takes batches of any size, or only of the example's.
+            dynamic: whether the file takes batches (the first dimension) of any size, or only of the example's.
 
         Returns:
             The copy, or the path.

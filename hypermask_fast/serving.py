@@ -1,6 +1,6 @@
 """Serving: passes in evaluation under W * m that was made before."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -128,7 +128,7 @@ class Serving(MaskMaking):
         return self
 
     @torch.no_grad()
-    def pack(self, tasks: Sequence[int] | None = None, dtype: str = "float32") -> Packed:
+    def pack(self, tasks: Iterable[int | Tensor] | None = None, dtype: str = "float32") -> Packed:
         """The masks of tasks as they are now, with all that is needed to run them: see `packing.Packed`, and
         `inference.load_packed` for a network that needs no hypernetwork. `print(model.pack())` says how large it is.
 
@@ -141,10 +141,8 @@ class Serving(MaskMaking):
             InputError: a task or a dtype that does not exist, masks that are not finite, or a network whose output
                 layer is not known yet.
         """
-        chosen = self.tasks if tasks is None else tuple(tasks)
+        chosen = self.check_tasks(tasks)
         packing.check(chosen, dtype)
-        for task in chosen:
-            self._check_task(task)
         if self.heads() is None:
             raise InputError("which layer is the output layer is found in the first pass: run one batch before pack()")
         tensors = packing.packed_rest(rest_of(self, chosen))
@@ -201,7 +199,7 @@ class Serving(MaskMaking):
         if (kept := self._kept(tasks)) is not None:
             return kept
         averages = self.hypernet.processes is not None
-        logits = self.hypernet(range(self.num_tasks))[tasks] if averages else self._logits_of(tasks)
+        logits = self._logits_of(range(self.num_tasks))[tasks] if averages else self._logits_of(tasks)
         return [self._mask_of(task, of_task) for task, of_task in zip(tasks, logits, strict=True)]
 
     @without_autocast

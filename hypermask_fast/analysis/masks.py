@@ -98,9 +98,7 @@ def inspect(
 
 
 def _checked(model: HyperMask, tasks: Iterable[int] | None) -> tuple[int, ...]:
-    if tasks is not None and not isinstance(tasks, Iterable):
-        raise InputError(f"tasks are ids, such as [0, 1], not {tasks!r}")
-    chosen = tuple(model.tasks if tasks is None else tasks)
+    chosen = model.check_tasks(tasks)
     if not chosen:
         raise InputError("inspect needs a task or more, not none")
     for number, task in enumerate(chosen):

@@ -10,7 +10,7 @@ from .. import ops
 from ..errors import InputError
 from ..masking import mixed
 from ..masking.masks import TaskMask
-from ..masking.task_batch import TaskMasks
+from ..masking.task_batch import TaskMasks, masks_given
 from . import gradient
 from .distances import FeCAM, Mahalanobis
 from .features import TaskModel, features_of
@@ -123,6 +123,7 @@ def infer(
         method = "mahalanobis" if "mahalanobis" in model.fitted else "entropy"
     if halving and method != "gradient":
         raise InputError(f"halving is for the gradient, not for {method}")
+    masks = None if masks is None else masks_given(masks)
     _check(model, inputs, kwargs, method, k, len(model.tasks if masks is None else masks))
     if masks is None and model.heads() is None:
         model.output_layers(inputs, kwargs)  # a mask that was made before the first pass would not do
@@ -141,8 +142,6 @@ def _check(model: TaskModel, inputs: tuple, kwargs: dict[str, Any], method: str,
         raise InputError(f"method {method} needs training data first: hmf.inference.{kind}.fit(model, data)")
     if method == "gradient+entropy" and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= tasks):
         raise InputError(f"k must be a whole number from 1 to the number of tasks, {tasks}, not {k!r}")
-    if tasks == 0:
-        raise InputError("masks must be those of a task or more, and there are none")
     if mixed.samples(inputs, kwargs) == 0:
         raise InputError("an empty batch has no task to infer: give it a sample or more")
 

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..transforming import transforming
 from .access import parameter_of
 from .layout import MaskLayout
+from .scope import unhooked
 
 _T = TypeVar("_T")
 
@@ -64,7 +65,7 @@ class Made:
     def _once(self, name: str, make: Callable[[], _T]) -> _T:
         key = name, torch.is_grad_enabled()
         if key not in self._made:
-            self._made[key] = make()
+            self._made[key] = unhooked(make)
         return self._made[key]
 
     def _has(self, name: str) -> bool:

@@ -1,11 +1,11 @@
 """Scope: which pass a read of a masked parameter belongs to."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import ref
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves  # noqa: PLC2701
 
 from ..errors import InputError
+
+_T = TypeVar("_T")
 
 
 class Running(Protocol):
@@ -165,6 +167,22 @@ def _forget_parametrised() -> None:
 def _has_saved_tensor_hooks() -> bool:
     """Whether somebody keeps in a way of its own what the backward pass needs, as torch.utils.checkpoint does."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # noqa: SLF001 # pyright: ignore
+
+
+def unhooked(make: Callable[[], _T]) -> _T:
+    """What `make` makes, whose backward pass keeps its tensors as they are.
+
+    For what is made once, by the first pass that needs it: within torch.utils.checkpoint around the whole model the
+    second computation finds it made, and has to save as many tensors as the first.
+    """
+    if torch.compiler.is_compiling() or not _has_saved_tensor_hooks():
+        return make()
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is):
+        return make()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _graph_task() -> int:
