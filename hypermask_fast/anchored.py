@@ -13,6 +13,7 @@ from .life import TaskLife
 from .masking.masks import TaskMask, is_another
 from .output_layer import Pending
 from .regularizers import Anchor, DriftConfig, Drifts
+from .transforming import transforming
 
 
 def without_autocast(method: Callable) -> Callable:
@@ -171,14 +172,16 @@ class Anchored(TaskLife):
                 with the same number: `model.mask(task, drift_tasks=K)`.
 
         Returns:
-            Scalar with gradient to both networks and all embeddings of tasks 0..t (0 of those that were not drawn).
+            Scalar with gradient to both networks and all embeddings of tasks 0..t (0 of those that were not drawn). The
+            first task's has none to give; `backward()` may be called on it all the same.
 
         Raises:
             InputError: `tasks` is no positive integer, or the mask's R is over another number of tasks.
         """
         drifts = self.drifts(task, tasks)
         assert self.anchor is not None, "drifts made it"
-        loss = self.drift.loss(drifts, self.position(self.anchor.task))
-        if torch.is_grad_enabled() and not loss.requires_grad:  # a first task's: its backward pass is a call like any
-            loss = loss + 0 * self.hypernet.embeddings[self.anchor.task].sum()
+        position = self.position(self.anchor.task)
+        loss = self.drift.loss(drifts, position) if position else drifts.weight.new_zeros(())
+        if torch.is_grad_enabled() and not (loss.requires_grad or torch.compiler.is_compiling() or transforming()):
+            loss.requires_grad_()  # backward() from it alone finds nothing to do, and does not fail
         return loss

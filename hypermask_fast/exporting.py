@@ -42,7 +42,7 @@ def check(
     leaves = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
     if not leaves:
         raise InputError(f"format={format!r} runs the network once: give inputs=(x,), an example of what it takes")
-    if dynamic and leaves[0].shape[:1] == (1,):
+    if dynamic and _rows(leaves) == 1:
         raise InputError(
             f"format={format!r} needs an example of two samples or more to leave the batch's size open; dynamic=False "
             "is for a file that takes the example's size alone"
@@ -67,7 +67,8 @@ def write(
         net: an nn.Module; it is put into evaluation mode.
         format: "safetensors", its state_dict; "pt2", a program for torch.export.load; "onnx".
         inputs, kwargs: an example of what the network takes; not looked at for safetensors.
-        dynamic: whether the first dimension of the inputs, the batch, may have another size than in the example.
+        dynamic: whether the first dimension of every input, such as the batch, may have another size than in the
+            example, as far as the network's own code leaves it open.
         metadata: strings that the file holds beside the network.
 
     Raises:
@@ -93,39 +94,67 @@ def write(
 
 
 def _program(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], dynamic: bool) -> torch.export.ExportedProgram:
-    shapes, count = None, 0
-    if dynamic:
-        count = next(leaf.shape[0] for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor))
-
-        def sizes(leaf: Any) -> Any:
-            batch = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
-            return {0: torch.export.Dim.AUTO} if batch else None
-
-        signature = inspect.signature(net.forward)
-        shapes = signature.bind(*tree_map(sizes, inputs), **tree_map(sizes, kwargs)).arguments
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD and name in shapes:
-                raise InputError(
-                    f"{type(net).__name__}.forward takes {', '.join(shapes[name])} in **{name}, and PyTorch leaves the "
-                    "batch's size open for inputs that forward names: dynamic=False writes a file for one size alone"
-                )
-    program = torch.export.export(net, inputs, kwargs, dynamic_shapes=shapes, strict=False)
-    if dynamic and _is_of_one_size(program, count):
+    with _named(net, kwargs):
+        shapes = None
+        if dynamic:
+            each = tree_map(_open, inputs), tree_map(_open, kwargs)
+            shapes = inspect.signature(net.forward).bind(*each[0], **each[1]).arguments
+        program = torch.export.export(net, inputs, kwargs, dynamic_shapes=shapes, strict=False)
+    count = _rows((inputs, kwargs))
+    if dynamic and count is not None and (name := _fixed(program, count)):
         raise InputError(
-            f"{type(net).__name__} makes a constant of {count}, the size of the first dimension, which is taken to be "
-            "the batch (such as by len(x), where x.shape[0] leaves it open): dynamic=False writes a file for it alone"
+            f"{type(net).__name__} makes a constant of {name}'s first dimension, {count}, which should be the batch "
+            "(len(x) does so, where x.shape[0] leaves it open): put the batch first, give an example of another batch "
+            "size if this is none, or dynamic=False writes a file for this size alone"
         )
     return program
 
 
-def _is_of_one_size(program: torch.export.ExportedProgram, count: int) -> bool:
-    """Whether an input that had `count` rows may have no other number."""
+def _open(leaf: Any) -> Any:
+    """What torch.export is told of an input: its first dimension may have any size that the network takes."""
+    return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() > 0 else None
+
+
+def _rows(inputs: Any) -> int | None:
+    """The first dimension of the first tensor that has one: the batch's size in the example."""
+    return next((leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
+
+
+@contextmanager
+def _named(net: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Within the block each of `kwargs` is a parameter of `net.forward`: PyTorch takes no sizes for a **kwargs."""
+    forward, before = net.forward, vars(net).get("forward")
+    signature = inspect.signature(forward)
+    known = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in known]
+    if not more or len(known) == len(signature.parameters):
+        yield
+        return
+
+    def named(*inputs: Any, **kwargs: Any) -> Any:
+        return forward(*inputs, **kwargs)
+
+    named.__signature__ = signature.replace(parameters=[*known.values(), *more])
+    net.forward = named
+    try:
+        yield
+    finally:
+        del net.forward
+        if before is not None:
+            net.forward = before
+
+
+def _fixed(program: torch.export.ExportedProgram, count: int) -> str | None:
+    """The name of an input that had `count` rows and may have no other number; None where there is none."""
     from torch.fx.experimental.symbolic_shapes import free_symbols  # imports SymPy, which takes a sixth of all imports
 
     names = set(program.graph_signature.user_inputs)
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    rows = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0]
-    return any(not free_symbols(size) and int(size) == count for size in rows)
+    for node in program.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" and node.name in names else None
+        size = value.shape[0] if isinstance(value, Tensor) and value.dim() > 0 else None
+        if size is not None and not free_symbols(size) and int(size) == count:
+            return node.name
+    return None
 
 
 def _pt2(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> bytes:

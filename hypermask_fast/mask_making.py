@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from .errors import InputError
 from .life import is_id
 from .masking.layout import MaskLayout
 from .masking.masks import TaskMask
+from .masking.scope import unhooked
 from .masking.task_batch import TaskMasks
 from .ops import registry
 from .output_layer import OutputStepper
@@ -70,7 +72,7 @@ class MaskMaking(Anchored):
         """
         self._look_around()
         regularizers.check_drift_tasks(drift_tasks)
-        made = self._mask(task, sparsity, ranks, drift_tasks)
+        made = unhooked(partial(self._mask, task, sparsity, ranks, drift_tasks))
         if self.reducer is not None and not torch.compiler.is_compiling():
             self.reducer.follow(made)
         return made
@@ -152,7 +154,7 @@ class MaskMaking(Anchored):
         net = self.hypernet
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if isinstance(tasks, Tensor) or recorded or net.processes is not None or net.output.weight.device.type != "cpu":
-            return net(tasks)
+            return unhooked(partial(net, tasks))
         size = _TOGETHER if net.factored else 1
         if len(tasks) > size:
             logits = net.output.weight.new_empty(len(tasks), net.size)

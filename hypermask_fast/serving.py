@@ -201,7 +201,7 @@ class Serving(MaskMaking):
         if (kept := self._kept(tasks)) is not None:
             return kept
         averages = self.hypernet.processes is not None
-        logits = self.hypernet(range(self.num_tasks))[tasks] if averages else self._logits_of(tasks)
+        logits = self._logits_of(range(self.num_tasks))[tasks] if averages else self._logits_of(tasks)
         return [self._mask_of(task, of_task) for task, of_task in zip(tasks, logits, strict=True)]
 
     @without_autocast

@@ -1,6 +1,7 @@
 """Exported files, each loaded without this library and run: the model's outputs, for batches of other sizes too."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.modules import Checkpointed, HeadFirst, Recurrent, TwoHeads, as_pai
 from support.networks import TiedHead, small_convnet
 from support.tolerances import assert_close
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import hypermask_fast as hmf
 from hypermask_fast import InputError, exporting
@@ -187,28 +189,92 @@ class OfOneSize(nn.Module):
 def test_a_network_that_fixes_the_batch_s_size(tmp_path):
     model = model_of(OfOneSize())
     model(X, 0)
-    with pytest.raises(InputError, match="OfOneSize makes a constant of 2, the size of the first dimension") as caught:
+    with pytest.raises(InputError, match="OfOneSize makes a constant of x's first dimension, 2, ") as caught:
         model.export(TASK, "pt2", tmp_path / "net.pt2", X)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     model.export(TASK, "pt2", tmp_path / "net.pt2", X, dynamic=False)
 
 
-class Named(nn.Module):
-    """Takes what it adds up by any name, beside the first one."""
+class Anyhow(nn.Module):
+    """A network that takes its inputs in the way that a test asks for."""
 
-    def __init__(self) -> None:
+    def __init__(self, takes) -> None:
         super().__init__()
-        self.layer = nn.Linear(16, 2)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.takes = takes
 
-    def forward(self, x: Tensor, **others: Tensor) -> Tensor:
-        return self.layer(x - 2 * sum(others.values(), torch.zeros(())))
+    def run(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
 
 
-def test_inputs_that_only_the_caller_names(tmp_path):
-    model, x = model_of(Named()).eval(), torch.randn(2, 16)
-    model(x, task=TASK, scale=x)
-    with pytest.raises(InputError, match=r"Named.forward takes scale in \*\*others, .*: dynamic=False writes a file"):
-        model.export(TASK, "pt2", tmp_path / "net.pt2", x, {"scale": x})
-    path = model.export(TASK, "pt2", tmp_path / "net.pt2", x, {"scale": x}, dynamic=False)
-    # The example's inputs were one and the same tensor; these are not.
-    assert_close(torch.export.load(path).module()(x, scale=-x), model(x, task=TASK, scale=-x), "network")
+class ByName(Anyhow):
+    def forward(self, **kwargs: Tensor) -> Tensor:
+        return self.takes(self, **kwargs)
+
+
+class MoreByName(Anyhow):
+    def forward(self, x: Tensor, /, scale: Tensor | None = None, **kwargs: Tensor) -> Tensor:
+        return self.takes(self, x, scale, **kwargs)
+
+
+class InOrder(Anyhow):
+    def forward(self, *args: object) -> Tensor:
+        return self.takes(self, *args)
+
+
+WAYS = {
+    "names alone": (ByName, lambda n, x, scale: n.run(x) * scale, lambda r: ((), {"x": r(4), "scale": r(1)})),
+    "more names": (
+        MoreByName,
+        lambda n, x, scale, kwargs: n.run(x) * scale + kwargs,
+        lambda r: ((r(4),), {"kwargs": r(1), "scale": r(1)}),
+    ),
+    "no optional": (MoreByName, lambda n, x, scale, c: n.run(x) + c, lambda r: ((r(4), None), {"c": r(2)})),
+    "in order": (InOrder, lambda n, x, scale: n.run(x) * scale, lambda r: ((r(4), r(1)), {})),
+    "a dict": (InOrder, lambda n, d: n.run(d["x"]) * d["more"][0], lambda r: (({"x": r(4), "more": (r(1),)},), {})),
+    "a number": (InOrder, lambda n, x, times: n.run(x) * times, lambda r: ((r(4), 3), {})),
+    "a scalar first": (InOrder, lambda n, scale, x: n.run(x) * scale, lambda r: ((torch.tensor(2.0), r(4)), {})),
+    "integers": (InOrder, lambda n, ids, x: n.run(x) * ids.float(), lambda r: ((r(1).round().long(), r(4)), {})),
+    "two batches": (InOrder, lambda n, x, q: n.run(x) @ n.run(q).T, lambda r: ((r(4), r(4)[1:]), {})),
+    "a table first": (InOrder, lambda n, table, x: n.run(x) @ n.run(table).T, lambda r: ((r(4)[:2], r(4)), {})),
+}
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+@pytest.mark.parametrize("way", WAYS)
+def test_any_way_to_take_inputs_is_exported_with_the_batch_open(way, format, tmp_path):
+    kind, takes, inputs = WAYS[way]
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    model = hmf.HyperMask(kind(takes), 2, 30, heads="last").eval()
+    args, kwargs = inputs(lambda width: torch.randn(3, width))
+    path = model.export(TASK, format, tmp_path / "net", args, kwargs)
+    for count in (3, 5):
+        args, kwargs = inputs(lambda width, count=count: torch.randn(count, width))
+        if format == "pt2":
+            found = torch.export.load(path).module()(*args, **kwargs)
+        else:
+            (found,) = by_onnxruntime(path, *(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        assert_close(found, model(*args, task=TASK, **kwargs), "network")
+
+
+def test_the_networks_own_forward_is_back_after_an_export(tmp_path):
+    net = ByName(WAYS["names alone"][1])
+    own = vars(net)["forward"] = partial(ByName.forward, net)
+    exporting.write(net, "pt2", tmp_path / "net", (), {"x": torch.randn(3, 4), "scale": torch.rand(3, 1)})
+    assert vars(net)["forward"] is own
+
+
+def test_what_is_no_batch_is_named(tmp_path):
+    model = hmf.HyperMask(InOrder(lambda n, x: n.run(x.T)), 2, 30, heads="last").eval()
+    line = r"InOrder makes a constant of args_0's first dimension, 4, .*: put the batch first"
+    with pytest.raises(InputError, match=line) as caught:
+        model.export(TASK, "pt2", tmp_path / "net", torch.randn(4, 3))
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_one_tensor_in_two_places_of_the_example_is_two_inputs(tmp_path):
+    model = hmf.HyperMask(InOrder(lambda n, x, y: n.run(x) - 2 * n.run(y)), 2, 30, heads="last").eval()
+    x = torch.randn(3, 4)
+    program = torch.export.load(model.export(TASK, "pt2", tmp_path / "net", (x, x))).module()
+    assert_close(program(x, -x), model(x, -x, TASK), "network")

@@ -1,10 +1,16 @@
 """What people do in a training loop: the numbers of torch.optim.Adam on the dense gradient, or a refusal."""
 
+import copy
+import dataclasses
 import functools
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
+from support.modules import HeadFirst
+from support.tolerances import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import hypermask_fast as hmf
 from bench import loops
@@ -76,3 +82,72 @@ def test_the_table_has_a_line_for_each(capsys, monkeypatch):
     assert len(lines) == 6 and lines[2].count("equal") == 2
     assert "| equal, " in lines[3] and lines[3].endswith("| refused: [1] |")
     assert not lines[4] and lines[5].startswith("1. the output layer's gradient is gone")
+
+
+X = torch.randn(32, 8, generator=torch.Generator().manual_seed(3))
+Y = (X[:, 0] > 0).long()
+each_optimiser = pytest.mark.parametrize("optimiser", [DENSE, DEFAULT])
+
+
+def gradients(model):
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def of_one_backward(task):
+    model = loops.small_model()
+    model.begin_task(task)
+    mask = model.mask(task)
+    (F.cross_entropy(model(X, mask), Y) + model.regularizer(mask)).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("task", [0, 1])
+@each_optimiser
+def test_loss_and_regulariser_in_backward_passes_of_their_own(optimiser, task):
+    """In the first task the regulariser has nothing to pass back, and shares no graph with the loss."""
+    model = loops.small_model()
+    _optimizer = loops.make_optimiser(optimiser, model, {})
+    model.begin_task(task)
+    mask = model.mask(task)
+    F.cross_entropy(model(X, mask), Y).backward(retain_graph=task > 0)
+    model.regularizer(mask).backward()
+    for found, expected in zip(gradients(model), of_one_backward(task), strict=True):
+        assert_close(found, expected, "network")
+
+
+@each_optimiser
+def test_a_regulariser_alone(optimiser):
+    for lam, trained in ((0.02, True), (0.0, False)):
+        model = loops.small_model()
+        _optimizer = loops.make_optimiser(optimiser, model, {})
+        model.drift = dataclasses.replace(model.drift, lam=lam)
+        model.hypernet.requires_grad_(trained)
+        for task in (0, 1):
+            model.regularizer(task).backward()
+            with torch.no_grad():
+                assert not model.regularizer(task).requires_grad
+
+
+@pytest.mark.parametrize("by_mask", [True, False], ids=["mask", "id"])
+@pytest.mark.parametrize("task", [0, 1])
+@each_optimiser
+def test_torch_checkpoint_around_the_model(optimiser, task, by_mask):
+    model = loops.small_model()
+    _optimizer = loops.make_optimiser(optimiser, model, {})
+    model.begin_task(task)
+    mask = model.mask(task) if by_mask else task
+    loss = F.cross_entropy(checkpoint(model, X, mask, use_reentrant=False), Y)
+    (loss + model.regularizer(mask)).backward()
+    for found, expected in zip(gradients(model), of_one_backward(task), strict=True):
+        assert_close(found, expected, "network")
+
+
+def test_torch_checkpoint_around_mixed_tasks_and_the_first_pass():
+    first = hmf.HyperMask(HeadFirst(), 2, 20)
+    x, tasks, found = torch.randn(4, 16), torch.tensor([0, 1, 1, 0]), []
+    for run in (functools.partial(checkpoint, use_reentrant=False), lambda model, *inputs: model(*inputs)):
+        model = copy.deepcopy(first)
+        run(model, x, tasks).square().sum().backward()
+        found.append(gradients(model))
+    for ours, expected in zip(*found, strict=True):
+        assert_close(ours, expected, "network")

@@ -20,7 +20,7 @@ from .layout import MaskLayout
 from .masks import TaskMask
 from .norms import TaskStatistics, with_one_sample
 from .passes import Pass
-from .scope import PLAIN, Running, Scope
+from .scope import PLAIN, Running, Scope, unhooked
 from .selection import owners, summary
 
 
@@ -219,7 +219,7 @@ class MaskedNetwork(nn.Module):
                 "torch.func's transforms before, or name it: HyperMask(net, ..., heads='...')"
             )
         with self._scope.use(PLAIN):
-            found = output.biases_found(self.net, self.layout.rows, inputs, kwargs)
+            found = unhooked(partial(output.biases_found, self.net, self.layout.rows, inputs, kwargs))
         self._heads_known, before = True, self.layout
         self.layout = before.with_output_biases(found)
         if self.layout != before and isinstance(mask, TaskMask):

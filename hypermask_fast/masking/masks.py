@@ -1,13 +1,11 @@
 """TaskMask: one task's mask over a whole network."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from .. import ops
 from ..checks import shown
@@ -15,7 +13,7 @@ from ..errors import InputError
 from ..transforming import transforming
 from .access import parameter_of
 from .layout import MaskLayout
-from .scope import has_saved_tensor_hooks
+from .scope import unhooked
 
 _T = TypeVar("_T")
 
@@ -60,10 +58,6 @@ def check_exchanged(mask: Any, segment: int, plain: Tensor) -> None:
         )
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class Made:
     """What is made of a mask at first need, once for passes with gradients and once for those without."""
 
@@ -72,10 +66,7 @@ class Made:
     def _once(self, name: str, make: Callable[[], _T]) -> _T:
         key = name, torch.is_grad_enabled()
         if key not in self._made:
-            again = not torch.compiler.is_compiling() and has_saved_tensor_hooks()
-            # A checkpoint around the pass runs it again and finds this made: it must not count on it the first time.
-            with saved_tensors_hooks(_itself, _itself) if again else nullcontext():
-                self._made[key] = make()
+            self._made[key] = unhooked(make)
         return self._made[key]
 
     def _has(self, name: str) -> bool:

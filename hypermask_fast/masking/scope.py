@@ -1,11 +1,11 @@
 """Scope: which pass a read of a masked parameter belongs to."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import ref
 
 import torch
@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves  # noqa: PLC2701
 
 from ..errors import InputError
+
+_T = TypeVar("_T")
 
 
 class Running(Protocol):
@@ -92,7 +94,7 @@ class Scope:
         if torch.compiler.is_compiling():
             return running
         if running is not None:
-            if not local.again and (not torch.is_grad_enabled() or has_saved_tensor_hooks()):
+            if not local.again and (not torch.is_grad_enabled() or _has_saved_tensor_hooks()):
                 local.again = True
             return running
         if _graph_task() != -1:
@@ -162,9 +164,28 @@ def _forget_parametrised() -> None:
         parametrize._cache.clear()  # noqa: SLF001 # pyright: ignore
 
 
-def has_saved_tensor_hooks() -> bool:
+def _has_saved_tensor_hooks() -> bool:
     """Whether somebody keeps in a way of its own what the backward pass needs, as torch.utils.checkpoint does."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # noqa: SLF001 # pyright: ignore
+
+
+def unhooked(make: Callable[[], _T]) -> _T:
+    """What `make` makes, whose backward pass keeps its tensors as it does by itself.
+
+    For what is made once, by the first pass that needs it: within torch.utils.checkpoint around the whole model the
+    second computation finds it made, and has to save as many tensors as the first.
+    """
+    if torch.compiler.is_compiling():
+        return make()
+    hooks, keeping = [], torch._C._autograd  # noqa: SLF001 # pyright: ignore
+    try:
+        while (top := keeping._top_saved_tensors_default_hooks(False)) is not None:  # noqa: SLF001
+            keeping._pop_saved_tensors_default_hooks()  # noqa: SLF001
+            hooks.append(top)
+        return make()
+    finally:
+        for pair in reversed(hooks):
+            keeping._push_saved_tensors_default_hooks(*pair)  # noqa: SLF001
 
 
 def _graph_task() -> int:
