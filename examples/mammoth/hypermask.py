@@ -46,6 +46,7 @@ class HyperMask(ContinualModel):
         super().__init__(model, loss, args, transform, dataset=dataset)
         for _ in range(1, self.dataset.N_TASKS):  # all at once: a checkpoint then fits a new model
             self.net.add_task()
+        self.register_buffer("begun", torch.tensor(1))  # how many tasks; Mammoth counts on as a task ends
         self.opt = self.get_optimizer()
 
     def get_optimizer(self) -> torch.optim.Optimizer:
@@ -56,6 +57,7 @@ class HyperMask(ContinualModel):
         return kinds[self.args.optimizer](self.net, lr=self.args.lr, weight_decay=self.args.optim_wd)
 
     def begin_task(self, dataset: Any) -> None:
+        self.begun.fill_(self.current_task + 1)
         self.net.begin_task(self.current_task)  # the regulariser compares with the model as it is now
 
     def end_task(self, dataset: Any) -> None:
@@ -76,7 +78,7 @@ class HyperMask(ContinualModel):
         """(batch, N_CLASSES) logits, -inf outside of the task's classes. Where no task is told, each sample's is found
         among those that have begun, as the one of lowest entropy."""
         if task_label is None:
-            task = hmf.predict(self.net, x, self.net.all_masks(range(self.current_task + 1)), method="entropy").task
+            task = hmf.predict(self.net, x, self.net.all_masks(range(int(self.begun))), method="entropy").task
         else:
             task = torch.full((len(x),), task_label, device=x.device)
         outputs = self.net(x, task if task_label is None else task_label)

@@ -10,6 +10,7 @@ Needs avalanche-lib: pip install "hypermask-fast[avalanche]".
 """
 
 import inspect
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,110 +23,12 @@ from ..errors import InputError
 from ..extras import needed_for
 from ..masking.masks import TaskMask
 from ..model import HyperMask
+from .avalanche_model import HOW_TO_LABEL, HyperMaskModule, classes_of, labels_of, number_of, origin_of
 
 with needed_for("the Avalanche adapter", "avalanche"):
-    from avalanche.models import DynamicModule, MultiTaskModule
     from avalanche.training.templates import SupervisedTemplate
 
 __all__ = ["HyperMaskModule", "HyperMaskStrategy"]
-
-_HOW_TO_LABEL = (
-    "give the benchmark task labels (return_task_id=True, task_labels=True), or have tasks inferred: "
-    'HyperMaskStrategy(..., task_inference="entropy")'
-)
-
-
-class HyperMaskModule(MultiTaskModule):
-    """A HyperMask model as Avalanche's MultiTaskModule: a task label is the model's task of the same number.
-
-    Samples of several tasks pass in one call of the model. Where training meets the label that follows the model's last
-    task, the model gets that task; Avalanche tells the optimizer.
-
-    Args:
-        hypermask: the model; its attributes stay its own: `module.hypermask.export(task)`.
-
-    Raises:
-        InputError: it is no HyperMask, or there are modules in its network that Avalanche changes from task to task.
-    """
-
-    def __init__(self, hypermask: HyperMask) -> None:
-        if not isinstance(hypermask, HyperMask):
-            raise InputError(
-                f"HyperMaskModule takes a model, HyperMask(net, num_tasks=...), not {type(hypermask).__name__}"
-            )
-        for path, module in hypermask.net.named_modules():
-            if isinstance(module, DynamicModule):
-                raise InputError(
-                    f"Avalanche changes {path or 'the network'} ({type(module).__name__}) from task to task: HyperMask "
-                    "masks a plain network with one head (per_task=['head.*'] gives each task its own)"
-                )
-        super().__init__()
-        self.hypermask = hypermask
-
-    def adaptation(self, experience: Any) -> None:
-        """Called by Avalanche before each experience: adds its task where training begins it.
-
-        Raises:
-            InputError: a task label that the model has no task for. In training one task more than it has is no such.
-        """
-        labels = _labels_of(experience)
-        if labels is None:
-            raise InputError(f"experience {_number(experience)} has no task labels: {_HOW_TO_LABEL}")
-        for label in labels:
-            self.need_task(label, _classes_of(experience))
-        if self.training:
-            self.known_train_tasks_labels.update(labels)
-
-    def need_task(self, task: int, classes: int | None) -> None:
-        """In training mode adds the task if it is the next one.
-
-        Args:
-            classes: how many it has then, in a model that was given `classes`.
-
-        Raises:
-            InputError: the model has no such task.
-        """
-        model = self.hypermask
-        if task in model.tasks:
-            return
-        if self.training and task == model.num_tasks:
-            model.add_task(classes=None if model.classes is None else classes)
-            return
-        there = ", ".join(map(str, model.tasks))
-        if 0 <= task < model.num_tasks:
-            raise InputError(f"task {task} was removed: this model has tasks {there}")
-        known = f"no task for task label {task}: this model has tasks {there}"
-        if self.training:
-            raise InputError(f"{known}, and the next label in training is {model.num_tasks}")
-        raise InputError(f"{known}; HyperMask(net, num_tasks=...) can have tasks that are trained later")
-
-    def forward(self, x: Tensor, task_labels: Tensor | int | None) -> Tensor | dict[int, Tensor]:
-        """Outputs of the network under the masks of the samples' tasks.
-
-        Args:
-            x: (batch, ...).
-            task_labels: (batch,) int64, one per sample, in any order; or an int for the whole batch.
-
-        Returns:
-            (batch, outputs). Where task_labels is None: {task label: its outputs}, of all that were trained here.
-
-        Raises:
-            InputError: a label that the model has no task for; on a GPU, where labels are not looked at, NaN.
-        """
-        if task_labels is None:
-            return self.forward_all_tasks(x)
-        return self.hypermask(x, task=task_labels)
-
-    def forward_single_task(self, x: Tensor, task_label: int) -> Tensor:
-        return self.hypermask(x, task=task_label)
-
-    def forward_all_tasks(self, x: Tensor) -> dict[int, Tensor]:
-        """{task label: (batch, outputs)}, of all labels that were trained here."""
-        labels = sorted(self.known_train_tasks_labels)
-        if not labels:
-            return {}
-        outputs = self.hypermask.forward_all_tasks(x, masks=self.hypermask.all_masks(labels))
-        return dict(zip(labels, outputs, strict=True))
 
 
 class HyperMaskStrategy(SupervisedTemplate):
@@ -165,11 +68,18 @@ class HyperMaskStrategy(SupervisedTemplate):
             raise InputError(f"task_inference must be one of {methods}, or None, not {task_inference!r}")
         super().__init__(model=model, optimizer=optimizer, **settings)
         self.task_inference = task_inference
-        self._task, self._begun_by = -1, -1  # the last task that began, and the number of its experience
         self._mask: TaskMask | None = None  # of the step that is under way
         self._label: int | None = None  # of a batch of one task
+        self._unpacked: tuple[int, Any] = (0, None)  # of the batch as it came: how many samples, and their task labels
         self._candidates: Sequence[TaskMask] = ()  # of the tasks to find a sample's among
-        self._outputs: int | None = None  # of the network, as its last pass in training showed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the state of a pickle, also of one from before the model kept what has begun."""
+        self.__dict__.update({"_unpacked": (0, None), **state})
+        self.model.unlabelled = False
+        if "_task" in state:
+            self.model.begun = self.__dict__.pop("_task"), self.__dict__.pop("_begun_by")
+            self.model.outputs = self.__dict__.pop("_outputs", None)
 
     # -- where an experience begins -------------------------------------------------------------------------------
 
@@ -178,35 +88,57 @@ class HyperMaskStrategy(SupervisedTemplate):
 
         reset_optimizer_state: whether the optimizer forgets its moments; None: where a new task begins.
         """
-        task, number = self._task_to_train(), _number(self.experience)
-        self._check_classes(task, self._outputs)
-        begins = (task, number) != (self._task, self._begun_by)
+        task, number = self._task_to_train(), number_of(self.experience)
+        if self.model.outputs is None and classes_of(self.experience) is not None:
+            self.model.outputs = self._shown_outputs()
+        self._check_classes(task, self.model.outputs)
+        begins = (task, number) != self.model.begun
         fresh = begins if reset_optimizer_state is None else reset_optimizer_state
         super().check_model_and_optimizer(reset_optimizer_state=fresh, **kwargs)
         anchor = self.model.hypermask.anchor
         if anchor is None or anchor.task != task:
             self.model.hypermask.begin_task(task)
-        self._task, self._begun_by = task, number
+        self.model.begun, self.model.begun_with = (task, number), weakref.ref(origin_of(self.experience))
+        self.model.unlabelled = self.task_inference is not None and labels_of(self.experience) != [task]
+
+    def _shown_outputs(self) -> int | None:
+        """How many outputs the network has, as a pass of one sample shows; None where such a pass can't be made."""
+        model, data = self.model.hypermask, self.experience.dataset.eval()
+        modes = {module: module.training for module in model.modules()}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                return model.eval()(data[0][0][None].to(self.device), task=model.tasks[-1]).shape[1]
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            return None  # a plugin, or a collate_fn, may make of the data set's samples what the network takes
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     def _task_to_train(self) -> int:
         """The task of the experience that training begins. Raises InputError where it can't be trained now."""
-        number = _number(self.experience)
+        number = number_of(self.experience)
         if self.task_inference is not None:
             task = number
         else:
-            labels = _labels_of(self.experience)
+            labels = labels_of(self.experience)
             if not labels:
-                raise InputError(f"experience {number} has no task labels: {_HOW_TO_LABEL}")
+                raise InputError(f"experience {number} has no task labels: {HOW_TO_LABEL}")
             if len(labels) > 1:
                 raise InputError(
                     f"experience {number} has task labels {', '.join(map(str, labels))}: HyperMask trains one task "
                     "after another, one per experience"
                 )
             (task,) = labels
-        if task == self._task and number != self._begun_by:
+        begun, with_it = self.model.begun, self.model.begun_with
+        if task == begun[0] and number != begun[1]:
             raise InputError(
-                f"experience {number} has task label {task}, which experience {self._begun_by} had, whose classes its "
-                f"mask would forget: {_HOW_TO_LABEL}"
+                f"experience {number} has task label {task}, which experience {begun[1]} had, whose classes its "
+                f"mask would forget: {HOW_TO_LABEL}"
+            )
+        if task == begun[0] and with_it is not None and with_it() is not origin_of(self.experience):
+            raise InputError(
+                f"experience {number} is of another benchmark than the one that task {task} began with, whose data its "
+                f"mask would forget: go on with that benchmark, or count this one's tasks from {task + 1}"
             )
         anchor = self.model.hypermask.anchor
         if anchor is not None and task < anchor.task:
@@ -221,40 +153,65 @@ class HyperMaskStrategy(SupervisedTemplate):
             return super().model_adaptation(model)
         model = self.model if model is None else model
         if self.is_training:
-            model.need_task(_number(self.experience), _classes_of(self.experience))
+            model.need_task(number_of(self.experience), classes_of(self.experience))
+            model.known_train_tasks_labels.add(number_of(self.experience))
         return model.to(self.device)
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        super()._before_training_exp(**kwargs)
+        parts = getattr(self.dataloader, "datasets", ())  # where replay has put in its memory
+        if self.model.unlabelled and sum(map(len, parts)) > len(self.experience.dataset):
+            self._refuse_rehearsal()
+
+    def _refuse_rehearsal(self) -> None:
+        raise InputError(
+            f"experience {number_of(self.experience)} is trained together with samples of others, whose tasks are not "
+            "told: give the benchmark task labels (return_task_id=True, task_labels=True), or train without replay"
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.model.unlabelled = False
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
     def _unpack_minibatch(self) -> None:
-        labels = self.mbatch[-1] if self.task_inference is None and len(self.mbatch) > 2 else None
+        told = self.task_inference is None or (self.is_training and not self.model.unlabelled)
+        labels = self.mbatch[-1] if told and len(self.mbatch) > 2 else None
         if labels is not None:  # looked at before they are on the GPU: no wait for it
             self._label = int(labels[0]) if bool((labels == labels[0]).all()) else None
             self._check_labels(self.mbatch[1], labels)
         super()._unpack_minibatch()
+        self._unpacked = len(self.mb_x), self.mbatch[-1]
 
     def forward(self) -> Any:
         """The outputs on the current batch: in training under one mask, which the regulariser then takes as well."""
         output = self._trained_outputs() if self.is_training else self._evaluated_outputs()
-        self._check_classes(self._task if self.is_training else None, output.shape[1])
+        self._check_classes(self.model.begun[0] if self.is_training else None, output.shape[1])
         if self.is_training:
-            self._outputs = output.shape[1]
+            self.model.outputs = output.shape[1]
         return output
 
     def _trained_outputs(self) -> Any:
-        model = self.model.hypermask
+        model, task = self.model.hypermask, self.model.begun[0]
+        count, labels = self._unpacked
+        if self.model.unlabelled and len(self.mb_x) > count:
+            self._refuse_rehearsal()
         self._find_heads()
-        self._mask = model.mask(self._task)
-        alone = self.task_inference is not None or self._label == self._task
-        return model(self.mb_x, self._mask if alone else self.mb_task_id)
+        self._mask = model.mask(task)
+        alone = self._label == task and self.mbatch[-1] is labels  # no plugin has put in other samples
+        return model(self.mb_x, self._mask if self.model.unlabelled or alone else self.mb_task_id)
 
     def _evaluated_outputs(self) -> Any:
         model = self.model.hypermask
         if self.task_inference is None:
-            return self.model(self.mb_x, self.mb_task_id if self._label is None else self._label)
+            told = self._label is None or self.mbatch[-1] is not self._unpacked[1]
+            return self.model(self.mb_x, self.mb_task_id if told else self._label)
         if not self._candidates:
             self._find_heads()
-            trained = [task for task in model.tasks if task <= self._task]
+            trained = [task for task in model.tasks if task <= self.model.last_task()]
             self._candidates = model.all_masks(trained or model.tasks)
         found = inference.predict(model, self.mb_x, self._candidates, method=self.task_inference)
         return model(self.mb_x, found.task)
@@ -269,12 +226,12 @@ class HyperMaskStrategy(SupervisedTemplate):
 
         task: that is trained; None in evaluation. outputs: None where they are not known yet.
         """
-        needed, counts = _classes_of(self.experience), self.model.hypermask.classes
+        needed, counts = classes_of(self.experience), self.model.hypermask.classes
         if counts is not None and task is not None and task < len(counts):
             outputs = counts[task]
         if needed is not None and outputs is not None and needed > outputs:
             raise InputError(
-                f"experience {_number(self.experience)} has class {needed - 1}, and the network {outputs} outputs: "
+                f"experience {number_of(self.experience)} has class {needed - 1}, and the network {outputs} outputs: "
                 "count classes from 0 in each experience (class_ids_from_zero_in_each_exp=True), or give each an output"
             )
 
@@ -289,7 +246,7 @@ class HyperMaskStrategy(SupervisedTemplate):
         if bool(beyond.any()):
             task = int(tasks[beyond][0])
             raise InputError(
-                f"experience {_number(self.experience)} has class {int(y[beyond][0])} in task {task}, which has "
+                f"experience {number_of(self.experience)} has class {int(y[beyond][0])} in task {task}, which has "
                 f"{counts[task]}: count classes from 0 in each experience (class_ids_from_zero_in_each_exp=True), or "
                 "give the task more, HyperMask(..., classes=[...])"
             )
@@ -314,23 +271,6 @@ class HyperMaskStrategy(SupervisedTemplate):
     def _eval_cleanup(self) -> None:
         super()._eval_cleanup()
         self._candidates = ()
-
-
-def _labels_of(experience: Any) -> list[int] | None:
-    """The task labels of an experience; None where it has none."""
-    labels = getattr(experience, "task_labels", None)
-    return None if labels is None else sorted({int(label) for label in labels})
-
-
-def _classes_of(experience: Any) -> int | None:
-    """How many outputs its class labels need; None where it doesn't say, as parts of an experience don't."""
-    classes = getattr(experience, "classes_in_this_experience", None)
-    return None if classes is None else max(classes) + 1
-
-
-def _number(experience: Any) -> int:
-    """The number of an experience in its stream; of a part of one (OnlineCLExperience) that of the whole."""
-    return getattr(experience, "origin_experience", experience).current_experience
 
 
 def _check_optimizer(optimizer: Any, model: HyperMaskModule) -> None:

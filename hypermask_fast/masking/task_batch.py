@@ -1,6 +1,6 @@
 """Many tasks in one forward pass: every sample under its own task's mask, or every task over every sample."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, overload
@@ -92,17 +92,6 @@ class TaskMasks(Made, Sequence[TaskMask]):
             return bias * ops.semi_binary_mask(views[segment], limits)
 
         return self._once(f"bias {segment}", make)
-
-
-def masks_given(masks: Any) -> Sequence[TaskMask]:
-    """The masks that a user gives, as a sequence. Raises InputError where they are anything else, or none."""
-    if not isinstance(masks, TaskMasks):
-        masks = list(masks) if isinstance(masks, Iterable) and getattr(masks, "ndim", 1) else [None]
-        if not all(isinstance(mask, TaskMask) for mask in masks):
-            raise InputError("masks are what all_masks() returns, or a list of masks: all_masks([0, 2]) makes these")
-    if not len(masks):
-        raise InputError("masks must be those of a task or more, and there are none")
-    return masks
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """HyperMask as a model and a strategy of Avalanche: `make test-integrations` has an environment for it."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,11 +16,18 @@ from hypermask_fast import InputError
 
 pytest.importorskip("avalanche", reason="avalanche-lib is not installed: make test-integrations")
 
-from avalanche.benchmarks import split_online_stream, with_task_labels
+from avalanche.benchmarks import (
+    benchmark_from_datasets,
+    split_online_stream,
+    task_incremental_benchmark,
+    with_task_labels,
+)
 from avalanche.core import SupervisedPlugin
-from avalanche.training.plugins import ReplayPlugin
+from avalanche.training.plugins import EWCPlugin, ReplayPlugin
 from avalanche.training.supervised import Naive
 from support.avalanche_runs import TASKS, WIDTH, accuracies, benchmark, module, strategy
+
+from hypermask_fast.integrations.avalanche import HyperMaskModule, HyperMaskStrategy
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:No loggers specified")
@@ -117,10 +125,11 @@ def test_the_numbers_are_those_of_a_loop_by_hand(in_backward):
 
 def test_a_step_makes_one_mask(monkeypatch):
     training, stream, made = strategy(epochs=1), benchmark(), []
+    training.train(stream.train_stream[0], eval_streams=[])
     mask = hmf.HyperMask.mask
     monkeypatch.setattr(hmf.HyperMask, "mask", lambda self, *a, **k: made.append(a) or mask(self, *a, **k))
-    training.train(stream.train_stream[0], eval_streams=[])
-    assert made == [(0,)] * 4  # of 64 samples in batches of 16
+    training.train(stream.train_stream[1], eval_streams=[])
+    assert made == [(1,)] * 4  # of 64 samples in batches of 16
 
 
 def test_it_learns_and_forgets_nothing():
@@ -152,14 +161,42 @@ def test_evaluation_within_training_changes_no_number():
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
 
 
-def test_replayed_samples_pass_under_the_masks_of_their_own_tasks():
-    seen, stream = Seen(), benchmark()
-    training = strategy(epochs=1, plugins=[ReplayPlugin(20), seen])
+class Appends(SupervisedPlugin):
+    """Puts samples of its own into a batch that Avalanche has made."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.task = task
+
+    def before_forward(self, strategy, **kwargs):
+        x, y, labels = strategy.mbatch
+        strategy.mbatch = [torch.cat([part, part[:2]]) for part in (x, y, labels)]
+        strategy.mbatch[2][-2:] = self.task
+
+
+@pytest.mark.parametrize("method", [None, "entropy"])
+@pytest.mark.parametrize("plugin", [lambda: ReplayPlugin(20), lambda: Appends(0)])
+def test_replayed_samples_pass_under_the_masks_of_their_own_tasks(method, plugin):
+    seen, stream = Seen(), benchmark(from_zero=False)
+    training = strategy(module(outputs=2 * TASKS), epochs=1, plugins=[plugin(), seen], task_inference=method)
     training.train(stream.train_stream, eval_streams=[])
     mixed = [step for step in seen.steps if len(step[2].unique()) > 1]
-    assert mixed and mixed[-1][2].unique().tolist() == [0, 1, 2]
+    assert mixed and {0, 2} <= set(mixed[-1][2].tolist())
     for _, _, _, found, expected in seen.steps:
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("plugin", [lambda: ReplayPlugin(20), lambda: Appends(0), lambda: EWCPlugin(1.0)])
+def test_samples_whose_tasks_are_not_told_pass_under_no_mask(plugin):
+    stream = benchmark(False, False)
+    training = strategy(module(outputs=2 * TASKS), epochs=1, task_inference="entropy", plugins=[plugin()])
+    training.train(stream.train_stream[0], eval_streams=[])
+    with pytest.raises(InputError, match="task.* are not .*: give the benchmark task labels .*, or "):
+        training.train(stream.train_stream[1], eval_streams=[])
+    assert training.model(torch.randn(2, WIDTH), 1).shape == (
+        2,
+        2 * TASKS,
+    )  # the user's own passes are none of a plugin's
 
 
 @pytest.mark.parametrize("boundaries", [True, False])
@@ -189,6 +226,45 @@ def test_training_goes_on_with_the_last_task_but_with_none_before_it():
     assert all(torch.equal(before[name], value) for name, value in parameters(training.model).items())
 
 
+def test_the_task_that_was_trained_goes_on_with_its_own_benchmark_only():
+    model, stream, other = module(), benchmark(), benchmark()
+    strategy(model, epochs=1).train(stream.train_stream[0], eval_streams=[])
+    training = strategy(model, epochs=1)  # another strategy, and a slice of the same stream
+    training.train(stream.train_stream[:1], eval_streams=[])
+    before = parameters(model)
+    with pytest.raises(InputError, match="experience 0 is of another benchmark than .* task 0 began with.* from 1"):
+        training.train(other.train_stream[0])
+    assert all(torch.equal(before[name], value) for name, value in parameters(model).items())
+    training.train(other.train_stream[1], eval_streams=[])
+    assert model.hypermask.anchor.task == 1
+
+
+def test_experiences_of_streams_without_a_benchmark_are_told_by_their_data():
+    streams = [
+        task_incremental_benchmark(benchmark_from_datasets(train=[e.dataset for e in whole]), reset_task_labels=True)
+        for whole in (benchmark().train_stream, benchmark().train_stream)
+    ]
+    training = strategy(epochs=1)
+    for _ in range(2):
+        training.train(streams[0].train_stream[:1], eval_streams=[])
+    with pytest.raises(InputError, match="experience 0 is of another benchmark"):
+        training.train(streams[1].train_stream[:1])
+
+
+def test_one_model_in_two_strategies_is_evaluated_over_all_tasks_that_were_trained():
+    model, stream = module(outputs=2 * TASKS), benchmark(False, False)
+    first = strategy(model, epochs=1, task_inference="entropy")
+    first.train(stream.train_stream[0], eval_streams=[])
+    second = strategy(model, epochs=1, task_inference="entropy")
+    second.train(stream.train_stream[1], eval_streams=[])
+    fresh = strategy(HyperMaskModule(model.hypermask), task_inference="entropy")
+    found = [accuracies(one.eval(stream.test_stream)) for one in (first, second, fresh)]
+    assert found[0] == found[1] == found[2]
+    masks = model.hypermask.all_masks([0, 1])
+    x = next(iter(DataLoader(stream.test_stream[2].dataset, 64)))[0]
+    assert hmf.predict(model.hypermask, x, masks, method="entropy").task.max() <= 1
+
+
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +279,22 @@ def test_a_new_process_goes_on_from_a_checkpoint_with_equal_numbers(tmp_path):
         said.append(done.stdout.partition("from task ")[2].splitlines())
     assert [lines[0] for lines in said] == ["0", "2"]
     assert said[0][1:] == said[1][1:] and len(said[0]) > 10
+
+
+def test_a_strategy_that_was_pickled_before_the_model_kept_what_has_begun_goes_on():
+    training, stream = strategy(epochs=1), benchmark()
+    training.train(stream.train_stream[:2], eval_streams=[])
+    state = dict(training.__dict__)
+    del state["_unpacked"]
+    older = copy.deepcopy(training.model)
+    for name in ("begun", "outputs", "unlabelled"):
+        delattr(older, name)
+    again = HyperMaskStrategy.__new__(HyperMaskStrategy)
+    again.__setstate__(state | {"model": older, "_task": 1, "_begun_by": 1})
+    assert older.begun == (1, 1) and older.begun_with is None and not {"_task", "_begun_by"} & set(again.__dict__)
+    again.train(stream.train_stream[1], eval_streams=[])
+    with pytest.raises(InputError, match="experience 0 is of task 0, and task 1"):
+        again.train(stream.train_stream[0])
 
 
 # -- tasks unknown ------------------------------------------------------------------------------------------------

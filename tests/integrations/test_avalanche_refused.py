@@ -130,6 +130,26 @@ def test_what_can_not_be_honoured_is_refused_in_one_line(name):
     assert "\n" not in str(caught.value)
 
 
+class Wrapped(nn.Module):
+    """A network whose definition doesn't tell its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.first = nn.Linear(20, 1), nn.Linear(WIDTH, 20)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+
+
+def test_a_first_experience_whose_classes_are_no_outputs_changes_nothing():
+    model = HyperMaskModule(hmf.HyperMask(Wrapped(), 1, 30, hmf.HypernetConfig(8, (10,))))
+    training = strategy(model, epochs=1)
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match="experience 0 has class 1, and the network 1 outputs"):
+        training.train(benchmark().train_stream[0])
+    assert model.hypermask.anchor is None and model.begun == (-1, -1) and torch.equal(state, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("classes", [None, (2,)])
 def test_an_experience_whose_classes_are_no_outputs_begins_no_task(classes):
     wrong = benchmark(from_zero=False)

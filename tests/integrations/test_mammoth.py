@@ -57,8 +57,13 @@ def test_where_no_task_is_told_it_is_found_among_those_that_have_begun(mammoth):
     model.net.eval()
     x = torch.cat([dataset.data(task, seed=1)[0] for task in range(3)])
     assert model(x).isfinite().any(0).tolist() == [True, True, False, False, False, False]
+    model.meta_begin_task(dataset)
+    model.meta_end_task(dataset)
+    assert model.current_task == 1 and model(x).isfinite().any(0).tolist() == [True, True, False, False, False, False]
+    model._current_task = 0
     mammoth.train(model, dataset)
-    model._current_task = 2  # as during the last task
+    saved, (model, _) = mammoth.CHECKPOINTS[-1], mammoth.load_runner("hypermask", mammoth.Dataset(), SETTINGS)
+    mammoth.load_checkpoint(model, saved)
     model.net.eval()
     found = model.net.infer_task(x)
     torch.testing.assert_close(model(x).isfinite().nonzero()[::2, 1], 2 * found)
