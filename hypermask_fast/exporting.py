@@ -37,6 +37,10 @@ def check(
     if (path is None) != (format == "module"):
         given = "takes no path" if format == "module" else "needs the path of the file to write"
         raise InputError(f"format={format!r} {given}")
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"path is that of the file to write, not {path!r}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InputError(f"kwargs are inputs by name, such as {{'mask': mask}}, not {type(kwargs).__name__}")
     if format in ("module", "safetensors"):
         return
     leaves = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]

@@ -139,6 +139,8 @@ X = torch.zeros(2, 16)
     [
         ({"format": "tflite"}, "format is one of module, safetensors, pt2, onnx, not 'tflite'"),
         ({"format": "module", "path": "net"}, "format='module' takes no path"),
+        ({"format": "pt2", "path": 5, "inputs": X}, "path is that of the file to write, not 5"),
+        ({"format": "pt2", "path": "net", "inputs": X, "kwargs": [1]}, "kwargs are inputs by name, .* not list"),
         ({"format": "safetensors"}, "format='safetensors' needs the path of the file to write"),
         ({"format": "pt2", "path": "net"}, r"give inputs=\(x,\), an example"),
         ({"format": "pt2", "path": "net", "inputs": X[:1]}, "two samples or more"),

@@ -32,7 +32,9 @@ def biases(net: nn.Module, table: Sequence[Row], heads: str | Iterable[str] | No
         return [last] if _is_bias(last) else []
     paths = {row.name: row.name.rpartition(".")[0] for row in table}
     found = []
-    for pattern in [heads] if isinstance(heads, str) else heads:
+    for pattern in [heads] if isinstance(heads, str) or not isinstance(heads, Iterable) else heads:
+        if not isinstance(pattern, str):
+            raise InputError(f"heads takes patterns of layers' paths, such as 'head' or 'heads.*', not {pattern!r}")
         matching = [name for name, path in paths.items() if fnmatchcase(path, pattern)]
         if not matching:
             raise InputError(

@@ -193,7 +193,8 @@ def _of_rules(
 
 
 def _listed(rules: Rule | Iterable[Rule]) -> list[Rule]:
-    return [rules] if isinstance(rules, (str, type)) or callable(rules) else list(rules)
+    one = isinstance(rules, (str, type)) or callable(rules) or not isinstance(rules, Iterable)
+    return [rules] if one else list(rules)  # pyright: ignore[reportReturnType]  # `_matches` refuses what is no rule
 
 
 def _matches(rule: Rule, name: str, parameter: nn.Parameter, held: Sequence[Owner], which: str) -> bool:
