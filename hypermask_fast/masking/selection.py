@@ -193,8 +193,9 @@ def _of_rules(
 
 
 def _listed(rules: Rule | Iterable[Rule]) -> list[Rule]:
-    one = isinstance(rules, (str, type)) or callable(rules) or not isinstance(rules, Iterable)
-    return [rules] if one else list(rules)  # pyright: ignore[reportReturnType]  # `_matches` refuses what is no rule
+    if isinstance(rules, (str, type)) or callable(rules) or not isinstance(rules, Iterable):
+        return [rules]  # what is no rule at all is refused by `_matches`
+    return list(rules)
 
 
 def _matches(rule: Rule, name: str, parameter: nn.Parameter, held: Sequence[Owner], which: str) -> bool:
