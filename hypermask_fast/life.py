@@ -69,10 +69,11 @@ class TaskLife(MaskedNetwork):
         """
         if tasks is None:
             return self.tasks
-        many = tasks.dim() == 1 if isinstance(tasks, Tensor) else isinstance(tasks, Iterable)
-        if not many:
-            raise InputError(f"tasks are ids, such as [0, 1], not {shown(tasks)}")
-        return tuple(map(self._check_task, tasks))
+        try:
+            each = iter(tasks)
+        except TypeError:  # a tensor or array without dimensions looks as if one could go through it
+            raise InputError(f"tasks are ids, such as [0, 1], not {shown(tasks)}") from None
+        return tuple(map(self._check_task, each))
 
     def _check_task(self, task: int | Tensor) -> int:
         """The id as an int. Raises InputError where there is no such task."""

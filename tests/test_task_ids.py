@@ -63,7 +63,8 @@ def test_packed_ids_of_numpy_are_saved(model, tmp_path):
         (1, r"tasks are ids, such as \[0, 1\], not 1"),
         (np.int64(1), "tasks are ids"),
         (torch.tensor(1), "tasks are ids"),
-        (torch.tensor([[0, 1]]), "tasks are ids"),
+        (np.array(1), "tasks are ids"),
+        (torch.tensor([[0, 1]]), "a task is an integer"),
         ("01", "a task is an integer from 0 to 3, not '0'"),
         ([1.0], "a task is an integer"),
         ([[0]], "a task is an integer"),
@@ -116,3 +117,11 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     assert hmf.HyperMask.from_pretrained(tmp_path, nn.Linear(8, 2)).classes == (2, 1, 2)
     found = hmf.predict(model.eval(), torch.zeros(3, 8), method="gradient+entropy", k=whole(2))
     assert torch.equal(found.absolute(whole(2)), found.absolute([2, 2, 2]))
+
+
+@pytest.mark.parametrize("name", ["include", "exclude", "per_task", "heads"])
+def test_what_is_no_rule_is_refused(name):
+    for rule in (5, True, [5], 1.5):
+        settings: dict[str, Any] = {name: rule}
+        with pytest.raises(InputError, match=f"^{name} takes "):
+            hmf.HyperMask(nn.Sequential(nn.Linear(2, 2)), 1, **settings)
