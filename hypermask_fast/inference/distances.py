@@ -11,7 +11,7 @@ from ..checks import check_whole
 from ..errors import InputError
 from .features import TaskModel, features_of
 from .fitted import ClassGaussians
-from .fitting import TasksData, batches, by_task, evaluating
+from .fitting import TasksData, batches, by_task, check_read_again, evaluating
 from .gaussians import correlation, shrunk
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -125,10 +125,12 @@ class Mahalanobis(ClassGaussians):
 
         Args:
             validation: further data of these tasks, by which the shrinkage is chosen among `SHRINKAGES`: the one of
-                most samples whose task and class are found. Of a Scenario the validation splits, which must not be
-                empty. None: the shrinkage is the setting's.
+                most samples whose task and class are found. They are read once for each of these. Of a Scenario the
+                validation splits, which must not be empty. None: the shrinkage is the setting's.
         """
         fitted = cls(**settings)
+        if validation is not None:
+            check_read_again(by_task(model, validation, "validation"))
         fitted._collect(model, data, layer, batch_size)
         if validation is not None:
             right = {a: fitted._right(model, validation, a, batch_size) for a in SHRINKAGES}

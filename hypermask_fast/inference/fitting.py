@@ -49,6 +49,16 @@ def by_task(model: TaskModel, data: TasksData, part: str = "train") -> dict[int,
     return found
 
 
+def check_read_again(data: Mapping[int, Data]) -> None:
+    """Raises InputError where a task's validation data can be read only once, such as a generator."""
+    for task, of_task in data.items():
+        if isinstance(of_task, Iterator):
+            raise InputError(
+                f"validation data of task {task} are a {type(of_task).__name__}, which can be read only once: give a "
+                "list of batches, tensors or a DataLoader"
+            )
+
+
 def batches(data: Data, size: int, where: str) -> Iterator[tuple[tuple, dict[str, Any], Tensor]]:
     """The network's positional and named inputs, and (B,) int64 labels, batch by batch; empty batches are left out.
 

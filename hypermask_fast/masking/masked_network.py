@@ -1,9 +1,10 @@
 """MaskedNetwork: any network, run under the masks that it is given."""
 
 import warnings
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -251,12 +252,14 @@ class MaskedNetwork(nn.Module):
     def _exported(self, task: int, values: Sequence[Tensor]) -> nn.Module:
         """A plain copy of the network with one task's values in place of the masked parameters."""
         if self._classes is None:
-            return network.exported(self.net, self._guard, task, values)
+            with self._scope.use(PLAIN):
+                return network.exported(self.net, self._guard, task, values)
         count, width = self._classes.counts[task], self._classes.width
         narrower = width is None or count < width
         if narrower:
             check_export(self.net, self.layout.heads, count)
-        plain = network.exported(self.net, self._guard, task, values)
+        with self._scope.use(PLAIN):
+            plain = network.exported(self.net, self._guard, task, values)
         plain._forward_hooks.pop(self._hook)
         if narrower:
             narrow(plain, self.layout.heads, count)
@@ -275,10 +278,14 @@ class MaskedNetwork(nn.Module):
         return net
 
 
+# What computes when it is asked to.
+_LATER = (Iterator, AsyncIterator, Coroutine, FunctionType, MethodType, partial)
+
+
 def _refuse_later(output: Any) -> None:
     """Raises InputError for outputs that are computed when the pass is over, and with it the mask."""
     for leaf in tree_leaves(output):
-        if isinstance(leaf, (Iterator, Coroutine)):
+        if isinstance(leaf, _LATER):
             raise InputError(
                 f"the network returns a {type(leaf).__name__}, which would run after the pass, unmasked: use it inside "
                 "`with model.use_task(task):`, as model.net(...)"

@@ -75,7 +75,8 @@ def independent(net: nn.Module, inputs: tuple, kwargs: dict[str, Any], count: in
 
     def run(rows_of: Tensor) -> list[Tensor]:
         args, named = rows((inputs, kwargs), rows_of, count)
-        copied = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        held = dict((*net.named_parameters(), *net.named_buffers()))  # the network may change any in place
+        copied = {name: tensor.detach().clone() for name, tensor in held.items()}
         return tensors_of(functional_call(net, copied, args, named))
 
     try:

@@ -68,7 +68,9 @@ def parameters_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: 
     parameters = dict(net.named_parameters())
     held = owners(net)
     floating = {name: p for name, p in parameters.items() if p.is_floating_point() and not p.is_inference()}
-    leaves = {name: p.detach().requires_grad_() for name, p in floating.items()}
+    # Copies: a network may change its parameters in place as it runs, as one that clamps its weights does.
+    copies = {name: p.detach().clone() for name, p in parameters.items()}
+    leaves = {name: copies[name].requires_grad_() for name in floating}
     layer = {row.name for row in table if row.layer} & set(leaves)
     modes = {module: module.training for module in net.modules()}
     devices = sorted({p.device for p in parameters.values() if p.device.type == "cuda"}, key=str)
@@ -78,7 +80,7 @@ def parameters_found(net: nn.Module, table: Sequence[Row], args: tuple, kwargs: 
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             copied = {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
-            output = _run(lambda a, k: functional_call(net, {**leaves, **copied}, a, k), args, kwargs)
+            output = _run(lambda a, k: functional_call(net, {**copies, **copied}, a, k), args, kwargs)
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -83,7 +83,12 @@ class Scope:
         self._threads: list[int] = []  # of the passes under way, one entry per pass
 
     def __reduce__(self) -> tuple:
-        """A copy, or what is unpickled, begins with no pass under way."""
+        """A copy, or what is unpickled, begins with no pass under way, so none is made within a pass."""
+        if self._local.running not in (None, PLAIN):
+            raise InputError(
+                "a module with masked parameters is copied or pickled within a pass, and the copy would not be masked: "
+                "use the module itself, or copy it outside of the pass or inside `with model.disabled():`"
+            )
         return (Scope, ())
 
     @property

@@ -224,6 +224,7 @@ class Trainer:
         plateau = optimizers.plateau(optimizer, self.config)
         if restored:
             under_way.restore(restored, self._restored_state, self.model, optimizer, plateau)
+            restored.clear()  # whatever is needed has its place now; the rest would take memory for the whole task
         else:
             self.model.begin_task(task)
         self._finite = start

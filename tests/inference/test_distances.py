@@ -322,6 +322,14 @@ def test_data_that_can_t_be_fitted(kind, given, message):
     assert model.fitted == {kind.name: before} and set(before.of_task) == {0, 1, 2}
 
 
+def test_validation_data_that_can_be_read_once_are_refused():
+    model, everything = float64_model(), data(10)
+    once = {task: iter([pair]) for task, pair in everything.items()}
+    with pytest.raises(InputError, match="validation data of task 0 are a list_iterator, which can be read only once"):
+        Mahalanobis.fit(model, everything, validation=once)
+    Mahalanobis.fit(model, once, validation={task: [pair] for task, pair in everything.items()})
+
+
 def test_validation_data_of_a_task_that_was_not_fitted_are_refused():
     model, everything = float64_model(), data()
     with pytest.raises(InputError, match="validation data of task 2, which is not among the tasks fitted"):

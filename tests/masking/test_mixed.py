@@ -207,3 +207,20 @@ def test_trials_leave_buffers_as_they_were():
     assert_close(model.net.mean, 0.5 * x.mean(0), "network")
     model(x, torch.tensor([1, 1, 0, 0]))
     assert model.net.passes == 3
+
+
+class ClampsFirst(SequenceFirst):
+    """Changes its weights as it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.head.weight.data.clamp_(-0.01, 0.01)
+        return super().forward(x)
+
+
+def test_looking_at_the_rows_changes_no_parameter():
+    model = model_of(ClampsFirst(), exclude="head.*", heads=None)
+    weight = model.net.get_submodule("head").weight
+    before = weight.detach().clone()
+    with pytest.raises(InputError):
+        model(torch.randn(4, 2, 16), TASKS)
+    assert torch.equal(weight, before)

@@ -115,3 +115,24 @@ def test_what_the_first_pass_did_not_read_is_said_once(recwarn):
     recwarn.clear()
     model(x, 1)
     assert not recwarn.list
+
+
+class Clamps(HeadFirst):
+    """Changes its parameters as it runs, also those that have no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.Parameter(torch.zeros((), dtype=torch.int64), requires_grad=False)
+
+    def forward(self, x):
+        self.body.weight.data.clamp_(-0.01, 0.01)
+        self.steps.data += 1
+        return super().forward(x)
+
+
+def test_finding_the_output_layer_leaves_the_parameters_as_they_were():
+    model = hmf.HyperMask(Clamps(), 2, 40)
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    assert model.output_layers((torch.randn(5, 4),), {}) == ["head"]
+    for name, value in model.net.state_dict().items():
+        assert torch.equal(value, before[name]), name

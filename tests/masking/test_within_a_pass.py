@@ -1,5 +1,8 @@
 """What happens within a pass, or after it, that a mask could miss: refused, or under the mask."""
 
+import copy
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,7 +90,41 @@ class Yields(nn.Module):
 
     def forward(self, x: Tensor):
         pieces = (self.head(row) for row in x)
-        return {"dict": {"pieces": pieces}, "map": map(self.head, x), "generator": pieces}[self.way]
+        weight, bias = (lambda: self.head.weight), self.head.bias
+        return {
+            "dict": {"pieces": pieces},
+            "map": map(self.head, x),
+            "generator": pieces,
+            "function": lambda: F.linear(x, weight(), bias),
+            "method": self.rows,
+            "partial": functools.partial(self.rows, x),
+        }[self.way]
+
+    def rows(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.head.weight, self.head.bias)
+
+
+@pytest.mark.parametrize("way", ["function", "method", "partial"])
+def test_functions_as_outputs_are_refused(way):
+    with pytest.raises(InputError, match="would run after the pass, unmasked"):
+        model_of(Yields(way), heads="head")(batch(), 1)
+
+
+class Copies(Inner):
+    """Reads a copy of its layer, which belongs to no model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        copied = copy.deepcopy(self.layer)
+        return self.head(copied(x) if self.way == "call" else F.linear(x, copied.weight, copied.bias))
+
+
+@pytest.mark.parametrize("way", ["call", "read"])
+def test_a_layer_copied_within_a_pass_is_refused(way):
+    model = model_of(Copies(way), heads="head")
+    with pytest.raises(InputError, match="is copied or pickled within a pass"):
+        model(batch(), 1)
+    with model.use_task(1):
+        assert type(model.export(1).layer) is nn.Linear
 
 
 @pytest.mark.parametrize("way", ["generator", "dict", "map"])
