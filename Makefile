@@ -6,7 +6,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= 3.6.0
 BIN = $(VENV)/bin
-# Python compiles a package's modules when they are imported first; most of them never are.
+# Python compiles a package's modules when they are imported first; most of them never are. It must then be let keep what
+# it has compiled, whatever the caller's environment says: else each process of the tests compiles PyTorch's again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(BIN)/pip install --quiet --no-compile
 # One more than there are processors: some tests mostly wait, for processes of their own.
 WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
