@@ -5,6 +5,7 @@ Each is compared with what backward gives for the same function, or with single 
 
 import pytest
 import torch
+from support.tolerances import assert_close
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -57,11 +58,6 @@ def values(module):
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def assert_near(tangent, slope):
-    """PyTorch leaves the tangent of what is summed in float64 in that dtype."""
-    torch.testing.assert_close(tangent, slope, rtol=1e-3, atol=1e-3, check_dtype=False)
-
-
 @pytest.mark.parametrize("optimised", [False, True])
 def test_derivatives_by_all_parameters(model, optimised):
     """In reverse and forward mode, without gradients being recorded too, and while an optimiser takes factors."""
@@ -75,14 +71,14 @@ def test_derivatives_by_all_parameters(model, optimised):
     of = lambda parameters: functional_call(loss, parameters, (X,))  # noqa: E731
     found = grad(of)(at)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        assert_close(found[name], value, "network", name)
     along = {name: torch.ones_like(value) for name, value in at.items()}
     slope = sum(value.sum() for value in expected.values())
-    assert_near(jvp(of, (at,), (along,))[1], slope)
+    assert_close(jvp(of, (at,), (along,))[1], slope, "along all")
     for recorded in (True, False):
         with forward_ad.dual_level(), torch.set_grad_enabled(recorded):
             dual = of({name: forward_ad.make_dual(value, along[name]) for name, value in at.items()})
-            assert_near(forward_ad.unpack_dual(dual).tangent, slope)
+            assert_close(forward_ad.unpack_dual(dual).tangent, slope, "along all")
     del optimizer
 
 
@@ -90,9 +86,9 @@ def test_derivatives_by_the_inputs(model):
     call = lambda x: model(x, 1)  # noqa: E731
     expected = torch.autograd.functional.jacobian(call, X)
     for jacobian in (jacrev(call)(X), jacfwd(call)(X)):
-        torch.testing.assert_close(jacobian, expected)
+        assert_close(jacobian, expected, "network")
     curved = lambda x: call(x).square().sum()  # noqa: E731
-    torch.testing.assert_close(hessian(curved)(X), torch.autograd.functional.hessian(curved, X))
+    assert_close(hessian(curved)(X), torch.autograd.functional.hessian(curved, X), "network")
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -101,8 +97,8 @@ def test_samples_one_by_one(model, recorded):
     with torch.set_grad_enabled(recorded):
         for _ in range(2):
             expected, mixed = model(X, 1), model(X, TASKS)
-        torch.testing.assert_close(vmap(lambda x: model(x[None], 1)[0])(X), expected)
-        torch.testing.assert_close(vmap(lambda x, task: model(x[None], task)[0])(X, TASKS), mixed)
+        assert_close(vmap(lambda x: model(x[None], 1)[0])(X), expected, "network")
+        assert_close(vmap(lambda x, task: model(x[None], task)[0])(X, TASKS), mixed, "network")
 
 
 def test_gradients_of_each_sample(model):
@@ -114,7 +110,7 @@ def test_gradients_of_each_sample(model):
         model(x[None], 1).square().sum().backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                torch.testing.assert_close(found[name][row], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+                assert_close(found[name][row], parameter.grad, "network", name)
 
 
 def test_a_backend_by_name_is_refused(model):
@@ -129,4 +125,4 @@ def test_the_output_layer_has_to_be_known():
     with pytest.raises(InputError, match="run one batch outside of torch.func's transforms before, or name it"):
         vmap(lambda x: model(x[None], 1)[0])(X)
     expected = model(X, 1)
-    torch.testing.assert_close(vmap(lambda x: model(x[None], 1)[0])(X), expected)
+    assert_close(vmap(lambda x: model(x[None], 1)[0])(X), expected, "network")

@@ -13,7 +13,7 @@ def test_figures_of_kept_runs(tmp_path, capsys):
     assert study.main([*map(str, KEPT), "--to", str(tmp_path / "new")]) == 0
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"learning.png", "mean-matrix.png", "study.txt"}
     text = (tmp_path / "new" / "study.txt").read_text(encoding="utf-8")
-    assert text.startswith("python -m bench.study ") and "99.59 \N{PLUS-MINUS SIGN} 0.14" in text
+    assert text.startswith("python -m bench.study ") and "99.56 \N{PLUS-MINUS SIGN} 0.07" in text
     assert capsys.readouterr().out.strip() in text
 
 

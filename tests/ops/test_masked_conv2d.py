@@ -63,6 +63,8 @@ def test_masked_conv2d_is_conv2d_of_the_masked_weight():
 @pytest.mark.parametrize("case", CASES)
 def test_masked_conv2d_matches_the_definition(backend, case, channels_last, dtype):
     shape, geometry = CASES[case]
+    if channels_last and case == "1x1 strided" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("PyTorch's own F.conv2d ends the process here, on CPUs without AVX-512 (seen with 2.13)")
     x, weight, logits, bias = tensors(shape, geometry[3], dtype, channels_last)
     threshold = exact_threshold(logits)
     op = masked(backend.masked_conv2d, threshold, *geometry)

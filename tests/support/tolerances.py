@@ -38,6 +38,8 @@ TOLERANCES = {
     "cuda dense": Tolerance(2e-5, TINY, of_largest=True),
     # A whole network in float32, whose layers' roundings add up; measured up to 4e-6.
     "network": Tolerance(2e-5, 1e-6, of_largest=True),
+    # A derivative along all parameters at once: what is left of a sum whose terms cancel.
+    "along all": Tolerance(1e-4, 1e-4),
     # Statistics and distances in float64, against a recipe in NumPy, whose pseudo-inverse and sums round otherwise.
     "statistics": Tolerance(1e-9, 1e-12),
     # Half precision without a peer: one rounding of the largest result.
